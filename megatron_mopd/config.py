@@ -1,0 +1,413 @@
+"""Typed configuration: dataclasses, YAML files and ``a.b=c`` overrides.
+
+``load_config(path, overrides)`` is the only way a run is configured. Names are Megatron's own; every key is either read
+by something or refused here, with the nearest known key named. The objects are frozen: after start-up nothing changes them.
+
+``TransformerConfig`` fields of megatron-core may be written directly in the ``student`` section (and under a teacher),
+for example ``num_layers``, ``moe_router_topk`` or ``qk_layernorm``; they are collected in ``ModelConfig.transformer``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+
+class ConfigError(ValueError):
+    """A user's mistake, found before training starts: what is wrong, where, and what to do, in one line."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A GPT model: where its weights come from and what it looks like (`student`)."""
+
+    load: str | None = None
+    """Checkpoint directory to start from (a directory with `latest_checkpointed_iteration.txt`, or one `iter_*` of it).
+    Its architecture is used; `None` initialises a new model from `seed`."""
+    vocab_size: int | None = None
+    """Number of real token ids; default: the tokenizer's."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding is padded to a multiple of this times `tensor_model_parallel_size`; padded columns never take part."""
+    max_position_embeddings: int | None = None
+    """Longest sequence the rotary tables are made for; default: `data.seq_length`."""
+    position_embedding_type: str = "rope"
+    """`rope` or `none`."""
+    rotary_base: int = 10000
+    """Base period of the rotary embedding."""
+    rotary_percent: float = 1.0
+    """Share of each head's channels that is rotated."""
+    share_embeddings_and_output_weights: bool = False
+    """Tie the output head to the input embedding."""
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Any other field of megatron-core's `TransformerConfig`, by its own name, written directly in the section."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """One frozen domain expert (an entry of the list `teachers`)."""
+
+    name: str = ""
+    """Unique name, used in `routing` and in every metric. The name `self` is the student as it was at the start."""
+    load: str | None = None
+    """Checkpoint directory of the expert; must be left out for `self` and given for every other teacher."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are laid out over ranks; student and teachers share the layout."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices (TP)."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages (PP)."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per stage of the student (VPP); `None` or 1 means no interleaving."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of each MoE layer (EP), taken out of the data-parallel ranks."""
+    expert_tensor_parallel_size: int | None = None
+    """Tensor parallelism inside each expert; default: `tensor_model_parallel_size`."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence (CP)."""
+    sequence_parallel: bool = False
+    """Split activations between tensor-parallel regions along the sequence; required by MoE with TP > 1."""
+    distributed_timeout_minutes: float = 10.0
+    """How long a rank waits at start-up and in a collective before the job is ended with an error."""
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """One source of prompts (an entry of `data.prompts` or `data.eval`): a JSONL file or a reasoning-gym task."""
+
+    path: str | None = None
+    """JSONL file, one object a line: `prompt` (text or chat messages), `domain`, optional `answer` and `verifier`."""
+    task: str | None = None
+    """Name of a reasoning-gym task, for example `gcd`."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """Parameters of the reasoning-gym task."""
+    size: int = 1000
+    """How many prompts of the reasoning-gym task to make."""
+    seed: int = 0
+    """Seed of the reasoning-gym task: other seeds give other prompts."""
+    domain: str | None = None
+    """Domain of these prompts; default: the task's name, or each JSONL line's own `domain`."""
+    weight: float = 1.0
+    """Share of this source in a batch, relative to the other sources."""
+    verifier: str | None = None
+    """How answers are scored: `reasoning_gym`, `math_verify` or `exact_match`; default: by the source's kind."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts, tokenizer and sequence length."""
+
+    tokenizer: str = ""
+    """A SentencePiece `.model` file or a Hugging Face tokenizer directory."""
+    seq_length: int = 512
+    """Longest prompt plus response in tokens; a longer prompt is an error."""
+    prompts: list[PromptSource] = field(default_factory=list)
+    """Where training prompts come from."""
+    eval: list[PromptSource] = field(default_factory=list)
+    """Held-out prompts, scored every `schedule.eval_interval` iterations and at the end."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the student samples its trajectories."""
+
+    samples_per_prompt: int = 1
+    """Responses sampled for each prompt."""
+    max_new_tokens: int = 64
+    """Longest response in tokens, the end-of-sequence token included."""
+    temperature: float = 1.0
+    """Softmax temperature; 1 samples the student's own distribution, 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling threshold; 1 keeps the whole vocabulary."""
+    top_k: int = 0
+    """Keep only the k most likely tokens; 0 keeps all."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Tokens that end a response, besides the tokenizer's end-of-sequence token."""
+    max_batch_size: int = 256
+    """Most sequences decoded at once on one data-parallel rank (bounds the KV cache)."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised."""
+
+    kind: str = "full_vocab_kl"
+    """`full_vocab_kl`: reverse KL to the routed teachers on the student's own trajectories; `sft`: cross-entropy on `answer`."""
+    reduction: str = "token_mean"
+    """`token_mean`, `sequence_mean` (each response counts once) or `domain_mean` (each domain counts once)."""
+    temperature: float = 1.0
+    """Temperature of student and teacher alike inside the divergence."""
+    chunk_size: int = 1024
+    """Tokens whose logits exist at the same time in the loss."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule, with Megatron's names."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: str = "constant"
+    """`constant`, `linear`, `cosine`, `inverse-square-root` or `WSD`."""
+    lr_warmup_iters: int = 0
+    """Iterations of linear warm-up from `lr_warmup_init`."""
+    lr_warmup_init: float = 0.0
+    """Learning rate before the first step of the warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """First-moment decay."""
+    adam_beta2: float = 0.95
+    """Second-moment decay."""
+    adam_eps: float = 1e-8
+    """Added to the denominator."""
+    clip_grad: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long, how much at once, and in which order."""
+
+    train_iters: int = 100
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 64
+    """Trajectories per optimizer step, over all data-parallel ranks."""
+    micro_batch_size: int = 8
+    """Trajectories per forward pass; ignored when `max_tokens_per_micro_batch` is set."""
+    max_tokens_per_micro_batch: int | None = None
+    """Pack trajectories of different length into micro-batches of at most this many tokens; `None` pads instead."""
+    eval_interval: int = 0
+    """Iterations between evaluations on `data.eval`; 0 evaluates only at the end."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and resuming the run."""
+
+    save_interval: int = 0
+    """Iterations between checkpoints; 0 saves only at the end."""
+    save_optimizer: bool = True
+    """Keep optimizer state in the checkpoints, so that the run can resume."""
+    resume: bool = True
+    """Continue from the newest checkpoint of `run_dir` when there is one."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is shown and written while the run goes."""
+
+    log_interval: int = 1
+    """Iterations between lines on the terminal; `metrics.jsonl` has every iteration."""
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run directory."""
+    report: bool = True
+    """Draw `report.png` at the end."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run_dir: str = ""
+    """Everything the run writes goes here."""
+    seed: int = 1234
+    """Initialisation, data order and sampling derive from it."""
+    device: str = "auto"
+    """`auto` (CUDA when there is one), `cuda` or `cpu`."""
+    params_dtype: str = "float32"
+    """`float32`, `bfloat16` or `float64`: the precision of weights and activations; statistics of the loss are at least float32."""
+    student: ModelConfig = field(default_factory=ModelConfig)
+    teachers: list[TeacherConfig] = field(default_factory=list)
+    routing: dict[str, Any] = field(default_factory=dict)
+    """Domain -> teacher name, or domain -> {teacher name: weight}; `default` is used for every domain not listed."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``a.b=c`` overrides and return the checked configuration.
+
+    Raises `ConfigError` naming the file and the key for anything that is not a known key of the right type.
+    """
+    try:
+        raw = OmegaConf.load(path) if path is not None else OmegaConf.create({})
+    except FileNotFoundError:
+        raise ConfigError(f"config file not found: {path}") from None
+    except (OSError, YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        merged = OmegaConf.to_container(
+            OmegaConf.merge(raw, OmegaConf.from_dotlist(list(overrides))), resolve=True
+        )
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    return config_from_dict(merged)
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """Build and check a `Config` from nested plain dictionaries; `ConfigError` names the offending key."""
+    config = _build(Config, values, "")
+    _check(config)
+    return config
+
+
+def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
+    """Build a `ModelConfig` from the plain dictionary kept beside a checkpoint; `where` names the file in errors."""
+    return _build(ModelConfig, values, where)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dictionaries, with TransformerConfig fields back in their section, as a user would write them."""
+    if isinstance(config, list):
+        return [to_dict(item) for item in config]
+    if not dataclasses.is_dataclass(config):
+        return config
+    result = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, ModelConfig):
+        result |= result.pop("transformer")
+    return result
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved configuration as YAML."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """' (did you mean 'x'?)' for the closest known name, or the list of known ones when nothing is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}" if known and len(known) <= 40 else ""
+
+
+# Fields of TransformerConfig that other sections own: naming them twice would let two truths disagree.
+_OWNED_ELSEWHERE = {f.name: f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)} | {
+    "params_dtype": "params_dtype",
+    "bf16": "params_dtype",
+    "fp16": "params_dtype",
+    "pipeline_dtype": "params_dtype",
+    "calculate_per_token_loss": "objective.reduction",
+}
+
+
+_TRANSFORMER_FIELDS = {f.name for f in dataclasses.fields(MLATransformerConfig)}
+
+_CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "params_dtype": ("float32", "bfloat16", "float64"),
+    "student.position_embedding_type": ("rope", "none"),
+    "objective.kind": ("full_vocab_kl", "sft"),
+    "objective.reduction": ("token_mean", "sequence_mean", "domain_mean"),
+    "optimizer.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+}
+_AT_LEAST_ONE = """objective.chunk_size schedule.global_batch_size schedule.micro_batch_size data.seq_length
+    rollout.samples_per_prompt rollout.max_new_tokens rollout.max_batch_size log.log_interval
+    parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size parallel.expert_model_parallel_size
+    parallel.context_parallel_size student.make_vocab_size_divisible_by""".split()
+
+
+def _check(config: Config) -> None:
+    """Values that the types alone do not rule out; what involves other rooms (layout, routing, data) is checked there."""
+
+    def value(dotted: str) -> Any:
+        result = config
+        for name in dotted.split("."):
+            result = getattr(result, name)
+        return result
+
+    for dotted, choices in _CHOICES.items():
+        if value(dotted) not in choices:
+            raise ConfigError(f"{dotted}: {value(dotted)!r} is not one of {', '.join(choices)}")
+    for dotted in _AT_LEAST_ONE:
+        if value(dotted) < 1:
+            raise ConfigError(f"{dotted}: must be at least 1, found {value(dotted)}")
+    if not config.objective.temperature > 0:
+        raise ConfigError(f"objective.temperature: must be above 0, found {config.objective.temperature}")
+    if config.rollout.temperature < 0 or not 0 < config.rollout.top_p <= 1 or config.rollout.top_k < 0:
+        raise ConfigError("rollout: needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+    if not config.run_dir:
+        raise ConfigError("run_dir: missing; name the directory that the run writes into")
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    """Check `values` against the dataclass `cls`; `where` is the dotted path shown in errors."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where or 'config'}: expected a section with keys, found {values!r}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    built: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{where}.{key}" if where else str(key)
+        if key in known and not (cls is ModelConfig and key == "transformer"):
+            built[key] = _convert(hints[key], value, dotted)
+        elif cls is ModelConfig and key in _OWNED_ELSEWHERE:
+            raise ConfigError(f"{dotted}: set {_OWNED_ELSEWHERE[key]} instead")
+        elif cls is ModelConfig and key in _TRANSFORMER_FIELDS:
+            extra[key] = value
+        else:
+            candidates = known - {"transformer"} | (_TRANSFORMER_FIELDS if cls is ModelConfig else set())
+            raise ConfigError(f"unknown key {dotted!r}{nearest(str(key), candidates)}")
+    if extra:
+        built["transformer"] = extra
+    return cls(**built)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as type `hint`, or a ConfigError; integers are accepted for floats, never the other way round."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}: expected a list, found {value!r}")
+        return [_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a mapping, found {value!r}")
+        return {str(key): item for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:  # YAML reads 1e-4 (no dot) as a string
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}: expected {hint.__name__}, found {value!r}")
+    return value
