@@ -1,0 +1,155 @@
+"""Forked gloo ranks for the tests: one function, run on every rank, its results brought back.
+
+    results = run_ranks(2, check_gradient, "reverse_kl")     # check_gradient(rank, "reverse_kl") on 2 ranks
+
+    with RankPool(2) as pool:                                 # the same two processes serve many cases
+        for case in cases:
+            results = pool.run(check_gradient, case)
+
+Ranks are forked from the calling process, so whatever it has imported (megatron-core takes about 6 s) is there
+at once. Rules that follow from forking:
+
+- The parent must not hold a process group of its own, nor CUDA.
+- Import this module before any torch work: it sets the parent to one intra-op thread, because a child that
+  inherits an OpenMP pool's book-keeping without its threads waits for them for ever. Children run one thread.
+- `run_ranks` inherits `fn` and its arguments through the fork, so closures and lambdas work. `RankPool.run`
+  pickles them: `fn` must be a module-level function of a module imported before the pool was made.
+- Return values are pickled by value: detached tensors, numbers, strings and containers of them.
+
+A failing rank's traceback is raised in the parent at once and the other ranks are killed; so is a rank that
+dies without a word, or a run that outlasts `timeout` (unfinished ranks then print their stacks to stderr first).
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import sys
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import wait
+
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(1)
+
+
+class RankError(RuntimeError):
+    """A rank raised, died or hung; the message carries the rank and its traceback."""
+
+
+class RankPool:
+    """`world_size` forked processes joined in one gloo group, reused for every `run` until `close`."""
+
+    def __init__(self, world_size, timeout=60, _inherited_task=None):
+        if dist.is_initialized():
+            raise RuntimeError("ranks are forked: the parent must not have a process group of its own")
+        self.timeout = timeout
+        context = multiprocessing.get_context("fork")
+        self._connections, self._processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            parents_ends = [*self._connections, ours]
+            arguments = (rank, world_size, theirs, parents_ends, timeout, _inherited_task)
+            process = context.Process(target=_rank_main, args=arguments, daemon=True)
+            process.start()
+            theirs.close()  # so that a dead child reads as end-of-file here
+            self._connections.append(ours)
+            self._processes.append(process)
+        # The parent serves the rendezvous on a port the kernel picks, so two pools never race for one port. It
+        # serves only after the forks, because children would inherit half a server thread.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for connection in self._connections:
+            connection.send_bytes(pickle.dumps(self._store.port))
+
+    def run(self, fn, *args, timeout=None):
+        """Call `fn(rank, *args)` on every rank and return the list of results, rank 0 first."""
+        if not self._processes:
+            raise RankError("the pool is closed (an earlier run failed, or close() was called)")
+        task = pickle.dumps((fn, args))
+        for connection in self._connections:
+            connection.send_bytes(task)
+        return self._collect(timeout or self.timeout)
+
+    def _collect(self, timeout):
+        deadline = time.monotonic() + timeout
+        results, waiting = {}, dict(enumerate(self._connections))
+        while waiting:
+            ready = wait(list(waiting.values()), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.close(kill=True)
+                raise RankError(f"no answer from ranks {sorted(waiting)} within {timeout} s")
+            for rank in [rank for rank, connection in waiting.items() if connection in ready]:
+                try:
+                    succeeded, value = pickle.loads(waiting.pop(rank).recv_bytes())
+                except (EOFError, ConnectionError):
+                    self._processes[rank].join(1)
+                    succeeded, value = False, f"process ended with exit code {self._processes[rank].exitcode}"
+                if not succeeded:
+                    self.close(kill=True)
+                    raise RankError(f"rank {rank} failed:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(len(results))]
+
+    def close(self, kill=False):
+        """End the ranks: politely, or at once with `kill`."""
+        for connection, process in zip(self._connections, self._processes, strict=True):
+            if kill:
+                process.kill()
+            elif process.is_alive():
+                connection.send_bytes(pickle.dumps(None))
+        for connection, process in zip(self._connections, self._processes, strict=True):
+            process.join(10)
+            process.kill()
+            process.join()
+            connection.close()
+        self._connections, self._processes, self._store = [], [], None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close(kill=exception[0] is not None)
+
+
+def run_ranks(world_size, fn, *args, timeout=60):
+    """Fork `world_size` ranks, call `fn(rank, *args)` on each and return their results, rank 0 first."""
+    with RankPool(world_size, timeout, _inherited_task=(fn, args)) as pool:
+        return pool._collect(timeout)
+
+
+def _rank_main(rank, world_size, connection, parents_ends, timeout, inherited_task):
+    """Life of one rank: join the group, answer tasks until told to stop with None."""
+    for inherited in parents_ends:
+        inherited.close()  # so that the parent's death, however it comes, reads as end-of-file here
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    try:
+        port = pickle.loads(connection.recv_bytes())
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=store.timeout)
+        task = inherited_task or pickle.loads(connection.recv_bytes())
+        while task is not None:
+            _answer(connection, rank, *task, timeout)
+            task = pickle.loads(connection.recv_bytes())
+    except BaseException:
+        connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
+    # No interpreter shutdown: the parent's exit handlers and test plugins are not this process's to run.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _answer(connection, rank, fn, args, timeout):
+    faulthandler.dump_traceback_later(0.9 * timeout, file=sys.__stderr__)
+    try:
+        answer = pickle.dumps((True, fn(rank, *args)))
+    except BaseException:
+        # Live on until the parent kills us: an early exit would drown the cause in the peers' socket errors.
+        answer = pickle.dumps((False, traceback.format_exc()))
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    connection.send_bytes(answer)
