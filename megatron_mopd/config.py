@@ -1,10 +1,10 @@
 """Typed configuration: dataclasses, YAML files and ``a.b=c`` overrides.
 
-``load_config(path, overrides)`` is the only way a run is configured. Names are Megatron's own; every key is either read
-by something or refused here, with the nearest known key named. The objects are frozen: after start-up nothing changes them.
+``load_config(path, overrides)`` is the only way a run is configured. Names are Megatron's own; every key is
+either read by something or refused here, naming the nearest known key. The objects are frozen after start-up.
 
-``TransformerConfig`` fields of megatron-core may be written directly in the ``student`` section (and under a teacher),
-for example ``num_layers``, ``moe_router_topk`` or ``qk_layernorm``; they are collected in ``ModelConfig.transformer``.
+``TransformerConfig`` fields of megatron-core may be written directly in ``student`` (and under a teacher),
+for example ``num_layers`` or ``moe_router_topk``; they are collected in ``ModelConfig.transformer``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import difflib
 import types
 import typing
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ class ModelConfig:
     """A GPT model: where its weights come from and what it looks like (`student`)."""
 
     load: str | None = None
-    """Checkpoint directory to start from (a directory with `latest_checkpointed_iteration.txt`, or one `iter_*` of it).
+    """Checkpoint to start from (a directory with `latest_checkpointed_iteration.txt`, or one `iter_*` of it).
     Its architecture is used; `None` initialises a new model from `seed`."""
     vocab_size: int | None = None
     """Number of real token ids; default: the tokenizer's."""
     make_vocab_size_divisible_by: int = 128
-    """The embedding is padded to a multiple of this times `tensor_model_parallel_size`; padded columns never take part."""
+    """Embeddings are padded to a multiple of this times `tensor_model_parallel_size`; padding is never used."""
     max_position_embeddings: int | None = None
     """Longest sequence the rotary tables are made for; default: `data.seq_length`."""
     position_embedding_type: str = "rope"
@@ -49,7 +50,7 @@ class ModelConfig:
     share_embeddings_and_output_weights: bool = False
     """Tie the output head to the input embedding."""
     transformer: dict[str, Any] = field(default_factory=dict)
-    """Any other field of megatron-core's `TransformerConfig`, by its own name, written directly in the section."""
+    """Any other field of megatron-core's `TransformerConfig`, by its own name, directly in the section."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class TeacherConfig:
     """One frozen domain expert (an entry of the list `teachers`)."""
 
     name: str = ""
-    """Unique name, used in `routing` and in every metric. The name `self` is the student as it was at the start."""
+    """Unique name, used in `routing` and in every metric. `self` is the student as it was at the start."""
     load: str | None = None
     """Checkpoint directory of the expert; must be left out for `self` and given for every other teacher."""
 
@@ -86,10 +87,10 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """One source of prompts (an entry of `data.prompts` or `data.eval`): a JSONL file or a reasoning-gym task."""
+    """A source of prompts (entry of `data.prompts` or `data.eval`): a JSONL file or a reasoning-gym task."""
 
     path: str | None = None
-    """JSONL file, one object a line: `prompt` (text or chat messages), `domain`, optional `answer` and `verifier`."""
+    """JSONL file of objects: `prompt` (text or chat messages), `domain`, optional `answer` and `verifier`."""
     task: str | None = None
     """Name of a reasoning-gym task, for example `gcd`."""
     params: dict[str, Any] = field(default_factory=dict)
@@ -103,7 +104,7 @@ class PromptSource:
     weight: float = 1.0
     """Share of this source in a batch, relative to the other sources."""
     verifier: str | None = None
-    """How answers are scored: `reasoning_gym`, `math_verify` or `exact_match`; default: by the source's kind."""
+    """Scores the answers: `reasoning_gym`, `math_verify` or `exact_match`; default: by the source's kind."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,10 @@ class ObjectiveConfig:
     """What is minimised."""
 
     kind: str = "full_vocab_kl"
-    """`full_vocab_kl`: reverse KL to the routed teachers on the student's own trajectories; `sft`: cross-entropy on `answer`."""
+    """`full_vocab_kl`: reverse KL to the routed teachers on the student's own trajectories;
+    `sft`: cross-entropy on `answer`."""
     reduction: str = "token_mean"
-    """`token_mean`, `sequence_mean` (each response counts once) or `domain_mean` (each domain counts once)."""
+    """`token_mean`, `sequence_mean` (every response counts once) or `domain_mean` (every domain does)."""
     temperature: float = 1.0
     """Temperature of student and teacher alike inside the divergence."""
     chunk_size: int = 1024
@@ -195,7 +197,7 @@ class ScheduleConfig:
     micro_batch_size: int = 8
     """Trajectories per forward pass; ignored when `max_tokens_per_micro_batch` is set."""
     max_tokens_per_micro_batch: int | None = None
-    """Pack trajectories of different length into micro-batches of at most this many tokens; `None` pads instead."""
+    """Pack trajectories of any length into micro-batches of at most this many tokens; `None` pads instead."""
     eval_interval: int = 0
     """Iterations between evaluations on `data.eval`; 0 evaluates only at the end."""
 
@@ -235,11 +237,11 @@ class Config:
     device: str = "auto"
     """`auto` (CUDA when there is one), `cuda` or `cpu`."""
     params_dtype: str = "float32"
-    """`float32`, `bfloat16` or `float64`: the precision of weights and activations; statistics of the loss are at least float32."""
+    """`float32`, `bfloat16` or `float64`: weights and activations; loss statistics are at least float32."""
     student: ModelConfig = field(default_factory=ModelConfig)
     teachers: list[TeacherConfig] = field(default_factory=list)
     routing: dict[str, Any] = field(default_factory=dict)
-    """Domain -> teacher name, or domain -> {teacher name: weight}; `default` is used for every domain not listed."""
+    """Domain -> teacher, or domain -> {teacher: weight}; `default` serves the domains not listed."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -265,9 +267,8 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
     try:
-        merged = OmegaConf.to_container(
-            OmegaConf.merge(raw, OmegaConf.from_dotlist(list(overrides))), resolve=True
-        )
+        raw = OmegaConf.merge(raw, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.to_container(raw, resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     return config_from_dict(merged)
@@ -281,12 +282,12 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 
 
 def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
-    """Build a `ModelConfig` from the plain dictionary kept beside a checkpoint; `where` names the file in errors."""
+    """Build a `ModelConfig` from the dictionary kept with a checkpoint; `where` names the file in errors."""
     return _build(ModelConfig, values, where)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested dictionaries, with TransformerConfig fields back in their section, as a user would write them."""
+    """Plain nested dictionaries as a user writes them: TransformerConfig fields back in their section."""
     if isinstance(config, list):
         return [to_dict(item) for item in config]
     if not dataclasses.is_dataclass(config):
@@ -312,17 +313,10 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 # Fields of TransformerConfig that other sections own: naming them twice would let two truths disagree.
-_OWNED_ELSEWHERE = {f.name: f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)} | {
-    "params_dtype": "params_dtype",
-    "bf16": "params_dtype",
-    "fp16": "params_dtype",
-    "pipeline_dtype": "params_dtype",
-    "calculate_per_token_loss": "objective.reduction",
-}
-
-
+_OWNED_ELSEWHERE = {f.name: f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)}
+_OWNED_ELSEWHERE |= dict.fromkeys(("params_dtype", "bf16", "fp16", "pipeline_dtype"), "params_dtype")
+_OWNED_ELSEWHERE |= {"calculate_per_token_loss": "objective.reduction"}
 _TRANSFORMER_FIELDS = {f.name for f in dataclasses.fields(MLATransformerConfig)}
-
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "params_dtype": ("float32", "bfloat16", "float64"),
@@ -333,25 +327,18 @@ _CHOICES = {
 }
 _AT_LEAST_ONE = """objective.chunk_size schedule.global_batch_size schedule.micro_batch_size data.seq_length
     rollout.samples_per_prompt rollout.max_new_tokens rollout.max_batch_size log.log_interval
-    parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size parallel.expert_model_parallel_size
-    parallel.context_parallel_size student.make_vocab_size_divisible_by""".split()
+    parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size parallel.context_parallel_size
+    parallel.expert_model_parallel_size student.make_vocab_size_divisible_by""".split()
 
 
 def _check(config: Config) -> None:
-    """Values that the types alone do not rule out; what involves other rooms (layout, routing, data) is checked there."""
-
-    def value(dotted: str) -> Any:
-        result = config
-        for name in dotted.split("."):
-            result = getattr(result, name)
-        return result
-
+    """Values that types alone do not rule out; other rooms check what involves them (layout, routing, data)."""
     for dotted, choices in _CHOICES.items():
-        if value(dotted) not in choices:
-            raise ConfigError(f"{dotted}: {value(dotted)!r} is not one of {', '.join(choices)}")
+        if (value := attrgetter(dotted)(config)) not in choices:
+            raise ConfigError(f"{dotted}: {value!r} is not one of {', '.join(choices)}")
     for dotted in _AT_LEAST_ONE:
-        if value(dotted) < 1:
-            raise ConfigError(f"{dotted}: must be at least 1, found {value(dotted)}")
+        if (value := attrgetter(dotted)(config)) < 1:
+            raise ConfigError(f"{dotted}: must be at least 1, found {value}")
     if not config.objective.temperature > 0:
         raise ConfigError(f"objective.temperature: must be above 0, found {config.objective.temperature}")
     if config.rollout.temperature < 0 or not 0 < config.rollout.top_p <= 1 or config.rollout.top_k < 0:
@@ -385,7 +372,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as type `hint`, or a ConfigError; integers are accepted for floats, never the other way round."""
+    """`value` as type `hint`, or a ConfigError; integers pass as floats, never the other way round."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:
