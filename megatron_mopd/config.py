@@ -38,7 +38,7 @@ class ModelConfig:
     vocab_size: int | None = None
     """Number of real token ids; default: the tokenizer's."""
     make_vocab_size_divisible_by: int = 128
-    """Embeddings are padded to a multiple of this times `tensor_model_parallel_size`; padding is never used."""
+    """The vocabulary is padded to a multiple of this times `tensor_model_parallel_size`, never sampled."""
     max_position_embeddings: int | None = None
     """Longest sequence the rotary tables are made for; default: `data.seq_length`."""
     position_embedding_type: str = "rope"
@@ -332,7 +332,7 @@ _AT_LEAST_ONE = """objective.chunk_size schedule.global_batch_size schedule.micr
 
 
 def _check(config: Config) -> None:
-    """Values that types alone do not rule out; other rooms check what involves them (layout, routing, data)."""
+    """Values that types alone do not rule out; other rooms check what involves them (layout, routing)."""
     for dotted, choices in _CHOICES.items():
         if (value := attrgetter(dotted)(config)) not in choices:
             raise ConfigError(f"{dotted}: {value!r} is not one of {', '.join(choices)}")
