@@ -1,0 +1,1 @@
+"""Where megatron-core meets the machine: process groups, the CPU backend, version differences."""

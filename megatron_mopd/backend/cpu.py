@@ -1,0 +1,170 @@
+"""megatron-core on CPU and gloo.
+
+megatron-core assumes CUDA in a few dozen places: device arguments, streams, the CUDA random generator, tensor type
+names. `install()` gives each of them its CPU meaning, once per process; on CUDA machines it is never called and nothing
+is patched. This file and `versions.py` are the only places of the house that change another library's behaviour.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import torch.distributed
+from megatron.core.tensor_parallel import random as megatron_random
+
+_CPU = torch.device("cpu")
+_installed = False
+
+
+class _Stream:
+    """A CUDA stream's interface where everything already runs in order."""
+
+    def __init__(self, *args, **kwargs):
+        self.device = _CPU
+
+    def wait_stream(self, stream):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+    def record_event(self, event=None):
+        return event or _Event()
+
+    def synchronize(self):
+        pass
+
+    def query(self):
+        return True
+
+
+class _Event:
+    """A CUDA event that has always happened."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, stream=None):
+        pass
+
+    def wait(self, stream=None):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other):
+        return 0.0
+
+
+def _names_cuda(device) -> bool:
+    return str(device).startswith("cuda") or isinstance(device, int)
+
+
+def _on_cpu(factory):
+    """`torch.zeros(..., device="cuda")` and its relatives make CPU tensors; pinning host memory means nothing here."""
+
+    @functools.wraps(factory)
+    def wrapper(*args, **kwargs):
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+def _all_to_all_single(original):
+    """gloo wants lists of int split sizes where the MoE token dispatcher passes tensors."""
+
+    @functools.wraps(original)
+    def wrapper(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
+        def as_list(sizes):
+            return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+
+        return original(
+            output,
+            input,
+            as_list(output_split_sizes),
+            as_list(input_split_sizes),
+            group=group,
+            async_op=async_op,
+        )
+
+    return wrapper
+
+
+def _tensor_type(original):
+    """Optimizers compare `param.type()` with CUDA type names; float64 parameters are treated like float32 ones."""
+
+    @functools.wraps(original)
+    def wrapper(self, dtype=None, non_blocking=False, **kwargs):
+        if dtype is not None:
+            return original(self, dtype, non_blocking, **kwargs)
+        name = original(self).replace("torch.DoubleTensor", "torch.FloatTensor")
+        return name.replace("torch.", "torch.cuda.", 1)
+
+    return wrapper
+
+
+def _get_rng_state(*args, **kwargs):
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state, *args, **kwargs):
+    torch.set_rng_state(state)
+
+
+def install() -> None:
+    """Give megatron-core's CUDA calls their CPU meaning in this process. Idempotent."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+
+    for name in (
+        "zeros",
+        "ones",
+        "empty",
+        "full",
+        "tensor",
+        "arange",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "rand",
+    ):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.type = _tensor_type(torch.Tensor.type)
+
+    cuda = torch.cuda
+    stream = _Stream()
+    cuda.current_device = lambda: _CPU
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    cuda.empty_cache = lambda: None
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.current_stream = cuda.default_stream = lambda device=None: stream
+    cuda.stream = lambda stream=None: contextlib.nullcontext()
+    cuda.device_count = lambda: 0
+    for counter in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(cuda, counter, lambda device=None: 0)
+    cuda.reset_peak_memory_stats = lambda device=None: None
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args, **kwargs: None
+    cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed) and None
+    cuda.get_rng_state = cuda.random.get_rng_state = _get_rng_state
+    cuda.set_rng_state = cuda.random.set_rng_state = _set_rng_state
+    megatron_random._get_cuda_rng_state = _get_rng_state
+    megatron_random._set_cuda_rng_state = _set_rng_state
+
+    torch.distributed.all_to_all_single = _all_to_all_single(torch.distributed.all_to_all_single)
+    # megatron-core decorates small functions with torch.compile, which on CPU costs minutes and saves nothing.
+    torch.compiler.set_stance("force_eager")

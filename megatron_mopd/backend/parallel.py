@@ -1,0 +1,245 @@
+"""Start-up of the ranks, and the one object that holds every process group.
+
+`start_ranks` brings up torch.distributed with a check-in that names the ranks that are missing; `build_parallel_groups`
+lays TP x CP x EP x DP x PP over them with megatron-core and returns `ParallelGroups`, which is passed around.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_mopd.backend import cpu, versions
+from megatron_mopd.config import ConfigError, ParallelConfig
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """Every process group of the run, with the sizes and ranks that the house asks for."""
+
+    collection: ProcessGroupCollection
+    """megatron-core's own collection, handed to its models, schedules and optimizers."""
+    config: ParallelConfig
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        return self.collection.tp
+
+    @property
+    def pp(self) -> dist.ProcessGroup:
+        return self.collection.pp
+
+    @property
+    def cp(self) -> dist.ProcessGroup:
+        return self.collection.cp
+
+    @property
+    def dp(self) -> dist.ProcessGroup:
+        """Ranks that train on different samples (context parallelism not included)."""
+        return self.collection.dp
+
+    @property
+    def tp_size(self) -> int:
+        return self.collection.tp.size()
+
+    @property
+    def cp_size(self) -> int:
+        return self.collection.cp.size()
+
+    @property
+    def dp_size(self) -> int:
+        return self.collection.dp.size()
+
+    @property
+    def pp_size(self) -> int:
+        return self.collection.pp.size()
+
+    @property
+    def vpp_size(self) -> int:
+        return self.config.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.collection.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.collection.pp.rank() == self.pp_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last pipeline stage in this rank's pipeline (source of results for broadcasts)."""
+        return dist.get_process_group_ranks(self.pp)[-1]
+
+
+def select_device(name: str) -> torch.device:
+    """The device this rank computes on; installs the CPU backend when it is the CPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: 'cuda' was asked for but torch sees no CUDA device; use device=auto or device=cpu"
+        )
+    if name == "cpu" or not torch.cuda.is_available():
+        cpu.install()
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    versions.install()
+    return device
+
+
+def start_ranks(device: torch.device, timeout_minutes: float) -> None:
+    """Initialise torch.distributed from torchrun's variables, or a world of one process without them.
+
+    Every rank checks in with the store first; when some do not within the timeout, all the others raise
+    `ConfigError` naming the missing ranks. Collectives: none before all ranks are known to be there.
+    """
+    if dist.is_initialized():
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        store: dist.Store = dist.HashStore()
+    else:
+        try:
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        except KeyError as missing:
+            raise ConfigError(
+                f"{missing} is not set although WORLD_SIZE={world_size}; start with torchrun"
+            ) from None
+        agent_owns_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        try:
+            store = dist.TCPStore(
+                host,
+                port,
+                is_master=rank == 0 and not agent_owns_store,
+                timeout=timeout,
+                wait_for_workers=False,
+            )
+        except (dist.DistError, RuntimeError, TimeoutError) as error:
+            raise ConfigError(
+                f"rank {rank} could not reach the rendezvous at {host}:{port} within {timeout_minutes:g} minutes "
+                f"({str(error).splitlines()[0]}); check that rank 0 is running and the port is open"
+            ) from None
+        # A restarted job must not find the check-ins of the attempt before it.
+        store = dist.PrefixStore(f"megatron_mopd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        _check_in(store, rank, world_size, timeout_minutes)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=None if device.type == "cpu" else device,
+    )
+
+
+def _check_in(store: dist.Store, rank: int, world_size: int, timeout_minutes: float) -> None:
+    store.set(f"arrived/{rank}", "yes")
+    deadline = time.monotonic() + 60 * timeout_minutes
+    missing = set(range(world_size))
+    while missing := {other for other in missing if not store.check([f"arrived/{other}"])}:
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"only {world_size - len(missing)} of {world_size} ranks started within {timeout_minutes:g} minutes; "
+                f"missing: {', '.join(map(str, sorted(missing)))}. Look at their logs, or raise "
+                "parallel.distributed_timeout_minutes"
+            )
+        time.sleep(0.05)
+
+
+def validate_layout(
+    parallel: ParallelConfig, world_size: int, num_layers: int, num_moe_experts: int | None
+) -> None:
+    """Raise `ConfigError` naming the size that does not fit and the sizes that would. No collectives."""
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size or tp
+    if world_size % (tp * pp * cp):
+        raise ConfigError(
+            f"parallel: tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = "
+            f"{tp} x {pp} x {cp} = {tp * pp * cp} does not divide the number of ranks, {world_size}; "
+            f"valid products: {', '.join(map(str, _divisors(world_size)))}"
+        )
+    if world_size % (etp * ep * pp):
+        valid = _divisors(world_size // pp // etp) if world_size % (pp * etp) == 0 else []
+        raise ConfigError(
+            f"parallel.expert_model_parallel_size: {ep} (x expert_tensor_parallel_size {etp} x pipeline {pp}) does "
+            f"not divide the number of ranks, {world_size}; valid: {', '.join(map(str, valid)) or 'none'}"
+        )
+    if ep > 1 and not num_moe_experts:
+        raise ConfigError(
+            "parallel.expert_model_parallel_size: above 1, but the model has no num_moe_experts"
+        )
+    if num_moe_experts and num_moe_experts % ep:
+        raise ConfigError(
+            f"parallel.expert_model_parallel_size: {ep} does not divide num_moe_experts={num_moe_experts}; "
+            f"valid: {', '.join(map(str, _divisors(num_moe_experts)))}"
+        )
+    chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
+    if (parallel.virtual_pipeline_model_parallel_size or 1) > 1 and pp == 1:
+        raise ConfigError(
+            "parallel.virtual_pipeline_model_parallel_size: needs pipeline_model_parallel_size of at least 2"
+        )
+    if num_layers % chunks:
+        raise ConfigError(
+            f"parallel.pipeline_model_parallel_size: {pp} stages x "
+            f"{parallel.virtual_pipeline_model_parallel_size or 1} virtual chunks do not divide "
+            f"num_layers={num_layers}; valid products: {', '.join(map(str, _divisors(num_layers)))}"
+        )
+    if parallel.sequence_parallel and tp == 1:
+        raise ConfigError("parallel.sequence_parallel: needs tensor_model_parallel_size of at least 2")
+    if num_moe_experts and tp > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            "parallel.sequence_parallel: must be true for a mixture-of-experts model with TP > 1"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def build_parallel_groups(parallel: ParallelConfig, device: torch.device, seed: int) -> ParallelGroups:
+    """Lay the parallel groups over the started ranks and seed megatron-core's random-number tracker.
+
+    Collective over all ranks (group creation). Every rank must call it with the same arguments.
+    """
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
+        create_gloo_process_groups=device.type != "cpu",
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ParallelGroups(ProcessGroupCollection.use_mpu_process_groups(), parallel, device)
+
+
+def destroy_parallel_groups() -> None:
+    """Forget the groups (tests build several layouts in one process)."""
+    parallel_state.destroy_model_parallel()

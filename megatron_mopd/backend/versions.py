@@ -1,0 +1,35 @@
+"""Differences between the megatron-core releases we support (>= 0.16.1, < 0.20)."""
+
+from __future__ import annotations
+
+import functools
+
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.router import TopKRouter
+
+_installed = False
+
+
+def install() -> None:
+    """Repair what is broken in a supported release. Idempotent; feature-detected, so newer releases are untouched."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    if not hasattr(moe_utils, "te_general_gemm"):
+        # 0.16.1 without transformer-engine: the router's GEMM looks the name up before deciding not to use it.
+        moe_utils.te_general_gemm = None
+    if hasattr(TopKRouter, "_apply_expert_bias"):
+        TopKRouter._apply_expert_bias = _with_column_mask(TopKRouter._apply_expert_bias)
+
+
+def _with_column_mask(original):
+    """Both releases combine the [tokens, experts] routing map with a [tokens] padding mask; it has to be a column."""
+
+    @functools.wraps(original)
+    def wrapper(self, routing_map, padding_mask=None, **kwargs):
+        if padding_mask is not None and padding_mask.dim() == 1:
+            padding_mask = padding_mask.unsqueeze(-1)
+        return original(self, routing_map, padding_mask=padding_mask, **kwargs)
+
+    return wrapper

@@ -1,0 +1,1 @@
+"""From configuration to GPTModel stages: student or frozen teacher, attention, hidden states, checkpoints."""

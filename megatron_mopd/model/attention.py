@@ -1,0 +1,170 @@
+"""The attention core on `scaled_dot_product_attention`: padded or packed, context parallel, or with a KV cache.
+
+PyTorch picks the kernel (FlashAttention or cuDNN on Hopper, its own on CPU). Nothing here depends on Transformer Engine.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from megatron_mopd.model.packing import PackedDocuments
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """softmax(q k^T * scale) v with causal masking, in megatron-core's layout.
+
+    Shapes: query [sq, b, heads/tp, d], key and value [sk, b, groups/tp, d]; returns [sq, b, heads/tp x d].
+
+    Without context parallelism nothing is communicated. With it, key and value are all-gathered over the
+    context-parallel group (2 x s x b x groups/tp x d elements received per layer) and their gradient is
+    reduce-scattered; queries stay where they are.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+        **_unused,
+    ):
+        super().__init__(config=config)
+        if config.window_size is not None:
+            raise ValueError(
+                "window_size: sliding-window attention is not supported by the local attention core"
+            )
+        if config.softmax_type != "vanilla":
+            raise ValueError(f"softmax_type: {config.softmax_type!r} is not supported; only 'vanilla' is")
+        self.cp_group = pg_collection.cp
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedDocuments | None = None,
+    ) -> Tensor:
+        if attention_mask is not None:  # decoding: [b, 1, sq, sk], True = masked, megatron-core's convention
+            output = self._attend(*map(_to_bhsd, (query, key, value)), mask=~attention_mask)
+        elif self.cp_group.size() > 1:
+            output = self._context_parallel(query, key, value, packed_seq_params)
+        elif packed_seq_params is not None:
+            output = self._packed(query, key, value, packed_seq_params)
+        else:
+            output = self._attend(*map(_to_bhsd, (query, key, value)), causal=True)
+        return output.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """[b, heads, sq, d] x [b, groups, sk, d] -> [b, heads, sq, d_v]."""
+        dropout = self.dropout if self.training else 0.0
+        kwargs = dict(attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=q.size(1) != k.size(1))
+        if dropout == 0.0:
+            return F.scaled_dot_product_attention(q, k, v, **kwargs)
+        with get_cuda_rng_tracker().fork():
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **kwargs)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments) -> Tensor:
+        """Gather each bucket's documents into rows, attend causally, scatter back. All inputs [T, 1, heads, d]."""
+        output = query.new_zeros(query.size(0), query.size(2), value.size(3))
+        for index, valid in documents.buckets:
+            rows = [x.squeeze(1)[index].transpose(1, 2) for x in (query, key, value)]
+            attended = self._attend(*rows, causal=True).transpose(1, 2)
+            output = output.index_put((index[valid],), attended[valid])
+        return output.transpose(0, 1).unsqueeze(0)
+
+    def _context_parallel(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments | None
+    ) -> Tensor:
+        """Local zigzag queries against gathered keys; every query slice sees exactly the keys up to its end."""
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        gathered = _GatherSequence.apply(
+            torch.cat((key, value), dim=-1), self.cp_group
+        )  # [cp, s/cp, b, g, d + dv]
+        lengths = documents.lengths if documents is not None else (query.size(0) * size,)
+        pieces, start = [], 0
+        for length in lengths:
+            part = length // (2 * size)
+            local = slice(start, start + 2 * part)
+            # Rank r holds slices r and 2 cp - 1 - r of the document: put the 2 cp slices back in order.
+            ordered = [gathered[r, local][:part] for r in range(size)]
+            ordered += [gathered[r, local][part:] for r in reversed(range(size))]
+            keys_values = torch.cat(ordered)
+            for half, position in ((0, rank), (1, 2 * size - 1 - rank)):
+                queries = query[start + half * part : start + (half + 1) * part]
+                visible = keys_values[: (position + 1) * part]
+                k, v = visible.split((key.size(-1), value.size(-1)), dim=-1)
+                mask = causal_lower_right(part, visible.size(0))
+                pieces.append(self._attend(*map(_to_bhsd, (queries, k, v)), mask=mask))
+            start += 2 * part
+        return torch.cat(pieces, dim=2)
+
+
+def _to_bhsd(x: Tensor) -> Tensor:
+    return x.permute(1, 2, 0, 3)
+
+
+class _GatherSequence(torch.autograd.Function):
+    """All-gather over a group, stacked on a new first dimension; backward sums every rank's gradient of our part.
+
+    Forward: one all-gather, x.numel() elements sent per rank. Backward: one reduce-scatter of the same size.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.contiguous()
+        output = torch.empty((group.size(), *x.shape), dtype=x.dtype, device=x.device)
+        dist.all_gather_into_tensor(output, x, group=group)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        output = torch.empty(grad.shape[1:], dtype=grad.dtype, device=grad.device)
+        dist.reduce_scatter_tensor(output, grad.contiguous(), group=ctx.group)
+        return output, None
+
+
+class CachedSelfAttention(SelfAttention):
+    """megatron-core's self attention whose KV cache holds keys that are already rotated.
+
+    The stock static cache stores unrotated keys and rotates the whole cache again at every decoded token. Here a key is
+    rotated once, with its own row's position, so prompts of different lengths share a batch and their positions are
+    the very ones that training uses.
+    """
+
+    def _adjust_key_value_for_inference(
+        self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
+    ):
+        if inference_context is None:
+            return query, key, value, rotary_pos_emb, self.attn_mask_type, None
+        if rotary_pos_emb is not None:
+            q_positions, k_positions = rotary_pos_emb
+            cp_group = self.pg_collection.cp
+            query = apply_rotary_pos_emb(query, q_positions, config=self.config, cp_group=cp_group)
+            key = apply_rotary_pos_emb(key, k_positions, config=self.config, cp_group=cp_group)
+        key, value = inference_context.append(self.layer_number, key, value)
+        return query, key, value, None, AttnMaskType.no_mask, None

@@ -1,0 +1,169 @@
+"""From configuration to the model chunks that this rank holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_mopd.model.gpt import HiddenStateGPT
+from megatron_mopd.model.initialize import initialize_weights
+from megatron_mopd.model.specs import block_spec, uses_transformer_engine
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "squared_relu": squared_relu}
+
+# What nearly every current open model shares, so that a configuration need not say it.
+_ARCHITECTURE_DEFAULTS: dict[str, Any] = dict(
+    normalization="RMSNorm",
+    gated_linear_unit=True,
+    activation_func="silu",
+    add_bias_linear=False,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+    moe_token_dispatcher_type="alltoall",
+    moe_router_load_balancing_type="aux_loss",
+)
+
+# A frozen teacher computes its forward pass and nothing else.
+_FROZEN_OVERRIDES: dict[str, Any] = dict(
+    moe_router_load_balancing_type="none",
+    moe_aux_loss_coeff=0.0,
+    moe_z_loss_coeff=None,
+    moe_input_jitter_eps=None,
+    mtp_num_layers=None,
+    recompute_granularity=None,
+    recompute_method=None,
+    recompute_num_layers=None,
+    moe_router_bias_update_rate=0.0,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+)
+
+
+def transformer_config(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    params_dtype: str,
+    device_type: str,
+    *,
+    frozen: bool = False,
+    where: str = "student",
+) -> TransformerConfig:
+    """A TransformerConfig of its own for one model; `ConfigError` (prefix `where`) for what megatron-core refuses.
+
+    `frozen` makes it a teacher's: no auxiliary loss, no multi-token prediction, no recompute, no virtual stages.
+    """
+    for key in ("num_layers", "hidden_size", "num_attention_heads"):
+        if key not in model.transformer:
+            raise ConfigError(f"{where}.{key}: missing; name it or load a checkpoint")
+    dtype = DTYPES[params_dtype]
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    on_cuda = device_type == "cuda"
+    values = _ARCHITECTURE_DEFAULTS | model.transformer
+    values |= dict(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 and not frozen else None,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size
+        or parallel.tensor_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=True,
+        # Micro-batches of one step share a shape unless they are packed; the runtime says which before each step.
+        variable_seq_lengths=False,
+        deallocate_pipeline_outputs=True,
+        # Weights are drawn by `initialize_weights`, from their global name, so that no layout changes them.
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        moe_grouped_gemm=values.get("moe_grouped_gemm", uses_transformer_engine(device_type)),
+        masked_softmax_fusion=False,
+        bias_activation_fusion=values.get("bias_activation_fusion", on_cuda),
+        bias_dropout_fusion=values.get("bias_dropout_fusion", on_cuda),
+        persist_layer_norm=False,
+        batch_p2p_comm=on_cuda,
+        batch_p2p_sync=False,
+    )
+    if frozen:
+        values |= _FROZEN_OVERRIDES
+    if isinstance(values["activation_func"], str):
+        if values["activation_func"] not in _ACTIVATIONS:
+            raise ConfigError(f"{where}.activation_func: not one of {', '.join(_ACTIVATIONS)}")
+        values["activation_func"] = _ACTIVATIONS[values["activation_func"]]
+    if values["normalization"] != "RMSNorm":
+        raise ConfigError(
+            f"{where}.normalization: only RMSNorm is supported, found {values['normalization']!r}"
+        )
+    cls = MLATransformerConfig if values.get("multi_latent_attention") else TransformerConfig
+    try:
+        return cls(**values)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{where}: megatron-core refuses this model: {' '.join(str(error).split())}"
+        ) from None
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
+    """Vocabulary rounded up so that every tensor-parallel rank holds the same number of columns."""
+    multiple = divisible_by * tp_size
+    return (vocab_size + multiple - 1) // multiple * multiple
+
+
+def build_model(
+    model: ModelConfig,
+    groups: ParallelGroups,
+    params_dtype: str,
+    *,
+    max_sequence_length: int,
+    seed: int | None = None,
+    frozen: bool = False,
+    where: str = "student",
+) -> list[HiddenStateGPT]:
+    """The model chunks of this rank (one, or one per virtual stage), on the run's device.
+
+    `seed` draws the initial weights; `None` leaves them to be loaded. A frozen model takes no gradient, is in
+    evaluation mode, and never has virtual stages. Collectives: only those of megatron-core's constructor.
+    """
+    config = transformer_config(
+        model, groups.config, params_dtype, groups.device.type, frozen=frozen, where=where
+    )
+    assert model.vocab_size is not None, "vocab_size is resolved from the tokenizer before building"
+    num_chunks = config.virtual_pipeline_model_parallel_size or 1
+    chunks = []
+    for chunk in range(num_chunks):
+        vp_stage = chunk if num_chunks > 1 else None
+        chunks.append(
+            HiddenStateGPT(
+                config=config,
+                transformer_layer_spec=block_spec(config, groups.device.type, vp_stage, groups.pp.rank()),
+                vocab_size=padded_vocab_size(
+                    model.vocab_size, model.make_vocab_size_divisible_by, groups.tp_size
+                ),
+                max_sequence_length=max(max_sequence_length, model.max_position_embeddings or 0),
+                pre_process=groups.is_first_stage and chunk == 0,
+                post_process=groups.is_last_stage and chunk == num_chunks - 1,
+                share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+                position_embedding_type=model.position_embedding_type,
+                rotary_percent=model.rotary_percent,
+                rotary_base=model.rotary_base,
+                pg_collection=groups.collection,
+                vp_stage=vp_stage,
+            ).to(groups.device)
+        )
+    if seed is not None:
+        initialize_weights(chunks, config, seed)
+    if frozen:
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+            chunk.eval()
+    return chunks

@@ -1,0 +1,58 @@
+"""GPTModel that ends in hidden states: the objective, not the model, meets the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+
+class HiddenStateGPT(GPTModel):
+    """One pipeline stage (or virtual chunk) of a GPT model.
+
+    `forward(tokens [b, s], position_ids [b or 1, s], attention_mask, ...)` returns the hidden states after the final
+    norm on the last stage, [s, b, h] ([s/tp, b, h] under sequence parallelism), and the stage's output elsewhere;
+    never logits. `head_weight()` is this rank's shard of the output head, [padded vocabulary / tp, h].
+
+    Rotary positions are given per token, so packed documents, context-parallel slices and left-padded prompts all use
+    the positions 0, 1, 2, ... of their own document.
+    """
+
+    def _preprocess(self, input_ids, position_ids, *args, padding_mask: Tensor | None = None, **kwargs):
+        outputs = list(
+            super()._preprocess(input_ids, position_ids, *args, padding_mask=padding_mask, **kwargs)
+        )
+        if self.position_embedding_type == "rope" and not self.config.multi_latent_attention:
+            outputs[1] = self._rotary_embedding(position_ids)
+        if padding_mask is not None and not self.pre_process and self.config.sequence_parallel:
+            # The stock model scatters the mask on the first stage only, where it scatters the embeddings.
+            scattered = tensor_parallel.scatter_to_sequence_parallel_region(
+                padding_mask.transpose(0, 1).contiguous(), group=self.pg_collection.tp
+            )
+            outputs[5] = scattered.transpose(0, 1).contiguous()
+        return tuple(outputs)
+
+    def _rotary_embedding(self, position_ids: Tensor) -> Tensor:
+        """Angles for every token, [s, b or 1, 1, rotary channels]."""
+        table = self.rotary_pos_emb_cache.get("table")
+        if table is None:
+            table = self.rotary_pos_emb.get_emb(self.max_sequence_length).squeeze(2).squeeze(1)
+            self.rotary_pos_emb_cache["table"] = table
+        return table[position_ids.transpose(0, 1)].unsqueeze(2)
+
+    def _postprocess(self, hidden_states: Tensor, **_unused) -> Tensor:
+        return hidden_states
+
+    def head_weight(self) -> Tensor:
+        """This rank's shard of the output head [padded vocabulary / tp, h]; only on the last stage."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def unwrap(module: torch.nn.Module) -> HiddenStateGPT:
+    """The model inside DistributedDataParallel."""
+    while not isinstance(module, HiddenStateGPT):
+        module = module.module
+    return module

@@ -1,0 +1,41 @@
+"""The KV cache of in-process generation, one per batch that is being decoded."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from torch import Tensor
+
+
+class KeyValueCache(StaticInferenceContext):
+    """Keys and values of every local layer, [max_sequence_length, batch, groups/tp, d] each.
+
+    All rows share one write position, `sequence_len_offset`; prompts are padded on the left, and the attention mask
+    hides the padding. It is megatron-core's static context, so its modules accept it; storage and row handling are ours.
+    """
+
+    def __init__(self, batch_size: int, max_sequence_length: int):
+        super().__init__(batch_size, max_sequence_length)
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens' key and value [new, b, g, d] and return all stored ones, [offset + new, b, g, d]."""
+        if layer_number not in self._layers:
+            self._layers[layer_number] = tuple(
+                torch.empty((self.max_sequence_length, *x.shape[1:]), dtype=x.dtype, device=x.device)
+                for x in (key, value)
+            )
+        keys, values = self._layers[layer_number]
+        end = self.sequence_len_offset + key.size(0)
+        assert end <= self.max_sequence_length, f"KV cache of {self.max_sequence_length} positions is full"
+        keys[self.sequence_len_offset : end] = key
+        values[self.sequence_len_offset : end] = value
+        return keys[:end], values[:end]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Keep only these batch rows [n], in this order; what finished leaves the batch and its memory."""
+        self._layers = {
+            layer: (keys.index_select(1, rows), values.index_select(1, rows))
+            for layer, (keys, values) in self._layers.items()
+        }
+        self.max_batch_size = len(rows)

@@ -1,0 +1,55 @@
+"""What the attention core needs to know about a micro-batch of packed documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """Documents laid end to end in one row; no attention crosses their borders.
+
+    It travels through megatron-core as its `packed_seq_params`. `qkv_format` stays away from "thd", so that
+    megatron-core keeps the [tokens, 1, heads, channels] layout and leaves both rotary positions (given per token by
+    `HiddenStateGPT`) and document borders to us. Under context parallelism every length is a multiple of 2 x cp and the
+    rank holds, of each document, the two zigzag slices that megatron-core's convention gives it.
+    """
+
+    lengths: tuple[int, ...] = ()
+    """Length of every document in tokens, padding included, before the split over context-parallel ranks."""
+    buckets: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Without context parallelism: documents of similar length, as (index [n, L] into the row, valid [n, L])."""
+
+    @classmethod
+    def from_lengths(cls, lengths: list[int], device: torch.device) -> PackedDocuments:
+        """Documents grouped into buckets whose padded length is the longest member's, at most twice the shortest's."""
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        groups: dict[int, list[int]] = {}
+        for document, length in enumerate(lengths):
+            groups.setdefault(max(length - 1, 0).bit_length(), []).append(document)
+        buckets = []
+        for _, documents in sorted(groups.items()):
+            longest = max(lengths[d] for d in documents)
+            offset = torch.arange(longest)
+            length = torch.tensor([lengths[d] for d in documents]).unsqueeze(1)
+            start = torch.tensor([starts[d] for d in documents]).unsqueeze(1)
+            # Positions past a document's end repeat its last token: causal masking keeps them from being seen.
+            index = start + torch.minimum(offset, length - 1)
+            buckets.append((index.to(device), (offset < length).to(device)))
+        cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
+        longest = max(lengths)
+        return cls(
+            qkv_format="sbhd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            lengths=tuple(lengths),
+            buckets=buckets,
+        )

@@ -1,0 +1,83 @@
+"""Layer specs: which module class stands for each part of a transformer layer."""
+
+from __future__ import annotations
+
+import copy
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_mopd.model.attention import CachedSelfAttention, ScaledDotProductAttention
+from megatron_mopd.model.norm import RMSNorm
+
+
+def uses_transformer_engine(device_type: str) -> bool:
+    """Transformer Engine's linears, norms and grouped GEMM are used on CUDA whenever it is installed."""
+    return HAVE_TE and device_type == "cuda"
+
+
+def block_spec(config: TransformerConfig, device_type: str, vp_stage: int | None, pp_rank: int):
+    """Submodules of the layers that this pipeline stage (and virtual chunk) holds.
+
+    The attention core is ours on either spec: rollout and training must mask alike, and packed documents travel in our
+    own form. Returns megatron-core's TransformerBlockSubmodules.
+    """
+    layers = [_layer_spec(config, is_moe, device_type) for is_moe in moe_layer_pattern(config)]
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    final_norm = RMSNorm
+    if uses_transformer_engine(device_type):
+        from megatron.core.extensions.transformer_engine import TENorm as final_norm  # optional package
+    return TransformerBlockSubmodules(layer_specs=layers[first : first + count], layer_norm=final_norm)
+
+
+def moe_layer_pattern(config: TransformerConfig) -> list[bool]:
+    """Which of the `num_layers` layers are mixture-of-experts layers (`moe_layer_freq`)."""
+    if not config.num_moe_experts:
+        return [False] * config.num_layers
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(config.num_layers)]
+    return [bool(flag) for flag in frequency]
+
+
+def _layer_spec(config: TransformerConfig, is_moe: bool, device_type: str) -> ModuleSpec:
+    kwargs = dict(
+        num_experts=config.num_moe_experts if is_moe else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+    )
+    if uses_transformer_engine(device_type):
+        spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(**kwargs))
+    else:
+        spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=config.normalization, **kwargs))
+        spec.submodules.input_layernorm = RMSNorm
+        spec.submodules.pre_mlp_layernorm = RMSNorm
+        norms = (
+            ("q_layernorm", "kv_layernorm")
+            if config.multi_latent_attention
+            else ("q_layernorm", "k_layernorm")
+        )
+        for name in norms:
+            if getattr(spec.submodules.self_attention.submodules, name) is not IdentityOp:
+                setattr(spec.submodules.self_attention.submodules, name, RMSNorm)
+        # The canonical names of a checkpoint are the TE spec's, which fuses the norm into the linear after it; in a
+        # mixture-of-experts layer there is no such linear and the norm keeps its own name.
+        spec.submodules.sharded_state_dict_keys_map = {
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
+        } | ({} if is_moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"})
+    attention = spec.submodules.self_attention
+    attention.submodules.core_attention = ScaledDotProductAttention
+    if attention.module is SelfAttention:
+        attention.module = CachedSelfAttention
+    return spec
