@@ -1,0 +1,32 @@
+"""Named reductions: how tokens are weighted against each other in the loss."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_mopd.data.trajectory import Trajectory
+
+REDUCTIONS = ("token_mean", "sequence_mean", "domain_mean")
+
+
+def token_weights(trajectories: Sequence[Trajectory], reduction: str) -> dict[int, float]:
+    """Weight of each response token, by trajectory index, for the whole global batch.
+
+    The loss is sum_t weight_t L_t / N with N the number of response tokens of the global batch, so every weight is 1
+    for `token_mean`; `sequence_mean` gives each response the same total (N / (responses x |y|) per token, the 1/|y| of
+    MiMo-V2-Flash, arXiv 2601.02780, 4.4) and `domain_mean` each domain (N / (domains x tokens of the domain)).
+    Computed from the global batch, so it does not depend on micro-batches, packing or any parallel layout.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: {reduction!r} is not one of {', '.join(REDUCTIONS)}")
+    responses = [t for t in trajectories if t.response_ids]
+    total = sum(len(t.response_ids) for t in responses)
+    if reduction == "token_mean":
+        return {t.index: 1.0 for t in responses}
+    if reduction == "sequence_mean":
+        return {t.index: total / (len(responses) * len(t.response_ids)) for t in responses}
+    per_domain = Counter()
+    for trajectory in responses:
+        per_domain[trajectory.domain] += len(trajectory.response_ids)
+    return {t.index: total / (len(per_domain) * per_domain[t.domain]) for t in responses}
