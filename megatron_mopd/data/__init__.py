@@ -1,0 +1,1 @@
+"""Tokenizer, prompts, domains, verifiers, and the way trajectories become micro-batches."""

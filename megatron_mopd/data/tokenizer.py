@@ -1,0 +1,266 @@
+"""One interface over SentencePiece models and Hugging Face tokenizer directories.
+
+``load_tokenizer(path)`` takes a SentencePiece ``.model`` file, a directory with ``tokenizer.model``, or a
+Hugging Face tokenizer directory. Nothing is ever downloaded, no code from a directory is ever executed.
+``train_sentencepiece`` makes a small tokenizer from texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import jinja2
+import sentencepiece
+import transformers
+
+from megatron_mopd.config import ConfigError
+
+Message = dict[str, str]
+"""One turn of a conversation: `{"role": ..., "content": ...}`."""
+
+_SENTENCEPIECE_NAME = "tokenizer.model"
+# Either makes a directory a Hugging Face tokenizer; a `tokenizer.model` beside it is then one of its files.
+_HUGGING_FACE_MARKERS = ("tokenizer.json", "tokenizer_config.json")
+# What may define a Hugging Face tokenizer. `config.json` is read for `model_type`, which decides the class.
+_HUGGING_FACE_PATTERNS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template.*",
+    "additional_chat_templates",
+)
+
+
+class Tokenizer(Protocol):
+    """What the rest of the house may ask of a tokenizer."""
+
+    vocab_size: int
+    """Number of token ids, the largest id plus one; the model's padding is not counted."""
+    eos_id: int
+    """The token that ends a response."""
+    pad_id: int
+    """Fills unused positions; the end-of-sequence token where the tokenizer has no padding token."""
+    bos_id: int | None
+    """The token that begins a prompt; `None` where the tokenizer has none or does not use it."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` alone: nothing is added before or after."""
+
+    def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Token ids that a response follows: text as it stands, messages through the chat template.
+
+        Plain text is preceded by `bos_id` where there is one. Messages end with the template's opening of the
+        assistant's turn. Raises `ConfigError` when the template is missing or refuses the messages.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that gives ids their meaning: equal content, wherever it lies, has an equal one."""
+
+    def save(self, directory: str | Path) -> None:
+        """Write the tokenizer into `directory`, so that `load_tokenizer(directory)` gives it back."""
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model; see `Tokenizer` for the methods.
+
+    A SentencePiece model has no chat template: messages become one line ``role: content`` each, and the
+    prompt ends with ``assistant: ``.
+    """
+
+    def __init__(self, model_file: str | Path):
+        try:
+            self._proto = Path(model_file).read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._proto)
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(f"{model_file}: not a SentencePiece model: {_one_line(error)}") from None
+        self.vocab_size = self._processor.vocab_size()
+        self.eos_id = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise ConfigError(f"{model_file}: the SentencePiece model has no end-of-sequence token")
+        pad_id, bos_id = self._processor.pad_id(), self._processor.bos_id()
+        self.pad_id = pad_id if pad_id >= 0 else self.eos_id
+        self.bos_id = bos_id if bos_id >= 0 else None
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+        if not isinstance(prompt, str):
+            prompt = "".join(f"{turn['role']}: {turn['content']}\n" for turn in prompt) + "assistant: "
+        return ([] if self.bos_id is None else [self.bos_id]) + self.encode(prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode(list(ids))
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._proto).hexdigest()
+
+    def save(self, directory: str | Path) -> None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        (Path(directory) / _SENTENCEPIECE_NAME).write_bytes(self._proto)
+
+
+class HuggingFaceTokenizer:
+    """A Hugging Face tokenizer directory, read by `transformers`; see `Tokenizer` for the methods."""
+
+    def __init__(self, directory: str | Path):
+        self._directory = Path(directory)
+        try:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # whatever a broken directory raises, it is the user's to mend
+            raise ConfigError(f"{directory}: not a usable tokenizer directory: {_one_line(error)}") from None
+        if self._tokenizer.eos_token_id is None:
+            raise ConfigError(f"{directory}: the tokenizer has no end-of-sequence token (eos_token)")
+        self._vocab = self._tokenizer.get_vocab()
+        # Not len(vocab): ids may have holes, and every id must be a row of the embedding.
+        self.vocab_size = max(self._vocab.values()) + 1
+        self.eos_id = self._tokenizer.eos_token_id
+        pad_id, bos_id = self._tokenizer.pad_token_id, self._tokenizer.bos_token_id
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+        # Many tokenizers name a beginning-of-sequence token that they never put before a text.
+        uses_bos = bos_id is not None and self._tokenizer("a")["input_ids"][:1] == [bos_id]
+        self.bos_id = bos_id if uses_bos else None
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+        if isinstance(prompt, str):
+            return ([] if self.bos_id is None else [self.bos_id]) + self.encode(prompt)
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(turn) for turn in prompt], tokenize=False, add_generation_prompt=True
+            )
+        except (ValueError, TypeError, jinja2.TemplateError) as error:
+            raise ConfigError(f"{self._directory}: chat template: {_one_line(error)}") from None
+        return self.encode(text)  # the template writes its own special tokens
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def fingerprint(self) -> str:
+        # Parsed JSON, not bytes: saving a tokenizer again changes its layout and none of its meaning.
+        content = {
+            "vocab": sorted(self._vocab.items(), key=lambda item: (item[1], item[0])),
+            "eos_id": self.eos_id,
+            "chat_template": self._tokenizer.chat_template,
+            "files": self._algorithm(),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _algorithm(self) -> object:
+        """How text is cut into tokens: the parsed `tokenizer.json`, or hashes of the older files."""
+        path = self._directory / "tokenizer.json"
+        if not path.exists():
+            names = ("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+            files = sorted(file for name in names for file in self._directory.glob(name))
+            return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for batching in ("padding", "truncation"):  # settings of the last use, not part of the tokenizer
+            content.pop(batching, None)
+        merges = content.get("model", {}).get("merges")
+        if merges:  # written as "a b" by older versions and as ["a", "b"] by newer ones
+            content["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in merges]
+        return content
+
+    def save(self, directory: str | Path) -> None:
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        for pattern in _HUGGING_FACE_PATTERNS:
+            for source in self._directory.glob(pattern):
+                if source.is_dir():
+                    shutil.copytree(source, target / source.name, dirs_exist_ok=True)
+                elif source.resolve() != (target / source.name).resolve():
+                    shutil.copyfile(source, target / source.name)
+        # A model saved beside the tokenizer has its own config.json, which must survive.
+        config = self._directory / "config.json"
+        if config.exists() and not (target / "config.json").exists():
+            shutil.copyfile(config, target / "config.json")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer at `path`: a SentencePiece `.model` file, or a directory of one or of Hugging Face files.
+
+    Raises `ConfigError` when there is no such path or nothing in it that is a tokenizer.
+    """
+    location = Path(path)
+    if not str(path) or not location.exists():
+        raise ConfigError(f"tokenizer not found: {str(path)!r}; give a .model file or a tokenizer directory")
+    if location.is_file():
+        return SentencePieceTokenizer(location)
+    if any((location / name).exists() for name in _HUGGING_FACE_MARKERS):
+        return HuggingFaceTokenizer(location)
+    if (location / _SENTENCEPIECE_NAME).exists():
+        return SentencePieceTokenizer(location / _SENTENCEPIECE_NAME)
+    expected = ", ".join((*_HUGGING_FACE_MARKERS, _SENTENCEPIECE_NAME))
+    raise ConfigError(f"{path}: holds no tokenizer (none of {expected})")
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    output_path: str | Path,
+    vocab_size: int,
+    *,
+    model_type: str = "bpe",
+    num_threads: int = 1,
+) -> SentencePieceTokenizer:
+    """Train a SentencePiece model on `texts`, write it to `output_path` and return it.
+
+    Text survives a round trip unchanged, runs of spaces and newlines included (the one exception is U+2581,
+    which SentencePiece itself uses for a space). Digits are single tokens, characters never seen are written
+    as bytes, and ids 0 to 3 are padding, unknown, beginning and end of sequence. The same texts in the same
+    order give the same file; with `unigram` that needs one thread. The vocabulary has at most `vocab_size`
+    ids (fewer when the texts are too few). Raises `ConfigError` when `vocab_size` is too small for the
+    alphabet, the 256 bytes and the special tokens.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            num_threads=num_threads,
+            minloglevel=2,
+            max_sentence_length=1 << 20,  # longer texts would be left out without a word
+            character_coverage=1.0,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n"],
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"{output_path}: SentencePiece training failed: {_one_line(error)}") from None
+    Path(output_path).parent.mkdir(parents=True, exist_ok=True)
+    Path(output_path).write_bytes(model.getvalue())
+    return SentencePieceTokenizer(output_path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
