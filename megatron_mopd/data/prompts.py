@@ -1,0 +1,266 @@
+"""Prompts: reading them, mixing their sources, and drawing the batch of an iteration.
+
+``load_prompts`` reads JSONL files and makes reasoning-gym tasks; ``PromptSampler`` draws from them. Which
+prompts an iteration sees follows from the seed and the iteration alone, so a resumed run needs no sampler
+state.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import heapq
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from megatron_mopd.config import ConfigError, PromptSource
+from megatron_mopd.data.prompt import Prompt
+from megatron_mopd.data.reasoning_tasks import task_entries
+from megatron_mopd.data.tokenizer import Tokenizer
+from megatron_mopd.data.verifiers import check_verifier
+
+__all__ = ["Prompt", "PromptSampler", "PromptSet", "load_prompts", "require_answers"]
+
+_LINE_KEYS = ("prompt", "domain", "answer", "verifier")
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of several sources; iterating gives all of them, source after source."""
+
+    groups: tuple[tuple[Prompt, ...], ...]
+    """The prompts of each source."""
+    weights: tuple[float, ...]
+    """Share of each source in a batch, relative to the others."""
+
+    def __len__(self) -> int:
+        return sum(len(group) for group in self.groups)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (prompt for group in self.groups for prompt in group)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Every domain once, in the order of first appearance."""
+        return tuple(dict.fromkeys(prompt.domain for prompt in self))
+
+    def without(self, other: PromptSet) -> PromptSet:
+        """These prompts without those that `other` has too, for evaluation on what was never trained on.
+
+        Prompts are compared by their tokens. Raises `ConfigError` when nothing is left of a source.
+        """
+        known = {prompt.token_ids for prompt in other}
+        groups = tuple(tuple(p for p in group if p.token_ids not in known) for group in self.groups)
+        for before, after in zip(self.groups, groups):
+            if not after:
+                raise ConfigError(f"{before[0].origin}: every prompt of this source is a training prompt too")
+        return PromptSet(groups, self.weights)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what training reads.
+
+        Ranks that disagree on it, or a run and its resumption, have different data: another file, or another
+        release of reasoning-gym.
+        """
+        digest = hashlib.sha256(repr(self.weights).encode())
+        for prompt in self:
+            digest.update(repr((prompt.token_ids, prompt.domain, prompt.answer, prompt.verifier)).encode())
+        return digest.hexdigest()
+
+
+def load_prompts(
+    sources: Sequence[PromptSource], tokenizer: Tokenizer, seq_length: int, where: str = "data.prompts"
+) -> PromptSet:
+    """Read every source, tokenize its prompts and check them; `where` is the config key of `sources`.
+
+    A prompt must leave room for at least one response token within `seq_length`. Raises `ConfigError`
+    naming the file and line (or the task and the number of the prompt) of the first thing that is wrong.
+    """
+    if not sources:
+        raise ConfigError(f"{where}: no prompts; list at least one source with a `path` or a `task`")
+    groups, start = [], 0
+    for number, source in enumerate(sources):
+        here = f"{where}[{number}]"
+        if (source.path is None) == (source.task is None):
+            raise ConfigError(f"{here}: give either `path` (a JSONL file) or `task` (a reasoning-gym task)")
+        if not (math.isfinite(source.weight) and source.weight >= 0):
+            raise ConfigError(f"{here}.weight: must be a number of at least 0, found {source.weight}")
+        if source.verifier is not None:
+            check_verifier(source.verifier, f"{here}.verifier")
+        read = _from_file if source.path is not None else _from_task
+        group = []
+        for prompt in read(source, here):
+            token_ids = _tokenize(prompt, tokenizer, seq_length)
+            group.append(replace(prompt, token_ids=token_ids, index=start + len(group)))
+        groups.append(tuple(group))
+        start += len(group)
+    if not any(source.weight > 0 for source in sources):
+        raise ConfigError(f"{where}: every source has weight 0")
+    return PromptSet(tuple(groups), tuple(source.weight for source in sources))
+
+
+def require_answers(prompts: PromptSet, tokenizer: Tokenizer, seq_length: int) -> None:
+    """Check that every prompt can be trained on with cross-entropy (objective `sft`).
+
+    Each needs an `answer` that, with the end-of-sequence token, fits `seq_length` after the prompt; otherwise
+    `ConfigError` names the first that does not.
+    """
+    for prompt in prompts:
+        if prompt.answer is None:
+            raise ConfigError(f"{prompt.origin}: objective `sft` needs an `answer` for every prompt")
+        length = len(prompt.token_ids) + len(tokenizer.encode(prompt.answer)) + 1
+        if length > seq_length:
+            raise ConfigError(
+                f"{prompt.origin}: prompt and answer have {length} tokens, data.seq_length is {seq_length}"
+            )
+
+
+class PromptSampler:
+    """Draws the prompts of each iteration: a pure function of the seed, the iteration and the batch size.
+
+    Sources are mixed by the divisor method of Sainte-Laguë over the whole run: after any number of draws
+    each source has its exact share to within rounding, and what one batch rounds away the next ones give
+    back. Within a source every prompt is drawn once an epoch, in an order shuffled anew each epoch.
+    """
+
+    def __init__(self, prompts: PromptSet, seed: int):
+        self._groups = [group for group, weight in zip(prompts.groups, prompts.weights) if weight > 0]
+        weights = [Fraction(repr(float(weight))) for weight in prompts.weights if weight > 0]
+        self._shares = [weight / sum(weights) for weight in weights]
+        self._seed = seed % 2**64
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+
+    def batch(self, iteration: int, size: int) -> list[Prompt]:
+        """The `size` prompts of `iteration` (counted from 0, all with the same size), sources interleaved."""
+        drawn = self._drawn_before(iteration * size)
+        due = self._due(drawn)
+        batch = []
+        for _ in range(size):
+            source = due[0][1]
+            batch.append(self._prompt(source, drawn[source]))
+            drawn[source] += 1
+            heapq.heapreplace(due, (self._due_time(source, drawn[source]), source))
+        return batch
+
+    def _due_time(self, source: int, count: int) -> Fraction:
+        """When draw number `count` of `source` is due, in draws of the whole mixture."""
+        return Fraction(2 * count + 1, 2) / self._shares[source]
+
+    def _due(self, drawn: list[int]) -> list[tuple[Fraction, int]]:
+        due = [(self._due_time(source, count), source) for source, count in enumerate(drawn)]
+        heapq.heapify(due)
+        return due
+
+    def _drawn_before(self, total: int) -> list[int]:
+        """How many of the first `total` draws fell to each source."""
+        # What is due half a draw per source earlier cannot exceed `total`; a few more draws then reach it.
+        time = max(Fraction(0), total - Fraction(len(self._shares), 2))
+        drawn = [math.floor(share * time + Fraction(1, 2)) for share in self._shares]
+        due = self._due(drawn)
+        for _ in range(total - sum(drawn)):
+            source = due[0][1]
+            drawn[source] += 1
+            heapq.heapreplace(due, (self._due_time(source, drawn[source]), source))
+        return drawn
+
+    def _prompt(self, source: int, count: int) -> Prompt:
+        group = self._groups[source]
+        epoch, position = divmod(count, len(group))
+        if self._orders.get(source, (None,))[0] != epoch:  # a cache of the latest epoch, nothing to save
+            order = np.random.default_rng([self._seed, source, epoch]).permutation(len(group))
+            self._orders[source] = (epoch, order)
+        return group[self._orders[source][1][position]]
+
+
+def _tokenize(prompt: Prompt, tokenizer: Tokenizer, seq_length: int) -> tuple[int, ...]:
+    try:
+        token_ids = tuple(tokenizer.encode_prompt(prompt.text))
+    except ConfigError as error:
+        raise ConfigError(f"{prompt.origin}: {error}") from None
+    if not token_ids:
+        raise ConfigError(f"{prompt.origin}: the prompt is empty")
+    if len(token_ids) >= seq_length:
+        start = prompt.text if isinstance(prompt.text, str) else prompt.text[0]["content"]
+        raise ConfigError(
+            f"{prompt.origin}: prompt of {len(token_ids)} tokens leaves no room for a response within "
+            f"data.seq_length={seq_length}: {start[:60]!r}"
+        )
+    return token_ids
+
+
+def _from_task(source: PromptSource, where: str) -> Iterator[Prompt]:
+    for number, entry in enumerate(task_entries(source, where)):
+        answer = entry["answer"]
+        yield Prompt(
+            text=entry["question"],
+            token_ids=(),
+            domain=source.domain or source.task,
+            answer=None if answer is None else str(answer),
+            verifier=source.verifier or "reasoning_gym",
+            entry=entry,
+            origin=f"{where} (task {source.task}), prompt {number}",
+        )
+
+
+def _from_file(source: PromptSource, where: str) -> Iterator[Prompt]:
+    empty = True
+    try:
+        with open(source.path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    empty = False
+                    yield _from_line(line, source, f"{source.path}:{number}")
+    except OSError as error:
+        raise ConfigError(f"{where}.path: cannot read {source.path}: {error.strerror}") from None
+    if empty:
+        raise ConfigError(f"{source.path}: no prompts in this file ({where}.path)")
+
+
+def _from_line(line: bytes, source: PromptSource, origin: str) -> Prompt:
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ConfigError(f"{origin}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{origin}: expected an object with `prompt` and `domain`")
+    for key in values:  # other keys are the file's own business, but not a misspelling of ours
+        close = [] if key in _LINE_KEYS else difflib.get_close_matches(key, _LINE_KEYS, n=1, cutoff=0.8)
+        if close and close[0] not in values:
+            raise ConfigError(f"{origin}: unknown key {key!r}; did you mean {close[0]!r}?")
+    domain = source.domain or values.get("domain")
+    if domain is None:
+        raise ConfigError(f"{origin}: `domain` is missing")
+    if not isinstance(domain, str) or not domain:
+        raise ConfigError(f"{origin}: `domain` must be a name, found {domain!r}")
+    answer = values.get("answer")
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not isinstance(answer, (str, type(None))):
+        raise ConfigError(f"{origin}: `answer` must be text or a number, found {answer!r}")
+    verifier = values.get("verifier") or source.verifier or "exact_match"
+    check_verifier(verifier, origin)
+    if verifier == "reasoning_gym":
+        raise ConfigError(f"{origin}: verifier `reasoning_gym` only scores prompts of a reasoning-gym `task`")
+    return Prompt(_text(values, origin), (), domain, answer, verifier, origin=origin)
+
+
+def _text(values: dict[str, Any], origin: str) -> str | tuple[dict[str, str], ...]:
+    if values.get("prompt") is None:
+        raise ConfigError(f"{origin}: `prompt` is missing")
+    prompt = values["prompt"]
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list) or not prompt:
+        raise ConfigError(f"{origin}: `prompt` must be text or a list of messages, found {prompt!r}")
+    for number, turn in enumerate(prompt):
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in ("role", "content")):
+            raise ConfigError(f"{origin}: message {number} of `prompt` needs text `role` and `content`")
+    return tuple({"role": turn["role"], "content": turn["content"]} for turn in prompt)
