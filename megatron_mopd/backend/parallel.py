@@ -167,9 +167,15 @@ def _check_in(store: dist.Store, rank: int, world_size: int, timeout_minutes: fl
 
 
 def validate_layout(
-    parallel: ParallelConfig, world_size: int, num_layers: int, num_moe_experts: int | None
+    parallel: ParallelConfig,
+    *,
+    num_layers: int,
+    num_moe_experts: int | None,
+    num_attention_heads: int,
+    num_query_groups: int | None = None,
 ) -> None:
-    """Raise `ConfigError` naming the size that does not fit and the sizes that would. No collectives."""
+    """Raise `ConfigError` naming the parallel size that does not fit and the sizes that would. No collectives."""
+    world_size = dist.get_world_size()
     tp, pp, cp = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -208,6 +214,12 @@ def validate_layout(
             f"{parallel.virtual_pipeline_model_parallel_size or 1} virtual chunks do not divide "
             f"num_layers={num_layers}; valid products: {', '.join(map(str, _divisors(num_layers)))}"
         )
+    for name, heads in (("num_attention_heads", num_attention_heads), ("num_query_groups", num_query_groups)):
+        if heads and heads % tp and not (name == "num_query_groups" and tp % heads == 0):
+            raise ConfigError(
+                f"parallel.tensor_model_parallel_size: {tp} does not divide {name}={heads}; "
+                f"valid: {', '.join(map(str, _divisors(heads)))}"
+            )
     if parallel.sequence_parallel and tp == 1:
         raise ConfigError("parallel.sequence_parallel: needs tensor_model_parallel_size of at least 2")
     if num_moe_experts and tp > 1 and not parallel.sequence_parallel:

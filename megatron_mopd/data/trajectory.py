@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_mopd.data.prompts import Prompt
+from megatron_mopd.data.prompt import Prompt
 
 
 @dataclass(frozen=True)

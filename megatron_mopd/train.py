@@ -1,0 +1,153 @@
+"""Multi-teacher on-policy distillation, on one page.
+
+    python -m megatron_mopd.train --config FILE.yaml [section.key=value ...]
+    torchrun --nproc-per-node N -m megatron_mopd.train --config FILE.yaml [section.key=value ...]
+
+Each iteration the student samples its own trajectories, the teachers of each trajectory's domain score them, and the
+student is pulled towards those teachers by reverse KL over the full vocabulary. With `objective.kind=sft` the
+trajectories are the data's own answers and there is nothing to score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+
+import torch.distributed as dist
+
+from megatron_mopd.config import Config, ConfigError, load_config, save_config
+from megatron_mopd.data.prompts import PromptSampler
+from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.observe.metrics import MetricsWriter
+from megatron_mopd.observe.progress import StepLine, say
+from megatron_mopd.observe.report import draw_report
+from megatron_mopd.rollout.engine import SamplingParams
+from megatron_mopd.training.checkpoint import resume, save
+from megatron_mopd.training.evaluate import evaluate
+from megatron_mopd.training.guards import first_step_alarms
+from megatron_mopd.training.setup import Run, build_run, run_directory
+from megatron_mopd.training.step import learn, plan_step, score
+
+
+def train(config: Config) -> dict[str, float]:
+    """The whole run: build, then for each iteration sample -> score -> learn -> save. Returns the last metrics."""
+    run = build_run(config)
+    first = resume(run.learner)
+    if run.groups.rank == 0:
+        save_config(config, run_directory(config) / "config.yaml")
+    writer = MetricsWriter(config.run_dir, tensorboard=config.log.tensorboard, resume_iteration=first)
+    line = StepLine(config.schedule.train_iters, interval=config.log.log_interval)
+    sampler = PromptSampler(run.prompts, config.seed)
+
+    metrics: dict[str, float] = {}
+    for iteration in range(first, config.schedule.train_iters):
+        started = time.perf_counter()
+        trajectories = sample(run, sampler, iteration)
+        sampled = time.perf_counter()
+        batch = plan_step(run.learner, trajectories)
+        score(run.learner, batch)
+        metrics = learn(run.learner, batch)
+        metrics |= _timing(batch.seconds, sampled - started, time.perf_counter() - started, trajectories)
+
+        done = iteration + 1
+        if iteration == 0 and run.learner.routing is not None:
+            for alarm in first_step_alarms(metrics, run.learner.routing):
+                say(f"ALARM: {alarm}")
+        if done == config.schedule.train_iters or _every(config.schedule.eval_interval, done):
+            metrics |= evaluation(run)
+        writer.log(done, metrics)
+        line.show(done, metrics)
+        if done == config.schedule.train_iters or _every(config.checkpoint.save_interval, done):
+            save(run.learner, done, run.tokenizer)
+
+    if first >= config.schedule.train_iters:
+        metrics = evaluation(run)
+        writer.log(first, metrics)
+    writer.close()
+    if config.log.report and run.groups.rank == 0:
+        draw_report(config.run_dir)
+    return metrics
+
+
+def sample(run: Run, sampler: PromptSampler, iteration: int) -> list[Trajectory]:
+    """The trajectories of one iteration, the same list on every rank: the student's own, or the data's answers."""
+    config = run.config
+    if config.objective.kind == "sft":
+        prompts = sampler.batch(iteration, config.schedule.global_batch_size)
+        eos = run.tokenizer.eos_id
+        return [
+            Trajectory(prompt, (*run.tokenizer.encode(prompt.answer), eos), index)
+            for index, prompt in enumerate(prompts)
+        ]
+    repeats = config.rollout.samples_per_prompt
+    prompts = sampler.batch(iteration, config.schedule.global_batch_size // repeats)
+    sampling = SamplingParams.from_config(config.rollout, run.tokenizer.eos_id)
+    # Every iteration draws from its own stream, whatever was drawn before it.
+    return run.engine.generate(
+        prompts, sampling, seed=config.seed * 1_000_003 + iteration, samples_per_prompt=repeats
+    )
+
+
+def evaluation(run: Run) -> dict[str, float]:
+    """Greedy accuracy on the held-out prompts, per domain."""
+    if run.eval_prompts is None:
+        return {}
+    sampling = SamplingParams(
+        max_new_tokens=run.config.rollout.max_new_tokens,
+        temperature=0.0,
+        stop_token_ids=SamplingParams.from_config(run.config.rollout, run.tokenizer.eos_id).stop_token_ids,
+    )
+    prompts = list(run.eval_prompts)
+    return evaluate(run.engine, prompts, run.tokenizer, sampling, run.groups, seed=run.config.seed)
+
+
+def _timing(seconds, rollout: float, total: float, trajectories: list[Trajectory]) -> dict[str, float]:
+    tokens = sum(map(len, trajectories))
+    lengths = [len(t.response_ids) for t in trajectories]
+    return {
+        "seconds/rollout": rollout,
+        **{f"seconds/{name}": value for name, value in seconds.items()},
+        "seconds/total": total,
+        "tokens_per_second": tokens / total,
+        "response_length": sum(lengths) / max(1, len(lengths)),
+    }
+
+
+def _every(interval: int, iteration: int) -> bool:
+    return interval > 0 and iteration % interval == 0
+
+
+def main() -> None:
+    """Command line; a user's mistake is one line on rank 0's terminal and exit status 2."""
+    parser = argparse.ArgumentParser(prog="megatron_mopd.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("--debug", action="store_true", help="show stack traces of configuration errors")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args()
+    try:
+        train(load_config(arguments.config, arguments.overrides))
+    except ConfigError as error:
+        if arguments.debug:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        _leave(2)
+    except Exception:
+        # One rank's failure ends the job: the others wait in a collective until the launcher stops them.
+        traceback.print_exc()
+        _leave(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""DistributedDataParallel, AdamW and the learning-rate schedule, all megatron-core's."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.config import Config
+from megatron_mopd.model.build import DTYPES
+from megatron_mopd.model.gpt import HiddenStateGPT
+
+
+def wrap_data_parallel(
+    chunks: list[HiddenStateGPT], config: Config, groups: ParallelGroups
+) -> list[DistributedDataParallel]:
+    """Student chunks with gradient buffers; gradients are summed over data-parallel ranks, then divided by tokens."""
+    settings = DistributedDataParallelConfig(
+        # bf16 gradients lose small contributions when they are summed over many ranks and micro-batches.
+        grad_reduce_in_fp32=config.params_dtype == "bfloat16",
+        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        check_for_nan_in_grad=False,
+        average_in_collective=False,
+    )
+    model_config = chunks[0].config
+    wrapped = [
+        DistributedDataParallel(
+            model_config,
+            settings,
+            chunk,
+            # Later chunks start reducing while earlier ones still compute; the first has nothing left to hide behind.
+            disable_bucketing=number > 0,
+            pg_collection=groups.collection,
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+    model_config.finalize_model_grads_func = finalize_model_grads
+    if config.optimizer.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        start_sync = [chunk.start_grad_sync for chunk in wrapped]
+        single = len(wrapped) == 1
+        model_config.no_sync_func = no_sync[0] if single else no_sync
+        if groups.pp_size > 1:
+            model_config.grad_sync_func = start_sync[0] if single else start_sync
+    return wrapped
+
+
+def build_optimizer(
+    chunks: list[DistributedDataParallel], config: Config, groups: ParallelGroups
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW over the chunks' parameters (state sharded over DP when asked for), and its schedule in iterations."""
+    settings = config.optimizer
+    dtype = DTYPES[config.params_dtype]
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            use_distributed_optimizer=settings.use_distributed_optimizer,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+        ),
+        chunks,
+        use_gloo_process_groups=groups.device.type != "cpu",
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=settings.lr_warmup_init,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=max(config.schedule.train_iters, settings.lr_warmup_iters + 1),
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=config.schedule.train_iters // 10 if settings.lr_decay_style == "WSD" else None,
+        lr_wsd_decay_style="linear",
+    )
+    return optimizer, scheduler

@@ -1,0 +1,186 @@
+"""Everything that is built once before the first step, and everything that is checked before that.
+
+Every rank runs the same checks on the same inputs, so a mistake ends all of them with the same message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mopd.backend.parallel import (
+    ParallelGroups,
+    build_parallel_groups,
+    select_device,
+    start_ranks,
+    validate_layout,
+)
+from megatron_mopd.config import Config, ConfigError, ModelConfig
+from megatron_mopd.data.prompts import PromptSet, load_prompts, require_answers
+from megatron_mopd.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_mopd.model.build import build_model
+from megatron_mopd.model.checkpoint import find_checkpoint, load_weights, read_model_config
+from megatron_mopd.rollout.engine import RolloutEngine
+from megatron_mopd.rollout.megatron_engine import MegatronEngine
+from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
+from megatron_mopd.teachers.manifest import run_manifest
+from megatron_mopd.teachers.routing import Routing, check_teachers
+from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_mopd.training.step import Learner
+
+
+@dataclass
+class Run:
+    """A configured run, ready for its first step."""
+
+    config: Config
+    groups: ParallelGroups
+    tokenizer: Tokenizer
+    prompts: PromptSet
+    eval_prompts: PromptSet | None
+    learner: Learner
+    engine: RolloutEngine
+
+
+def build_run(config: Config) -> Run:
+    """Start the ranks, check every input, build student, teachers, optimizer and rollout engine.
+
+    Raises `ConfigError` for a user's mistake, before anything is trained. Collective over all ranks.
+    """
+    device = select_device(config.device)
+    start_ranks(device, config.parallel.distributed_timeout_minutes)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    is_distillation = config.objective.kind != "sft"
+    student = resolve_student(config, tokenizer)
+    teachers, routing = _resolve_teachers(config, student, tokenizer) if is_distillation else ([], None)
+    for model in [student, *(source.model for source in teachers)]:
+        _check_layout(config, model)
+    _check_batch(config)
+
+    prompts = load_prompts(config.data.prompts, tokenizer, config.data.seq_length)
+    eval_prompts = None
+    if config.data.eval:
+        eval_prompts = load_prompts(config.data.eval, tokenizer, config.data.seq_length, "data.eval")
+    if routing is not None:
+        routing.check(prompts.domains)
+    else:
+        require_answers(prompts, tokenizer, config.data.seq_length)
+
+    groups = build_parallel_groups(config.parallel, device, config.seed)
+    chunks = build_model(
+        student,
+        groups,
+        config.params_dtype,
+        max_sequence_length=config.data.seq_length,
+        seed=config.seed if student.load is None else None,
+    )
+    if student.load is not None:
+        load_weights(chunks, find_checkpoint(student.load, "student.load"), groups, "student.load")
+    bank = None
+    if is_distillation:
+        bank = TeacherBank(teachers, groups, config.params_dtype, config.data.seq_length)
+    wrapped = wrap_data_parallel(chunks, config, groups)
+    optimizer, scheduler = build_optimizer(wrapped, config, groups)
+    learner = Learner(
+        config=config,
+        groups=groups,
+        chunks=wrapped,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        model=student,
+        manifest=run_manifest(config, tokenizer.fingerprint()),
+        domains=sorted(prompts.domains),
+        routing=routing,
+        bank=bank,
+    )
+    engine = MegatronEngine(
+        wrapped,
+        groups,
+        vocab_size=student.vocab_size,
+        max_sequence_length=config.data.seq_length,
+        max_batch_size=config.rollout.max_batch_size,
+    )
+    return Run(config, groups, tokenizer, prompts, eval_prompts, learner, engine)
+
+
+def resolve_student(config: Config, tokenizer: Tokenizer) -> ModelConfig:
+    """The student's architecture: its checkpoint's, with what the configuration sets explicitly on top."""
+    student = config.student
+    if student.load is not None:
+        loaded, fingerprint = read_model_config(find_checkpoint(student.load, "student.load"), "student.load")
+        if fingerprint != tokenizer.fingerprint():
+            raise ConfigError(f"data.tokenizer: not the tokenizer that student.load ({student.load}) was trained with")
+        defaults = ModelConfig()
+        explicit = {
+            f.name: getattr(student, f.name)
+            for f in dataclasses.fields(ModelConfig)
+            if getattr(student, f.name) != getattr(defaults, f.name)
+        }
+        explicit["transformer"] = loaded.transformer | student.transformer
+        student = dataclasses.replace(loaded, **explicit)
+    if student.vocab_size is None:
+        student = dataclasses.replace(student, vocab_size=tokenizer.vocab_size)
+    if student.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"student.vocab_size: {student.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
+        )
+    return student
+
+
+def _resolve_teachers(
+    config: Config, student: ModelConfig, tokenizer: Tokenizer
+) -> tuple[list[TeacherSource], Routing]:
+    """Sources of all teachers and the routing over them; vocabulary and tokenizer must be the student's."""
+    if not config.teachers:
+        raise ConfigError(f"teachers: objective.kind={config.objective.kind} needs at least one teacher")
+    check_teachers(config.teachers)
+    sources = []
+    for teacher in config.teachers:
+        where = f"teachers.{teacher.name}.load"
+        if teacher.load is None:
+            # `self`: the student as it starts, read again in a layout of its own (a teacher has no virtual stages).
+            sources.append(TeacherSource(teacher.name, student, config.seed))
+            continue
+        model, fingerprint = read_model_config(find_checkpoint(teacher.load, where), where)
+        if model.vocab_size != student.vocab_size:
+            raise ConfigError(
+                f"{where}: vocabulary of {model.vocab_size} tokens, the student's has {student.vocab_size}"
+            )
+        if fingerprint != tokenizer.fingerprint():
+            raise ConfigError(f"{where}: {teacher.load} speaks another tokenizer than data.tokenizer")
+        sources.append(TeacherSource(teacher.name, dataclasses.replace(model, load=teacher.load), config.seed))
+    return sources, Routing(config.routing, config.teachers)
+
+
+def _check_layout(config: Config, model: ModelConfig) -> None:
+    architecture = model.transformer
+    for key in ("num_layers", "hidden_size", "num_attention_heads"):
+        if key not in architecture:
+            raise ConfigError(f"student.{key}: missing; name it, or start from a checkpoint with student.load")
+    validate_layout(
+        config.parallel,
+        num_layers=architecture["num_layers"],
+        num_moe_experts=architecture.get("num_moe_experts"),
+        num_attention_heads=architecture["num_attention_heads"],
+        num_query_groups=architecture.get("num_query_groups"),
+    )
+
+
+def _check_batch(config: Config) -> None:
+    samples = config.rollout.samples_per_prompt if config.objective.kind != "sft" else 1
+    if config.schedule.global_batch_size % samples:
+        raise ConfigError(
+            f"rollout.samples_per_prompt: {samples} does not divide schedule.global_batch_size="
+            f"{config.schedule.global_batch_size}"
+        )
+
+
+def run_directory(config: Config) -> Path:
+    """The run's directory, made if it is not there."""
+    path = Path(config.run_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir: cannot create {path}: {error.strerror}") from None
+    return path

@@ -1,0 +1,182 @@
+"""One optimizer step: teachers score, the student learns."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.config import Config, ModelConfig
+from megatron_mopd.data.batching import (
+    BatchShape,
+    MicroBatch,
+    collate,
+    equalize,
+    group_micro_batches,
+    split_over_ranks,
+)
+from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.model.gpt import unwrap
+from megatron_mopd.objectives.reduction import token_weights
+from megatron_mopd.pipeline.megatron_schedules import run_student, run_teacher
+from megatron_mopd.teachers.bank import TeacherBank
+from megatron_mopd.teachers.hidden_cache import HiddenCache
+from megatron_mopd.teachers.routing import Mixture, Routing
+from megatron_mopd.training.losses import BatchLoss, DistillationLoss, SupervisedLoss, response_hidden
+
+
+@dataclass
+class Learner:
+    """Everything one optimizer step touches."""
+
+    config: Config
+    groups: ParallelGroups
+    chunks: list[torch.nn.Module]
+    """The student's chunks on this rank, wrapped in DistributedDataParallel."""
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    model: ModelConfig
+    """The student's architecture, everything resolved."""
+    manifest: dict[str, Any]
+    """What a resumed run must agree with: tokenizer, objective, routing, teachers."""
+    domains: list[str]
+    """Every domain of the run, sorted: the order of per-domain sums on all ranks."""
+    routing: Routing | None = None
+    """`None` for `sft`, which has no teachers."""
+    bank: TeacherBank | None = None
+
+
+@dataclass
+class StepBatch:
+    """The global batch of one optimizer step as this rank sees it."""
+
+    trajectories: Sequence[Trajectory]
+    shape: BatchShape
+    student: list[MicroBatch]
+    teachers: dict[str, list[MicroBatch]]
+    """Teacher name -> the micro-batches it scores; only samples routed to it, the same number on every DP rank."""
+    cache: HiddenCache
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def plan_step(learner: Learner, trajectories: Sequence[Trajectory]) -> StepBatch:
+    """Split the batch over DP ranks, ordered by teacher, and cut it into micro-batches. No collectives."""
+    groups, schedule = learner.groups, learner.config.schedule
+    shape = BatchShape.for_batch(
+        trajectories,
+        micro_batch_size=schedule.micro_batch_size,
+        max_tokens=schedule.max_tokens_per_micro_batch,
+        tp_size=groups.tp_size,
+        cp_size=groups.cp_size,
+        cp_rank=groups.cp.rank(),
+        fixed=groups.pp_size > 1,
+    )
+
+    def mixture(trajectory: Trajectory) -> Mixture:
+        return learner.routing.mixture(trajectory.domain) if learner.routing else ()
+
+    per_rank = split_over_ranks(trajectories, groups.dp_size, mixture)
+
+    def mine(selected: list[list[Trajectory]], multiple: int = 1) -> list[MicroBatch]:
+        grouped = equalize([group_micro_batches(share, shape) for share in selected])[groups.dp.rank()]
+        grouped += [[]] * (-len(grouped) % multiple)
+        return [collate(group, shape) for group in grouped]
+
+    teachers = {}
+    for name in learner.bank.names if learner.bank else ():
+        selected = [[t for t in share if any(name == n for n, _ in mixture(t))] for share in per_rank]
+        if any(selected):
+            teachers[name] = mine(selected)
+    # The interleaved schedule runs micro-batches in groups of the pipeline's size.
+    student = mine(per_rank, multiple=groups.pp_size if groups.vpp_size > 1 else 1)
+    return StepBatch(trajectories, shape, student, teachers, HiddenCache(groups.device))
+
+
+def score(learner: Learner, batch: StepBatch) -> None:
+    """Every teacher's forward pass on the samples routed to it; last-layer hidden states go into the batch's cache."""
+    started = time.perf_counter()
+    for name, micro_batches in batch.teachers.items():
+
+        def keep(micro_batch: MicroBatch, hidden: torch.Tensor, name: str = name) -> None:
+            rows = response_hidden(hidden, micro_batch, learner.groups)
+            for trajectory, states in zip(micro_batch.trajectories, rows.split(micro_batch.loss_counts)):
+                batch.cache.put(trajectory.index, name, states)
+
+        run_teacher(learner.bank.make_resident(name), micro_batches, batch.shape, learner.groups, keep)
+    batch.seconds["score"] = time.perf_counter() - started
+
+
+def learn(learner: Learner, batch: StepBatch) -> dict[str, float]:
+    """Forward, backward and optimizer step on the whole batch; returns the step's metrics, equal on every rank.
+
+    Collectives beyond megatron-core's: one all-reduce over DP x CP and one broadcast over PP of 2 x domains + 1
+    float64 values. Raises `FloatingPointError` on every rank alike, before the weights change, when the loss is not
+    finite.
+    """
+    started = time.perf_counter()
+    for chunk in learner.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    learner.optimizer.zero_grad()
+    loss = _build_loss(learner, batch)
+    reports = run_student(learner.chunks, batch.student, batch.shape, learner.groups, loss)
+    metrics = _reduce(learner, reports)
+    if not math.isfinite(metrics["loss"]):
+        raise FloatingPointError(f"the loss is {metrics['loss']}: {metrics}; the weights are those of the last step")
+    _, grad_norm, _ = learner.optimizer.step()
+    if grad_norm is not None and not math.isfinite(grad_norm):
+        raise FloatingPointError(f"the gradient norm is {grad_norm}; resume from the last checkpoint")
+    learner.scheduler.step(increment=1)
+    metrics["grad_norm"] = float(grad_norm) if grad_norm is not None else 0.0
+    metrics["lr"] = max(group["lr"] for group in learner.optimizer.param_groups)
+    batch.seconds["train"] = time.perf_counter() - started
+    return metrics
+
+
+def _build_loss(learner: Learner, batch: StepBatch) -> BatchLoss:
+    arguments = dict(
+        objective=learner.config.objective,
+        groups=learner.groups,
+        vocab_size=learner.model.vocab_size,
+        domains=learner.domains,
+        student=unwrap(learner.chunks[-1]),
+        weights=token_weights(batch.trajectories, learner.config.objective.reduction),
+    )
+    if learner.bank is None:
+        return SupervisedLoss(**arguments)
+    return DistillationLoss(
+        **arguments,
+        bank=learner.bank,
+        cache=batch.cache,
+        routing=learner.routing,
+        temperature=learner.config.objective.temperature,
+    )
+
+
+def _reduce(learner: Learner, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Sums over micro-batches, DP and CP, from the last stage to all; named per domain."""
+    groups, count = learner.groups, len(learner.domains)
+    sums = torch.zeros(2 * count + 1, dtype=torch.float64, device=groups.device)
+    for report in reports:
+        sums[: 2 * count] += report["domain_sums"].flatten()
+        sums[-1] += report["weighted_sum"]
+    if groups.is_last_stage:
+        dist.all_reduce(sums, group=groups.collection.dp_cp)
+    dist.broadcast(sums, src=groups.last_stage_rank, group=groups.pp)
+    sums = sums.cpu()
+    per_domain = sums[:-1].view(count, 2)
+    tokens = per_domain[:, 1].sum().item()
+    name = "ce" if learner.bank is None else "kl"
+    metrics = {"loss": sums[-1].item() / max(tokens, 1.0), "tokens": tokens}
+    for domain, (total, number) in zip(learner.domains, per_domain.tolist()):
+        if number:
+            metrics[f"{name}/{domain}"] = total / number
+    return metrics
