@@ -1,0 +1,1 @@
+"""How the student writes its own trajectories."""

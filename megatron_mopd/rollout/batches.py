@@ -1,0 +1,163 @@
+"""Rows that are decoded together, and what each of them has produced so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_mopd.model.kv_cache import KeyValueCache
+from megatron_mopd.rollout.engine import SamplingParams
+
+_CACHE_GRANULARITY = 64
+"""Cache lengths are multiples of this, so that whatever megatron-core tabulates by length is made only a few
+times."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to produce: a row of a decoding batch."""
+
+    index: int
+    """`Trajectory.index` of the response; names its random numbers."""
+    token_ids: tuple[int, ...]
+    """The prompt."""
+    limit: int
+    """Most tokens the response may have."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """A finished row."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool
+    """Ended by a stop token."""
+
+
+def split_evenly(requests: Sequence[Request], most_rows: int, lanes: int) -> list[Sequence[Request]]:
+    """Consecutive batches of at most `most_rows` rows and nearly equal size; at least `lanes` of them if
+    there are enough rows, so that no pipeline stage waits for lack of a batch."""
+    count = max(-(-len(requests) // most_rows), min(lanes, len(requests)))
+    bounds = [len(requests) * i // count for i in range(count + 1)] if count else [0]
+    return [requests[start:end] for start, end in zip(bounds, bounds[1:])]
+
+
+class DecodingBatch:
+    """Prompts padded on the left to one length, their KV cache, and the responses so far.
+
+    Its state is a function of the requests and of the sampled tokens, so every rank of a pipeline keeps its
+    own copy and only hidden states and sampled tokens travel. The first forward pass reads each distinct
+    prompt once; rows are multiplied to the samples of a prompt afterwards, caches included. Rows that have
+    finished leave the batch when they are an eighth of it: below that, copying the cache costs more than the
+    rows do.
+    """
+
+    def __init__(self, requests: Sequence[Request], sampling: SamplingParams, device: torch.device):
+        self.requests = requests
+        prompts = list(dict.fromkeys(request.token_ids for request in requests))
+        row_of = {prompt: row for row, prompt in enumerate(prompts)}
+        longest = max(map(len, prompts))
+        self.position = 0
+        """Tokens of the response that every row has so far."""
+        self.rows = len(prompts)
+        """Rows of the next forward pass."""
+        self._sampling, self._device = sampling, device
+        self._stop = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
+
+        def per_row(values) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        # Of the rows now in the batch: which request, and of the prefill: which prompt's row it comes from.
+        self._slots = torch.arange(len(requests), device=device)
+        self._source = per_row([row_of[request.token_ids] for request in requests])
+        self._alive = torch.ones(len(requests), dtype=torch.bool, device=device)
+        self._limits = per_row([request.limit for request in requests])
+        self._prompt_lengths = per_row([len(prompt) for prompt in prompts])
+        self._indices = per_row([request.index for request in requests])
+        # Of all requests, finished or not.
+        steps = max(request.limit for request in requests)
+        self._tokens = torch.zeros((len(requests), steps), dtype=torch.long, device=device)
+        self._logprobs = torch.zeros((len(requests), steps), dtype=torch.double, device=device)
+        self._lengths = torch.zeros(len(requests), dtype=torch.long, device=device)
+        self._stopped = torch.zeros(len(requests), dtype=torch.bool, device=device)
+
+        total = -(-(longest + steps) // _CACHE_GRANULARITY) * _CACHE_GRANULARITY
+        self.cache = KeyValueCache(len(prompts), total)
+        padding = longest - self._prompt_lengths
+        self._is_padding = torch.arange(total, device=device) < padding.unsqueeze(1)
+        padded = [(0,) * (longest - len(prompt)) + prompt for prompt in prompts]
+        self.input_ids = per_row(padded)
+        """Tokens that the next forward pass reads, [rows, new]."""
+        self.position_ids = (torch.arange(longest, device=device) - padding.unsqueeze(1)).clamp_(min=0)
+        """Their positions in their own document, [rows, new]."""
+
+    @property
+    def trajectories(self) -> Tensor:
+        """`Trajectory.index` of every row to sample, [b]."""
+        return self._indices[self._slots]
+
+    def attention_mask(self) -> Tensor:
+        """[rows, 1, new, stored + new], True where a query must not look: later tokens and padding."""
+        stored, new = self.cache.sequence_len_offset, self.input_ids.size(1)
+        mask = self._is_padding[:, None, None, : stored + new]
+        if new > 1:
+            # Padding may see itself: a row of the softmax with nothing to see would be NaN, and NaN spreads.
+            later = torch.ones((new, new), dtype=torch.bool, device=self._device).triu_(1)
+            itself = torch.eye(new, dtype=torch.bool, device=self._device)
+            mask = (mask | later) & ~itself
+        return mask
+
+    def expand(self, logits: Tensor) -> Tensor:
+        """Logits of the rows of the forward pass, one row per response that is being sampled [b, V/tp]."""
+        return logits[self._source] if self.position == 0 else logits
+
+    @property
+    def samples(self) -> int:
+        """Tokens that the current step samples."""
+        return len(self._slots)
+
+    def advance(self, tokens: Tensor, logprobs: Tensor) -> bool:
+        """Take the sampled tokens and log-probs [b]; True when every response is complete. No collectives."""
+        self.cache.sequence_len_offset += self.input_ids.size(1)
+        alive = self._alive
+        slots = self._slots[alive]
+        self._tokens[slots, self.position] = tokens[alive]
+        self._logprobs[slots, self.position] = logprobs[alive]
+        self._lengths[slots] += 1
+        stops = alive & torch.isin(tokens, self._stop)
+        self._stopped[self._slots] |= stops
+        self.position += 1
+        self._alive = alive & ~stops & (self._limits > self.position)
+        count = int(self._alive.sum())
+        if count == 0:
+            self.cache = None
+            return True
+        first = self.position == 1
+        if first or count <= 7 * len(self._slots) // 8:
+            tokens = self._keep(tokens, source=self._source if first else None)
+        # A finished row that stays is decoded on, at its last position: none is beyond the rotary table.
+        self.input_ids = tokens.unsqueeze(1)
+        position = self._prompt_lengths + torch.clamp(self._limits, max=self.position) - 1
+        self.position_ids = position.unsqueeze(1)
+        self.rows = len(tokens)
+        return False
+
+    def _keep(self, tokens: Tensor, source: Tensor | None) -> Tensor:
+        """Drop finished rows; `source` [b] says, after the prefill, which prompt's row each response
+        continues."""
+        keep = self._alive.nonzero().squeeze(1)
+        rows = keep if source is None else source[keep]
+        self.cache.keep_rows(rows)
+        self._is_padding, self._prompt_lengths = self._is_padding[rows], self._prompt_lengths[rows]
+        self._slots, self._alive, self._limits = self._slots[keep], self._alive[keep], self._limits[keep]
+        return tokens[keep]
+
+    def responses(self) -> list[Response]:
+        """What every request got, in the order of `requests`."""
+        lengths, stopped = self._lengths.tolist(), self._stopped.tolist()
+        rows = zip(self._tokens.tolist(), self._logprobs.tolist(), lengths, stopped, strict=True)
+        return [Response(tuple(ids[:n]), tuple(logprobs[:n]), end) for ids, logprobs, n, end in rows]

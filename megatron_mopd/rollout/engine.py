@@ -1,0 +1,69 @@
+"""What the trainer asks of whatever samples the student's trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_mopd.config import RolloutConfig
+from megatron_mopd.data.prompt import Prompt
+from megatron_mopd.data.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """The distribution that tokens are drawn from, and what ends a response.
+
+    `temperature` divides the logits first; `top_k` and then `top_p` cut the tempered distribution.
+    """
+
+    max_new_tokens: int
+    """Longest response in tokens, the stop token included."""
+    temperature: float = 1.0
+    """0 is greedy: the most likely token always."""
+    top_p: float = 1.0
+    """Keep the fewest most likely tokens whose probabilities add up to this; 1 keeps all."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    stop_token_ids: tuple[int, ...] = ()
+    """A response ends with the first of these; none means that every response runs to its length limit."""
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(
+                "sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0, got "
+                f"temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}"
+            )
+
+    @classmethod
+    def from_config(cls, rollout: RolloutConfig, eos_id: int) -> SamplingParams:
+        """The run's sampling: its `rollout` section, and the tokenizer's end of sequence as a stop token."""
+        return cls(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            stop_token_ids=tuple(sorted({eos_id, *rollout.stop_token_ids})),
+        )
+
+    @property
+    def is_truncated(self) -> bool:
+        """Some tokens of the vocabulary can never be drawn."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+
+class RolloutEngine(Protocol):
+    """Samples responses from the student's current weights."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, samples_per_prompt: int = 1
+    ) -> list[Trajectory]:
+        """`samples_per_prompt` responses to every prompt, the same full list on every rank.
+
+        Every rank passes the same arguments. The list is in the order of `Trajectory.index`, which is
+        position of the prompt x samples_per_prompt + sample. Equal seeds give equal tokens. Raises
+        `ValueError`, on every rank, for a prompt that leaves no room for a response.
+        """

@@ -1,0 +1,131 @@
+"""The in-process engine: the training weights themselves decode, on the layout that they are trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.data.prompt import Prompt
+from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.model.gpt import unwrap
+from megatron_mopd.rollout.batches import Request, Response, split_evenly
+from megatron_mopd.rollout.decoder import Decoder
+from megatron_mopd.rollout.decoding_mode import decoding_mode
+from megatron_mopd.rollout.engine import SamplingParams
+
+
+class MegatronEngine:
+    """Samples from the student's chunks on this rank, with a KV cache; see `RolloutEngine`.
+
+    Data-parallel ranks take every dp-th prompt in order of length. Tensor-parallel ranks share every matrix
+    and the vocabulary. Context-parallel ranks all do the same work. Pipeline stages pass hidden states on,
+    with one batch per stage in flight. Ranks that share experts make the same number of forward passes, with
+    a dummy row where one has nothing left to do. Tokens depend on none of this (up to the rounding of
+    logits).
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        groups: ParallelGroups,
+        *,
+        vocab_size: int,
+        max_sequence_length: int,
+        max_batch_size: int,
+    ):
+        """`chunks` are the student's model chunks of this rank, wrapped in DDP or not. `max_sequence_length`
+        bounds prompt plus response; `max_batch_size` bounds the rows decoded at once on one data-parallel
+        rank, over all batches in flight. No collectives."""
+        self._chunks = [unwrap(chunk) for chunk in chunks]
+        self._groups = groups
+        self._vocab_size = vocab_size
+        self._max_sequence_length = max_sequence_length
+        self._max_batch_size = max_batch_size
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, samples_per_prompt: int = 1
+    ) -> list[Trajectory]:
+        """See `RolloutEngine.generate`. Sampling never changes the model: training mode, sequence parallelism
+        and every gradient are as before, also after an exception.
+
+        Collectives: those of the model's layers; per token those of `sample_tokens`, and in a pipeline the
+        hidden states to the next stage (b x h elements) and 16 bytes a row from the last stage to every
+        other; one integer per step among ranks whose experts span data-parallel ranks; at the end two
+        all-gathers over data-parallel ranks (16 bytes a response and 16 a token). Raises `ValueError` on
+        every rank when a log-prob is not finite.
+        """
+        requests = self._requests(prompts, sampling, samples_per_prompt)
+        groups = self._groups
+        by_length = sorted(range(len(prompts)), key=lambda p: -len(prompts[p].token_ids))
+        shares = [
+            [
+                requests[p * samples_per_prompt + s]
+                for p in by_length[rank :: groups.dp_size]
+                for s in range(samples_per_prompt)
+            ]
+            for rank in range(groups.dp_size)
+        ]
+        rows_per_lane = max(1, self._max_batch_size // groups.pp_size)
+        batches = split_evenly(shares[groups.dp.rank()], rows_per_lane, groups.pp_size)
+        with decoding_mode(self._chunks):
+            decoded = Decoder(self._chunks, groups, self._vocab_size, sampling, seed).run(batches)
+        by_index = {request.index: response for request, response in decoded}
+        responses = self._gather([by_index[request.index] for request in shares[groups.dp.rank()]], shares)
+        return [
+            Trajectory(prompts[i // samples_per_prompt], r.token_ids, i, r.logprobs, r.finished)
+            for i, r in sorted(responses.items())
+        ]
+
+    def _requests(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, samples_per_prompt: int
+    ) -> list[Request]:
+        if samples_per_prompt < 1:
+            raise ValueError(f"samples_per_prompt must be at least 1, got {samples_per_prompt}")
+        requests = []
+        for position, prompt in enumerate(prompts):
+            room = self._max_sequence_length - len(prompt.token_ids)
+            if room < 1 or not prompt.token_ids:
+                raise ValueError(
+                    f"{prompt.origin}: a prompt of {len(prompt.token_ids)} tokens; it needs at least 1, "
+                    f"and at most {self._max_sequence_length - 1} to leave room for a response"
+                )
+            if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < self._vocab_size:
+                raise ValueError(f"{prompt.origin}: token ids must be in [0, {self._vocab_size})")
+            limit = min(sampling.max_new_tokens, room)
+            first = position * samples_per_prompt
+            requests += [Request(first + s, prompt.token_ids, limit) for s in range(samples_per_prompt)]
+        return requests
+
+    def _gather(self, mine: list[Response], shares: list[list[Request]]) -> dict[int, Response]:
+        """Everyone's responses by `Trajectory.index`. Two all-gathers over data-parallel ranks, padded to the
+        largest share: length and ending of each response (16 bytes), token and log-prob of each token (16
+        bytes)."""
+        endings = torch.tensor([(len(r.token_ids), r.finished) for r in mine], dtype=torch.long).view(-1, 2)
+        tokens = [pair for r in mine for pair in zip(r.token_ids, r.logprobs, strict=True)]
+        values = torch.tensor(tokens, dtype=torch.double).view(-1, 2)
+        all_endings = self._all_gather(endings, max(map(len, shares)))
+        lengths = all_endings[..., 0]
+        all_values = self._all_gather(values, int(lengths.sum(dim=1).max()))
+        if not bool(torch.isfinite(all_values).all()):
+            raise ValueError("rollout: the student's logits are not finite; its weights are damaged")
+        responses = {}
+        for share, endings, values in zip(shares, all_endings.tolist(), all_values.tolist(), strict=True):
+            start = 0
+            for request, (length, finished) in zip(share, endings):
+                ids, logprobs = zip(*values[start : start + length], strict=True)
+                responses[request.index] = Response(tuple(map(int, ids)), logprobs, bool(finished))
+                start += length
+        return responses
+
+    def _all_gather(self, rows: torch.Tensor, most: int) -> torch.Tensor:
+        """[n, 2] on each data-parallel rank, n at most `most` -> [dp, most, 2] on all, in host memory."""
+        if self._groups.dp_size == 1:
+            return rows.unsqueeze(0)
+        padded = torch.zeros((most, 2), dtype=rows.dtype, device=self._groups.device)
+        padded[: len(rows)] = rows
+        gathered = padded.new_empty((self._groups.dp_size, most, 2))
+        dist.all_gather(list(gathered.unbind(0)), padded, group=self._groups.dp)
+        return gathered.cpu()

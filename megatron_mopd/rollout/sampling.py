@@ -1,0 +1,120 @@
+"""Drawing tokens from logits that are split over tensor-parallel ranks, without gathering them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_mopd.objectives.vocab_shard import VocabShard
+from megatron_mopd.rollout.engine import SamplingParams
+from megatron_mopd.rollout.noise import gumbel_noise
+
+_NOISE_ELEMENTS = 1 << 24
+"""Noise is made for this many logits at a time (about 200 MB), whatever the batch and the vocabulary."""
+_FIRST_CANDIDATES = 64
+"""Top-p looks at this many tokens of each shard first; a nucleus that is wider asks for eight times as
+many."""
+
+
+def sample_tokens(
+    logits: Tensor,
+    shard: VocabShard,
+    sampling: SamplingParams,
+    *,
+    seed: int,
+    trajectories: Tensor,
+    position: int,
+) -> tuple[Tensor, Tensor]:
+    """Draw one token a row from vocab-parallel logits [b, V/tp]: (token ids [b] int64, log-probs [b]).
+
+    The draw is argmax(logits / temperature + Gumbel noise), with noise keyed by (seed, trajectory, position,
+    id), so it does not depend on the batch or on the layout. A log-prob is the token's under the distribution
+    it was drawn from: tempered, cut by top-k and top-p, and renormalised. Greedy tokens (temperature 0) carry
+    their log-prob at temperature 1, because the point mass they come from would say nothing. Statistics are
+    fp32 at least. Padded columns of the vocabulary are cut off before anything else.
+
+    Collectives over the tensor-parallel group: one all-gather of 5 doubles a row. Top-k adds one of k logits
+    a row. Top-p without top-k adds one of 64 logits and one of 2 numbers a row, and the former again with 8
+    times as many, up to the whole shard, while the nucleus of some row is wider.
+    """
+    logits = logits[:, : max(shard.valid, 1)].to(torch.promote_types(logits.dtype, torch.float32))
+    if shard.valid == 0:  # the vocabulary's padding fills this shard
+        logits = torch.full_like(logits, -torch.inf)
+    if sampling.temperature not in (0.0, 1.0):
+        logits = logits / sampling.temperature
+    if sampling.is_truncated:
+        threshold = _truncation_threshold(logits, shard, sampling)
+        logits = logits.masked_fill(logits < threshold.unsqueeze(1), -torch.inf)
+
+    if sampling.temperature == 0:
+        score, column = logits.max(dim=1)
+        chosen = score
+    else:
+        score, column = _noisy_max(logits, shard.offset, seed, trajectories, position)
+        chosen = logits.gather(1, column.unsqueeze(1)).squeeze(1)
+    largest = logits.amax(dim=1)
+    # A shard with nothing to draw from has -inf everywhere: subtract 0 there, inf - inf would be NaN.
+    total = (logits - largest.nan_to_num(neginf=0.0).unsqueeze(1)).exp_().sum(dim=1)
+    local = torch.stack((score, column + shard.offset, chosen, largest, total)).double()
+    score, token, chosen, largest, total = shard.all_gather(local).unbind(dim=1)  # each [tp, b]
+    winner = score.argmax(dim=0, keepdim=True)
+    maximum = largest.amax(dim=0)
+    normalizer = maximum + (total * (largest - maximum).exp()).sum(dim=0).log()
+    token = token.gather(0, winner).squeeze(0).long()
+    return token, chosen.gather(0, winner).squeeze(0) - normalizer
+
+
+def _noisy_max(
+    logits: Tensor, first_id: int, seed: int, trajectories: Tensor, position: int
+) -> tuple[Tensor, Tensor]:
+    """Largest logit + noise of every row and its column, a bounded number of rows at a time."""
+    rows = max(1, _NOISE_ELEMENTS // logits.size(1))
+    best = []
+    for part, names in zip(logits.split(rows), trajectories.split(rows), strict=True):
+        noise = gumbel_noise(seed, names, position, first_id, logits.size(1))
+        best.append((noise.to(logits.dtype) if logits.dtype != noise.dtype else noise).add_(part).max(dim=1))
+    return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
+
+
+def _truncation_threshold(logits: Tensor, shard: VocabShard, sampling: SamplingParams) -> Tensor:
+    """The smallest logit of each row [b] that top-k and top-p keep (equal logits are kept together).
+
+    Every rank gathers the same candidates, so all take the same decisions.
+    """
+    if sampling.top_k > 0:
+        kept = _candidates(logits, shard, sampling.top_k)[0][:, : sampling.top_k]
+        return _nucleus_threshold(kept, kept.logsumexp(dim=1), sampling.top_p)[0]
+    normalizer = shard.all_gather(logits.logsumexp(dim=1)).logsumexp(dim=0)
+    width = _FIRST_CANDIDATES
+    while True:
+        candidates, highest_left_out = _candidates(logits, shard, width)
+        threshold, reached = _nucleus_threshold(candidates, normalizer, sampling.top_p)
+        if width >= shard.columns or bool((reached & (threshold >= highest_left_out)).all()):
+            return threshold
+        width *= 8
+
+
+def _candidates(logits: Tensor, shard: VocabShard, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest logits of every shard, merged in descending order [b, tp x width], and a bound [b].
+
+    No logit that was left out is larger than the bound. One all-gather of b x width elements.
+    """
+    width = min(width, shard.columns)
+    local = logits.new_full((logits.size(0), width), -torch.inf)
+    found = logits.topk(min(width, logits.size(1)), dim=1).values
+    local[:, : found.size(1)] = found
+    gathered = shard.all_gather(local)  # [tp, b, width]
+    return gathered.transpose(0, 1).flatten(1).sort(dim=1, descending=True).values, gathered[..., -1].amax(
+        dim=0
+    )
+
+
+def _nucleus_threshold(candidates: Tensor, normalizer: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Where the fewest of the descending `candidates` [b, n] with mass `top_p` end [b]; whether they reach it
+    [b]."""
+    if top_p >= 1:
+        return candidates[:, -1], torch.ones_like(normalizer, dtype=torch.bool)
+    probabilities = (candidates - normalizer.unsqueeze(1)).double().exp()
+    mass = probabilities.cumsum(dim=1)
+    last = (mass - probabilities < top_p).sum(dim=1, keepdim=True) - 1
+    return candidates.gather(1, last).squeeze(1), mass[:, -1] >= top_p
