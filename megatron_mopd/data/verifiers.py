@@ -1,36 +1,40 @@
-"""Verifiers: what share of a response is right, in [0, 1].
+"""Verifiers: how right a response is, in [0, 1].
 
 ``verify(prompt, response)`` applies the verifier named by the prompt. A verifier that fails never stops a
 run: the score is then `None`, and ``accuracy`` says how many there were, so that a broken parser does not
 pass for a bad model. All of them look at the final answer only: what follows ``</think>``, and inside
 ``<answer>`` tags if any.
+
+What a model writes may be arithmetic that takes forever inside one C call (9**9**9 hangs several verifiers),
+which no signal and no thread can interrupt. Answers that could do so are scored in a second process, which
+can be killed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
-import json
-import logging
 import math
+import os
+import pickle
 import re
+import select
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
-
-import math_verify
-import reasoning_gym
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from megatron_mopd.config import ConfigError, nearest
 from megatron_mopd.data.prompt import Prompt
+from megatron_mopd.data.scoring import SCORES
 
 TIMEOUT_SECONDS = 5.0
 """How long one response may take to score."""
+_START_SECONDS = 120.0
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-# It warns that timeouts are off (ours are used) and about every expression that it cannot read.
-logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+# Powers, factorials, shifts, calls, LaTeX, large exponents, anything long: what could take forever.
+_MAY_NOT_END = re.compile(r"[*^!\\~]|<<|\w\s*\(|\d[eE]\+?\d{3}|.{2000}", re.DOTALL)
 
 
 class Score(NamedTuple):
@@ -58,10 +62,6 @@ class Accuracy(NamedTuple):
     """Responses on which the verifier failed."""
 
 
-class _Timeout(BaseException):
-    """Raised inside a verifier by `_deadline`; no Exception, so that no library's fallback swallows it."""
-
-
 def verify(prompt: Prompt, response: str) -> float | None:
     """The score of `response` in [0, 1]; `None` when the verifier failed or there is no answer to compare."""
     return score(prompt, response).raw
@@ -71,12 +71,17 @@ def score(prompt: Prompt, response: str) -> Score:
     """Judge `response`; never raises, works on any thread and takes at most about `TIMEOUT_SECONDS`."""
     if prompt.entry is None and prompt.answer is None:
         return Score(None)
+    request = (prompt.verifier, final_answer(response), prompt.answer, prompt.entry)
     try:
-        with _deadline(TIMEOUT_SECONDS):
-            raw = float(VERIFIERS[prompt.verifier](prompt, final_answer(response)))
-    except (Exception, _Timeout):
+        if prompt.verifier != "exact_match" and _MAY_NOT_END.search(request[1]):
+            raw = _scoring_process(os.getpid()).score(request, TIMEOUT_SECONDS)
+        else:
+            raw = SCORES[prompt.verifier](*request[1:])
+    except Exception:
+        raw = None
+    if raw is None or not math.isfinite(raw):
         return Score(None, crashed=True)
-    return Score(min(max(raw, 0.0), 1.0)) if math.isfinite(raw) else Score(None, crashed=True)
+    return Score(min(max(float(raw), 0.0), 1.0))
 
 
 def accuracy(scores: Iterable[Score]) -> Accuracy:
@@ -89,8 +94,8 @@ def accuracy(scores: Iterable[Score]) -> Accuracy:
 
 def check_verifier(name: str, where: str) -> None:
     """Raise `ConfigError` naming the nearest verifier when there is none called `name`."""
-    if name not in VERIFIERS:
-        raise ConfigError(f"{where}: unknown verifier {name!r}{nearest(str(name), VERIFIERS)}")
+    if name not in SCORES:
+        raise ConfigError(f"{where}: unknown verifier {name!r}{nearest(str(name), SCORES)}")
 
 
 def final_answer(response: str) -> str:
@@ -100,72 +105,49 @@ def final_answer(response: str) -> str:
     return (tagged[-1] if tagged else response).strip()
 
 
-def _exact_match(prompt: Prompt, answer: str) -> float:
-    """1 when both are the same words: runs of white space count as one space."""
-    return float(answer.split() == prompt.answer.split())
+class _ScoringProcess:
+    """A process that scores, started when first needed and replaced when it had to be killed."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+        self._lock = threading.Lock()
+
+    def score(self, request: tuple[Any, ...], seconds: float) -> float | None:
+        """The score, or `None` when the verifier raised, died or did not answer within `seconds`."""
+        with self._lock:
+            try:
+                if self._process is None:
+                    self._start()
+                pickle.dump(request, self._process.stdin)
+                self._process.stdin.flush()
+                return self._reply(seconds)
+            except (OSError, EOFError, TimeoutError, pickle.UnpicklingError):
+                self._process.kill()
+                self._process.communicate()  # closes the pipes and collects the exit status
+                self._process = None
+                return None
+
+    def _start(self) -> None:
+        # One thread: it must not take the cores of the training process, nor address space for idle threads.
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        path = {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_mopd.data.scoring"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | threads | path,
+        )
+        self._reply(_START_SECONDS)
+
+    def _reply(self, seconds: float) -> Any:
+        # Replies are a few bytes, written at once: the first of them means that all are there.
+        if not select.select([self._process.stdout], [], [], seconds)[0]:
+            raise TimeoutError
+        return pickle.load(self._process.stdout)
 
 
-def _math_verify(prompt: Prompt, answer: str) -> float:
-    """1 when `answer` equals the reference as mathematics (fractions, sets, intervals, LaTeX or plain)."""
-    gold = _parse(prompt.answer, raise_on_error=True) if "\\boxed" in prompt.answer else None
-    gold = gold or _parse(f"\\boxed{{{prompt.answer}}}", raise_on_error=True)
-    if not gold:
-        raise ValueError(f"{prompt.origin}: math_verify cannot read the answer {prompt.answer!r}")
-    found = _parse(answer)
-    if not found and "\n" not in answer:  # a bare formula, without the signs that mark one
-        found = _parse(f"\\boxed{{{answer}}}")
-    return float(math_verify.verify(gold, found, timeout_seconds=None, raise_on_error=True))
-
-
-def _parse(text: str, raise_on_error: bool = False) -> list:
-    return math_verify.parse(text, parsing_timeout=None, raise_on_error=raise_on_error)
-
-
-def _reasoning_gym(prompt: Prompt, answer: str) -> float:
-    """The task's own score; many tasks give part of a point to answers that are close or badly formatted."""
-    entry = prompt.entry
-    task = _task(entry["metadata"]["source_dataset"], json.dumps(entry["params"], sort_keys=True))
-    return task.score_answer(answer, entry)
-
-
-@functools.lru_cache(maxsize=256)
-def _task(name: str, params: str) -> reasoning_gym.dataset.ProceduralDataset:
-    # The scores of some tasks depend on their parameters and word lists, which cost much more than a score.
-    return reasoning_gym.create_dataset(name, **json.loads(params), seed=0, size=1)
-
-
-VERIFIERS: dict[str, Callable[[Prompt, str], float]] = {
-    "exact_match": _exact_match,
-    "math_verify": _math_verify,
-    "reasoning_gym": _reasoning_gym,
-}
-
-
-@contextlib.contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
-    """Raise `_Timeout` in this thread when the body runs longer than `seconds`.
-
-    math-verify's own timeout is SIGALRM: it fails off the main thread and cancels alarms that others have
-    set. Like a signal, this acts between two bytecodes, so one very long C call is only interrupted when it
-    returns.
-    """
-    thread = ctypes.c_ulong(threading.get_ident())
-    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
-    lock = threading.Lock()
-    over = False
-
-    def expire() -> None:
-        with lock:
-            if not over:
-                raise_in(thread, ctypes.py_object(_Timeout))
-
-    timer = threading.Timer(seconds, expire)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        with lock:
-            over = True
-            raise_in(thread, None)  # one that was sent but has not arrived yet
-        timer.cancel()
+@functools.lru_cache(maxsize=1)
+def _scoring_process(process_id: int) -> _ScoringProcess:
+    """The scoring process of this process; a forked child gets its own, since a pipe has one reader."""
+    return _ScoringProcess()
