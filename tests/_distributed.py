@@ -6,8 +6,8 @@
         for case in cases:
             results = pool.run(check_gradient, case)
 
-Ranks are forked from the calling process, so whatever it has imported (megatron-core takes about 6 s) is there
-at once. Rules that follow from forking:
+Ranks are forked from the calling process, so whatever it has imported (megatron-core takes about 6 s) is
+there at once. Rules that follow from forking:
 
 - The parent must not hold a process group of its own, nor CUDA.
 - Import this module before any torch work: it sets the parent to one intra-op thread, because a child that
@@ -17,7 +17,8 @@ at once. Rules that follow from forking:
 - Return values are pickled by value: detached tensors, numbers, strings and containers of them.
 
 A failing rank's traceback is raised in the parent at once and the other ranks are killed; so is a rank that
-dies without a word, or a run that outlasts `timeout` (unfinished ranks then print their stacks to stderr first).
+dies without a word, or a run that outlasts `timeout` (unfinished ranks then print their stacks to stderr
+first).
 """
 
 import faulthandler
@@ -58,8 +59,8 @@ class RankPool:
             theirs.close()  # so that a dead child reads as end-of-file here
             self._connections.append(ours)
             self._processes.append(process)
-        # The parent serves the rendezvous on a port the kernel picks, so two pools never race for one port. It
-        # serves only after the forks, because children would inherit half a server thread.
+        # The parent serves the rendezvous on a port the kernel picks, so two pools never race for one port.
+        # It serves only after the forks, because children would inherit half a server thread.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for connection in self._connections:
             connection.send_bytes(pickle.dumps(self._store.port))

@@ -1,0 +1,146 @@
+"""A vocab-parallel head whose logits exist one chunk of tokens at a time: its products and its gradients."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_mopd.objectives.definitions import statistics_dtype
+from megatron_mopd.objectives.vocab_shard import VocabShard
+
+
+def chunks(tokens: int, chunk_size: int) -> Iterator[slice]:
+    """Slices of at most `chunk_size` tokens that cover [0, tokens)."""
+    for start in range(0, tokens, chunk_size):
+        yield slice(start, min(start + chunk_size, tokens))
+
+
+class LogitsBuffer:
+    """One chunk's logits [chunk, valid columns] of any head, always in the same memory.
+
+    Rows are V/tp wide even where fewer columns are real, so that a vocabulary of odd size leaves rows aligned
+    for the matrix product.
+    """
+
+    def __init__(self, hidden: Tensor, chunk_size: int, shard: VocabShard):
+        rows = min(chunk_size, hidden.shape[0])
+        self._memory = torch.empty(rows, shard.columns, dtype=hidden.dtype, device=hidden.device)
+        self._valid = shard.valid
+
+    def fill(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """hidden [c, h] times the real rows of weight [V/tp, h] -> logits [c, valid], until the next fill."""
+        return torch.mm(hidden, weight[: self._valid].t(), out=self.rows(hidden.shape[0]))
+
+    def rows(self, count: int) -> Tensor:
+        """The first `count` rows [count, valid] of the memory."""
+        return self._memory[:count, : self._valid]
+
+
+class HeadGradient:
+    """Gradients of one head, summed chunk by chunk: hidden [T, h] and weight [V/tp, h].
+
+    The weight gradient of bf16 and fp16 weights is summed in fp32: adding up chunks in bf16 would drop small
+    ones. With `reduce_hidden`, each chunk's hidden gradient [c, h] is summed over the tensor-parallel group
+    (the one collective that any vocab-parallel head needs) while the next products run.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        shard: VocabShard,
+        needs: tuple[bool, bool],
+        reduce_hidden: bool,
+    ):
+        needs_hidden, needs_weight = needs
+        self._weight, self._shard, self._reduce_hidden = weight[: shard.valid], shard, reduce_hidden
+        self._pending = []
+        self.hidden = (
+            torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
+        )
+        self.weight = (
+            torch.zeros(weight.shape, dtype=statistics_dtype(weight.dtype), device=weight.device)
+            if needs_weight
+            else None
+        )
+
+    @property
+    def needed(self) -> bool:
+        return self.hidden is not None or self.weight is not None
+
+    def add(self, rows: slice, logits_grad: Tensor, hidden: Tensor) -> None:
+        """Add the chunk `rows`: logits_grad [c, valid] and the chunk's hidden [c, h]."""
+        if self.hidden is not None:
+            torch.mm(logits_grad, self._weight, out=self.hidden[rows])
+            if self._reduce_hidden:
+                self._pending.append(self._shard.all_reduce_async(self.hidden[rows]))
+        if self.weight is not None:
+            _add_product_(self.weight[: self._shard.valid], logits_grad.t(), hidden)
+
+    def finish(self) -> "HeadGradient":
+        """Wait for the collectives in flight."""
+        for work in self._pending:
+            if work is not None:
+                work.wait()
+        self._pending = []
+        return self
+
+    def deliver(
+        self, weight: Tensor, factor: Tensor, accumulate_into_main_grad: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What a backward returns for (hidden, weight), given the scalar factor still missing."""
+        hidden_grad = weight_grad = None
+        if self.hidden is not None:
+            hidden_grad = _scaled(self.hidden, factor, self.hidden.dtype)
+        if self.weight is not None:
+            weight_grad = _deliver_weight_grad(weight, self.weight, factor, accumulate_into_main_grad)
+        return hidden_grad, weight_grad
+
+
+def largest_magnitude(token_weight: Tensor) -> Tensor:
+    """Scalar by which to divide token weights [T] until the very end.
+
+    With 1/N in the weights and no loss scale applied yet, fp16 would lose most of a gradient; with weights of
+    largest magnitude 1 it does not, and the missing factor is applied in fp32.
+    """
+    if len(token_weight) == 0:
+        return token_weight.new_ones(())
+    return token_weight.abs().amax().clamp(min=torch.finfo(token_weight.dtype).tiny)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, with low-precision factors and an fp32 total where those differ."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)  # cuBLAS sums in fp32, no rounding
+    else:
+        total += left @ right
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient times the scalar tensor `factor`, computed in fp32 (or fp64) and rounded once to `dtype`."""
+    # A 0-dim factor would be rounded to bf16 before the product; as a 1-element tensor it promotes the
+    # product.
+    return torch.mul(gradient, factor.view(1, 1), out=torch.empty_like(gradient, dtype=dtype))
+
+
+def _deliver_weight_grad(
+    weight: Tensor, gradient: Tensor, factor: Tensor, accumulate_into_main_grad: bool
+) -> Tensor | None:
+    """Hand factor * gradient to autograd, or add it to `weight.main_grad` as megatron-core's fused heads do.
+
+    In the second case the protocol is that of `LinearWithGradAccumulationAndAsyncCommunication` in
+    megatron/core/tensor_parallel/layers.py: `grad_added_to_main_grad` tells DDP's hook that nothing is left
+    to add, and a placeholder gradient makes the hook run. For a tied embedding megatron-core sets
+    `zero_out_wgrad`: autograd then adds the embedding's own gradient to the placeholder, which must therefore
+    be zero.
+    """
+    if not accumulate_into_main_grad:
+        return _scaled(gradient, factor, weight.dtype)
+    weight.main_grad.addcmul_(gradient, factor.view(1, 1))
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    placeholder = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
+    return placeholder(weight)

@@ -1,0 +1,166 @@
+"""Exact divergences between vocab-parallel student and teacher logits, without gathering them.
+
+A row's softmax statistics are merged over the tensor-parallel ranks with two small all-reduces
+(`merge_statistics`); after that every rank knows the normalizers and its own columns' share of value and
+gradient. The gradient is written by hand: a plain all-reduce inside an autograd graph has the right value and
+a wrong gradient.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_mopd.objectives.definitions import LOGIT_FLOOR, DivergenceSpec, Moments, statistics_dtype
+from megatron_mopd.objectives.kernels import kernels_for
+from megatron_mopd.objectives.torch_kernels import tiles
+from megatron_mopd.objectives.validation import check_pair
+from megatron_mopd.objectives.vocab_shard import VocabShard, agree, raise_if_not_finite
+
+
+def merge_statistics(local: Tensor, shard: VocabShard, spec: DivergenceSpec) -> Moments:
+    """Merge every rank's `statistics` [5, rows] into the `Moments` of the whole vocabulary.
+
+    Collectives over the tensor-parallel group: all-reduce MAX [2, rows], all-reduce SUM [3, rows]
+    ([2, rows] unless reverse KL); 8 + 12 bytes a row in fp32.
+    """
+    maxima = shard.all_reduce_max(local[:2].clone())
+    sums = local[2:5] if spec.kind == "reverse_kl" else local[2:4]
+    # Re-base this rank's sums from its own maxima to the group's. The cross sum's reference a - b moves too.
+    student_decay, teacher_decay = (local[:2] - maxima).exp()
+    merged = torch.empty_like(sums)
+    torch.mul(sums[0], student_decay, out=merged[0])
+    torch.mul(sums[1], teacher_decay, out=merged[1])
+    if spec.kind == "reverse_kl":
+        moved = (local[0] - local[1]) - (maxima[0] - maxima[1])
+        merged[2] = (sums[2] + moved * sums[0]) * student_decay
+    shard.all_reduce(merged)
+
+    log_sums = merged[:2].log()
+    normalizers = maxima + log_sums
+    # Kept relative to the maxima as long as possible: near convergence these differences are tiny.
+    log_sum_ratio = log_sums[0] - log_sums[1]
+    if spec.kind == "reverse_kl":
+        mean_score = merged[2] / merged[0] - log_sum_ratio
+    else:
+        mean_score = torch.zeros_like(log_sum_ratio)
+    return Moments(normalizers[0], normalizers[1], (maxima[0] - maxima[1]) + log_sum_ratio, mean_score)
+
+
+def complete_mean_score(
+    student: Tensor, teacher: Tensor, moments: Moments, shard: VocabShard, spec: DivergenceSpec, masked=False
+) -> Moments:
+    """Fill in what the gradient of JSD needs beyond the statistics: a pass and one all-reduce SUM [rows]."""
+    if spec.kind != "jsd":
+        return moments
+    kernels = kernels_for(student.device)
+    local = kernels.mean_score(student, teacher, moments, spec, masked=masked)
+    return moments._replace(mean_score=shard.all_reduce(local))
+
+
+def vocab_parallel_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Per-token divergence [...] of two [..., V/tp] logits, differentiable in the student's.
+
+    The same value on every rank of `group` (None: the vocabulary is not sharded), in fp32, or fp64 for fp64
+    logits. A logit of -inf is a masked token of probability zero. Columns at or beyond `vocab_size` take no
+    part and get zero gradient. The teacher gets no gradient. Saved for the backward: the inputs and a few
+    scalars a token.
+
+    Collectives over `group`, N tokens: one agreement all-reduce of 24 integers, MAX [2, N], SUM [3, N], SUM
+    [2, N] (JSD with gradient: one more SUM [N]); the backward has none.
+
+    Raises:
+        ValueError: on every rank alike, for mismatched shapes, dtypes, devices or shards; an unknown
+        divergence,
+            beta outside [0, 1], temperature not above 0; NaN or +inf logits, a row with no unmasked logit, or
+            an infinite divergence (one model masks what the other does not), naming the token and the rank.
+    """
+
+    def check() -> dict[str, int]:
+        DivergenceSpec(divergence, beta, temperature)
+        check_pair("logits", student_logits, teacher_logits)
+        if student_logits.shape != teacher_logits.shape or student_logits.dim() == 0:
+            shapes = f"{list(student_logits.shape)} and {list(teacher_logits.shape)}"
+            raise ValueError(
+                f"student and teacher logits must both be [..., V/tp] of one shape, got {shapes}"
+            )
+        shard = VocabShard.of(student_logits.shape[-1], group, vocab_size)
+        return {
+            "number of tokens": student_logits.shape[:-1].numel(),
+            "local vocabulary width": shard.columns,
+            "gradient needed": student_logits.requires_grad and torch.is_grad_enabled(),
+        }
+
+    agree(group, student_logits.device, check)
+    spec = DivergenceSpec(divergence, beta, temperature)
+    shard = VocabShard.of(student_logits.shape[-1], group, vocab_size)
+    return _VocabParallelDivergence.apply(student_logits, teacher_logits.detach(), shard, spec)
+
+
+class _VocabParallelDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_logits, teacher_logits, shard, spec):
+        student = student_logits.reshape(-1, shard.columns)[:, : shard.valid]
+        teacher = teacher_logits.reshape(-1, shard.columns)[:, : shard.valid]
+        kernels = kernels_for(student.device)
+        moments = merge_statistics(kernels.statistics(student, teacher, spec, masked=True), shard, spec)
+        if ctx.needs_input_grad[0]:
+            moments = complete_mean_score(student, teacher, moments, shard, spec, masked=True)
+        value = kernels.divergence(student, teacher, moments, spec, masked=True)
+        value, one_sided = shard.all_reduce(torch.stack([value, _one_sided_masks(student, teacher, spec)]))
+        all_masked = torch.stack(moments[:2]).amin(0) < LOGIT_FLOOR / 2
+        value = value.masked_fill((one_sided > 0) | all_masked, torch.inf)
+
+        def token_logits(token):
+            numerator = student[token] if spec.kind == "reverse_kl" else teacher[token]
+            legal = numerator == -torch.inf
+            return {
+                "student": student[token].masked_fill(legal, 0),
+                "teacher": teacher[token].masked_fill(legal, 0),
+            }
+
+        raise_if_not_finite(shard, value, token_logits, spec.divergence)
+        ctx.save_for_backward(student_logits, teacher_logits, *moments)
+        ctx.shard, ctx.spec = shard, spec
+        return value.view(student_logits.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, value_grad):
+        student_logits, teacher_logits, *moments = ctx.saved_tensors
+        shard, spec = ctx.shard, ctx.spec
+        student = student_logits.reshape(-1, shard.columns)[:, : shard.valid]
+        teacher = teacher_logits.reshape(-1, shard.columns)[:, : shard.valid]
+        gradient = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+        rows = gradient.view(-1, shard.columns)
+        rows[:, shard.valid :] = 0
+        kernels_for(student.device).divergence(
+            student,
+            teacher,
+            Moments(*moments),
+            spec,
+            scale=value_grad.reshape(-1).to(statistics_dtype(student.dtype)) * spec.inverse_temperature,
+            out=rows[:, : shard.valid],
+            masked=True,
+        )
+        return gradient, None, None, None
+
+
+def _one_sided_masks(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
+    """Count [rows] of columns that make the divergence infinite: zero for one model, not for the other."""
+    count = torch.zeros(student.shape[0], dtype=statistics_dtype(student.dtype), device=student.device)
+    if spec.kind == "jsd":  # bounded whatever the supports
+        return count
+    numerator, denominator = (student, teacher) if spec.kind == "reverse_kl" else (teacher, student)
+    for rows, _ in tiles(student, 0, count.dtype):
+        count[rows] = ((denominator[rows] == -torch.inf) & (numerator[rows] != -torch.inf)).sum(-1)
+    return count

@@ -1,0 +1,287 @@
+"""Head product and log-probability of given tokens in one: cross-entropy and policy-gradient log-probs.
+
+Both take a vocab-parallel head apart chunk by chunk as `linear_kl.py` does. Cross-entropy knows its token
+weights, so its forward computes the gradient and the backward only scales it; a log-probability's upstream
+gradient is unknown until the backward, which therefore rebuilds each chunk's logits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_mopd.objectives.chunked_head import HeadGradient, LogitsBuffer, chunks, largest_magnitude
+from megatron_mopd.objectives.definitions import check_temperature, statistics_dtype
+from megatron_mopd.objectives.torch_kernels import scaled_softmax_, softmax_statistics
+from megatron_mopd.objectives.validation import (
+    check_chunk_size,
+    check_head,
+    check_main_grad,
+    check_per_token,
+    check_token_ids,
+    check_token_weight,
+)
+from megatron_mopd.objectives.vocab_shard import VocabShard, agree, raise_if_not_finite
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    *,
+    token_weight: Tensor,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int = 1024,
+    reduce_hidden_grad: bool = True,
+    accumulate_into_main_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of next-token cross-entropies of a vocab-parallel head: loss = sum_t token_weight_t L_t.
+
+    hidden [T, h], weight [V/tp, h], target_ids [T] (global ids; ignored where the token weight is 0),
+    token_weight [T]. The other arguments, memory, errors and the result (loss, per_token [T]) are those of
+    `linear_kl`; per_token is 0 where the token weight is.
+
+    Collectives over `group`: one agreement all-reduce a call; per chunk of c tokens MAX [1, c] and SUM [2,
+    c], 12 bytes a token, and the sum of the hidden gradient [c, h]. The backward has none.
+    """
+    request = _Request.checked(
+        hidden,
+        weight,
+        target_ids,
+        token_weight,
+        group,
+        1.0,
+        vocab_size,
+        chunk_size,
+        reduce_hidden_grad,
+        accumulate_into_main_grad,
+    )
+    return _LinearCrossEntropy.apply(hidden, weight, request)
+
+
+def sampled_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_size: int = 1024,
+    reduce_hidden_grad: bool = True,
+    accumulate_into_main_grad: bool = False,
+) -> Tensor:
+    """Log-probabilities [T] of given tokens under a vocab-parallel head, differentiable in hidden and weight.
+
+    hidden [T, h], weight [V/tp, h], token_ids [T] (global ids); logits are divided by `temperature`. Result
+    in fp32, or fp64 for fp64 inputs, equal on every rank of `group`. Memory: one chunk of logits, chunk_size
+    x V/tp; kept for the backward: the inputs and one scalar a token.
+
+    Collectives over `group`: one agreement all-reduce, MAX [T] and SUM [2, T] a call, 12 bytes a token;
+    backward: the sum of the hidden gradient [c, h] per chunk of c tokens, unless reduce_hidden_grad=False.
+
+    Raises:
+        ValueError: on every rank alike, for shapes, dtypes, devices or shards that do not match, ids outside
+        the
+            vocabulary, options out of range, and NaN or infinite logits (naming token and rank).
+    """
+    request = _Request.checked(
+        hidden,
+        weight,
+        token_ids,
+        None,
+        group,
+        temperature,
+        vocab_size,
+        chunk_size,
+        reduce_hidden_grad,
+        accumulate_into_main_grad,
+    )
+    return _SampledTokenLogprobs.apply(hidden, weight, request)
+
+
+@dataclass
+class _Request:
+    """Validated arguments of one call."""
+
+    shard: VocabShard
+    columns: Tensor  # [T] local column of each token, clamped into the shard
+    is_here: Tensor  # [T] whether the token lives in this shard
+    token_weight: Tensor | None
+    inverse_temperature: float
+    chunk_size: int
+    reduce_hidden_grad: bool
+    accumulate_into_main_grad: bool
+
+    @classmethod
+    def checked(
+        cls,
+        hidden,
+        weight,
+        token_ids,
+        token_weight,
+        group,
+        temperature,
+        vocab_size,
+        chunk_size,
+        reduce_hidden_grad,
+        accumulate_into_main_grad,
+    ) -> "_Request":
+        """Check the arguments on every rank of `group` together; raises ValueError on all or on none."""
+
+        def check() -> dict[str, int]:
+            check_head("student", hidden, weight)
+            check_temperature(temperature)
+            check_chunk_size(chunk_size)
+            check_main_grad(weight, accumulate_into_main_grad)
+            shard = VocabShard.of(weight.shape[0], group, vocab_size)
+            check_per_token("token ids", token_ids, hidden)
+            if token_weight is not None:
+                check_token_weight(token_weight, hidden)
+            in_use = None if token_weight is None else token_weight != 0
+            real = shard.columns * shard.size if vocab_size is None else vocab_size
+            check_token_ids("token ids", token_ids, in_use, real)
+            return {
+                "number of tokens": hidden.shape[0],
+                "local vocabulary width": shard.columns,
+                "chunk_size": chunk_size,
+                "hidden gradient needed": hidden.requires_grad and torch.is_grad_enabled(),
+                "weight gradient needed": weight.requires_grad and torch.is_grad_enabled(),
+                "reduce_hidden_grad": reduce_hidden_grad,
+            }
+
+        agree(group, hidden.device, check)
+        shard = VocabShard.of(weight.shape[0], group, vocab_size)
+        columns, is_here = shard.local_ids(token_ids)
+        if token_weight is not None:
+            token_weight = token_weight.detach().to(statistics_dtype(hidden.dtype))
+        return cls(
+            shard,
+            columns,
+            is_here,
+            token_weight,
+            1.0 / temperature,
+            chunk_size,
+            reduce_hidden_grad,
+            accumulate_into_main_grad,
+        )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, request):
+        shard, token_weight = request.shard, request.token_weight
+        gradient = HeadGradient(hidden, weight, shard, ctx.needs_input_grad[:2], request.reduce_hidden_grad)
+        largest_weight = largest_magnitude(token_weight)
+        buffer = LogitsBuffer(hidden, request.chunk_size, shard)
+        logprobs = torch.zeros_like(token_weight)
+        for rows in chunks(hidden.shape[0], request.chunk_size):
+            logits = buffer.fill(hidden[rows], weight)
+            normalizer, target_logit = _merge(shard, *_local_statistics(logits, rows, request))
+            logprobs[rows] = target_logit - normalizer
+            if gradient.needed:
+                scale = token_weight[rows] / largest_weight
+                _nll_gradient_(logits, rows, normalizer, logprobs[rows], scale, request)
+                gradient.add(rows, logits, hidden[rows])
+        gradient.finish()
+        _raise_if_not_finite(hidden, weight, logprobs, request)
+        per_token = logprobs.neg_().masked_fill_(token_weight == 0, 0)
+        loss = torch.dot(token_weight, per_token)
+        ctx.gradient, ctx.largest_weight = gradient, largest_weight
+        ctx.accumulate_into_main_grad = request.accumulate_into_main_grad
+        ctx.save_for_backward(weight)
+        ctx.mark_non_differentiable(per_token)
+        return loss, per_token
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, loss_grad, _):
+        (weight,) = ctx.saved_tensors
+        factor = loss_grad * ctx.largest_weight
+        return *ctx.gradient.deliver(weight, factor, ctx.accumulate_into_main_grad), None
+
+
+class _SampledTokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, request):
+        shard = request.shard
+        buffer = LogitsBuffer(hidden, request.chunk_size, shard)
+        dtype = statistics_dtype(hidden.dtype)
+        local = torch.zeros(3, hidden.shape[0], dtype=dtype, device=hidden.device)
+        for rows in chunks(hidden.shape[0], request.chunk_size):
+            logits = buffer.fill(hidden[rows], weight)
+            local[:2, rows], local[2, rows] = _local_statistics(logits, rows, request)
+        normalizer, token_logit = _merge(shard, local[:2], local[2])
+        logprobs = token_logit - normalizer
+        _raise_if_not_finite(hidden, weight, logprobs, request)
+        ctx.save_for_backward(hidden, weight, normalizer, logprobs)
+        ctx.request = request
+        return logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, logprobs_grad):
+        hidden, weight, normalizer, logprobs = ctx.saved_tensors
+        request = ctx.request
+        gradient = HeadGradient(
+            hidden, weight, request.shard, ctx.needs_input_grad[:2], request.reduce_hidden_grad
+        )
+        # A log-probability is a negated cross-entropy whose token weight has arrived only now.
+        token_weight = -logprobs_grad.to(logprobs.dtype) * request.inverse_temperature
+        largest_weight = largest_magnitude(token_weight)
+        buffer = LogitsBuffer(hidden, request.chunk_size, request.shard)
+        for rows in chunks(hidden.shape[0], request.chunk_size):
+            logits = buffer.fill(hidden[rows], weight)
+            scale = token_weight[rows] / largest_weight
+            _nll_gradient_(logits, rows, normalizer[rows], logprobs[rows], scale, request)
+            gradient.add(rows, logits, hidden[rows])
+        delivered = gradient.finish().deliver(weight, largest_weight, request.accumulate_into_main_grad)
+        return *delivered, None
+
+
+def _local_statistics(logits: Tensor, rows: slice, request: _Request) -> tuple[Tensor, Tensor]:
+    """This shard's (maximum, sum of exponentials) [2, c] and its part of the tokens' own logits [c]."""
+    statistics = softmax_statistics(logits, request.inverse_temperature)
+    own = torch.zeros_like(statistics[0])
+    if logits.shape[1] > 0:
+        picked = logits.gather(1, request.columns[rows].unsqueeze(1)).squeeze(1).to(own.dtype)
+        own = torch.where(request.is_here[rows], picked * request.inverse_temperature, own)
+    return statistics, own
+
+
+def _merge(shard: VocabShard, statistics: Tensor, own_logit: Tensor) -> tuple[Tensor, Tensor]:
+    """Local statistics [2, c] and logits [c] -> (log normalizer [c], the tokens' logits [c]) of all shards.
+
+    Collectives: MAX [c] and SUM [2, c]; the token's logit lives on one rank, the others add zero.
+    """
+    local_maximum, local_sum = statistics
+    maximum = shard.all_reduce_max(local_maximum.clone())
+    sums = shard.all_reduce(torch.stack([local_sum * (local_maximum - maximum).exp(), own_logit]))
+    return maximum + sums[0].log(), sums[1]
+
+
+def _nll_gradient_(
+    logits: Tensor, rows: slice, normalizer: Tensor, logprobs: Tensor, scale: Tensor, request: _Request
+) -> None:
+    """Overwrite logits [c, columns] with scale [c] times p - onehot, the gradient of the tokens' -log p."""
+    scaled_softmax_(logits, normalizer, scale, request.inverse_temperature)
+    if logits.shape[1] == 0:
+        return
+    columns = request.columns[rows].unsqueeze(1)
+    # p - 1 from the fp32 log-probability: subtracting 1 from a p rounded to bf16 would lose all of it near p
+    # = 1.
+    at_token = (scale * logprobs.expm1()).to(logits.dtype).unsqueeze(1)
+    is_here = request.is_here[rows].unsqueeze(1)
+    logits.scatter_(1, columns, torch.where(is_here, at_token, logits.gather(1, columns)))
+
+
+def _raise_if_not_finite(hidden: Tensor, weight: Tensor, logprobs: Tensor, request: _Request) -> None:
+    raise_if_not_finite(
+        request.shard,
+        logprobs,
+        lambda token: {"student": hidden[token] @ weight[: request.shard.valid].t()},
+        "token log-probability",
+    )

@@ -1,0 +1,157 @@
+"""One rank's share of a vocab-parallel head: which columns are real, and how ranks talk about them.
+
+Megatron pads the vocabulary so that it divides by the tensor-parallel size and gives rank r the contiguous
+block [r * V/tp, (r + 1) * V/tp). Columns at or beyond `vocab_size` are padding: every function of this
+package cuts them off (`[:valid]`) before any arithmetic, so they cannot take part in a softmax, a mean or a
+metric.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Rank `rank` of `size` in `group`: `columns` local columns, the first `valid` of them real."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    columns: int
+    valid: int
+
+    @classmethod
+    def of(cls, columns: int, group: dist.ProcessGroup | None, vocab_size: int | None) -> "VocabShard":
+        """The shard of this rank; `group=None` means that the vocabulary is not sharded at all.
+
+        Raises:
+            ValueError: `vocab_size` is below 1 or larger than all shards together.
+        """
+        rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        padded = columns * size
+        if vocab_size is None:
+            vocab_size = padded
+        if not 1 <= vocab_size <= padded:
+            raise ValueError(
+                f"vocab_size must be in [1, {padded}] ({size} shards of {columns} columns), got {vocab_size}"
+            )
+        return cls(group, rank, size, columns, min(max(vocab_size - rank * columns, 0), columns))
+
+    @property
+    def offset(self) -> int:
+        """Global id of this shard's first column."""
+        return self.rank * self.columns
+
+    def all_reduce(self, tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+        """Reduce `tensor` in place over the tensor-parallel group (a no-op without one) and return it."""
+        if self.size > 1 and tensor.numel() > 0:
+            dist.all_reduce(tensor, op=op, group=self.group)
+        return tensor
+
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.all_reduce(tensor, dist.ReduceOp.MAX)
+
+    def all_reduce_async(self, tensor: torch.Tensor) -> dist.Work | None:
+        """Start a sum over the group; wait for the returned handle before reading `tensor`."""
+        if self.size > 1 and tensor.numel() > 0:
+            return dist.all_reduce(tensor, group=self.group, async_op=True)
+        return None
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[...] on each rank -> [size, ...] on all."""
+        if self.size == 1 or tensor.numel() == 0:
+            return tensor.unsqueeze(0).expand(self.size, *tensor.shape)
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        dist.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=self.group)
+        return gathered
+
+    def local_ids(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Global ids [T] -> (local column [T], clamped into the shard; whether the id lives here [T])."""
+        local = token_ids - self.offset
+        is_here = (local >= 0) & (local < self.valid)
+        return local.clamp(0, max(self.valid - 1, 0)), is_here
+
+
+def agree(
+    group: dist.ProcessGroup | None, device: torch.device, check: Callable[[], dict[str, int]]
+) -> dict[str, int]:
+    """Run `check` on this rank and make every rank of `group` raise if any rank's check fails or differs.
+
+    `check` raises ValueError on bad input or returns named integers (token count, shard width, ...) that must
+    be the same on all ranks. A rank that raised alone would leave its peers waiting in their next collective;
+    here the message of the failing rank is the one every rank raises.
+
+    Collectives: one all-reduce (MAX) of two integers a fact, some 200 bytes a call whatever the token count.
+    Only when something is wrong, one gather of the reports.
+    """
+    problem, facts = None, {}
+    try:
+        facts = check()
+    except ValueError as error:
+        problem = str(error)
+    if group is None or dist.get_world_size(group) == 1:
+        if problem is not None:
+            raise ValueError(problem)
+        return facts
+
+    # A fixed number of slots lets a rank without facts join; a value and its negative give maximum and
+    # minimum.
+    values = [problem is not None, len(facts), *facts.values()]
+    assert len(values) <= _FACT_SLOTS, "raise _FACT_SLOTS"
+    values += [0] * (_FACT_SLOTS - len(values))
+    extremes = torch.tensor([values, [-value for value in values]], dtype=torch.int64, device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    largest, negated_smallest = extremes.tolist()
+    if largest[0] == 0 and largest == [-value for value in negated_smallest]:
+        return facts
+    reports = [None] * dist.get_world_size(group)
+    dist.all_gather_object(reports, (problem, facts), group=group)
+    raise ValueError(_describe_disagreement(reports))
+
+
+_FACT_SLOTS = 12
+
+
+def _describe_disagreement(reports: list[tuple[str | None, dict[str, int]]]) -> str:
+    """One sentence from all ranks' reports: the problems if there are any, else the facts that differ."""
+    problems = [f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(reports) if problem is not None]
+    if problems:
+        return "; ".join(problems)
+    differing = []
+    for name in reports[0][1]:
+        values = [facts.get(name) for _, facts in reports]
+        if len(set(values)) > 1:
+            differing.append(f"{name} is {values} on ranks 0 to {len(values) - 1}")
+    return "ranks of one tensor-parallel group must agree: " + "; ".join(differing)
+
+
+def raise_if_not_finite(
+    shard: VocabShard,
+    per_token: torch.Tensor,
+    token_logits: Callable[[int], dict[str, torch.Tensor]],
+    what: str,
+) -> None:
+    """Raise ValueError naming token and rank if `per_token` [T], equal on all ranks, has a NaN or infinity.
+
+    `token_logits(t)` rebuilds one token's local logits by model name ({"student": [V/tp], ...}). It is called
+    only on failure, to find the rank whose logits are to blame (one gather of a short string a rank).
+    """
+    if bool(torch.isfinite(per_token).all()):
+        return
+    token = int(torch.isfinite(per_token).logical_not().nonzero()[0])
+    blame = []
+    for model, logits in token_logits(token).items():
+        bad = torch.isfinite(logits).logical_not().nonzero()
+        if len(bad):
+            column = int(bad[0])
+            blame.append(f"{model} logit of vocabulary id {shard.offset + column} is {float(logits[column])}")
+    reports = [blame]
+    if shard.size > 1:
+        reports = [None] * shard.size
+        dist.all_gather_object(reports, blame, group=shard.group)
+    lines = [f"rank {rank}: {line}" for rank, report in enumerate(reports) for line in report]
+    cause = "; ".join(lines) or f"it is {float(per_token[token])}, and no single logit is to blame"
+    raise ValueError(f"{what} is not finite at token {token} ({cause})")
