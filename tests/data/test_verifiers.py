@@ -123,7 +123,7 @@ def test_math_verify_off_the_main_thread():
 
 
 def test_an_answer_that_never_ends_is_given_up(monkeypatch):
-    """One C call that takes forever: neither a signal nor a thread could end it. The next response is scored."""
+    """One C call that takes forever: no signal and no thread could end it. The next response is scored."""
     monkeypatch.setattr(verifiers, "TIMEOUT_SECONDS", 0.5)
     assert score(task_prompt("countdown"), "9**9**9**9") == Score(None, crashed=True)
     monkeypatch.setattr(verifiers, "TIMEOUT_SECONDS", 20.0)
