@@ -33,9 +33,18 @@ class KeyValueCache(StaticInferenceContext):
         return keys[:end], values[:end]
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Keep only these batch rows [n], in this order; what finished leaves the batch and its memory."""
-        self._layers = {
-            layer: (keys.index_select(1, rows), values.index_select(1, rows))
-            for layer, (keys, values) in self._layers.items()
-        }
+        """Keep only these batch rows [n], in this order and possibly repeated; the others' memory is freed.
+
+        One layer at a time, and only the positions written so far: a long cache never exists twice.
+        """
+        for layer, (keys, values) in self._layers.items():
+            self._layers[layer] = self._select(keys, rows), self._select(values, rows)
         self.max_batch_size = len(rows)
+
+    def _select(self, stored: Tensor, rows: Tensor) -> Tensor:
+        kept = torch.empty(
+            (stored.size(0), len(rows), *stored.shape[2:]), dtype=stored.dtype, device=stored.device
+        )
+        written = slice(0, self.sequence_len_offset)
+        torch.index_select(stored[written], 1, rows, out=kept[written])
+        return kept
