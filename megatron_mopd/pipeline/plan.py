@@ -1,0 +1,300 @@
+"""From a request to a plan: who runs what, in which order, on every pipeline stage. Pure Python, no torch.
+
+    plan = Planner().plan(PlanRequest(stages=8, microbatches=32, costs=costs, groups=groups))
+    plan.stages[3]          # the instruction list of stage 3, the same for every rank of that stage
+
+The planner builds several candidate schedules (`list_scheduling.py`), keeps the fastest, places the optimizer
+step, and writes one instruction list per stage with the loads, sends and receives it implies. It is
+deterministic: every rank that plans the same request gets the same plan.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
+
+from megatron_mopd.pipeline.instructions import (
+    Channel,
+    Compute,
+    Instruction,
+    Lane,
+    LoadHead,
+    LoadTeacher,
+    OptimizerStep,
+    Plan,
+    Receive,
+    Send,
+    StudentBackward,
+    StudentForward,
+    Synchronize,
+    TeacherForward,
+    next_place,
+)
+from megatron_mopd.pipeline.list_scheduling import BACKWARD, FORWARD, TEACHER, Policy, Schedule
+from megatron_mopd.pipeline.problem import PlanRequest, TeacherJob
+
+
+class Planner:
+    """Plans requests and remembers the plans of the last `capacity` distinct ones.
+
+    `effort` is how many computations may be placed while looking for a better schedule; a few candidates are
+    always tried. 150,000 takes about a second on one core.
+    """
+
+    def __init__(self, capacity: int = 32, effort: int = 150_000):
+        self.capacity, self.effort = capacity, effort
+        self._plans: OrderedDict[PlanRequest, Plan] = OrderedDict()
+
+    def plan(self, request: PlanRequest) -> Plan:
+        """The plan for `request`; raises ValueError when no plan can satisfy it."""
+        if request in self._plans:
+            self._plans.move_to_end(request)
+            return self._plans[request]
+        plan = make_plan(request, effort=self.effort)
+        self._plans[request] = plan
+        if len(self._plans) > self.capacity:
+            self._plans.popitem(last=False)
+        return plan
+
+
+def make_plan(request: PlanRequest, *, effort: int = 150_000) -> Plan:
+    """Plan one optimizer step without remembering it; see :class:`Planner`."""
+    request.validate()
+    jobs, deferred = _jobs_that_fit(request)
+    if request.kind == "bubble_fill":
+        schedule = _best_schedule(request, jobs, effort)
+    else:
+        schedule = Schedule(request, jobs, Policy(fixed_order=True, teachers_first=True))
+    return Plan(
+        request=request,
+        stages=_instruction_lists(schedule),
+        deferred=deferred,
+        resident=schedule.resident,
+        resident_heads=schedule.resident_heads,
+    )
+
+
+def bubble_free_time(request: PlanRequest) -> float:
+    """The work of the busiest stage: no schedule of this request can take less time in a steady state."""
+    return max(_work(request, request.pending_jobs()))
+
+
+def lower_bound(request: PlanRequest) -> float:
+    """A time per optimizer step that no schedule beats: the busiest stage, or the student's own fill and
+    drain.
+
+    Between two optimizer steps a stage can begin only when the first forward has passed the stages before it,
+    and its last backward must still pass back through them.
+    """
+    p, costs = request.stages, request.costs
+    student = _work(request, ())
+    fill = itertools.accumulate(costs.student_forward[: p - 1], initial=0.0)
+    drain = itertools.accumulate(costs.student_backward[: p - 1], initial=0.0)
+    return max(bubble_free_time(request), *(sum(times) for times in zip(fill, student, drain)))
+
+
+def _work(request: PlanRequest, jobs: tuple[TeacherJob, ...]) -> list[float]:
+    p, costs = request.stages, request.costs
+    count: dict[str, int] = {}
+    for job in jobs:
+        count[job.teacher] = count.get(job.teacher, 0) + 1
+    return [
+        request.microbatches * (sum(costs.student_forward[s::p]) + sum(costs.student_backward[s::p]))
+        + sum(number * costs.teacher(name)[s] for name, number in count.items())
+        for s in range(p)
+    ]
+
+
+def _jobs_that_fit(request: PlanRequest) -> tuple[tuple[TeacherJob, ...], tuple[TeacherJob, ...]]:
+    """The jobs to run, and the look-ahead jobs whose results the cache could not hold."""
+    jobs = request.pending_jobs()
+    budget = request.limits.cached_states
+    if budget is None:
+        return jobs, ()
+    own = sum(job.step == 0 for job in jobs)
+    if request.kind == "serial":  # everything is scored before anything is used
+        room = budget - request.scored_at_start() - own
+    else:
+        room = budget - sum(group.scored for group in request.groups if group.step > 0)
+    keep = own + max(0, room)
+    return jobs[:keep], jobs[keep:]
+
+
+# --- the search --------------------------------------------------------------------------------------------------------
+
+
+def _candidates(request: PlanRequest, jobs: tuple[TeacherJob, ...]):
+    """Policies in the order they are worth trying. The first few do well on even stages; the rest are a
+    grid.
+    """
+    p, deep = request.stages, request.virtual_stages > 1
+    heads = sorted({0, p // 4, p // 2, 3 * p // 4, p})
+    if not jobs:
+        return [Policy(fixed_order=True), Policy(), Policy(extra_activations=1)]
+    first = [
+        Policy(deep, pace=1.0, head=p // 4 if deep else 0),
+        Policy(deep, patience=1.0),
+        Policy(deep),
+        Policy(deep, extra_activations=p, head=p // 4, pace=1.0),
+        Policy(True, patience=0.5, head=p // 2, pace=1.0, lateness=0.5),
+        Policy(True, patience=0.5),
+    ]
+    grid = [
+        Policy(fixed, extra, patience, False, head, pace, late)
+        for fixed, extra, patience, head, (pace, late) in itertools.product(
+            (deep, not deep),
+            (0, max(1, p // 2), p * request.virtual_stages),
+            (0.0, 0.5, 1.0),
+            heads,
+            ((0.0, 0.0), (1.0, 0.0), (1.0, 0.5), (1.5, 0.0), (1.5, 0.5), (2.0, 0.5), (1.0, 0.9)),
+        )
+    ]
+    random.Random(0).shuffle(grid)
+    return first + [policy for policy in grid if policy not in first]
+
+
+def _best_schedule(request: PlanRequest, jobs: tuple[TeacherJob, ...], effort: int) -> Schedule:
+    placements = request.stages * (2 * request.microbatches * request.virtual_stages + len(jobs))
+    tries = max(6, effort // placements)
+    bound = max(_work(request, jobs))
+    best, best_key = None, (math.inf, math.inf)
+    for policy in _candidates(request, jobs)[:tries]:
+        schedule = Schedule(request, jobs, policy)
+        time = _effective_time(schedule)
+        # A tenth of a percent is worth less than an activation.
+        key = (round(time / bound, 3) if bound else time, policy.extra_activations)
+        if key < best_key:
+            best, best_key = schedule, key
+        if time <= bound * 1.0005:
+            break
+    return best
+
+
+def _effective_time(schedule: Schedule) -> float:
+    """How long a stage is taken up by the plan, given what may run before and after it on that stage.
+
+    Look-ahead left over at the end overlaps the time in which the next plan's first forward is still on its
+    way. With everything scored beforehand the plan before this one is assumed to do the same for this one.
+    """
+    request = schedule.request
+    p = request.stages
+    ahead = any(job.step for job in schedule.jobs)
+    own = any(job.step == 0 for job in schedule.jobs)
+    fill = itertools.accumulate(request.costs.student_forward[: p - 1], initial=0.0)
+    cuts, barrier = _optimizer_cuts(schedule)
+    time = barrier
+    for placed, cut, offset in zip(schedule.placed, cuts, fill):
+        end = max(placed[-1].end, barrier)
+        if cut < len(placed):
+            end += max(0.0, barrier - placed[cut].start)
+        if ahead:
+            end -= offset if own else max(placed[0].start, offset)
+        time = max(time, end)
+    return time
+
+
+def _optimizer_cuts(schedule: Schedule) -> tuple[list[int], float]:
+    """Where each stage's list is cut by the optimizer step, and when the last stage arrives there.
+
+    Every stage waits for all at that point. A stage that is done early runs look-ahead meanwhile, but a
+    teacher forward cannot be interrupted: of a few moments for the cut the one is taken that leaves the least
+    time unused.
+    """
+    placed = schedule.placed
+    after_student = [1 + max(i for i, item in enumerate(items) if item.kind == BACKWARD) for items in placed]
+    earliest = max(items[cut - 1].end for items, cut in zip(placed, after_student))
+    if all(cut == len(items) for items, cut in zip(placed, after_student)):
+        return after_student, earliest
+    ends = [[item.end for item in items] for items in placed]
+    longest = max(
+        item.end - item.start for items, cut in zip(placed, after_student) for item in items[cut - 1 :]
+    )
+    moments = sorted(
+        {end for row in ends for end in row[bisect_left(row, earliest) :] if end <= earliest + longest}
+    )
+    best: tuple[float, list[int], float] = (math.inf, after_student, earliest)
+    for moment in [earliest, *moments[:: max(1, len(moments) // 16)]]:
+        # Rounding must not leave out a forward that ends at the very moment of the cut.
+        cuts = [max(cut, bisect_right(row, moment * (1 + 1e-12))) for cut, row in zip(after_student, ends)]
+        barrier = max(row[cut - 1] for row, cut in zip(ends, cuts))
+        unused = max(
+            (max(0.0, barrier - items[cut].start) if cut < len(items) else 0.0)
+            for items, cut in zip(placed, cuts)
+        )
+        if unused < best[0] - 1e-9:
+            best = (unused, cuts, barrier)
+    return best[1], best[2]
+
+
+# --- from a schedule to instruction lists ------------------------------------------------------------------------------
+
+
+def _instruction_lists(schedule: Schedule) -> tuple[tuple[Instruction, ...], ...]:
+    request = schedule.request
+    p, v = request.stages, request.virtual_stages
+    forward = [StudentForward(i, c) for i, c in schedule.forward]
+    backward = [StudentBackward(i, c) for i, c in schedule.backward]
+    teacher = [TeacherForward(job) for job in schedule.jobs]
+    table: tuple[list[Compute], ...] = (forward, backward, teacher)
+    last_chunk = {unit: number for number, unit in enumerate(schedule.forward) if unit[1] == v - 1}
+    head_trigger = {i: number for (i, _), number in last_chunk.items()}
+
+    cuts, _ = _optimizer_cuts(schedule)
+    before: list[list[list[Instruction]]] = [[[] for _ in range(len(items) + 1)] for items in schedule.placed]
+    after: list[list[list[Instruction]]] = [[[] for _ in items] for items in schedule.placed]
+    starts = [[item.start for item in items] for items in schedule.placed]
+    tight = request.limits.cached_states is not None
+    place = [{table[item.kind][item.index]: at for at, item in enumerate(items)} for items in schedule.placed]
+    crossings = []
+    for stage, items in enumerate(schedule.placed):
+        for position, item in enumerate(items):
+            compute = table[item.kind][item.index]
+            target = next_place(compute, stage, p, v)
+            if target is None:
+                continue
+            lane, destination, consumer = target
+            channel = Channel(lane, stage, destination)
+            after[stage][position].append(Send(channel, consumer))
+            crossings.append((destination, channel, consumer, item.start))
+    for destination, channel, consumer, departure in crossings:
+        # Posted while the sender still computes, before whatever runs here then; but where the cache is limited, a
+        # state's buffer must not be claimed before a running forward has released its own.
+        row = starts[destination]
+        if tight and channel.lane is Lane.TEACHER_FORWARD:
+            position = min(bisect_right(row, departure), place[destination][consumer])
+        else:
+            position = max(0, bisect_left(row, departure) - 1)
+        before[destination][position].append(Receive(channel, consumer))
+
+    lists = []
+    for stage, items in enumerate(schedule.placed):
+        start: list[Instruction] = []
+        loads_after: dict[tuple[int, int], list[Instruction]] = {}
+        for load in schedule.teacher_loads:
+            loads_after.setdefault((TEACHER, load.after), []).append(LoadTeacher(load.teacher, load.slot))
+        start += loads_after.get((TEACHER, -1), [])
+        if stage == p - 1:
+            for load in schedule.head_loads:
+                key = (FORWARD, head_trigger.get(load.after, -1))
+                loads_after.setdefault(key, []).append(LoadHead(load.teacher, load.slot))
+            start += loads_after.get((FORWARD, -1), [])
+        entries: list[Instruction] = start
+        synchronized = request.kind != "serial" or not schedule.jobs
+        for position, item in enumerate(items):
+            if position == cuts[stage]:
+                entries.append(OptimizerStep())
+            if item.kind == FORWARD and not synchronized:
+                entries.append(Synchronize())
+                synchronized = True
+            entries += before[stage][position]
+            entries.append(table[item.kind][item.index])
+            entries += after[stage][position]
+            if item.kind != BACKWARD:
+                entries += loads_after.get((item.kind, item.index), [])
+        if cuts[stage] == len(items):
+            entries.append(OptimizerStep())
+        lists.append(tuple(entries))
+    return tuple(lists)

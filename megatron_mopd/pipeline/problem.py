@@ -1,0 +1,298 @@
+"""What a pipeline plan is asked to do: micro-batches, teachers, costs and limits. Pure Python, no torch.
+
+Everything here is frozen and hashable, so that a request is its own key in the planner's cache.
+Times are in any one unit (seconds when they were measured, multiples of a student forward in tables).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+KINDS = ("bubble_fill", "back_to_back", "serial")
+
+
+class TeacherJob(NamedTuple):
+    """One teacher's forward over the samples of one student micro-batch.
+
+    `step` is 0 for the optimizer step being planned, 1 for the one after it, and so on.
+    """
+
+    teacher: str
+    microbatch: int
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class TeacherGroup:
+    """The student micro-batches one teacher scores in one optimizer step, in the order it scores them.
+
+    `scored` is how many of them, counted from the front, an earlier plan has already put in the cache.
+    An empty group is allowed and costs nothing.
+    """
+
+    teacher: str
+    microbatches: tuple[int, ...]
+    step: int = 0
+    scored: int = 0
+
+    def __post_init__(self) -> None:
+        if len(set(self.microbatches)) != len(self.microbatches):
+            raise ValueError(f"teacher group {self.teacher!r}: a micro-batch appears twice")
+        if self.step < 0:
+            raise ValueError(f"teacher group {self.teacher!r}: step is {self.step}, must be 0 or more")
+        if not 0 <= self.scored <= len(self.microbatches):
+            raise ValueError(
+                f"teacher group {self.teacher!r}: scored={self.scored}, but it has {len(self.microbatches)} "
+                "micro-batches"
+            )
+
+    def pending(self) -> tuple[TeacherJob, ...]:
+        """The jobs still to be run."""
+        return tuple(TeacherJob(self.teacher, i, self.step) for i in self.microbatches[self.scored :])
+
+
+def split_groups(
+    counts: Mapping[str, int], *, step: int = 0, scored: bool = False
+) -> tuple[TeacherGroup, ...]:
+    """Groups over consecutive micro-batches: `{"math": 3, "code": 2}` gives math 0-2 and code 3-4."""
+    groups, first = [], 0
+    for teacher, count in counts.items():
+        numbers = tuple(range(first, first + count))
+        groups.append(TeacherGroup(teacher, numbers, step, count if scored else 0))
+        first += count
+    return tuple(groups)
+
+
+def _per_position(values: float | Sequence[float], count: int, name: str) -> tuple[float, ...]:
+    numbers = (float(values),) * count if isinstance(values, int | float) else tuple(map(float, values))
+    if len(numbers) != count:
+        raise ValueError(f"costs: {name} has {len(numbers)} entries, expected {count}")
+    if any(not math.isfinite(number) or number < 0 for number in numbers):
+        raise ValueError(f"costs: {name} must be finite and not negative, got {numbers}")
+    return numbers
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """How long each instruction takes, per stage.
+
+    Student costs are listed by virtual stage (`chunk * stages + stage`), teacher costs by stage.
+    `teacher_load` is the time of one stage's asynchronous copy of that teacher's layers, `head_load` that of
+    its output head on the last stage. `message` is the time a stage-to-stage message is under way,
+    `optimizer` the optimizer step itself. Build one with :meth:`build`, which accepts a single number
+    wherever all positions cost the same.
+    """
+
+    student_forward: tuple[float, ...]
+    student_backward: tuple[float, ...]
+    teacher_forward: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    teacher_load: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    head_load: tuple[tuple[str, float], ...] = ()
+    message: float = 0.0
+    optimizer: float = 0.0
+
+    @classmethod
+    def build(
+        cls,
+        stages: int,
+        virtual_stages: int = 1,
+        *,
+        student_forward: float | Sequence[float] = 1.0,
+        student_backward: float | Sequence[float] = 2.0,
+        teacher_forward: Mapping[str, float | Sequence[float]] | None = None,
+        teacher_load: Mapping[str, float | Sequence[float]] | None = None,
+        head_load: Mapping[str, float] | None = None,
+        message: float = 0.0,
+        optimizer: float = 0.0,
+    ) -> CostModel:
+        """Costs of a whole model stage: a single student number is divided evenly over the stage's chunks.
+
+        Raises ValueError when a sequence has the wrong length or a cost is negative or not finite.
+        """
+
+        def student(values: float | Sequence[float], name: str) -> tuple[float, ...]:
+            if isinstance(values, int | float):
+                values = values / virtual_stages
+            return _per_position(values, stages * virtual_stages, name)
+
+        def table(costs: Mapping[str, float | Sequence[float]] | None, name: str):
+            items = sorted((costs or {}).items())
+            return tuple((key, _per_position(value, stages, f"{name}[{key}]")) for key, value in items)
+
+        _per_position((message, optimizer), 2, "message and optimizer")
+        heads = sorted((head_load or {}).items())
+        return cls(
+            student_forward=student(student_forward, "student_forward"),
+            student_backward=student(student_backward, "student_backward"),
+            teacher_forward=table(teacher_forward, "teacher_forward"),
+            teacher_load=table(teacher_load, "teacher_load"),
+            head_load=tuple((key, _per_position(value, 1, f"head_load[{key}]")[0]) for key, value in heads),
+            message=float(message),
+            optimizer=float(optimizer),
+        )
+
+    def teacher(self, name: str) -> tuple[float, ...]:
+        """Forward time of teacher `name` on each stage; ValueError when its cost is unknown."""
+        for teacher, costs in self.teacher_forward:
+            if teacher == name:
+                return costs
+        known = ", ".join(teacher for teacher, _ in self.teacher_forward) or "none"
+        raise ValueError(f"costs: no teacher_forward for teacher {name!r} (known: {known})")
+
+    def load(self, name: str, stage: int) -> float:
+        """Time to bring teacher `name`'s layers onto `stage`; 0 when not given."""
+        return next((costs[stage] for teacher, costs in self.teacher_load if teacher == name), 0.0)
+
+    def head(self, name: str) -> float:
+        """Time to bring teacher `name`'s output head onto the last stage; 0 when not given."""
+        return next((cost for teacher, cost in self.head_load if teacher == name), 0.0)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Memory limits of one stage, as counts; None leaves the choice to the planner.
+
+    activations: student forwards whose backward is still to come, in chunks. None: what a 1F1B schedule
+    needs. resident_teachers: slots for teacher layers. Two let one teacher arrive while another computes.
+    resident_heads: slots for teacher output heads on the last stage. None: two, or as many as one micro-batch
+    needs. cached_states: teacher hidden states, in micro-batches: inputs waiting for a teacher forward and,
+        on the last stage, scored micro-batches waiting for the student's loss.
+    """
+
+    activations: int | None = None
+    resident_teachers: int = 2
+    resident_heads: int | None = None
+    cached_states: int | None = None
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """One optimizer step to plan: the student's micro-batches, every teacher group that concerns it, and the
+    limits.
+
+    `groups` with step 0 score this step's micro-batches (those an earlier plan scored are still listed, with
+    `scored` set, because their states are in the cache and their heads are needed); groups with a later step
+    are look-ahead. `resident` and `resident_heads` name what already sits in the slots when the plan starts,
+    slot by slot ("" for an empty one).
+    """
+
+    stages: int
+    microbatches: int
+    costs: CostModel
+    virtual_stages: int = 1
+    groups: tuple[TeacherGroup, ...] = ()
+    kind: str = "bubble_fill"
+    limits: Limits = field(default_factory=Limits)
+    resident: tuple[str, ...] = ()
+    resident_heads: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        """Raises ValueError for anything that no plan could serve, and says what to change."""
+        if self.stages < 1 or self.virtual_stages < 1 or self.microbatches < 1:
+            raise ValueError(
+                f"stages={self.stages}, virtual_stages={self.virtual_stages}, microbatches={self.microbatches}: "
+                "each must be at least 1"
+            )
+        if self.kind not in KINDS:
+            raise ValueError(f"schedule kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        places = self.stages * self.virtual_stages
+        for name in ("student_forward", "student_backward"):
+            _per_position(getattr(self.costs, name), places, name)
+        seen = set()
+        for group in self.groups:
+            key = (group.teacher, group.step)
+            if key in seen:
+                raise ValueError(
+                    f"teacher {group.teacher!r} has two groups for step {group.step}: merge them"
+                )
+            seen.add(key)
+            if group.microbatches:
+                _per_position(
+                    self.costs.teacher(group.teacher), self.stages, f"teacher_forward[{group.teacher}]"
+                )
+            if group.step == 0 and any(not 0 <= i < self.microbatches for i in group.microbatches):
+                raise ValueError(
+                    f"teacher {group.teacher!r} scores micro-batches {group.microbatches}, but the student has "
+                    f"{self.microbatches} (numbered from 0)"
+                )
+        for name, values, slots in (
+            ("resident", self.resident, self.limits.resident_teachers),
+            ("resident_heads", self.resident_heads, self.head_slots()),
+        ):
+            if len(values) > slots:
+                raise ValueError(f"{name} lists {len(values)} teachers, but there are {slots} slots")
+        self._validate_limits()
+
+    def _validate_limits(self) -> None:
+        limits, heads = self.limits, max(map(len, self.heads_needed()), default=0)
+        needed = [
+            ("activations", limits.activations, self.virtual_stages),
+            ("resident_teachers", limits.resident_teachers, 1 if self.pending_jobs() else 0),
+            ("resident_heads", limits.resident_heads, heads),
+            ("cached_states", limits.cached_states, self.smallest_cache()),
+        ]
+        problems = [
+            f"limit {name}={value} cannot be met by any plan: the smallest value that works is {smallest}"
+            for name, value, smallest in needed
+            if value is not None and value < smallest
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def heads_needed(self) -> tuple[tuple[str, ...], ...]:
+        """For each student micro-batch, the teachers whose head and cached states its loss needs."""
+        needed: list[list[str]] = [[] for _ in range(self.microbatches)]
+        for group in self.groups:
+            if group.step == 0:
+                for i in group.microbatches:
+                    needed[i].append(group.teacher)
+        return tuple(map(tuple, needed))
+
+    def head_slots(self) -> int:
+        """How many output heads the last stage may hold."""
+        if self.limits.resident_heads is not None:
+            return self.limits.resident_heads
+        return max(2, max(map(len, self.heads_needed()), default=0))
+
+    def scored_at_start(self) -> int:
+        """Hidden states of this step that the cache holds before the plan starts, in micro-batches."""
+        return sum(group.scored for group in self.groups)
+
+    def pending_jobs(self) -> tuple[TeacherJob, ...]:
+        """Every job still to run, teacher by teacher, so that each teacher is loaded once per step.
+
+        This step's groups come first, in the order their first micro-batch is needed. Among the look-ahead
+        groups of one step a teacher that was used last goes first, because it is resident.
+        """
+        own = [group for group in self.groups if group.step == 0 and group.pending()]
+        own.sort(key=lambda group: min(job.microbatch for job in group.pending()))
+        jobs = [job for group in own for job in group.pending()]
+        resident = own[-1].teacher if own else next((name for name in reversed(self.resident) if name), "")
+        for step in sorted({group.step for group in self.groups if group.step > 0}):
+            ahead = [group for group in self.groups if group.step == step and group.pending()]
+            ahead.sort(key=lambda group: group.teacher != resident)
+            for group in ahead:
+                jobs.extend(group.pending())
+                resident = group.teacher
+        return tuple(jobs)
+
+    def smallest_cache(self) -> int:
+        """The fewest cached states with which this step (without any look-ahead) can be completed."""
+        if self.kind == "serial":
+            return self.scored_at_start() + sum(job.step == 0 for job in self.pending_jobs())
+        last_job = [-1] * self.microbatches
+        own = [job for job in self.pending_jobs() if job.step == 0]
+        for number, job in enumerate(own):
+            last_job[job.microbatch] = number
+        held = peak = self.scored_at_start()
+        done = 0
+        for needed, last in zip(self.heads_needed(), last_job):
+            if last >= done:
+                held += last + 1 - done
+                done = last + 1
+            peak = max(peak, held)
+            held -= len(needed)
+        return peak

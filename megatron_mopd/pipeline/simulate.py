@@ -1,0 +1,314 @@
+"""Runs plans on a clock instead of on devices: step time, idle shares, memory peaks, deadlocks. Pure Python,
+no torch.
+
+Every stage works through its list. Computation and the two collectives take its time; a message is delivered
+once it has been sent *and* its receive has been posted, plus the time it is under way; loads share one copy
+engine per stage. Stages are advanced until they block, not moment by moment, so the cost is linear in the
+number of instructions.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from megatron_mopd.pipeline.instructions import (
+    Channel,
+    Instruction,
+    Lane,
+    LoadHead,
+    LoadTeacher,
+    OptimizerStep,
+    Plan,
+    Receive,
+    Send,
+    StudentBackward,
+    StudentForward,
+    Synchronize,
+    TeacherForward,
+)
+
+
+class Event(NamedTuple):
+    """One instruction that took time on a stage (or, for a load, on its copy engine). Times in the cost
+    model's unit.
+    """
+
+    stage: int
+    instruction: Instruction
+    start: float
+    end: float
+
+
+class PlanError(ValueError):
+    """A plan that cannot be executed. `problems` lists everything found, each naming stage, instruction and
+    peer.
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        shown = "\n  ".join(self.problems[:20])
+        more = f"\n  and {len(self.problems) - 20} more" if len(self.problems) > 20 else ""
+        super().__init__(f"the plan cannot be executed:\n  {shown}{more}")
+
+
+@dataclass
+class Simulation:
+    """What executing one plan, or several in a row, would take.
+
+    finish: when each stage reaches the end of its last list.
+    busy: how long each stage computes.
+    optimizer_steps: when each optimizer step is complete.
+    peak_activations, peak_cached_states, peak_resident_teachers: per stage, in program order, so they hold
+        whatever the timing.
+    events: what happened when, if asked for.
+    """
+
+    finish: list[float]
+    busy: list[float]
+    optimizer_steps: list[float]
+    peak_activations: list[int]
+    peak_cached_states: list[int]
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        """When the last stage is done."""
+        return max(self.finish)
+
+    @property
+    def idle_share(self) -> list[float]:
+        """Per stage, the share of the total time it does not compute."""
+        return [1 - busy / self.total if self.total else 0.0 for busy in self.busy]
+
+
+@dataclass(slots=True)
+class _Road:
+    """The state of one channel."""
+
+    sent: list[tuple[float, object]] = field(default_factory=list)
+    posted: list[float] = field(default_factory=list)
+    waiting: bool = False
+
+
+def simulate(plans: Plan | Sequence[Plan], *, record: bool = False) -> Simulation:
+    """Execute plans one after another; a stage starts its next list as soon as it has finished the last one.
+
+    Each plan runs at its own request's costs. Raises PlanError when the stages end up waiting for each other;
+    the message says what every blocked stage waits for.
+    """
+    plans = [plans] if isinstance(plans, Plan) else list(plans)
+    if not plans:
+        raise ValueError("simulate needs at least one plan")
+    p = plans[0].request.stages
+    if any(plan.request.stages != p for plan in plans):
+        raise ValueError("all plans of a simulation must have the same number of stages")
+    return _Machine(plans, p, record).run()
+
+
+class _Machine:
+    def __init__(self, plans: list[Plan], stages: int, record: bool):
+        self.plans, self.p, self.record = plans, stages, record
+        p = stages
+        self.clock, self.copy_at, self.busy = [0.0] * p, [0.0] * p, [0.0] * p
+        self.plan_number, self.position = [0] * p, [0] * p
+        self.roads: dict[Channel, _Road] = {}
+        self.expected: list[dict] = [{} for _ in range(p)]
+        self.loaded: list[dict[str, float]] = [{} for _ in range(p)]
+        self.heads: dict[str, float] = {}
+        self.meetings: list[list] = []
+        self.meeting_number = [0] * p
+        self.optimizer_steps: list[float] = []
+        self.activations, self.peak_activations = [0] * p, [0] * p
+        self.cached, self.peak_cached = [0] * p, [0] * p
+        self.cached[-1] = self.peak_cached[-1] = plans[0].request.scored_at_start()
+        self.local: list[set] = [set() for _ in range(p)]
+        self.events: list[Event] = []
+        self.teacher_cost = [dict(plan.request.costs.teacher_forward) for plan in plans]
+        self.needed = [plan.request.heads_needed() for plan in plans]
+
+    def run(self) -> Simulation:
+        self.ready = deque(range(self.p))
+        queued = [True] * self.p
+        self.queued = queued
+        while self.ready:
+            stage = self.ready.popleft()
+            queued[stage] = False
+            self.advance(stage)
+        blocked = [s for s in range(self.p) if self.plan_number[s] < len(self.plans)]
+        if blocked:
+            raise PlanError([self.describe_block(stage) for stage in blocked])
+        return Simulation(
+            self.clock, self.busy, self.optimizer_steps, self.peak_activations, self.peak_cached, self.events
+        )
+
+    def wake(self, stage: int) -> None:
+        if not self.queued[stage]:
+            self.queued[stage] = True
+            self.ready.append(stage)
+
+    def describe_block(self, stage: int) -> str:
+        entries = self.plans[self.plan_number[stage]].stages[stage]
+        position = self.position[stage]
+        entry = entries[position]
+        where = f"stage {stage}, instruction {position} ({entry})"
+        if isinstance(entry, Synchronize | OptimizerStep):
+            absent = [s for s in range(self.p) if s not in self.meetings[self.meeting_number[stage]][2]]
+            return f"{where} waits for stages {absent}"
+        channel, number = self.expected[stage].get(entry, (None, 0))
+        if channel is None:
+            return f"{where} waits for an input that this stage neither computes nor receives"
+        sent = len(self.roads[channel].sent)
+        return (
+            f"{where} waits for message {number} from stage {channel.source} on {channel}, {sent} were sent"
+        )
+
+    def advance(self, stage: int) -> None:
+        """Execute instructions of one stage until it must wait or is done."""
+        while self.plan_number[stage] < len(self.plans):
+            number = self.plan_number[stage]
+            entries = self.plans[number].stages[stage]
+            position = self.position[stage]
+            while position < len(entries):
+                if not self.execute(stage, number, entries[position]):
+                    self.position[stage] = position
+                    return
+                position += 1
+            self.plan_number[stage] += 1
+            self.position[stage] = 0
+
+    def execute(self, stage: int, number: int, entry: Instruction) -> bool:
+        """Execute one instruction; False when it has to wait."""
+        kind = type(entry)
+        if kind is Receive:
+            road = self.roads.setdefault(entry.channel, _Road())
+            self.expected[stage][entry.consumer] = (entry.channel, len(road.posted))
+            road.posted.append(self.clock[stage])
+            if entry.channel.lane is Lane.TEACHER_FORWARD:
+                self.cache(stage, 1)
+            return True
+        if kind is Send:
+            road = self.roads.setdefault(entry.channel, _Road())
+            road.sent.append((self.clock[stage], entry.consumer))
+            if road.waiting:
+                road.waiting = False
+                self.wake(entry.channel.destination)
+            return True
+        if kind is LoadTeacher or kind is LoadHead:
+            self.load(stage, number, entry)
+            return True
+        if kind is Synchronize or kind is OptimizerStep:
+            return self.meet(stage, number, entry)
+        return self.compute(stage, number, entry)
+
+    def compute(self, stage: int, number: int, entry: Instruction) -> bool:
+        request = self.plans[number].request
+        p, last_chunk, costs = self.p, request.virtual_stages - 1, request.costs
+        start = self.clock[stage]
+        kind = type(entry)
+        expected = self.expected[stage].get(entry)
+        if expected is not None:
+            channel, message = expected
+            road = self.roads[channel]
+            if message >= len(road.sent):
+                road.waiting = True
+                return False
+            sent_at, consumer = road.sent[message]
+            if consumer != entry:
+                raise PlanError(
+                    [
+                        f"stage {stage} receives on {channel} for ({entry}), but stage {channel.source} sends ({consumer})"
+                    ]
+                )
+            start = max(start, max(sent_at, road.posted[message]) + costs.message)
+            del self.expected[stage][entry]
+        elif not self.has_local_input(stage, entry, last_chunk):
+            return False
+
+        is_last = stage == p - 1
+        if kind is TeacherForward:
+            teacher = entry.job.teacher
+            start = max(start, self.loaded[stage].get(teacher, 0.0))
+            end = start + self.teacher_cost[number][teacher][stage]
+            if p == 1:
+                self.cache(stage, 1)
+            elif not is_last and stage > 0:
+                self.cache(stage, -1)
+        elif kind is StudentForward:
+            self.activations[stage] += 1
+            self.peak_activations[stage] = max(self.peak_activations[stage], self.activations[stage])
+            end = start + costs.student_forward[entry.chunk * p + stage]
+            if is_last and entry.chunk == last_chunk:
+                teachers = self.needed[number][entry.microbatch]
+                arrival = max((self.heads.get(teacher, 0.0) for teacher in teachers), default=0.0)
+                start, end = max(start, arrival), max(start, arrival) + (end - start)
+                self.cache(stage, -len(teachers))
+                self.local[stage].add(StudentBackward(entry.microbatch, entry.chunk))
+            elif p == 1:
+                self.local[stage].add(StudentForward(entry.microbatch, entry.chunk + 1))
+        else:
+            self.activations[stage] -= 1
+            end = start + costs.student_backward[entry.chunk * p + stage]
+            if p == 1 and entry.chunk > 0:
+                self.local[stage].add(StudentBackward(entry.microbatch, entry.chunk - 1))
+        self.finish(stage, entry, start, end)
+        return True
+
+    def has_local_input(self, stage: int, entry: Instruction, last_chunk: int) -> bool:
+        """True when `entry` starts a chain on this stage or its input was computed here."""
+        first_forward = isinstance(entry, StudentForward) and entry.chunk == 0
+        if stage == 0 and (first_forward or isinstance(entry, TeacherForward)):
+            return True
+        if entry in self.local[stage]:
+            self.local[stage].discard(entry)
+            return True
+        return False
+
+    def finish(self, stage: int, entry: Instruction, start: float, end: float) -> None:
+        self.clock[stage] = end
+        self.busy[stage] += end - start
+        if self.record:
+            self.events.append(Event(stage, entry, start, end))
+
+    def cache(self, stage: int, change: int) -> None:
+        self.cached[stage] += change
+        self.peak_cached[stage] = max(self.peak_cached[stage], self.cached[stage])
+
+    def load(self, stage: int, number: int, entry: LoadTeacher | LoadHead) -> None:
+        costs = self.plans[number].request.costs
+        teacher = isinstance(entry, LoadTeacher)
+        cost = costs.load(entry.teacher, stage) if teacher else costs.head(entry.teacher)
+        start = max(self.copy_at[stage], self.clock[stage])
+        self.copy_at[stage] = start + cost
+        (self.loaded[stage] if teacher else self.heads)[entry.teacher] = start + cost
+        if self.record:
+            self.events.append(Event(stage, entry, start, start + cost))
+
+    def meet(self, stage: int, number: int, entry: Synchronize | OptimizerStep) -> bool:
+        """Arrive at a collective of all stages; True once everybody has arrived."""
+        meeting = self.meeting_number[stage]
+        if meeting == len(self.meetings):
+            self.meetings.append([entry, 0.0, set()])
+        record = self.meetings[meeting]
+        if record[0] != entry:
+            raise PlanError([f"stage {stage} is at ({entry}) where another stage is at ({record[0]})"])
+        if stage not in record[2]:
+            record[2].add(stage)
+            record[1] = max(record[1], self.clock[stage])
+            if len(record[2]) == self.p:
+                if isinstance(entry, OptimizerStep):
+                    self.optimizer_steps.append(record[1] + self.plans[number].request.costs.optimizer)
+                for other in range(self.p):
+                    if other != stage:
+                        self.wake(other)
+        if len(record[2]) < self.p:
+            return False
+        cost = self.plans[number].request.costs.optimizer if isinstance(entry, OptimizerStep) else 0.0
+        self.meeting_number[stage] += 1
+        if cost:
+            self.finish(stage, entry, record[1], record[1] + cost)
+        else:
+            self.clock[stage] = record[1]
+        return True
