@@ -1,0 +1,88 @@
+"""Progress: quiet where nobody watches, silent on other ranks, and never in the way of the iteration."""
+
+import pytest
+
+from megatron_mopd.observe import progress as module
+from megatron_mopd.observe.progress import StepLine, format_count, format_seconds, progress
+
+METRICS = {
+    "loss": 0.5,
+    "kl": 0.1234567,
+    "kl/gcd": 0.03,
+    "kl/sort": 0.5,
+    "kl/words": 0.2,
+    "kl/bits": 0.01,
+    "grad_norm": 0.917,
+    "tokens_per_second": 12345.0,
+    "time/rollout": 1.25,
+    "time/student": 0.5,
+    "response_length": 9.5,
+    "accuracy": 0.875,
+}
+
+
+def test_short_phases_are_silent(capfd):
+    assert list(progress(range(5), "sorting")) == list(range(5))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_long_phases_leave_one_plain_line(capfd, monkeypatch):
+    monkeypatch.setattr(module, "_LINE_AFTER_SECONDS", -1.0)
+    assert list(progress(iter("abc"), "sampling")) == ["a", "b", "c"]
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("sampling: 3 in ") and err.count("\n") == 1 and "\x1b" not in err
+
+
+def test_a_bar_on_a_terminal_is_stopped_when_the_loop_breaks(capfd, monkeypatch):
+    monkeypatch.setattr(module, "is_terminal", lambda: True)
+    monkeypatch.setattr(module, "_BAR_AFTER_SECONDS", -1.0)
+    for item in progress([1, 2, 3], "sampling"):
+        if item == 2:
+            break
+    with pytest.raises(KeyError):
+        for _ in progress([1, 2, 3], "sampling"):
+            raise KeyError
+    assert list(progress((x for x in "ab"), "sampling", total=2)) == ["a", "b"]
+
+
+def test_other_ranks_are_silent(capfd, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(module, "_LINE_AFTER_SECONDS", -1.0)
+    assert list(progress([1, 2], "sampling")) == [1, 2]
+    StepLine(10).show(1, METRICS)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_step_line(capfd):
+    line = StepLine(total=200, first_iteration=10)
+    line._start -= 20.0  # ten steps of two seconds
+    line.show(20, METRICS)
+    out = capfd.readouterr().out
+    assert out.count("\n") == 1 and "\x1b" not in out
+    for part in (
+        "step  20/200",
+        "kl 0.1235",
+        "(sort 0.5 words 0.2 gcd 0.03 +1 lower)",
+        "accuracy 87.5%",
+        "grad 0.917",
+        "len 9.5",
+        "12.3k tok/s",
+        "rollout 1.25s student 0.50s",
+        "ETA 6m 00s",
+    ):
+        assert part in out, part
+    assert "loss" not in out
+
+
+def test_step_line_with_little_to_say():
+    assert StepLine(5).render(5, {"loss": 2.0, "kl": None, "grad_norm": None}).plain == "step 5/5  loss 2"
+
+
+def test_nested_metrics_and_missing_values():
+    text = StepLine(5).render(5, {"kl": {"gcd": 0.25, "sort": None}}).plain
+    assert text == "step 5/5  (gcd 0.25)"
+
+
+def test_formats():
+    assert [format_seconds(s) for s in (4.21, 185, 7630)] == ["4.2s", "3m 05s", "2h 07m"]
+    assert [format_count(n) for n in (950, 12345, 4.56e6, 7e9)] == ["950", "12.3k", "4.56M", "7G"]
