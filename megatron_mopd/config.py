@@ -343,6 +343,8 @@ def _check(config: Config) -> None:
         raise ConfigError(f"objective.temperature: must be above 0, found {config.objective.temperature}")
     if config.rollout.temperature < 0 or not 0 < config.rollout.top_p <= 1 or config.rollout.top_k < 0:
         raise ConfigError("rollout: needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+    if config.params_dtype == "float64" and config.optimizer.use_distributed_optimizer:
+        raise ConfigError("params_dtype: float64 needs optimizer.use_distributed_optimizer=false")
     if not config.run_dir:
         raise ConfigError("run_dir: missing; name the directory that the run writes into")
 

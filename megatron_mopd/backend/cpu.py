@@ -100,6 +100,39 @@ def _all_to_all_single(original):
     return wrapper
 
 
+def _all_gather(original):
+    """gloo wants equal shapes; experts split over tensor-parallel ranks gather as many rows as each rank has."""
+
+    @functools.wraps(original)
+    def wrapper(tensor_list, tensor, group=None, async_op=False):
+        rows = [t.size(0) if t.dim() else 0 for t in tensor_list]
+        if async_op or min(rows) == max(rows):
+            return original(tensor_list, tensor, group=group, async_op=async_op)
+        padded = tensor.new_zeros((max(rows), *tensor.shape[1:]))
+        padded[: tensor.size(0)] = tensor
+        gathered = [torch.empty_like(padded) for _ in rows]
+        original(gathered, padded, group=group)
+        for target, source in zip(tensor_list, gathered):
+            target.copy_(source[: target.size(0)])
+
+    return wrapper
+
+
+def _reduce_scatter(original):
+    """gloo has no reduce-scatter of unequal parts: reduce everything, keep our own part."""
+
+    @functools.wraps(original)
+    def wrapper(output, input_list, op=torch.distributed.ReduceOp.SUM, group=None, async_op=False):
+        rows = [t.size(0) if t.dim() else 0 for t in input_list]
+        if async_op or min(rows) == max(rows):
+            return original(output, input_list, op=op, group=group, async_op=async_op)
+        everything = torch.cat(input_list)
+        torch.distributed.all_reduce(everything, op=op, group=group)
+        output.copy_(everything.split(rows)[torch.distributed.get_rank(group)])
+
+    return wrapper
+
+
 def _tensor_type(original):
     """Optimizers compare `param.type()` with CUDA type names; float64 parameters are treated like float32 ones."""
 
@@ -166,5 +199,7 @@ def install() -> None:
     megatron_random._set_cuda_rng_state = _set_rng_state
 
     torch.distributed.all_to_all_single = _all_to_all_single(torch.distributed.all_to_all_single)
+    torch.distributed.all_gather = _all_gather(torch.distributed.all_gather)
+    torch.distributed.reduce_scatter = _reduce_scatter(torch.distributed.reduce_scatter)
     # megatron-core decorates small functions with torch.compile, which on CPU costs minutes and saves nothing.
     torch.compiler.set_stance("force_eager")

@@ -137,14 +137,14 @@ class _GatherSequence(torch.autograd.Function):
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         x = x.contiguous()
-        output = torch.empty((group.size(), *x.shape), dtype=x.dtype, device=x.device)
+        output = torch.empty((group.size() * x.size(0), *x.shape[1:]), dtype=x.dtype, device=x.device)
         dist.all_gather_into_tensor(output, x, group=group)
-        return output
+        return output.view(group.size(), *x.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         output = torch.empty(grad.shape[1:], dtype=grad.dtype, device=grad.device)
-        dist.reduce_scatter_tensor(output, grad.contiguous(), group=ctx.group)
+        dist.reduce_scatter_tensor(output, grad.flatten(0, 1).contiguous(), group=ctx.group)
         return output, None
 
 

@@ -83,8 +83,13 @@ def transformer_config(
         # Micro-batches of one step share a shape unless they are packed; the runtime says which before each step.
         variable_seq_lengths=False,
         deallocate_pipeline_outputs=True,
-        # Weights are drawn by `initialize_weights`, from their global name, so that no layout changes them.
-        perform_initialization=False,
+        # Weights are drawn by `initialize_weights`, from their global name, so that no layout changes them. Not
+        # `perform_initialization=False`: that also leaves out the marks by which the gradient norm tells shards of a
+        # weight (summed over TP) from copies (counted once).
+        perform_initialization=True,
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        embedding_init_method=_leave_as_is,
         gradient_accumulation_fusion=False,
         moe_grouped_gemm=values.get("moe_grouped_gemm", uses_transformer_engine(device_type)),
         masked_softmax_fusion=False,
@@ -111,6 +116,10 @@ def transformer_config(
         raise ConfigError(
             f"{where}: megatron-core refuses this model: {' '.join(str(error).split())}"
         ) from None
+
+
+def _leave_as_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:

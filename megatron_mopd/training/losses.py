@@ -106,7 +106,7 @@ class DistillationLoss(BatchLoss):
 
     def token_losses(self, micro_batch, rows, token_weight):
         total, per_token, start = torch.zeros_like(token_weight[0]), [], 0
-        labelled = zip(micro_batch.trajectories, micro_batch.loss_counts)
+        labelled = [item for item in zip(micro_batch.trajectories, micro_batch.loss_counts) if item[1]]
         for mixture, members in groupby(labelled, key=lambda item: self.routing.mixture(item[0].domain)):
             members = list(members)
             end = start + sum(count for _, count in members)

@@ -108,7 +108,8 @@ def score(learner: Learner, batch: StepBatch) -> None:
         def keep(micro_batch: MicroBatch, hidden: torch.Tensor, name: str = name) -> None:
             rows = response_hidden(hidden, micro_batch, learner.groups)
             for trajectory, states in zip(micro_batch.trajectories, rows.split(micro_batch.loss_counts)):
-                batch.cache.put(trajectory.index, name, states)
+                if len(states):  # under context parallelism a rank may hold no response token of a trajectory
+                    batch.cache.put(trajectory.index, name, states)
 
         run_teacher(learner.bank.make_resident(name), micro_batches, batch.shape, learner.groups, keep)
     batch.seconds["score"] = time.perf_counter() - started
