@@ -1,0 +1,65 @@
+"""Students, prompts and engines of the rollout tests, the same on every layout."""
+
+from __future__ import annotations
+
+import random
+
+from megatron_mopd.data.prompt import Prompt
+from megatron_mopd.model.build import build_model
+from megatron_mopd.rollout.engine import SamplingParams
+from megatron_mopd.rollout.megatron_engine import MegatronEngine
+from tests import _models
+
+LONGEST = 40
+STOPS = (3, 4, 5, 6, 7, 8, 9, 10)
+
+
+def prompts(count: int = 9, shortest: int = 1, longest: int = 17) -> list[Prompt]:
+    """Prompts of different lengths, the shortest and the longest possible among them."""
+    rng = random.Random(count)
+    lengths = [shortest, longest] + [rng.randint(shortest, longest) for _ in range(count)]
+    return [
+        Prompt(
+            "",
+            tuple(rng.randrange(_models.VOCAB) for _ in range(length)),
+            "arith",
+            None,
+            "none",
+            None,
+            i,
+            f"p{i}",
+        )
+        for i, length in enumerate(lengths[:count])
+    ]
+
+
+def engine(
+    transformer: dict,
+    parallel: dict | None = None,
+    *,
+    dtype: str = "float64",
+    max_batch_size: int = 64,
+    max_sequence_length: int = LONGEST,
+    **model,
+):
+    """An engine on this rank's layout, and the chunks it samples from."""
+    groups = _models.groups_for(parallel or {})
+    config = _models.model_config(transformer, **model)
+    chunks = build_model(config, groups, dtype, max_sequence_length=LONGEST, seed=7)
+    made = MegatronEngine(
+        chunks,
+        groups,
+        vocab_size=_models.VOCAB,
+        max_sequence_length=max_sequence_length,
+        max_batch_size=max_batch_size,
+    )
+    return made, chunks
+
+
+def sampling(**changes) -> SamplingParams:
+    return SamplingParams(**({"max_new_tokens": 10, "stop_token_ids": STOPS} | changes))
+
+
+def plain(trajectories) -> list[tuple]:
+    """What a rank can send to the parent process and tests can compare."""
+    return [(t.index, t.prompt.index, t.response_ids, t.logprobs, t.finished) for t in trajectories]

@@ -1,0 +1,121 @@
+"""The same prompts and seed give the same tokens on every parallel layout."""
+
+import pytest
+import torch
+
+from tests import _models
+from tests._distributed import RankPool, run_ranks
+from tests.rollout._engines import engine, plain, prompts, sampling
+
+TP, PP, VPP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+)
+EP, ETP, CP = "expert_model_parallel_size", "expert_tensor_parallel_size", "context_parallel_size"
+SP = "sequence_parallel"
+
+DENSE_LAYOUTS = [
+    {},
+    {TP: 2, SP: True},
+    {PP: 2},
+    {PP: 2, VPP: 2},
+    {TP: 2, CP: 2},
+    {PP: 4},
+]
+MOE_LAYOUTS = [
+    {},
+    {TP: 2, SP: True},
+    {PP: 2, VPP: 2},
+    {EP: 2},
+    {CP: 2, EP: 2},
+    {TP: 2, SP: True, EP: 2, ETP: 1},
+    {TP: 2, SP: True, PP: 2},
+    {PP: 2, VPP: 2, EP: 2},
+    {TP: 2, SP: True, EP: 2, ETP: 2},
+    {TP: 2, SP: True, EP: 4, ETP: 1},
+]
+
+
+def ranks_of(layout: dict) -> int:
+    """Dense-model ranks, times two for data parallelism where experts or nothing else ask for it."""
+    dense = layout.get(TP, 1) * layout.get(PP, 1) * layout.get(CP, 1)
+    experts = layout.get(EP, 1) * layout.get(ETP, layout.get(TP, 1)) * layout.get(PP, 1)
+    return max(dense, experts, 2)
+
+
+def generate(rank, transformer, layout):
+    """All cases on one layout: small batches, fewer prompts than ranks, truncated sampling."""
+    made, chunks = engine(transformer, layout, max_batch_size=8)
+    cases = [
+        made.generate(prompts(7), sampling(max_new_tokens=6), seed=5, samples_per_prompt=2),
+        made.generate(prompts(1), sampling(max_new_tokens=3, stop_token_ids=()), seed=6),
+        made.generate(prompts(3), sampling(temperature=0.8, top_p=0.9, max_new_tokens=2), seed=7),
+    ]
+    restored = all(
+        chunk.config.sequence_parallel == layout.get(SP, False) and chunk.training for chunk in chunks
+    )
+    return [plain(case) for case in cases], restored
+
+
+@pytest.fixture(scope="module")
+def pools():
+    """Pools of 2 and 4 ranks, forked once; a pool that a failure has killed is replaced for the next test."""
+    made = {}
+
+    def pool(size: int) -> RankPool:
+        if size not in made or not made[size]._processes:
+            made[size] = RankPool(size, timeout=40)
+        return made[size]
+
+    yield pool
+    for each in made.values():
+        each.close()
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """One rank's tokens for each model."""
+    return {
+        name: run_ranks(1, generate, getattr(_models, name), {})[0][0] for name in ("GQA", "MOE", "SHARED")
+    }
+
+
+def check(pool, name, layout, expected):
+    for results, restored in pool.run(generate, getattr(_models, name), layout):
+        assert restored
+        for case, expected_case in zip(results, expected[name], strict=True):
+            assert [row[:3] + row[4:] for row in case] == [row[:3] + row[4:] for row in expected_case]
+            for row, expected_row in zip(case, expected_case):
+                assert row[3] == pytest.approx(expected_row[3], abs=1e-6)
+
+
+def test_the_cases_are_worth_comparing(expected):
+    for cases in expected.values():
+        assert len({token for _, _, response, *_ in cases[0] for token in response}) > 10
+        assert {finished for *_, finished in cases[0]} == {True, False}
+        assert len({len(response) for _, _, response, *_ in cases[0]}) > 3
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS, ids=str)
+def test_dense(layout, pools, expected):
+    check(pools(ranks_of(layout)), "GQA", layout, expected)
+
+
+@pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=str)
+def test_mixture_of_experts(layout, pools, expected):
+    check(pools(ranks_of(layout)), "SHARED" if len(layout) % 2 else "MOE", layout, expected)
+
+
+def chained(rank):
+    six = _models.MOE | dict(num_moe_experts=6)
+    layout = {TP: 2, SP: True, EP: 3, ETP: 1} if torch.distributed.get_world_size() == 6 else {}
+    made, _ = engine(six, layout)
+    return plain(made.generate(prompts(2), sampling(max_new_tokens=3), seed=5))
+
+
+def test_expert_groups_that_overlap_replicas_without_nesting():
+    """Expert blocks {0 1 2} {3 4 5} chain the replicas {0 1} {2 3} {4 5} together; one of those has no prompt."""
+    expected = run_ranks(1, chained)[0]
+    for result in run_ranks(6, chained):
+        assert [row[:3] for row in result] == [row[:3] for row in expected]

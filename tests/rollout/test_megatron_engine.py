@@ -1,0 +1,158 @@
+"""What the engine samples, against full forward passes without a cache on one rank."""
+
+import pytest
+import torch
+
+from megatron_mopd.rollout.noise import gumbel_noise
+from tests import _models
+from tests._distributed import run_ranks
+from tests.rollout import _engines
+from tests.rollout._engines import engine, plain, prompts, sampling
+
+VOCAB = _models.VOCAB
+
+
+def run_one(function, *args):
+    return run_ranks(1, function, *args)[0]
+
+
+def full_logits(chunk, trajectory) -> torch.Tensor:
+    """Logits that predict each response token, from one training forward pass over the whole document."""
+    tokens = torch.tensor([trajectory.token_ids])
+    hidden = chunk(tokens, torch.arange(tokens.size(1)).unsqueeze(0), None)
+    logits = hidden[:, 0] @ chunk.head_weight().t()
+    start = len(trajectory.prompt.token_ids) - 1
+    return logits[start : start + len(trajectory.response_ids), :VOCAB]
+
+
+def against_full_forward(rank, transformer, tie):
+    """By temperature: largest difference of log-probs, tokens that are not argmax(logits + noise), tokens."""
+    made, chunks = engine(transformer, dtype="float32", share_embeddings_and_output_weights=tie)
+    results = []
+    for temperature in (0.0, 1.0, 0.6):
+        worst, wrong, count = 0.0, 0, 0
+        samples = made.generate(prompts(), sampling(temperature=temperature), seed=21, samples_per_prompt=2)
+        for trajectory in samples:
+            logits = full_logits(chunks[0], trajectory)
+            assert logits.requires_grad  # a training forward pass, not one of the engine's
+            scaled = logits / (temperature or 1.0)
+            tokens = torch.tensor(trajectory.response_ids)
+            logprobs = scaled.log_softmax(dim=1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+            worst = max(worst, float((logprobs - torch.tensor(trajectory.logprobs)).abs().max()))
+            index = torch.tensor([trajectory.index])
+            noise = torch.cat([gumbel_noise(21, index, t, 0, VOCAB) for t in range(len(tokens))])
+            expected = (scaled if temperature == 0 else scaled + noise).argmax(dim=1)
+            wrong += int((expected != tokens).sum())
+            count += len(tokens)
+        results.append((worst, wrong, count))
+    return results
+
+
+@pytest.mark.parametrize("transformer", ["DENSE", "GQA", "MOE", "SHARED"])
+def test_decoding_with_a_cache_equals_full_forward_passes(transformer):
+    for worst, wrong, count in run_one(
+        against_full_forward, getattr(_models, transformer), transformer == "GQA"
+    ):
+        assert count > 60 and wrong == 0
+        assert worst < 1e-5
+
+
+def variants(rank):
+    made, _ = engine(_models.MOE)
+    base = made.generate(prompts(), sampling(), seed=5, samples_per_prompt=3)
+    tiny, _ = engine(_models.MOE, max_batch_size=4)
+    return {
+        "base": plain(base),
+        "again": plain(made.generate(prompts(), sampling(), seed=5, samples_per_prompt=3)),
+        "other seed": plain(made.generate(prompts(), sampling(), seed=6, samples_per_prompt=3)),
+        "tiny batches": plain(tiny.generate(prompts(), sampling(), seed=5, samples_per_prompt=3)),
+        "fewer prompts": plain(made.generate(prompts()[:4], sampling(), seed=5, samples_per_prompt=3)),
+        "never stops": plain(
+            made.generate(prompts(), sampling(stop_token_ids=()), seed=5, samples_per_prompt=3)
+        ),
+        "nothing": made.generate([], sampling(), seed=5),
+    }
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run_one(variants)
+
+
+def test_tokens_follow_from_seed_and_index_alone(results):
+    base = results["base"]
+    assert [(index, prompt) for index, prompt, *_ in base] == [(i, i // 3) for i in range(27)]
+    assert results["again"] == base
+    assert results["nothing"] == []
+    for name in ("tiny batches", "fewer prompts"):
+        for got, expected in zip(results[name], base):
+            assert got[:3] == expected[:3] and got[4] == expected[4]
+            assert got[3] == pytest.approx(expected[3], abs=1e-9)
+    responses = [response for _, _, response, *_ in base]
+    assert sum(a != b for a, b in zip(responses, (r[2] for r in results["other seed"]))) > 20
+    samples = [responses[3 * p : 3 * p + 3] for p in range(9)]
+    assert sum(len(set(three)) == 3 for three in samples) > 6
+
+
+def test_a_response_ends_with_its_first_stop_token_or_at_the_limit(results):
+    endings = set()
+    for (*_, response, _, finished), (*_, unstopped, _, ended) in zip(
+        results["base"], results["never stops"]
+    ):
+        assert len(unstopped) == 10 and ended is False
+        stops = [t for t, token in enumerate(unstopped) if token in _engines.STOPS]
+        expected = unstopped[: stops[0] + 1] if stops else unstopped
+        assert response == expected and finished == bool(stops)
+        endings.add((finished, len(response)))
+    assert (False, 10) in endings and len(endings) > 4  # both ways to end, at different lengths
+
+
+def observe_batches(rank, samples_per_prompt):
+    made, chunks = engine(_models.GQA)
+    shapes = []
+    chunks[0].register_forward_pre_hook(lambda _, arguments: shapes.append(tuple(arguments[0].shape)))
+    return shapes, plain(
+        made.generate(prompts(12), sampling(), seed=5, samples_per_prompt=samples_per_prompt)
+    )
+
+
+@pytest.mark.parametrize("samples_per_prompt", [1, 4])
+def test_a_prompt_is_read_once_and_finished_rows_leave_the_batch(samples_per_prompt):
+    shapes, trajectories = run_one(observe_batches, samples_per_prompt)
+    assert shapes[0] == (12, 17)
+    lengths = [len(response) for _, _, response, *_ in trajectories]
+    for step, (rows, new) in enumerate(shapes[1:], start=1):
+        alive = sum(length > step for length in lengths)
+        assert new == 1 and alive <= rows <= alive * 8 / 7
+    assert len(shapes) == max(lengths) and shapes[-1][0] < 12 * samples_per_prompt / 2
+
+
+def refuse(rank):
+    made, _ = engine(_models.DENSE, max_sequence_length=16)
+    messages = []
+    for prompt in (prompts(1, 16, 16), prompts(1, 17, 17)):
+        with pytest.raises(ValueError) as caught:
+            made.generate(prompt, sampling(), seed=0)
+        messages.append(str(caught.value))
+    return messages, plain(made.generate(prompts(3, 12, 15), sampling(stop_token_ids=()), seed=0))
+
+
+def test_sequence_length_bounds_prompt_plus_response():
+    messages, trajectories = run_one(refuse)
+    assert all("p0" in message and "15" in message for message in messages)
+    lengths = [len(prompt.token_ids) for prompt in prompts(3, 12, 15)]
+    assert lengths[:2] == [12, 15]
+    assert [len(response) for _, _, response, *_ in trajectories] == [16 - length for length in lengths]
+    assert not any(finished for *_, finished in trajectories)
+
+
+def damage(rank):
+    made, chunks = engine(_models.DENSE)
+    with torch.no_grad():
+        chunks[0].decoder.layers[1].mlp.linear_fc1.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        made.generate(prompts(), sampling(), seed=0)
+
+
+def test_damaged_weights_are_an_error_not_tokens():
+    run_one(damage)
