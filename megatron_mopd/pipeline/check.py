@@ -50,8 +50,8 @@ def check_same_plan(digests: Sequence[str]) -> None:
     others = [rank for rank, digest in enumerate(digests) if digest != common]
     raise PlanError(
         [
-            f"ranks {others} hold another plan than the other {len(digests) - len(others)}: their micro-batch counts, "
-            "teacher groups, costs or limits differ"
+            f"ranks {others} hold another plan than the other {len(digests) - len(others)}: their "
+            "micro-batch counts, teacher groups, costs or limits differ"
         ]
     )
 
@@ -76,7 +76,8 @@ def find_problems(plan: Plan) -> list[str]:
             problems.append(f"stage {walk.stage} never runs ({compute}){''.join(filter(None, sources))}")
         for compute in sorted(walk.position.keys() - expected, key=str):
             problems.append(
-                f"stage {walk.stage}, instruction {walk.position[compute]} ({compute}): the request does not ask for it"
+                f"stage {walk.stage}, instruction {walk.position[compute]} ({compute}): "
+                "the request does not ask for it"
             )
         if walk.collectives != walks[0].collectives:
             problems.append(
@@ -105,19 +106,19 @@ def _channel_problems(walks: list[_Walk]) -> list[str]:
         for number, (left, right) in enumerate(zip(sends, receives)):
             if left[2] != right[2]:
                 problems.append(
-                    f"{channel}: message {number} is ({left[2]}) at stage {left[0]}, instruction {left[1]}, but "
-                    f"({right[2]}) at stage {right[0]}, instruction {right[1]}"
+                    f"{channel}: message {number} is ({left[2]}) at stage {left[0]}, instruction {left[1]}, "
+                    f"but ({right[2]}) at stage {right[0]}, instruction {right[1]}"
                 )
                 break
         for stage, position, consumer in sends[len(receives) :]:
             problems.append(
-                f"stage {stage}, instruction {position}: send on {channel} for ({consumer}) has no receive at stage "
-                f"{channel.destination}, which receives {len(receives)} of {len(sends)} messages"
+                f"stage {stage}, instruction {position}: send on {channel} for ({consumer}) has no receive "
+                f"at stage {channel.destination}, which receives {len(receives)} of {len(sends)} messages"
             )
         for stage, position, consumer in receives[len(sends) :]:
             problems.append(
-                f"stage {stage}, instruction {position}: receive on {channel} for ({consumer}) has no send at stage "
-                f"{channel.source}, which sends {len(sends)} of {len(receives)} messages"
+                f"stage {stage}, instruction {position}: receive on {channel} for ({consumer}) has no send "
+                f"at stage {channel.source}, which sends {len(sends)} of {len(receives)} messages"
             )
     return problems
 
@@ -150,7 +151,7 @@ class _Walk:
         self.unscored = {(job.teacher, job.microbatch) for job in request.pending_jobs() if job.step == 0}
         for position, entry in enumerate(plan.stages[stage]):
             self.read(position, entry)
-        for channel, position, consumer in self.unsent.values():
+        for channel, position, _ in self.unsent.values():
             self.report(
                 position,
                 self.plan.stages[stage][position],

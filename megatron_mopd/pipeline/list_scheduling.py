@@ -276,8 +276,8 @@ def _run(schedule: Schedule) -> None:
         else:
             choice = FORWARD if f_time <= now else None
             if t_time <= now and (choice is None or f):
-                # A teacher forward may go now if it is needed for the next forward, or ends before the student's
-                # next work arrives or, for a forward that is already here, before it falls due.
+                # A teacher forward may go now if the next forward needs it, or if it ends before the
+                # student's next work arrives or, for a forward already here, before that falls due.
                 cost = job_cost[t][stage]
                 due = first_forward[stage] + f * cycle
                 fits = now + policy.patience * cost <= b_time and (

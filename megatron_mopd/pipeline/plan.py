@@ -83,17 +83,19 @@ def bubble_free_time(request: PlanRequest) -> float:
 
 
 def lower_bound(request: PlanRequest) -> float:
-    """A time per optimizer step that no schedule beats: the busiest stage, or the student's own fill and
-    drain.
+    """A time per optimizer step no schedule beats: the busiest stage, or the student's own fill and drain.
 
     Between two optimizer steps a stage can begin only when the first forward has passed the stages before it,
     and its last backward must still pass back through them.
     """
+    return max(bubble_free_time(request), _student_time(request))
+
+
+def _student_time(request: PlanRequest) -> float:
     p, costs = request.stages, request.costs
-    student = _work(request, ())
     fill = itertools.accumulate(costs.student_forward[: p - 1], initial=0.0)
     drain = itertools.accumulate(costs.student_backward[: p - 1], initial=0.0)
-    return max(bubble_free_time(request), *(sum(times) for times in zip(fill, student, drain)))
+    return max(sum(times) for times in zip(fill, _work(request, ()), drain))
 
 
 def _work(request: PlanRequest, jobs: tuple[TeacherJob, ...]) -> list[float]:
@@ -123,7 +125,7 @@ def _jobs_that_fit(request: PlanRequest) -> tuple[tuple[TeacherJob, ...], tuple[
     return jobs[:keep], jobs[keep:]
 
 
-# --- the search --------------------------------------------------------------------------------------------------------
+# --- the search ---------------------------------------------------------------------------------------
 
 
 def _candidates(request: PlanRequest, jobs: tuple[TeacherJob, ...]):
@@ -159,7 +161,7 @@ def _candidates(request: PlanRequest, jobs: tuple[TeacherJob, ...]):
 def _best_schedule(request: PlanRequest, jobs: tuple[TeacherJob, ...], effort: int) -> Schedule:
     placements = request.stages * (2 * request.microbatches * request.virtual_stages + len(jobs))
     tries = max(6, effort // placements)
-    bound = max(_work(request, jobs))
+    bound = max(*_work(request, jobs), _student_time(request))
     best, best_key = None, (math.inf, math.inf)
     for policy in _candidates(request, jobs)[:tries]:
         schedule = Schedule(request, jobs, policy)
@@ -229,7 +231,7 @@ def _optimizer_cuts(schedule: Schedule) -> tuple[list[int], float]:
     return best[1], best[2]
 
 
-# --- from a schedule to instruction lists ------------------------------------------------------------------------------
+# --- from a schedule to instruction lists -------------------------------------------------------------
 
 
 def _instruction_lists(schedule: Schedule) -> tuple[tuple[Instruction, ...], ...]:
@@ -260,8 +262,8 @@ def _instruction_lists(schedule: Schedule) -> tuple[tuple[Instruction, ...], ...
             after[stage][position].append(Send(channel, consumer))
             crossings.append((destination, channel, consumer, item.start))
     for destination, channel, consumer, departure in crossings:
-        # Posted while the sender still computes, before whatever runs here then; but where the cache is limited, a
-        # state's buffer must not be claimed before a running forward has released its own.
+        # Posted while the sender still computes, before whatever runs here then; but where the cache is
+        # limited, a state's buffer must not be claimed before a running forward has released its own.
         row = starts[destination]
         if tight and channel.lane is Lane.TEACHER_FORWARD:
             position = min(bisect_right(row, departure), place[destination][consumer])

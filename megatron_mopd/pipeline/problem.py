@@ -193,8 +193,8 @@ class PlanRequest:
         """Raises ValueError for anything that no plan could serve, and says what to change."""
         if self.stages < 1 or self.virtual_stages < 1 or self.microbatches < 1:
             raise ValueError(
-                f"stages={self.stages}, virtual_stages={self.virtual_stages}, microbatches={self.microbatches}: "
-                "each must be at least 1"
+                f"stages={self.stages}, virtual_stages={self.virtual_stages}, "
+                f"microbatches={self.microbatches}: each must be at least 1"
             )
         if self.kind not in KINDS:
             raise ValueError(f"schedule kind {self.kind!r} is not one of {', '.join(KINDS)}")
@@ -215,8 +215,8 @@ class PlanRequest:
                 )
             if group.step == 0 and any(not 0 <= i < self.microbatches for i in group.microbatches):
                 raise ValueError(
-                    f"teacher {group.teacher!r} scores micro-batches {group.microbatches}, but the student has "
-                    f"{self.microbatches} (numbered from 0)"
+                    f"teacher {group.teacher!r} scores micro-batches {group.microbatches}, but the student "
+                    f"has {self.microbatches} (numbered from 0)"
                 )
         for name, values, slots in (
             ("resident", self.resident, self.limits.resident_teachers),
@@ -258,7 +258,7 @@ class PlanRequest:
         return max(2, max(map(len, self.heads_needed()), default=0))
 
     def scored_at_start(self) -> int:
-        """Hidden states of this step that the cache holds before the plan starts, in micro-batches."""
+        """Teacher hidden states the cache holds before the plan starts, in micro-batches."""
         return sum(group.scored for group in self.groups)
 
     def pending_jobs(self) -> tuple[TeacherJob, ...]:

@@ -61,7 +61,7 @@ class Simulation:
     finish: when each stage reaches the end of its last list.
     busy: how long each stage computes.
     optimizer_steps: when each optimizer step is complete.
-    peak_activations, peak_cached_states, peak_resident_teachers: per stage, in program order, so they hold
+    peak_activations, peak_cached_states: per stage, in program order, so they hold
         whatever the timing.
     events: what happened when, if asked for.
     """
@@ -219,7 +219,8 @@ class _Machine:
             if consumer != entry:
                 raise PlanError(
                     [
-                        f"stage {stage} receives on {channel} for ({entry}), but stage {channel.source} sends ({consumer})"
+                        f"stage {stage} receives on {channel} for ({entry}), but stage "
+                        f"{channel.source} sends ({consumer})"
                     ]
                 )
             start = max(start, max(sent_at, road.posted[message]) + costs.message)

@@ -1,0 +1,133 @@
+"""Keeps the planner's costs in step with what the run measures. Pure Python, no torch.
+
+Every rank summarises its own events, the summaries are gathered over all ranks (a few hundred bytes each),
+and every rank folds the same summaries in: so all ranks hold the same costs and plan the same plan. The cost
+model that is handed out only changes when some cost has moved by more than `tolerance`, so plans stay cached
+and measurement noise does not reshuffle them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from megatron_mopd.pipeline.instructions import (
+    LoadHead,
+    LoadTeacher,
+    OptimizerStep,
+    StudentBackward,
+    StudentForward,
+    TeacherForward,
+)
+from megatron_mopd.pipeline.problem import CostModel
+from megatron_mopd.pipeline.simulate import Event
+
+
+class Mean(NamedTuple):
+    """The average duration of one kind of instruction: `key` is (name, stage, chunk or teacher)."""
+
+    key: tuple[str, int, int | str]
+    seconds: float
+    count: int
+
+
+def _key(event: Event) -> tuple[str, int, int | str] | None:
+    entry, stage = event.instruction, event.stage
+    if isinstance(entry, StudentForward):
+        return "student_forward", stage, entry.chunk
+    if isinstance(entry, StudentBackward):
+        return "student_backward", stage, entry.chunk
+    if isinstance(entry, TeacherForward):
+        return "teacher_forward", stage, entry.job.teacher
+    if isinstance(entry, LoadTeacher):
+        return "teacher_load", stage, entry.teacher
+    if isinstance(entry, LoadHead):
+        return "head_load", 0, entry.teacher
+    return ("optimizer", 0, 0) if isinstance(entry, OptimizerStep) else None
+
+
+def summarize(events: Iterable[Event]) -> tuple[Mean, ...]:
+    """One rank's averages of one optimizer step."""
+    totals: dict[tuple[str, int, int | str], list[float]] = {}
+    for event in events:
+        key = _key(event)
+        if key is not None:
+            total = totals.setdefault(key, [0.0, 0])
+            total[0] += event.end - event.start
+            total[1] += 1
+    return tuple(
+        Mean(key, total / count, int(count)) for key, (total, count) in sorted(totals.items(), key=str)
+    )
+
+
+class MeasuredCosts:
+    """A running average of measured costs, starting from a guess.
+
+    momentum: the weight of the past in the running average of each step.
+    tolerance: the relative change of any cost that makes `model()` hand out new numbers.
+    """
+
+    def __init__(self, initial: CostModel, stages: int, *, momentum: float = 0.8, tolerance: float = 0.1):
+        self.stages, self.momentum, self.tolerance = stages, momentum, tolerance
+        self._handed_out = initial
+        self._averages: dict[tuple[str, int, int | str], float] = {}
+
+    def fold(self, summaries: Iterable[Sequence[Mean]]) -> None:
+        """Take in one step's summaries of all ranks, in rank order. A first measurement replaces the
+        guess.
+        """
+        totals: dict[tuple[str, int, int | str], list[float]] = {}
+        for summary in summaries:
+            for key, seconds, count in summary:
+                total = totals.setdefault(key, [0.0, 0])
+                total[0] += seconds * count
+                total[1] += count
+        for key, (total, count) in totals.items():
+            mean, old = total / count, self._averages.get(key)
+            self._averages[key] = mean if old is None else self.momentum * old + (1 - self.momentum) * mean
+
+    def model(self) -> CostModel:
+        """The costs to plan with."""
+        fresh = self._build()
+        if any(
+            abs(new - old) > self.tolerance * max(old, new) for new, old in _pairs(fresh, self._handed_out)
+        ):
+            self._handed_out = fresh
+        return self._handed_out
+
+    def _build(self) -> CostModel:
+        base = self._handed_out
+
+        def student(name: str) -> tuple[float, ...]:
+            old = list(getattr(base, name))
+            for (kind, stage, chunk), seconds in self._averages.items():
+                if kind == name:
+                    old[int(chunk) * self.stages + stage] = seconds
+            return tuple(old)
+
+        def teachers(name: str):
+            return tuple(
+                (teacher, tuple(self._averages.get((name, s, teacher), cost) for s, cost in enumerate(costs)))
+                for teacher, costs in getattr(base, name)
+            )
+
+        return replace(
+            base,
+            student_forward=student("student_forward"),
+            student_backward=student("student_backward"),
+            teacher_forward=teachers("teacher_forward"),
+            teacher_load=teachers("teacher_load"),
+            head_load=tuple((t, self._averages.get(("head_load", 0, t), cost)) for t, cost in base.head_load),
+            optimizer=self._averages.get(("optimizer", 0, 0), base.optimizer),
+        )
+
+
+def _pairs(left: CostModel, right: CostModel):
+    yield from zip(left.student_forward, right.student_forward)
+    yield from zip(left.student_backward, right.student_backward)
+    for name in ("teacher_forward", "teacher_load"):
+        for (_, new), (_, old) in zip(getattr(left, name), getattr(right, name)):
+            yield from zip(new, old)
+    yield from ((new, old) for (_, new), (_, old) in zip(left.head_load, right.head_load))
+    yield left.optimizer, right.optimizer
