@@ -115,7 +115,7 @@ def chained(rank):
 
 
 def test_expert_groups_that_overlap_replicas_without_nesting():
-    """Expert blocks {0 1 2} {3 4 5} chain the replicas {0 1} {2 3} {4 5} together; one of those has no prompt."""
+    """Expert blocks {0 1 2} {3 4 5} chain the replicas {0 1} {2 3} {4 5}, one of which has no prompt."""
     expected = run_ranks(1, chained)[0]
     for result in run_ranks(6, chained):
         assert [row[:3] for row in result] == [row[:3] for row in expected]
