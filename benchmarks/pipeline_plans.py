@@ -1,27 +1,33 @@
-"""The planner's table: time of an optimizer step relative to a bubble-free one, by schedule, stages and
-micro-batches.
+"""The planner's table: time of an optimizer step relative to a bubble-free one, by schedule and size.
 
-    python benchmarks/pipeline_plans.py                        # everything, about a quarter of an hour on one
-    core python benchmarks/pipeline_plans.py --stages 8 --multiples 4 --variants even
+    python benchmarks/pipeline_plans.py                # everything: about 20 minutes on one core
+    python benchmarks/pipeline_plans.py --stages 8 --multiples 4 --variants even
 
-Columns: `bound` no synchronous schedule does better; `steady` bubble_fill when the next batch is already
-sampled; `4 steps` bubble_fill when a rollout batch feeds four optimizer steps and look-ahead stays inside it;
-then the same batch back to back, scored in one serial pass, and packed into the student's forward slot.
-Student forward 1, backward 2, eight teachers. Every plan of a row is checked for deadlocks and limits before
-it is counted.
+Student forward 1, backward 2, eight teachers. Columns:
+
+    bound         what no schedule with a synchronous optimizer step can beat
+    steady        bubble_fill when the next step's batch is already sampled
+    1.5 x act.    the same when a stage may hold half as many activations again as in 1F1B (planned only where
+                  `steady` leaves something to gain)
+    4 steps       bubble_fill when a rollout batch feeds four optimizer steps and look-ahead stays inside it
+    back to back, serial, packed   the same batch with each step's teachers before its student, with one
+                  scoring pass for the whole batch, and with teachers in the student's forward slot
+
+Every plan of the `4 steps` column is checked for deadlocks and limits before it is counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_mopd.pipeline.check import check_plan
 from megatron_mopd.pipeline.plan import Planner
-from megatron_mopd.pipeline.problem import CostModel
+from megatron_mopd.pipeline.problem import CostModel, Limits, one_f_one_b_activations
 from megatron_mopd.pipeline.scenarios import (
     Workload,
     packed_ratio,
@@ -78,12 +84,18 @@ def measure(stages: int, multiple: int, name: str) -> dict:
     plans, _ = rollout_batch(planner, work, "bubble_fill", 4)
     for plan in plans:
         check_plan(plan)
+    bound, steady = work.bound() / work.bubble_free(), steady_state_ratio(planner, work)
+    roomy = steady
+    if steady > bound + 0.005:
+        limit = math.ceil(1.5 * one_f_one_b_activations(stages, work.virtual_stages))
+        roomy = min(steady, steady_state_ratio(planner, replace(work, limits=Limits(activations=limit))))
     return {
         "variant": name,
         "stages": stages,
         "microbatches": multiple * stages,
-        "bound": work.bound() / work.bubble_free(),
-        "steady": steady_state_ratio(planner, work),
+        "bound": bound,
+        "steady": steady,
+        "steady_roomy": roomy,
         "four_steps": rollout_batch_ratio(planner, work, "bubble_fill", 4),
         "back_to_back": rollout_batch_ratio(planner, work, "back_to_back", 4),
         "serial": rollout_batch_ratio(planner, work, "serial", 4),
@@ -98,7 +110,10 @@ def verdict(row: dict) -> str:
     missed = []
     target = {2: 1.12, 4: 1.02, 8: 1.02}.get(multiple)
     if target and row["steady"] > target + 5e-4:
-        missed.append(f"steady > {target}" + (" (so is the bound)" if row["bound"] > target else ""))
+        reason = " (so is the bound)" if row["bound"] > target + 5e-4 else ""
+        if not reason and row["steady_roomy"] <= target + 5e-4:
+            reason = " at 1F1B's memory"
+        missed.append(f"steady > {target}{reason}")
     if multiple >= 4 and row["four_steps"] > 1.08 + 5e-4:
         missed.append("4 steps > 1.08" + (" (so is the bound)" if row["bound"] > 1.08 else ""))
     return "; ".join(missed)
@@ -115,12 +130,14 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--json", help="also write the rows here")
     options = parser.parse_args()
-    columns = ("bound", "steady", "four_steps", "back_to_back", "serial", "packed")
+    columns = ("bound", "steady", "steady_roomy", "four_steps", "back_to_back", "serial", "packed")
     rows = []
     for name in options.variants:
         print(f"\n### {name}\n")
-        print("| p | m | bound | steady | 4 steps | back to back | serial | packed | s | targets missed |")
-        print("|" + "---:|" * 9 + "---|", flush=True)
+        print(
+            "| p | m | bound | steady | 1.5 x act. | 4 steps | back to back | serial | packed | s | missed |"
+        )
+        print("|" + "---:|" * 10 + "---|", flush=True)
         for stages in options.stages:
             for multiple in options.multiples:
                 row = measure(stages, multiple, name)

@@ -1,9 +1,8 @@
 """What a pipeline with teachers in its bubbles will cost, and what it will look like.
 
     python tools/plan_pipeline.py --stages 8 --microbatches 32
-    python tools/plan_pipeline.py --stages 4 --microbatches 16 --virtual-stages 2 --teacher math=8 --teacher
-        code=8 \ --teacher-cost 3 --last-stage-extra 0.5 --steps-per-rollout 4 --picture timeline.png --trace
-        timeline.json
+    python tools/plan_pipeline.py --stages 4 --microbatches 16 --virtual-stages 2 --teacher math=8 \\
+        --teacher code=8 --teacher-cost 3 --last-stage-extra 0.5 --picture timeline.png --trace timeline.json
 
 Prints the time of an optimizer step relative to a bubble-free one for every way of running the teachers, and
 draws the chosen schedule over one rollout batch. All costs are in multiples of the student's forward time on
@@ -89,7 +88,7 @@ def teacher_counts(options: argparse.Namespace) -> dict[str, int]:
     if not options.teacher:
         number = max(1, min(options.teachers, options.microbatches)) if options.teachers else 0
         share, rest = divmod(options.microbatches, number) if number else (0, 0)
-        return {f"teacher{i}": share + (i < rest) for i in range(number)}
+        return {f"t{i}": share + (i < rest) for i in range(number)}
     counts = {}
     for item in options.teacher:
         name, _, count = item.partition("=")

@@ -246,8 +246,8 @@ class _Walk:
 
     def student_forward(self, position: int, entry: StudentForward) -> None:
         self.activations += 1
-        limit = self.request.limits.activations
-        if limit is not None and self.activations > limit:
+        limit = self.request.activation_limit()
+        if self.activations > limit:
             self.report(position, entry, f"{self.activations} activations in flight, the limit is {limit}")
         if self.is_last and entry.chunk == self.v - 1 and 0 <= entry.microbatch < len(self.needed):
             for teacher in self.needed[entry.microbatch]:

@@ -25,14 +25,13 @@ class Policy(NamedTuple):
         whenever one is there, and a forward whenever the activation cap allows.
     extra_activations: forwards a stage may run ahead of 1F1B, within the limit.
     patience: a teacher forward is not started when student work is known to arrive before this share of it is
-    over. teachers_first: run every teacher forward before the first student forward (back-to-back and serial
-    kinds). head: teacher forwards the first stage runs before its first student forward. A teacher slower
-        than the student's forward needs this lead, or its first results reach the middle stages after their
-        first gap.
+        over.
+    teachers_first: run every teacher forward before the first student forward (back-to-back, serial).
+    head: teacher forwards the first stage runs before its first student forward. A teacher slower than the
+        student's forward needs this lead, or its first results reach the middle stages after their first gap.
     pace: the student's forwards fall due one by one, this many forward-and-backward times apart; until then a
         teacher forward goes first. 0: as soon as possible.
-    lateness: how far, as a share of the teacher forward, a teacher may push a student forward past its due
-    time.
+    lateness: how far, as a share of the teacher forward, it may push a student forward past its due time.
     """
 
     fixed_order: bool = False
@@ -101,12 +100,12 @@ def slot_loads(uses: list[tuple[str, ...]], slots: int, resident: tuple[str, ...
     return loads, tuple(occupant)
 
 
-def forward_group(stages: int, chunks: int, limit: int | None) -> int:
+def forward_group(stages: int, chunks: int, limit: int) -> int:
     """How many micro-batches advance together through the chunks: Megatron's p, or fewer under a tight limit.
 
     A stage must hold (chunks - 1) * group forwards before the first backward can come back to it, plus one.
     """
-    if chunks == 1 or limit is None:
+    if chunks == 1:
         return stages
     return max(1, min(stages, (limit - 1) // (chunks - 1)))
 
@@ -148,16 +147,16 @@ class Schedule:
     def __init__(self, request: PlanRequest, jobs: tuple[TeacherJob, ...], policy: Policy):
         self.request, self.jobs, self.policy = request, jobs, policy
         p, v = request.stages, request.virtual_stages
-        limit = request.limits.activations
+        limit = request.activation_limit()
         group = forward_group(p, v, limit)
         self.forward, self.backward = student_order(request.microbatches, v, group)
         self.activation_caps, self.orders = [], []
-        room = (math.inf if limit is None else limit) - 1 - (v - 1) * group
+        room = limit - 1 - (v - 1) * group
         for stage in range(p):
             ahead = (p - stage - 1) * (1 if v == 1 else 2)
             if v > 1 and group < p:
                 ahead = min(ahead, 2 * group)
-            ahead = int(min(ahead + policy.extra_activations, room))
+            ahead = min(ahead + policy.extra_activations, room)
             warmup = (v - 1) * group + ahead
             self.activation_caps.append(warmup + 1)
             if policy.fixed_order:

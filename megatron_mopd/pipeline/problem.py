@@ -151,15 +151,23 @@ class CostModel:
         return next((cost for teacher, cost in self.head_load if teacher == name), 0.0)
 
 
+def one_f_one_b_activations(stages: int, virtual_stages: int) -> int:
+    """Activations the first stage holds in Megatron's (interleaved) 1F1B schedule, in chunks."""
+    return stages if virtual_stages == 1 else 2 * (stages - 1) + (virtual_stages - 1) * stages + 1
+
+
 @dataclass(frozen=True)
 class Limits:
-    """Memory limits of one stage, as counts; None leaves the choice to the planner.
+    """Memory limits of one stage, as counts; None stands for the default named here.
 
-    activations: student forwards whose backward is still to come, in chunks. None: what a 1F1B schedule
-    needs. resident_teachers: slots for teacher layers. Two let one teacher arrive while another computes.
+    activations: student forwards whose backward is still to come, in chunks. None: as many as the first stage
+        holds in Megatron's 1F1B, so that no stage needs more memory than it would there. Teachers much slower
+        than the student are hidden completely when this is half as much again.
+    resident_teachers: slots for teacher layers. Two let one teacher arrive while another computes.
     resident_heads: slots for teacher output heads on the last stage. None: two, or as many as one micro-batch
-    needs. cached_states: teacher hidden states, in micro-batches: inputs waiting for a teacher forward and,
-        on the last stage, scored micro-batches waiting for the student's loss.
+        needs.
+    cached_states: teacher hidden states, in micro-batches: inputs waiting for a teacher forward and, on the
+        last stage, scored micro-batches waiting for the student's loss. None: no limit.
     """
 
     activations: int | None = None
@@ -241,6 +249,12 @@ class PlanRequest:
         ]
         if problems:
             raise ValueError("; ".join(problems))
+
+    def activation_limit(self) -> int:
+        """How many student forwards a stage may hold whose backward is still to come, in chunks."""
+        if self.limits.activations is not None:
+            return self.limits.activations
+        return one_f_one_b_activations(self.stages, self.virtual_stages)
 
     def heads_needed(self) -> tuple[tuple[str, ...], ...]:
         """For each student micro-batch, the teachers whose head and cached states its loss needs."""

@@ -21,7 +21,9 @@ from megatron_mopd.pipeline.simulate import simulate
 from megatron_mopd.pipeline.timeline import draw_timeline, idle_shares, write_chrome_trace
 
 
-def workload(stages, microbatches, teacher_cost=1.0, virtual_stages=1, last_stage_extra=0.0):
+def workload(
+    stages, microbatches, teacher_cost=1.0, virtual_stages=1, last_stage_extra=0.0, activations=None
+):
     counts = {f"t{i}": microbatches // 4 for i in range(4)}
     forwards = [1 / virtual_stages] * (stages * virtual_stages)
     backwards = [2 / virtual_stages] * (stages * virtual_stages)
@@ -34,7 +36,7 @@ def workload(stages, microbatches, teacher_cost=1.0, virtual_stages=1, last_stag
         student_backward=backwards,
         teacher_forward=dict.fromkeys(counts, teacher_cost),
     )
-    return Workload(stages, microbatches, costs, counts, virtual_stages)
+    return Workload(stages, microbatches, costs, counts, virtual_stages, Limits(activations))
 
 
 @pytest.mark.parametrize("virtual_stages", [1, 2, 4])
@@ -59,26 +61,29 @@ def test_comparison_schedules_match_their_formulas():
 
 
 @pytest.mark.parametrize(
-    ("stages", "multiple", "teacher_cost", "virtual_stages", "last_stage_extra", "steady"),
+    ("stages", "multiple", "teacher_cost", "virtual_stages", "last_stage_extra", "activations", "steady"),
     [
-        (2, 4, 1.0, 1, 0.0, 1.02),
-        (4, 4, 1.0, 1, 0.0, 1.02),
-        (8, 4, 1.0, 1, 0.0, 1.02),
-        (8, 8, 1.0, 1, 0.0, 1.02),
-        (8, 2, 1.0, 1, 0.0, 1.12),
-        (8, 4, 1.0, 1, 0.5, 1.02),
-        (8, 4, 3.0, 1, 0.0, 1.02),
-        (4, 8, 0.3, 1, 0.0, 1.02),
-        (4, 4, 1.0, 2, 0.0, 1.02),
-        (4, 8, 3.0, 2, 0.0, 1.02),
-        (4, 4, 0.3, 2, 0.0, 1.02),
+        (2, 4, 1.0, 1, 0.0, None, 1.02),
+        (4, 4, 1.0, 1, 0.0, None, 1.02),
+        (8, 4, 1.0, 1, 0.0, None, 1.02),
+        (8, 8, 1.0, 1, 0.0, None, 1.02),
+        (8, 2, 1.0, 1, 0.0, None, 1.12),
+        (8, 4, 1.0, 1, 0.5, None, 1.02),
+        (8, 4, 3.0, 1, 0.0, None, 1.06),
+        (8, 4, 3.0, 1, 0.0, 12, 1.02),
+        (4, 8, 0.3, 1, 0.0, None, 1.02),
+        (4, 4, 1.0, 2, 0.0, None, 1.02),
+        (4, 8, 3.0, 2, 0.0, None, 1.02),
+        (4, 4, 0.3, 2, 0.0, None, 1.02),
     ],
 )
 def test_bubble_fill_meets_its_targets(
-    stages, multiple, teacher_cost, virtual_stages, last_stage_extra, steady
+    stages, multiple, teacher_cost, virtual_stages, last_stage_extra, activations, steady
 ):
     planner = Planner(effort=60_000)
-    work = workload(stages, stages * multiple, teacher_cost, virtual_stages, last_stage_extra)
+    work = workload(
+        stages, stages * multiple, teacher_cost, virtual_stages, last_stage_extra, activations=activations
+    )
     assert steady_state_ratio(planner, work) <= steady
     if multiple >= 4:
         assert rollout_batch_ratio(planner, work, "bubble_fill") <= 1.08
@@ -185,8 +190,7 @@ def test_random_requests_complete_within_their_limits(request):
     check_plan(plan)
     result = simulate(plan)
     limits = request.limits
-    if limits.activations is not None:
-        assert max(result.peak_activations) <= limits.activations
+    assert max(result.peak_activations) <= request.activation_limit()
     if limits.cached_states is not None:
         assert max(result.peak_cached_states) <= limits.cached_states
     ran = [sum(isinstance(entry, TeacherForward) for entry in entries) for entries in plan.stages]
