@@ -121,7 +121,10 @@ class DecodingBatch:
         return len(self._slots)
 
     def advance(self, tokens: Tensor, logprobs: Tensor) -> bool:
-        """Take the sampled tokens and log-probs [b]; True when every response is complete. No collectives."""
+        """Take the sampled tokens and fp64 log-probs [b]; True when every response is complete.
+
+        No collectives.
+        """
         self.cache.sequence_len_offset += self.input_ids.size(1)
         alive = self._alive
         slots = self._slots[alive]
@@ -147,8 +150,7 @@ class DecodingBatch:
         return False
 
     def _keep(self, tokens: Tensor, source: Tensor | None) -> Tensor:
-        """Drop finished rows; `source` [b] says, after the prefill, which prompt's row each response
-        continues."""
+        """Drop finished rows; after the prefill, `source` [b] is the row of each response's prompt."""
         keep = self._alive.nonzero().squeeze(1)
         rows = keep if source is None else source[keep]
         self.cache.keep_rows(rows)

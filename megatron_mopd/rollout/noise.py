@@ -39,17 +39,14 @@ def _mix_32_(x: Tensor) -> Tensor:
 
 
 def gumbel_noise(seed: int, trajectories: Tensor, position: int, first_id: int, columns: int) -> Tensor:
-    """Standard Gumbel noise for each (seed, trajectory, position in the response, vocabulary id): [b,
-    columns] fp32.
+    """Standard Gumbel noise for each (seed, trajectory, response position, vocabulary id): [b, columns] fp32.
 
     `trajectories` [b] int64 names the rows and the columns are the ids `first_id`, `first_id + 1`, ...: any
     tensor-parallel shard, batch or order of work gets the same number for the same four keys. Two 32-bit
     words of a 64-bit key of (seed, trajectory, position) go into the hash of each id. The noise reaches from
     about -3.1 to 21.5, so events rarer than about 5e-10 do not occur.
     """
-    key = torch.full_like(trajectories, _signed(seed * _GOLDEN_64 + 1, 64))
-    key = _mix_64(_mix_64(key) + trajectories)
-    key = _mix_64(key * _signed(_GOLDEN_64, 64) + position)
+    key = _mix_64(_mix_64(trajectories + _signed(seed * _GOLDEN_64, 64)) + position)
     low, high = ((key << 32) >> 32).to(torch.int32), (key >> 32).to(torch.int32)
     ids = torch.arange(first_id, first_id + columns, device=key.device, dtype=torch.int64) * _GOLDEN_32
     bits = low.unsqueeze(1) + ((ids << 32) >> 32).to(torch.int32)

@@ -25,7 +25,7 @@ def sample_tokens(
     trajectories: Tensor,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row from vocab-parallel logits [b, V/tp]: (token ids [b] int64, log-probs [b]).
+    """Draw one token a row from vocab-parallel logits [b, V/tp]: (token ids [b] int64, log-probs [b] fp64).
 
     The draw is argmax(logits / temperature + Gumbel noise), with noise keyed by (seed, trajectory, position,
     id), so it does not depend on the batch or on the layout. A log-prob is the token's under the distribution

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_mopd.rollout.batches import DecodingBatch, Request
 from megatron_mopd.rollout.noise import gumbel_noise
 from tests import _models
 from tests._distributed import run_ranks
@@ -125,6 +126,23 @@ def test_a_prompt_is_read_once_and_finished_rows_leave_the_batch(samples_per_pro
         alive = sum(length > step for length in lengths)
         assert new == 1 and alive <= rows <= alive * 8 / 7
     assert len(shapes) == max(lengths) and shapes[-1][0] < 12 * samples_per_prompt / 2
+
+
+def test_prompts_are_padded_on_the_left_and_padding_is_seen_by_itself_alone():
+    requests = [Request(4, (11, 12, 13), 5), Request(5, (14,), 5), Request(6, (14,), 5)]
+    batch = DecodingBatch(requests, sampling(), torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[11, 12, 13], [0, 0, 14]]
+    assert batch.position_ids[:, -1].tolist() == [2, 0]
+    visible = (~batch.attention_mask()).long().tolist()
+    # A row that sees nothing would be 0 / 0 in some attention kernels, and NaN reaches others as a value.
+    assert visible == [[[[1, 0, 0], [1, 1, 0], [1, 1, 1]]], [[[1, 0, 0], [0, 1, 0], [0, 0, 1]]]]
+    assert batch.trajectories.tolist() == [4, 5, 6] and batch.samples == 3 and batch.rows == 2
+    assert batch.advance(torch.tensor([20, 3, 21]), torch.zeros(3).double()) is False  # 3 is a stop token
+    assert batch.trajectories.tolist() == [4, 6]
+    assert batch.input_ids.tolist() == [[20], [21]] and batch.position_ids.tolist() == [[3], [1]]
+    assert (~batch.attention_mask()).long().tolist() == [[[[1, 1, 1, 1]]], [[[0, 0, 1, 1]]]]
+    assert batch.advance(torch.tensor([22, 4]), torch.zeros(2).double()) is False
+    assert batch.trajectories.tolist() == [4]
 
 
 def refuse(rank):

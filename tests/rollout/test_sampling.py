@@ -83,6 +83,7 @@ CASES = [
 
 def sharded_logits():
     logits = torch.randn(64, PADDED, generator=torch.Generator().manual_seed(1)) * 1.5
+    logits[32:, :100] += 2.5  # more of the nucleus in one shard than is looked at first
     logits[:, VOCAB:] = 50.0  # padding that would always be drawn, and would take all the probability
     return logits
 
