@@ -1,7 +1,9 @@
 """The simulator against times known on paper, the planner's targets, and random requests."""
 
 import json
+import runpy
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -144,6 +146,19 @@ def test_timeline_picture_and_trace(tmp_path):
     assert sum(entry["ph"] == "X" and entry["cat"] == "TeacherForward" for entry in trace) == 12
     with pytest.raises(ValueError, match="no events to draw"):
         draw_timeline({"empty": []}, tmp_path / "none.png")
+
+
+def test_command_line_tool(tmp_path, capsys):
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "plan_pipeline.py"))
+    picture, trace = tmp_path / "timeline.png", tmp_path / "trace.json"
+    arguments = ["--stages", "2", "--microbatches", "4", "--teacher", "math=3", "--teacher", "code=1"]
+    assert tool["main"]([*arguments, "--picture", str(picture), "--trace", str(trace)]) == 0
+    shown = capsys.readouterr().out
+    for kind in ("bubble_fill", "back_to_back", "serial", "packed"):
+        assert kind in shown
+    assert picture.exists() and json.loads(trace.read_text())["traceEvents"]
+    assert tool["main"]([*arguments, "--cached-states", "0"]) == 2
+    assert "smallest value that works is 1" in capsys.readouterr().err
 
 
 # --- random requests ----------------------------------------------------------------------------------
