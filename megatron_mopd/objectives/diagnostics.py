@@ -29,7 +29,7 @@ class DivergenceObserver:
     """Collects the diagnostics chunk by chunk, while the logits exist.
 
     Collectives: per chunk of c tokens an all-gather of [c, 4k + 1] a rank (each shard's k best logits and
-    their ids, of both models, and the teacher's logit at the student's best); one SUM [2, T] at the end.
+    their ids, of both models, and the teacher's logit at the student's best); one sum of [2, T] at the end.
     """
 
     def __init__(self, top_k: int, like: Tensor):

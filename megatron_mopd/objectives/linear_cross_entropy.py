@@ -44,8 +44,8 @@ def linear_cross_entropy(
     token_weight [T]. The other arguments, memory, errors and the result (loss, per_token [T]) are those of
     `linear_kl`; per_token is 0 where the token weight is.
 
-    Collectives over `group`: one agreement all-reduce a call; per chunk of c tokens MAX [1, c] and SUM [2,
-    c], 12 bytes a token, and the sum of the hidden gradient [c, h]. The backward has none.
+    Collectives over `group`: one agreement all-reduce a call; per chunk of c tokens an all-gather of [3, c] a
+    rank, 12 bytes a token in fp32, and the sum of the hidden gradient [c, h]. The backward has none.
     """
     request = _Request.checked(
         hidden,
@@ -80,8 +80,9 @@ def sampled_token_logprobs(
     in fp32, or fp64 for fp64 inputs, equal on every rank of `group`. Memory: one chunk of logits, chunk_size
     x V/tp; kept for the backward: the inputs and one scalar a token.
 
-    Collectives over `group`: one agreement all-reduce, MAX [T] and SUM [2, T] a call, 12 bytes a token;
-    backward: the sum of the hidden gradient [c, h] per chunk of c tokens, unless reduce_hidden_grad=False.
+    Collectives over `group`: one agreement all-reduce and an all-gather of [3, T] a rank, 12 bytes a token in
+    fp32; backward: the sum of the hidden gradient [c, h] per chunk of c tokens, unless
+    reduce_hidden_grad=False.
 
     Raises:
         ValueError: on every rank alike, for shapes, dtypes, devices or shards that do not match, ids outside
@@ -180,8 +181,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logprobs = torch.zeros_like(token_weight)
         for rows in chunks(hidden.shape[0], request.chunk_size):
             logits = buffer.fill(hidden[rows], weight)
-            normalizer, target_logit = _merge(shard, *_local_statistics(logits, rows, request))
-            logprobs[rows] = target_logit - normalizer
+            normalizer, logprobs[rows] = _merge(shard, _local_statistics(logits, rows, request))
             if gradient.needed:
                 scale = token_weight[rows] / largest_weight
                 _nll_gradient_(logits, rows, normalizer, logprobs[rows], scale, request)
@@ -213,9 +213,8 @@ class _SampledTokenLogprobs(torch.autograd.Function):
         local = torch.zeros(3, hidden.shape[0], dtype=dtype, device=hidden.device)
         for rows in chunks(hidden.shape[0], request.chunk_size):
             logits = buffer.fill(hidden[rows], weight)
-            local[:2, rows], local[2, rows] = _local_statistics(logits, rows, request)
-        normalizer, token_logit = _merge(shard, local[:2], local[2])
-        logprobs = token_logit - normalizer
+            local[:, rows] = _local_statistics(logits, rows, request)
+        normalizer, logprobs = _merge(shard, local)
         _raise_if_not_finite(hidden, weight, logprobs, request)
         ctx.save_for_backward(hidden, weight, normalizer, logprobs)
         ctx.request = request
@@ -242,25 +241,25 @@ class _SampledTokenLogprobs(torch.autograd.Function):
         return *delivered, None
 
 
-def _local_statistics(logits: Tensor, rows: slice, request: _Request) -> tuple[Tensor, Tensor]:
-    """This shard's (maximum, sum of exponentials) [2, c] and its part of the tokens' own logits [c]."""
+def _local_statistics(logits: Tensor, rows: slice, request: _Request) -> Tensor:
+    """This shard's maximum, sum of exponentials and its part of the tokens' own logits -> [3, c]."""
     statistics = softmax_statistics(logits, request.inverse_temperature)
     own = torch.zeros_like(statistics[0])
     if logits.shape[1] > 0:
         picked = logits.gather(1, request.columns[rows].unsqueeze(1)).squeeze(1).to(own.dtype)
         own = torch.where(request.is_here[rows], picked * request.inverse_temperature, own)
-    return statistics, own
+    return torch.stack([*statistics, own])
 
 
-def _merge(shard: VocabShard, statistics: Tensor, own_logit: Tensor) -> tuple[Tensor, Tensor]:
-    """Local statistics [2, c] and logits [c] -> (log normalizer [c], the tokens' logits [c]) of all shards.
+def _merge(shard: VocabShard, local: Tensor) -> tuple[Tensor, Tensor]:
+    """Every rank's `_local_statistics` [3, c] -> log normalizer [c] and log-probability [c] of the tokens.
 
-    Collectives: MAX [c] and SUM [2, c]; the token's logit lives on one rank, the others add zero.
+    Collective: all-gather of [3, c] a rank. A token's logit lives on one rank; the others hold zero.
     """
-    local_maximum, local_sum = statistics
-    maximum = shard.all_reduce_max(local_maximum.clone())
-    sums = shard.all_reduce(torch.stack([local_sum * (local_maximum - maximum).exp(), own_logit]))
-    return maximum + sums[0].log(), sums[1]
+    gathered = shard.all_gather(local)
+    maximum = gathered[:, 0].amax(0)
+    log_sum = (gathered[:, 1] * (gathered[:, 0] - maximum).exp()).sum(0).log()
+    return maximum + log_sum, gathered[:, 2].sum(0) - maximum - log_sum
 
 
 def _nll_gradient_(

@@ -84,10 +84,11 @@ def linear_kl(
     Memory: two chunks of logits, chunk_size x V/tp each, beside the gradients themselves; the weight gradient
     is summed in fp32. The forward computes the gradients, the backward only scales them.
 
-    Collectives over `group`: one agreement all-reduce of 24 integers a call; per chunk of c tokens MAX [2, c]
-    and SUM [3, c]; SUM [T] at the end: 24 bytes a token. Then what any such head needs, the sum of the hidden
-    gradient [c, h_s], while the next products run. More: JSD SUM [c]; top-k see `top_k.py`; K teachers MAX
-    and SUM [K, T] a call; diagnostics see `diagnostics.py`. The backward has none.
+    Collectives over `group`: one agreement all-reduce of 24 integers a call; per chunk of c tokens one
+    all-gather of [5, c] a rank; a sum of [T] at the end: a payload of 24 bytes a token in fp32. Then what any
+    such head needs, the sum of the hidden gradient [c, h_s], while the next products run. More: JSD a sum of
+    [c] per chunk; top-k see `top_k.py`; K teachers an all-gather of [2, K + 1, T] a call; diagnostics see
+    `diagnostics.py`. The backward has none.
 
     Raises:
         ValueError: on every rank alike, for shapes, dtypes, devices or shards that do not match, options out

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_mopd.objectives.chunked_head import LogitsBuffer
 from megatron_mopd.objectives.definitions import DivergenceSpec, statistics_dtype
 from megatron_mopd.objectives.torch_kernels import softmax_statistics
-from megatron_mopd.objectives.vocab_shard import VocabShard
+from megatron_mopd.objectives.vocab_shard import VocabShard, merge_log_sum_exp
 
 
 def check_mixture(
@@ -103,13 +103,10 @@ class TeacherMixture:
     def complete(self, per_token: Tensor) -> Tensor:
         """KL(p || softmax(m)) [T], summed over ranks -> sum_k w_k KL(p || q_k) [T].
 
-        Collectives for K > 1 teachers: MAX [K + 1, T] and SUM [K + 1, T].
+        Collective for K > 1 teachers: all-gather of [2, K + 1, T] a rank.
         """
         if len(self._hiddens) > 1:
-            local_maxima, local_sums = self._statistics
-            maxima = self._shard.all_reduce_max(local_maxima.clone())
-            sums = self._shard.all_reduce(local_sums * (local_maxima - maxima).exp())
-            normalizers = maxima + sums.log()
+            normalizers = merge_log_sum_exp(self._statistics, self._shard)
             disagreement = (self._normalised.t() * normalizers[:-1]).sum(0) - normalizers[-1]
             # Tokens without any weight have no mixture; rounding may bring agreeing teachers below zero.
             per_token = per_token + disagreement.clamp(min=0)

@@ -54,8 +54,8 @@ def truncate(
     """Select the top k of "student" or "teacher" over all shards and compute head and tail masses.
 
     `student` and `teacher` [rows, columns] are this shard's logits; both are changed and restored. No
-    vocabulary is gathered: all-gather [rows, k] of each shard's best logits, then MAX [4, rows] and SUM [5,
-    rows].
+    vocabulary is gathered: all-gathers of [rows, k] a rank (each shard's best logits) and of [9, rows] a
+    rank.
     """
     columns, selected = select_top_k(student if top_k_from == "student" else teacher, top_k, shard)
     student_head, teacher_head = student.gather(1, columns), teacher.gather(1, columns)
@@ -70,23 +70,27 @@ def truncate(
     teacher.scatter_(1, columns, teacher_head)
     z = (student_head.to(dtype) * spec.inverse_temperature).masked_fill(~selected, LOGIT_FLOOR)
     u = (teacher_head.to(dtype) * spec.inverse_temperature).masked_fill(~selected, LOGIT_FLOOR)
-    local_maxima = torch.stack([_amax(z), _amax(u), tail[0], tail[1]])
-    maxima = shard.all_reduce_max(local_maxima.clone())
-
-    z_shifted, u_shifted = z - maxima[0].unsqueeze(-1), u - maxima[1].unsqueeze(-1)
-    head_student = z_shifted.exp()
-    cross = (head_student * (z_shifted - u_shifted)).sum(-1)
-    tail_sums = tail[2:4] * (local_maxima[2:] - maxima[2:]).exp()
-    sums = torch.stack([head_student.sum(-1), u_shifted.exp().sum(-1), *tail_sums, cross])
-    shard.all_reduce(sums)
-    return _finish(columns, selected, student_head, teacher_head, maxima, sums)
+    # Head and tail of each model, relative to their own local maxima.
+    z_max, u_max = _amax(z), _amax(u)
+    z, u = z - z_max.unsqueeze(-1), u - u_max.unsqueeze(-1)
+    head_student = z.exp()
+    cross = (head_student * (z - u)).sum(-1)
+    local = [z_max, u_max, tail[0], tail[1], head_student.sum(-1), u.exp().sum(-1), tail[2], tail[3], cross]
+    gathered = shard.all_gather(torch.stack(local))
+    return _finish(columns, selected, student_head, teacher_head, gathered)
 
 
-def _finish(columns, selected, student_head, teacher_head, maxima: Tensor, sums: Tensor) -> Truncation:
-    """Group-wide maxima [4, rows] (head of student, teacher; tail) and sums [5, rows] -> Truncation."""
+def _finish(columns, selected, student_head, teacher_head, gathered: Tensor) -> Truncation:
+    """Every rank's maxima (head of student, teacher; tail), sums likewise and cross [tp, 9, rows] -> Truncation."""
+    local_maxima, local_sums = gathered[:, :4], gathered[:, 4:8]
+    maxima = local_maxima.amax(0)
+    decays = (local_maxima - maxima).exp()
+    sums = (local_sums * decays).sum(0)
+    moved = (local_maxima[:, 0] - local_maxima[:, 1]) - (maxima[0] - maxima[1])
+    cross = ((gathered[:, 8] + moved * local_sums[:, 0]) * decays[:, 0]).sum(0)
     # A tail may be empty (k covers the vocabulary) or vanish: any finite ratio will do for mass zero.
     tiny = torch.finfo(sums.dtype).tiny
-    log_masses = maxima + sums[:4].clamp(min=tiny).log()
+    log_masses = maxima + sums.clamp(min=tiny).log()
     student_head_mass, teacher_head_mass, student_tail_mass, teacher_tail_mass = log_masses
     student_normalizer = torch.logaddexp(student_head_mass, student_tail_mass)
     teacher_normalizer = torch.logaddexp(teacher_head_mass, teacher_tail_mass)
@@ -96,7 +100,7 @@ def _finish(columns, selected, student_head, teacher_head, maxima: Tensor, sums:
 
     # E_p[-d] over the k + 1 outcomes. The cross sum is relative to the heads' own maxima.
     student_head_prob = (student_head_mass - student_normalizer).exp()
-    head_score = sums[4] / sums[0].clamp(min=tiny) + (maxima[0] - maxima[1]) - offset
+    head_score = cross / sums[0].clamp(min=tiny) + (maxima[0] - maxima[1]) - offset
     tail_prob = (student_tail_mass - student_normalizer).exp()
     mean_score = student_head_prob * head_score - tail_prob * tail_log_ratio
     full_moments = Moments(student_normalizer, teacher_normalizer, offset, torch.zeros_like(offset))

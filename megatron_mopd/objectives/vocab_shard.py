@@ -45,14 +45,11 @@ class VocabShard:
         """Global id of this shard's first column."""
         return self.rank * self.columns
 
-    def all_reduce(self, tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
-        """Reduce `tensor` in place over the tensor-parallel group (a no-op without one) and return it."""
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` in place over the tensor-parallel group (a no-op without one) and return it."""
         if self.size > 1 and tensor.numel() > 0:
-            dist.all_reduce(tensor, op=op, group=self.group)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
-
-    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.all_reduce(tensor, dist.ReduceOp.MAX)
 
     def all_reduce_async(self, tensor: torch.Tensor) -> dist.Work | None:
         """Start a sum over the group; wait for the returned handle before reading `tensor`."""
@@ -65,7 +62,7 @@ class VocabShard:
         if self.size == 1 or tensor.numel() == 0:
             return tensor.unsqueeze(0).expand(self.size, *tensor.shape)
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=self.group)
+        dist.all_gather_into_tensor(gathered.view(-1), tensor.reshape(-1), group=self.group)
         return gathered
 
     def local_ids(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,6 +70,16 @@ class VocabShard:
         local = token_ids - self.offset
         is_here = (local >= 0) & (local < self.valid)
         return local.clamp(0, max(self.valid - 1, 0)), is_here
+
+
+def merge_log_sum_exp(local: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+    """Each rank's (maximum, sum of exponentials relative to it) [2, ...] -> log-sum-exp over all shards [...].
+
+    Collective: all-gather of [2, ...] a rank.
+    """
+    gathered = shard.all_gather(local)
+    maximum = gathered[:, 0].amax(0)
+    return maximum + (gathered[:, 1] * (gathered[:, 0] - maximum).exp()).sum(0).log()
 
 
 def agree(
@@ -119,7 +126,8 @@ def _describe_disagreement(reports: list[tuple[str | None, dict[str, int]]]) -> 
     """One sentence from all ranks' reports: the problems if there are any, else the facts that differ."""
     problems = [f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(reports) if problem is not None]
     if problems:
-        return "; ".join(problems)
+        alike = len({problem for problem, _ in reports}) == 1
+        return reports[0][0] if alike else "; ".join(problems)
     differing = []
     for name in reports[0][1]:
         values = [facts.get(name) for _, facts in reports]
