@@ -125,12 +125,12 @@ def test_messages_and_optimizer_take_their_time():
 
 
 def test_many_stages_in_seconds():
-    started = time.perf_counter()
+    started = time.process_time()  # the machine may be busy with other work
     costs = CostModel.build(1024, teacher_forward={"t": 1.0})
     groups = split_groups({"t": 8}, scored=True) + split_groups({"t": 8}, step=1)
     plan = make_plan(PlanRequest(1024, 8, costs, groups=groups), effort=0)
     check_plan(plan)
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
 
 
 def test_timeline_picture_and_trace(tmp_path):
