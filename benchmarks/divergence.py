@@ -285,6 +285,12 @@ def main():
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--beside", nargs="*", default=["gather", "unfused"], help="methods to compare with")
+    parser.add_argument(
+        "--gather-tokens",
+        type=int,
+        default=2048,
+        help="gather runs up to here: it takes 30 bytes x T x V a rank",
+    )
     args = parser.parse_args()
 
     tp, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -303,7 +309,10 @@ def main():
             f"V={args.vocab} h={args.hidden} chunk={args.chunk} {args.dtype} {device.type} TP{tp}, per rank"
         )
     methods = {"GEMMs": bare_gemms, "ours": ours, **{name: globals()[name] for name in args.beside}}
-    results = {t: measure(t, methods, args, device, group, tp, rank) for t in args.tokens}
+    results = {}
+    for tokens in args.tokens:
+        chosen = {k: v for k, v in methods.items() if k != "gather" or tokens <= args.gather_tokens}
+        results[tokens] = measure(tokens, chosen, args, device, group, tp, rank)
     if rank == 0 and len(args.tokens) > 1:
         low, high = (results[t]["ours"][0] for t in (args.tokens[0], args.tokens[-1]))
         print(f"memory of ours at {args.tokens[-1]} over {args.tokens[0]} tokens: {high / low:.3f} x")

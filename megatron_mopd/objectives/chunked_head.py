@@ -120,8 +120,7 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient times the scalar tensor `factor`, computed in fp32 (or fp64) and rounded once to `dtype`."""
-    # A 0-dim factor would be rounded to bf16 before the product; as a 1-element tensor it promotes the
-    # product.
+    # A 0-dim factor would be rounded to bf16 before the product; a 1-element tensor promotes the product.
     return torch.mul(gradient, factor.view(1, 1), out=torch.empty_like(gradient, dtype=dtype))
 
 

@@ -78,9 +78,9 @@ def vocab_parallel_kl(
 
     Raises:
         ValueError: on every rank alike, for mismatched shapes, dtypes, devices or shards; an unknown
-        divergence,
-            beta outside [0, 1], temperature not above 0; NaN or +inf logits, a row with no unmasked logit, or
-            an infinite divergence (one model masks what the other does not), naming the token and the rank.
+            divergence, beta outside [0, 1], temperature not above 0; NaN or +inf logits, a row without an
+            unmasked logit, or an infinite divergence (one model masks what the other does not), naming the
+            token and the rank.
     """
 
     def check() -> dict[str, int]:

@@ -86,8 +86,7 @@ def sampled_token_logprobs(
 
     Raises:
         ValueError: on every rank alike, for shapes, dtypes, devices or shards that do not match, ids outside
-        the
-            vocabulary, options out of range, and NaN or infinite logits (naming token and rank).
+            the vocabulary, options out of range, and NaN or infinite logits (naming token and rank).
     """
     request = _Request.checked(
         hidden,

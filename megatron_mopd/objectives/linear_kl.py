@@ -91,9 +91,8 @@ def linear_kl(
     `diagnostics.py`. The backward has none.
 
     Raises:
-        ValueError: on every rank alike, for shapes, dtypes, devices or shards that do not match, options out
-        of
-            range, and NaN or infinite logits (naming token, rank and model).
+        ValueError: on every rank alike, for shapes, dtypes, devices or shards that do not match, options
+            out of range, and NaN or infinite logits (naming token, rank and model).
     """
     teacher_hiddens = _as_list(teacher_hidden)
     teacher_weights = _as_list(teacher_weight)

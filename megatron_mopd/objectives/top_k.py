@@ -54,8 +54,7 @@ def truncate(
     """Select the top k of "student" or "teacher" over all shards and compute head and tail masses.
 
     `student` and `teacher` [rows, columns] are this shard's logits; both are changed and restored. No
-    vocabulary is gathered: all-gathers of [rows, k] a rank (each shard's best logits) and of [9, rows] a
-    rank.
+    vocabulary is gathered: all-gathers of [rows, k] (each shard's best logits) and of [9, rows] a rank.
     """
     columns, selected = select_top_k(student if top_k_from == "student" else teacher, top_k, shard)
     student_head, teacher_head = student.gather(1, columns), teacher.gather(1, columns)
@@ -81,7 +80,7 @@ def truncate(
 
 
 def _finish(columns, selected, student_head, teacher_head, gathered: Tensor) -> Truncation:
-    """Every rank's maxima (head of student, teacher; tail), sums likewise and cross [tp, 9, rows] -> Truncation."""
+    """Each rank's maxima (heads of both models, tails), sums alike, cross [tp, 9, rows] -> Truncation."""
     local_maxima, local_sums = gathered[:, :4], gathered[:, 4:8]
     maxima = local_maxima.amax(0)
     decays = (local_maxima - maxima).exp()

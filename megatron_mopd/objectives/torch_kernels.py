@@ -30,8 +30,8 @@ TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
 def statistics(student: Tensor, teacher: Tensor, spec: DivergenceSpec, masked: bool = False) -> Tensor:
     """Local softmax statistics of both blocks -> [5, rows].
 
-    Rows of the result: student maximum a, teacher maximum b, student sum of exp(z - a), teacher sum of exp(u
-    - b), and for reverse KL the sum of exp(z - a) ((z - a) - (u - b)).
+    Rows of the result: student maximum a, teacher maximum b, student sum of exp(z - a), teacher sum of
+    exp(u - b), and for reverse KL the sum of exp(z - a) ((z - a) - (u - b)).
     """
     dtype = statistics_dtype(student.dtype)
     result = torch.zeros(5, student.shape[0], dtype=dtype, device=student.device)

@@ -93,7 +93,7 @@ def divergence(
     out: Tensor | None = None,
     masked: bool = False,
 ) -> Tensor:
-    """Local part of each row's divergence -> [rows], as `torch_kernels.divergence`; `out` may be `student`."""
+    """Local part of the rows' divergence -> [rows], as `torch_kernels.divergence`; `out` may be `student`."""
     rows, columns = student.shape
     value = torch.zeros(rows, dtype=statistics_dtype(student.dtype), device=student.device)
     if rows == 0 or columns == 0:

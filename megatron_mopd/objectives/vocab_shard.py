@@ -62,7 +62,7 @@ class VocabShard:
         if self.size == 1 or tensor.numel() == 0:
             return tensor.unsqueeze(0).expand(self.size, *tensor.shape)
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather_into_tensor(gathered.view(-1), tensor.reshape(-1), group=self.group)
+        dist.all_gather(list(gathered.view(self.size, -1)), tensor.reshape(-1), group=self.group)
         return gathered
 
     def local_ids(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +73,7 @@ class VocabShard:
 
 
 def merge_log_sum_exp(local: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """Each rank's (maximum, sum of exponentials relative to it) [2, ...] -> log-sum-exp over all shards [...].
+    """Each rank's (maximum, sum of exponentials relative to it) [2, ...] -> log-sum-exp of all shards [...].
 
     Collective: all-gather of [2, ...] a rank.
     """
@@ -104,8 +104,7 @@ def agree(
             raise ValueError(problem)
         return facts
 
-    # A fixed number of slots lets a rank without facts join; a value and its negative give maximum and
-    # minimum.
+    # A fixed number of slots lets a rank without facts join; a value and its negative give both extremes.
     values = [problem is not None, len(facts), *facts.values()]
     assert len(values) <= _FACT_SLOTS, "raise _FACT_SLOTS"
     values += [0] * (_FACT_SLOTS - len(values))

@@ -103,7 +103,7 @@ def run_linear_kl(rank, case, loss_scale=1.0):
 
 
 def assert_matches(results, expected, rtol=1e-9, atol=1e-10):
-    """Each rank's loss, per_token and hidden gradient, and the joined weight gradients, against `expected`."""
+    """Each rank's loss, per_token and hidden gradient and the joined weight gradients against `expected`."""
     loss, per_token, hidden_grad, weight_grad = expected
     for result in results:
         torch.testing.assert_close(result[0].double(), loss, rtol=rtol, atol=atol)

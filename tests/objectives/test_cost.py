@@ -60,7 +60,7 @@ def collectives_of(rank, what, options):
 
 def gathers(rows_of_statistics):
     """One all-gather of flattened [rows_of_statistics, c] for each chunk."""
-    return [("all_gather_into_tensor", (rows_of_statistics * rows,)) for rows in (8, 8, 4)]
+    return [("all_gather", (rows_of_statistics * rows,)) for rows in (8, 8, 4)]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def gathers(rows_of_statistics):
             [
                 AGREEMENT,
                 *gathers(5),
-                ("all_gather_into_tensor", (2 * 4 * TOKENS,)),
+                ("all_gather", (2 * 4 * TOKENS,)),
                 ("all_reduce", (TOKENS,)),
                 *HIDDEN_SUMS,
             ],
@@ -126,13 +126,13 @@ def gathers(rows_of_statistics):
         (
             "sampled_token_logprobs",
             {},
-            [AGREEMENT, ("all_gather_into_tensor", (3 * TOKENS,))],
+            [AGREEMENT, ("all_gather", (3 * TOKENS,))],
             HIDDEN_SUMS,
         ),
         (
             "vocab_parallel_kl",
             {},
-            [AGREEMENT, ("all_gather_into_tensor", (5 * TOKENS,)), ("all_reduce", (2, TOKENS))],
+            [AGREEMENT, ("all_gather", (5 * TOKENS,)), ("all_reduce", (2, TOKENS))],
             [],
         ),
     ],

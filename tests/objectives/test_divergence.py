@@ -81,6 +81,16 @@ def test_extreme_logits(ranks, kind, beta):
         check(ranks, 2, student.to(dtype), teacher.to(dtype), 15, kind, beta, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.parametrize("kind, beta", KINDS)
+def test_never_negative_where_fp32_resolves_little(ranks, kind, beta):
+    """At 1e6 the spacing of fp32 is 0.06: log-ratios and probabilities disagree, values must still be >= 0."""
+    torch.manual_seed(0)
+    student = 1e6 + torch.randn(200, 64)
+    teacher = student + 0.3 * torch.randn(200, 64)
+    for value, _ in ranks(2, run, student, teacher, 64, kind, beta, 1.0, torch.ones(200)):
+        assert (value >= 0).all()
+
+
 @pytest.mark.parametrize("tp", [1, 4])
 @pytest.mark.parametrize("kind, beta", KINDS)
 def test_masked_tokens(ranks, tp, kind, beta):

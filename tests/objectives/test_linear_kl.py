@@ -140,6 +140,37 @@ def _with_tiny_weights(rank, case):
 
 
 @pytest.mark.parametrize("tp", TP)
+@pytest.mark.parametrize("kind, beta", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_identical_models_give_exactly_zero(ranks, tp, kind, beta, dtype):
+    for top_k in (None, 4):
+        case = Case(tokens=20, vocab_size=57, divergence=kind, beta=beta, dtype=dtype, top_k=top_k)
+        for per_token, hidden_grad in ranks(tp, _identical, case):
+            assert torch.equal(per_token, torch.zeros_like(per_token))
+            assert hidden_grad.abs().max() < (1e-9 if dtype == torch.float64 else 1e-4)
+
+
+def _identical(rank, case):
+    inputs = build(case)
+    hidden, weight = inputs.hidden.requires_grad_(), shard(inputs.weight, rank)
+    loss, per_token = linear_kl(
+        hidden,
+        weight,
+        hidden.detach().clone(),
+        weight.clone(),
+        token_weight=torch.ones(case.tokens),
+        group=tp_group(),
+        divergence=case.divergence,
+        beta=case.beta,
+        vocab_size=case.vocab_size,
+        chunk_size=case.chunk_size,
+        top_k=case.top_k,
+    )
+    loss.backward()
+    return per_token, hidden.grad
+
+
+@pytest.mark.parametrize("tp", TP)
 def test_no_tokens(ranks, tp):
     """An empty micro-batch takes part in every collective and gives zero gradients, not None."""
     for options in ({}, {"top_k": 3}, {"teacher_widths": (5, 4)}, {"divergence": "jsd"}):

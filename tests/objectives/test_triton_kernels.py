@@ -1,4 +1,4 @@
-"""The Triton path: equal to PyTorch under the interpreter, compiled for Hopper, run on a GPU if there is one."""
+"""The Triton path: equal to PyTorch's under the interpreter, compiled for Hopper, run on a GPU if any."""
 
 import importlib.util
 import json
