@@ -83,7 +83,7 @@ def test_extreme_logits(ranks, kind, beta):
 
 @pytest.mark.parametrize("kind, beta", KINDS)
 def test_never_negative_where_fp32_resolves_little(ranks, kind, beta):
-    """At 1e6 the spacing of fp32 is 0.06: log-ratios and probabilities disagree, values must still be >= 0."""
+    """At 1e6 the spacing of fp32 is 0.06: log-ratios and probabilities disagree, values must be >= 0."""
     torch.manual_seed(0)
     student = 1e6 + torch.randn(200, 64)
     teacher = student + 0.3 * torch.randn(200, 64)
