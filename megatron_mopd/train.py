@@ -38,8 +38,8 @@ def train(config: Config) -> dict[str, float]:
     first = resume(run.learner)
     if run.groups.rank == 0:
         save_config(config, run_directory(config) / "config.yaml")
-    writer = MetricsWriter(config.run_dir, tensorboard=config.log.tensorboard, resume_iteration=first)
-    line = StepLine(config.schedule.train_iters, interval=config.log.log_interval)
+    writer = MetricsWriter(config.run_dir, config.log.tensorboard, resumed_iteration=first or None)
+    line = StepLine(config.schedule.train_iters, first_iteration=first)
     sampler = PromptSampler(run.prompts, config.seed)
 
     metrics: dict[str, float] = {}
@@ -59,7 +59,8 @@ def train(config: Config) -> dict[str, float]:
         if done == config.schedule.train_iters or _every(config.schedule.eval_interval, done):
             metrics |= evaluation(run)
         writer.log(done, metrics)
-        line.show(done, metrics)
+        if done == config.schedule.train_iters or _every(config.log.log_interval, done):
+            line.show(done, metrics)
         if done == config.schedule.train_iters or _every(config.checkpoint.save_interval, done):
             save(run.learner, done, run.tokenizer)
 
@@ -108,9 +109,8 @@ def _timing(seconds, rollout: float, total: float, trajectories: list[Trajectory
     tokens = sum(map(len, trajectories))
     lengths = [len(t.response_ids) for t in trajectories]
     return {
-        "seconds/rollout": rollout,
-        **{f"seconds/{name}": value for name, value in seconds.items()},
-        "seconds/total": total,
+        "time/rollout": rollout,
+        **{f"time/{name}": value for name, value in seconds.items()},
         "tokens_per_second": tokens / total,
         "response_length": sum(lengths) / max(1, len(lengths)),
     }

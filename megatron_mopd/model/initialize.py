@@ -45,6 +45,8 @@ def initialize_weights(chunks, config: TransformerConfig, seed: int) -> None:
             digest = hashlib.sha256(name.encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             std = config.init_method_std
+            if sharded.key.startswith("embedding.") and config.embedding_init_method_std is not None:
+                std = config.embedding_init_method_std
             if sharded.key.endswith(_RESIDUAL_OUTPUTS):
                 std /= (2.0 * config.num_layers) ** 0.5
             full = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)

@@ -64,6 +64,12 @@ def progress(iterable: Iterable[Item], description: str, total: int | None = Non
         print(f"{description}: {count} in {format_seconds(seconds)}", file=sys.stderr, flush=True)
 
 
+def say(text: str) -> None:
+    """One line from the job, on rank 0's standard output."""
+    if is_main_rank():
+        print(text, flush=True)
+
+
 class StepLine:
     """Prints one line per training step: what is learned, how fast, and when it will be over."""
 

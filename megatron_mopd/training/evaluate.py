@@ -23,7 +23,7 @@ def evaluate(
     *,
     seed: int,
 ) -> dict[str, float]:
-    """Sample one response a prompt and score it; returns `accuracy/<domain>` and their mean, equal on every rank.
+    """Sample one response a prompt and score it; returns `accuracy/<domain>` and their mean, `accuracy`, equal on every rank.
 
     Every rank scores its share of the responses. Collective: one all-reduce of 3 x domains integers over all ranks.
     """
@@ -45,5 +45,5 @@ def evaluate(
             metrics[f"verifier_crashes/{domain}"] = crashed
     if metrics:
         accuracies = [value for key, value in metrics.items() if key.startswith("accuracy/")]
-        metrics["accuracy_mean"] = sum(accuracies) / max(1, len(accuracies))
+        metrics["accuracy"] = sum(accuracies) / max(1, len(accuracies))
     return metrics

@@ -62,6 +62,7 @@ def build_run(config: Config) -> Run:
     eval_prompts = None
     if config.data.eval:
         eval_prompts = load_prompts(config.data.eval, tokenizer, config.data.seq_length, "data.eval")
+        prompts = prompts.without(eval_prompts)  # held-out means never trained on, whatever the seeds
     if routing is not None:
         routing.check(prompts.domains)
     else:
@@ -89,7 +90,7 @@ def build_run(config: Config) -> Run:
         optimizer=optimizer,
         scheduler=scheduler,
         model=student,
-        manifest=run_manifest(config, tokenizer.fingerprint()),
+        manifest=run_manifest(config, tokenizer.fingerprint()) | {"prompts": prompts.fingerprint()},
         domains=sorted(prompts.domains),
         routing=routing,
         bank=bank,

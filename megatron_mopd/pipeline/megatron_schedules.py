@@ -1,0 +1,110 @@
+"""Running micro-batches through megatron-core's own schedules.
+
+`schedule.kind: megatron`: a teacher's forward passes are one call, the student's forward and backward passes another,
+back to back with no barrier between them, so consecutive calls share one pipeline fill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_with_interleaving,
+    forward_backward_pipelining_without_interleaving,
+)
+from torch import Tensor
+
+from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.data.batching import BatchShape, MicroBatch
+from megatron_mopd.model.gpt import unwrap
+from megatron_mopd.model.packing import PackedDocuments
+
+LossFunction = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
+"""(micro-batch, last-stage hidden states [s/cp(/tp), b, h]) -> (summed loss, number of tokens, things to report)."""
+
+
+def run_student(
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    shape: BatchShape,
+    groups: ParallelGroups,
+    loss_function: LossFunction,
+) -> list[dict[str, Any]]:
+    """Forward and backward of every micro-batch, then gradient synchronisation and per-token normalisation.
+
+    Returns what `loss_function` reported for each micro-batch on the last stage, an empty list elsewhere. Every rank
+    of a pipeline, and every rank that shares experts with it, must bring the same number of micro-batches.
+    """
+    return _run(chunks, micro_batches, shape, groups, loss_function, forward_only=False)
+
+
+def run_teacher(
+    chunk: torch.nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    shape: BatchShape,
+    groups: ParallelGroups,
+    on_hidden: Callable[[MicroBatch, Tensor], None],
+) -> None:
+    """Forward passes of a frozen teacher. `on_hidden` receives the last stage's hidden states as they appear.
+
+    The schedule keeps what its loss function returns until it ends, so `on_hidden` must take what it needs off the
+    device and return nothing.
+    """
+
+    def take(micro_batch: MicroBatch, hidden: Tensor):
+        on_hidden(micro_batch, hidden)
+        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=hidden.device), {}
+
+    # Not `inference_mode`: the rotary tables cached here are used again by passes that need gradients.
+    with torch.no_grad():
+        _run([chunk], micro_batches, shape, groups, take, forward_only=True)
+
+
+def _run(chunks, micro_batches, shape, groups, loss_function, forward_only):
+    config = unwrap(chunks[0]).config
+
+    def forward_step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module):
+        micro_batch = next(iterator)
+        return forward(chunk, micro_batch), partial(loss_function, micro_batch)
+
+    iterators = [(batch.to(groups.device) for batch in micro_batches) for _ in chunks]
+    arguments = dict(
+        forward_step_func=forward_step,
+        num_microbatches=len(micro_batches),
+        seq_length=shape.max_tokens or shape.seq_length,
+        micro_batch_size=1 if shape.max_tokens else shape.micro_batch_size,
+        forward_only=forward_only,
+        pg_collection=groups.collection,
+    )
+    if groups.pp_size == 1:
+        return forward_backward_no_pipelining(data_iterator=iterators[0], model=chunks[0], **arguments)
+    arguments["p2p_communicator"] = P2PCommunicator(groups.pp, config)
+    if len(chunks) == 1:
+        return forward_backward_pipelining_without_interleaving(
+            data_iterator=iterators[0], model=chunks[0], **arguments
+        )
+    return forward_backward_pipelining_with_interleaving(
+        data_iterator=iterators, model=list(chunks), **arguments
+    )
+
+
+def forward(chunk: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
+    """One model chunk on one micro-batch (on its device): hidden states, or the stage's output."""
+    documents = None
+    if micro_batch.document_lengths is not None:
+        documents = PackedDocuments.from_lengths(
+            list(micro_batch.document_lengths), micro_batch.tokens.device
+        )
+    is_moe = unwrap(chunk).config.num_moe_experts is not None
+    return chunk(
+        micro_batch.tokens,
+        micro_batch.position_ids,
+        None,
+        packed_seq_params=documents,
+        padding_mask=micro_batch.padding_mask if is_moe else None,
+    )
