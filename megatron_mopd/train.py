@@ -3,9 +3,9 @@
     python -m megatron_mopd.train --config FILE.yaml [section.key=value ...]
     torchrun --nproc-per-node N -m megatron_mopd.train --config FILE.yaml [section.key=value ...]
 
-Each iteration the student samples its own trajectories, the teachers of each trajectory's domain score them, and the
-student is pulled towards those teachers by reverse KL over the full vocabulary. With `objective.kind=sft` the
-trajectories are the data's own answers and there is nothing to score.
+Each iteration the student samples its own trajectories, the teachers of each trajectory's domain score them,
+and the student is pulled towards those teachers by reverse KL over the full vocabulary. With
+`objective.kind=sft` the trajectories are the data's own answers and there is nothing to score.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from megatron_mopd.training.step import learn, plan_step, score
 
 
 def train(config: Config) -> dict[str, float]:
-    """The whole run: build, then for each iteration sample -> score -> learn -> save. Returns the last metrics."""
+    """The whole run: build, then for each iteration sample -> score -> learn -> save. Returns the last
+    metrics.
+    """
     run = build_run(config)
     first = resume(run.learner)
     if run.groups.rank == 0:
@@ -74,7 +76,9 @@ def train(config: Config) -> dict[str, float]:
 
 
 def sample(run: Run, sampler: PromptSampler, iteration: int) -> list[Trajectory]:
-    """The trajectories of one iteration, the same list on every rank: the student's own, or the data's answers."""
+    """The trajectories of one iteration, the same list on every rank: the student's own, or the data's
+    answers.
+    """
     config = run.config
     if config.objective.kind == "sft":
         prompts = sampler.batch(iteration, config.schedule.global_batch_size)

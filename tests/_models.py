@@ -53,7 +53,9 @@ ROUTING = {"arith": "a", "text": {"b": 0.7, "c": 0.3}, "default": "c"}
 
 
 def model_config(transformer: dict, **kwargs) -> ModelConfig:
-    return ModelConfig(vocab_size=VOCAB, make_vocab_size_divisible_by=8, transformer=dict(transformer), **kwargs)
+    return ModelConfig(
+        vocab_size=VOCAB, make_vocab_size_divisible_by=8, transformer=dict(transformer), **kwargs
+    )
 
 
 def trajectory(index: int, prompt: list[int], response: list[int], domain: str = "arith") -> Trajectory:
@@ -93,9 +95,14 @@ def make_learner(
     **sections,
 ) -> Learner:
     """A learner on this rank's layout; weights follow from seeds alone, so every layout has the same ones."""
-    values = {"run_dir": "unused", "parallel": parallel or {}, "objective": {"kind": kind}, "params_dtype": "float64"}
-    # Adam divides by the gradient's own size; with the usual epsilon, rounding in a nearly zero gradient becomes a
-    # full step of the learning rate, and tests would compare noise.
+    values = {
+        "run_dir": "unused",
+        "parallel": parallel or {},
+        "objective": {"kind": kind},
+        "params_dtype": "float64",
+    }
+    # Adam divides by the gradient's own size; with the usual epsilon, rounding in a nearly zero gradient
+    # becomes a full step of the learning rate, and tests would compare noise.
     values["optimizer"] = {"use_distributed_optimizer": False, "lr": 1e-2, "clip_grad": 0.0, "adam_eps": 1e-3}
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
@@ -109,7 +116,9 @@ def make_learner(
         frozen = model_config(teacher_transformer or transformer, **(model or {}))
         sources = [TeacherSource(name, frozen, number) for name, number in seeds.items()]
         bank = TeacherBank(sources, groups, config.params_dtype, 64)
-        routing = Routing(ROUTING if teachers is None else dict.fromkeys(["default"], next(iter(seeds))), sources)
+        routing = Routing(
+            ROUTING if teachers is None else dict.fromkeys(["default"], next(iter(seeds))), sources
+        )
     wrapped = wrap_data_parallel(chunks, config, groups)
     optimizer, scheduler = build_optimizer(wrapped, config, groups)
     return Learner(
@@ -141,7 +150,9 @@ def pieces(learner: Learner, gradients: bool) -> list[tuple]:
                 if sharded.data is None or not any(_inside(sharded.data, p) for p in chunk.parameters()):
                     continue
                 values = sharded.data.detach().clone().view(1, *sharded.data.shape).squeeze(0)
-                result.append((sharded.key, tuple(sharded.global_shape), tuple(sharded.global_offset), values))
+                result.append(
+                    (sharded.key, tuple(sharded.global_shape), tuple(sharded.global_offset), values)
+                )
             del names
         finally:
             for name, parameter in chunk.named_parameters():
@@ -167,7 +178,9 @@ def assemble(per_rank: list[list[tuple]]) -> dict[str, torch.Tensor]:
         values = values.reshape((1,) * (len(shape) - values.dim()) + tuple(values.shape))
         index = tuple(slice(start, start + size) for start, size in zip(offset, values.shape))
         if mask[index].any():
-            torch.testing.assert_close(target[index], values, rtol=1e-4, atol=1e-6, msg=f"replicas of {key} differ")
+            torch.testing.assert_close(
+                target[index], values, rtol=1e-4, atol=1e-6, msg=f"replicas of {key} differ"
+            )
         target[index] = values
         mask[index] = True
     for key, mask in seen.items():

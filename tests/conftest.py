@@ -1,4 +1,5 @@
-"""What all tests share: megatron-core is imported once, before any rank is forked, and the parent never computes."""
+"""What all tests share: megatron-core is imported once, before any rank is forked, and the parent never
+computes."""
 
 import warnings
 

@@ -1,8 +1,9 @@
 """megatron-core on CPU and gloo.
 
-megatron-core assumes CUDA in a few dozen places: device arguments, streams, the CUDA random generator, tensor type
-names. `install()` gives each of them its CPU meaning, once per process; on CUDA machines it is never called and nothing
-is patched. This file and `versions.py` are the only places of the house that change another library's behaviour.
+megatron-core assumes CUDA in a few dozen places: device arguments, streams, the CUDA random generator, tensor
+type names. `install()` gives each of them its CPU meaning, once per process; on CUDA machines it is never
+called and nothing is patched. This file and `versions.py` are the only places of the house that change
+another library's behaviour.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def _names_cuda(device) -> bool:
 
 
 def _on_cpu(factory):
-    """`torch.zeros(..., device="cuda")` and its relatives make CPU tensors; pinning host memory means nothing here."""
+    """`torch.zeros(..., device="cuda")` and its relatives make CPU tensors; pinning host memory means nothing
+    here.
+    """
 
     @functools.wraps(factory)
     def wrapper(*args, **kwargs):
@@ -134,7 +137,9 @@ def _reduce_scatter(original):
 
 
 def _tensor_type(original):
-    """Optimizers compare `param.type()` with CUDA type names; float64 parameters are treated like float32 ones."""
+    """Optimizers compare `param.type()` with CUDA type names; float64 parameters are treated like float32
+    ones.
+    """
 
     @functools.wraps(original)
     def wrapper(self, dtype=None, non_blocking=False, **kwargs):
@@ -201,5 +206,6 @@ def install() -> None:
     torch.distributed.all_to_all_single = _all_to_all_single(torch.distributed.all_to_all_single)
     torch.distributed.all_gather = _all_gather(torch.distributed.all_gather)
     torch.distributed.reduce_scatter = _reduce_scatter(torch.distributed.reduce_scatter)
-    # megatron-core decorates small functions with torch.compile, which on CPU costs minutes and saves nothing.
+    # megatron-core decorates small functions with torch.compile, which on CPU costs minutes and saves
+    # nothing.
     torch.compiler.set_stance("force_eager")

@@ -1,7 +1,8 @@
 """Start-up of the ranks, and the one object that holds every process group.
 
-`start_ranks` brings up torch.distributed with a check-in that names the ranks that are missing; `build_parallel_groups`
-lays TP x CP x EP x DP x PP over them with megatron-core and returns `ParallelGroups`, which is passed around.
+`start_ranks` brings up torch.distributed with a check-in that names the ranks that are missing;
+`build_parallel_groups` lays TP x CP x EP x DP x PP over them with megatron-core and returns `ParallelGroups`,
+which is passed around.
 """
 
 from __future__ import annotations
@@ -135,8 +136,8 @@ def start_ranks(device: torch.device, timeout_minutes: float) -> None:
             )
         except (dist.DistError, RuntimeError, TimeoutError) as error:
             raise ConfigError(
-                f"rank {rank} could not reach the rendezvous at {host}:{port} within {timeout_minutes:g} minutes "
-                f"({str(error).splitlines()[0]}); check that rank 0 is running and the port is open"
+                f"rank {rank} could not reach the rendezvous at {host}:{port} within {timeout_minutes:g} "
+                f"minutes ({str(error).splitlines()[0]}); check that rank 0 is running and the port is open"
             ) from None
         # A restarted job must not find the check-ins of the attempt before it.
         store = dist.PrefixStore(f"megatron_mopd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -159,8 +160,8 @@ def _check_in(store: dist.Store, rank: int, world_size: int, timeout_minutes: fl
     while missing := {other for other in missing if not store.check([f"arrived/{other}"])}:
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"only {world_size - len(missing)} of {world_size} ranks started within {timeout_minutes:g} minutes; "
-                f"missing: {', '.join(map(str, sorted(missing)))}. Look at their logs, or raise "
+                f"only {world_size - len(missing)} of {world_size} ranks started within "
+                f"{timeout_minutes:g} minutes; missing: {', '.join(map(str, sorted(missing)))}. Look at their logs, or raise "
                 "parallel.distributed_timeout_minutes"
             )
         time.sleep(0.05)
@@ -174,7 +175,9 @@ def validate_layout(
     num_attention_heads: int,
     num_query_groups: int | None = None,
 ) -> None:
-    """Raise `ConfigError` naming the parallel size that does not fit and the sizes that would. No collectives."""
+    """Raise `ConfigError` naming the parallel size that does not fit and the sizes that would. No
+    collectives.
+    """
     world_size = dist.get_world_size()
     tp, pp, cp = (
         parallel.tensor_model_parallel_size,
@@ -191,8 +194,8 @@ def validate_layout(
     if world_size % (etp * ep * pp):
         valid = _divisors(world_size // pp // etp) if world_size % (pp * etp) == 0 else []
         raise ConfigError(
-            f"parallel.expert_model_parallel_size: {ep} (x expert_tensor_parallel_size {etp} x pipeline {pp}) does "
-            f"not divide the number of ranks, {world_size}; valid: {', '.join(map(str, valid)) or 'none'}"
+            f"parallel.expert_model_parallel_size: {ep} (x expert_tensor_parallel_size {etp} x pipeline {pp}) "
+            f"does not divide the number of ranks, {world_size}; valid: {', '.join(map(str, valid)) or 'none'}"
         )
     if ep > 1 and not num_moe_experts:
         raise ConfigError(

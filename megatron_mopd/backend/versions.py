@@ -11,20 +11,25 @@ _installed = False
 
 
 def install() -> None:
-    """Repair what is broken in a supported release. Idempotent; feature-detected, so newer releases are untouched."""
+    """Repair what is broken in a supported release. Idempotent; feature-detected, so newer releases are
+    untouched.
+    """
     global _installed
     if _installed:
         return
     _installed = True
     if not hasattr(moe_utils, "te_general_gemm"):
-        # 0.16.1 without transformer-engine: the router's GEMM looks the name up before deciding not to use it.
+        # 0.16.1 without transformer-engine: the router's GEMM looks the name up before deciding not to use
+        # it.
         moe_utils.te_general_gemm = None
     if hasattr(TopKRouter, "_apply_expert_bias"):
         TopKRouter._apply_expert_bias = _with_column_mask(TopKRouter._apply_expert_bias)
 
 
 def _with_column_mask(original):
-    """Both releases combine the [tokens, experts] routing map with a [tokens] padding mask; it has to be a column."""
+    """Both releases combine the [tokens, experts] routing map with a [tokens] padding mask; it has to be a
+    column.
+    """
 
     @functools.wraps(original)
     def wrapper(self, routing_map, padding_mask=None, **kwargs):

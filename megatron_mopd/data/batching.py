@@ -1,8 +1,9 @@
-"""From trajectories to micro-batches: split over data-parallel ranks, grouped, padded or packed, sliced for CP.
+"""From trajectories to micro-batches: split over data-parallel ranks, grouped, padded or packed, sliced for
+CP.
 
-Every rank knows every trajectory of the batch (they are short lists of integers), so the split is computed by all ranks
-alike and nothing is sent. Ranks that share a collective always get the same number of micro-batches, of the same
-shape where a pipeline needs it: missing ones are empty.
+Every rank knows every trajectory of the batch (they are short lists of integers), so the split is computed by
+all ranks alike and nothing is sent. Ranks that share a collective always get the same number of
+micro-batches, of the same shape where a pipeline needs it: missing ones are empty.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class BatchShape:
     seq_length: int
     """Row length of padded micro-batches, a multiple of `alignment`."""
     alignment: int
-    """Every row (padded) or document (packed, for its CP part) is a multiple of what TP and CP split it into."""
+    """Every row (padded) or document (packed, for its CP part) is a multiple of what TP and CP split it into.
+    """
     cp_size: int
     cp_rank: int
     fixed: bool
@@ -73,8 +75,9 @@ class MicroBatch:
     document_lengths: tuple[int, ...] | None
     """Packed: padded length of every document before the CP split (the last may be padding only)."""
     loss_index: Tensor
-    """[n] indices into the [s/cp x b] flattened hidden states, ordered by trajectory: the positions whose next token
-    is a response token. The shift between hidden states and the tokens they predict happens here and nowhere else."""
+    """[n] indices into the [s/cp x b] flattened hidden states, ordered by trajectory: the positions whose
+    next token is a response token. The shift between hidden states and the tokens they predict happens here
+    and nowhere else."""
     target_ids: Tensor
     """[n] the response token that each of those positions predicts."""
     loss_counts: tuple[int, ...]
@@ -93,7 +96,8 @@ class MicroBatch:
 def split_over_ranks(
     trajectories: Sequence[Trajectory], dp_size: int, key: Callable[[Trajectory], Hashable]
 ) -> list[list[Trajectory]]:
-    """Deal trajectories to data-parallel ranks: each `key` (teacher mixture) evenly, lengths balanced, ordered by key.
+    """Deal trajectories to data-parallel ranks: each `key` (teacher mixture) evenly, lengths balanced,
+    ordered by key.
 
     Longest first, back and forth over the ranks, so that ranks differ by at most one trajectory of each key.
     """
@@ -108,7 +112,9 @@ def split_over_ranks(
 
 
 def group_micro_batches(trajectories: Sequence[Trajectory], shape: BatchShape) -> list[list[Trajectory]]:
-    """Cut one rank's trajectories, in their order, into micro-batches of `micro_batch_size` rows or `max_tokens` tokens."""
+    """Cut one rank's trajectories, in their order, into micro-batches of `micro_batch_size` rows or
+    `max_tokens` tokens.
+    """
     if shape.max_tokens is None:
         size = shape.micro_batch_size
         return [list(trajectories[i : i + size]) for i in range(0, len(trajectories), size)]
@@ -131,14 +137,20 @@ def equalize(per_rank: list[list[list[Trajectory]]]) -> list[list[list[Trajector
 
 
 def collate(trajectories: Sequence[Trajectory], shape: BatchShape) -> MicroBatch:
-    """Tensors of one micro-batch for this context-parallel rank, on the CPU. An empty list gives one of padding only."""
+    """Tensors of one micro-batch for this context-parallel rank, on the CPU. An empty list gives one of
+    padding only.
+    """
     if shape.max_tokens is None:
         rows = shape.micro_batch_size if shape.fixed else max(1, len(trajectories))
         documents = [(row, 0, shape.seq_length) for row in range(rows)]
         row_length = shape.seq_length // shape.cp_size
     else:
         lengths = [_round_up(len(t), shape.document_multiple) for t in trajectories]
-        total = shape.max_tokens if shape.fixed else max(_round_up(sum(lengths), shape.alignment), shape.alignment)
+        total = (
+            shape.max_tokens
+            if shape.fixed
+            else max(_round_up(sum(lengths), shape.alignment), shape.alignment)
+        )
         if total > sum(lengths):
             lengths.append(total - sum(lengths))
         starts = np.cumsum([0, *lengths[:-1]]) // shape.cp_size
@@ -179,12 +191,16 @@ def collate(trajectories: Sequence[Trajectory], shape: BatchShape) -> MicroBatch
 
 
 def _zigzag(length: int, cp_size: int, cp_rank: int) -> np.ndarray:
-    """Positions of a document that a context-parallel rank holds: slices r and 2 cp - 1 - r of 2 cp, as in megatron-core."""
+    """Positions of a document that a context-parallel rank holds: slices r and 2 cp - 1 - r of 2 cp, as in
+    megatron-core.
+    """
     if cp_size == 1:
         return np.arange(length)
     part = length // (2 * cp_size)
     last = 2 * cp_size - 1 - cp_rank
-    return np.concatenate((np.arange(cp_rank * part, (cp_rank + 1) * part), np.arange(last * part, (last + 1) * part)))
+    return np.concatenate(
+        (np.arange(cp_rank * part, (cp_rank + 1) * part), np.arange(last * part, (last + 1) * part))
+    )
 
 
 def _grouped(trajectories, key):

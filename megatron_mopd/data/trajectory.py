@@ -17,7 +17,8 @@ class Trajectory:
     index: int
     """Position in the batch of its iteration: the same on every rank and in every parallel layout."""
     logprobs: tuple[float, ...] | None = None
-    """log mu(y_t) of every response token under the distribution it was sampled from; `None` for given responses."""
+    """log mu(y_t) of every response token under the distribution it was sampled from; `None` for given
+    responses."""
     finished: bool = True
     """Ended by a stop token, not by the length limit."""
     reward: float | None = None

@@ -1,6 +1,8 @@
-"""The attention core on `scaled_dot_product_attention`: padded or packed, context parallel, or with a KV cache.
+"""The attention core on `scaled_dot_product_attention`: padded or packed, context parallel, or with a KV
+cache.
 
-PyTorch picks the kernel (FlashAttention or cuDNN on Hopper, its own on CPU). Nothing here depends on Transformer Engine.
+PyTorch picks the kernel (FlashAttention or cuDNN on Hopper, its own on CPU). Nothing here depends on
+Transformer Engine.
 """
 
 from __future__ import annotations
@@ -88,7 +90,9 @@ class ScaledDotProductAttention(MegatronModule):
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **kwargs)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments) -> Tensor:
-        """Gather each bucket's documents into rows, attend causally, scatter back. All inputs [T, 1, heads, d]."""
+        """Gather each bucket's documents into rows, attend causally, scatter back. All inputs [T, 1, heads,
+        d].
+        """
         output = query.new_zeros(query.size(0), query.size(2), value.size(3))
         for index, valid in documents.buckets:
             rows = [x.squeeze(1)[index].transpose(1, 2) for x in (query, key, value)]
@@ -128,7 +132,8 @@ def _to_bhsd(x: Tensor) -> Tensor:
 
 
 class _GatherSequence(torch.autograd.Function):
-    """All-gather over a group, stacked on a new first dimension; backward sums every rank's gradient of our part.
+    """All-gather over a group, stacked on a new first dimension; backward sums every rank's gradient of our
+    part.
 
     Forward: one all-gather, x.numel() elements sent per rank. Backward: one reduce-scatter of the same size.
     """
@@ -151,9 +156,9 @@ class _GatherSequence(torch.autograd.Function):
 class CachedSelfAttention(SelfAttention):
     """megatron-core's self attention whose KV cache holds keys that are already rotated.
 
-    The stock static cache stores unrotated keys and rotates the whole cache again at every decoded token. Here a key is
-    rotated once, with its own row's position, so prompts of different lengths share a batch and their positions are
-    the very ones that training uses.
+    The stock static cache stores unrotated keys and rotates the whole cache again at every decoded token.
+    Here a key is rotated once, with its own row's position, so prompts of different lengths share a batch and
+    their positions are the very ones that training uses.
     """
 
     def _adjust_key_value_for_inference(

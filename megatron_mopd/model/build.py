@@ -56,9 +56,11 @@ def transformer_config(
     frozen: bool = False,
     where: str = "student",
 ) -> TransformerConfig:
-    """A TransformerConfig of its own for one model; `ConfigError` (prefix `where`) for what megatron-core refuses.
+    """A TransformerConfig of its own for one model; `ConfigError` (prefix `where`) for what megatron-core
+    refuses.
 
-    `frozen` makes it a teacher's: no auxiliary loss, no multi-token prediction, no recompute, no virtual stages.
+    `frozen` makes it a teacher's: no auxiliary loss, no multi-token prediction, no recompute, no virtual
+    stages.
     """
     for key in ("num_layers", "hidden_size", "num_attention_heads"):
         if key not in model.transformer:
@@ -80,12 +82,13 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
-        # Micro-batches of one step share a shape unless they are packed; the runtime says which before each step.
+        # Micro-batches of one step share a shape unless they are packed; the runtime says which before each
+        # step.
         variable_seq_lengths=False,
         deallocate_pipeline_outputs=True,
-        # Weights are drawn by `initialize_weights`, from their global name, so that no layout changes them. Not
-        # `perform_initialization=False`: that also leaves out the marks by which the gradient norm tells shards of a
-        # weight (summed over TP) from copies (counted once).
+        # Weights are drawn by `initialize_weights`, from their global name, so that no layout changes them.
+        # Not `perform_initialization=False`: that also leaves out the marks by which the gradient norm tells
+        # shards of a weight (summed over TP) from copies (counted once).
         perform_initialization=True,
         init_method=_leave_as_is,
         output_layer_init_method=_leave_as_is,

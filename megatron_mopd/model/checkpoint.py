@@ -84,11 +84,18 @@ def model_state(chunks: list[torch.nn.Module], groups: ParallelGroups) -> dict[s
 def load_weights(chunks: list[torch.nn.Module], checkpoint: Path, groups: ParallelGroups, where: str) -> None:
     """Load a checkpoint's weights into this rank's chunks, whatever layout it was saved at.
 
-    Collective over all ranks. Raises `ConfigError` (prefix `where`) when tensors are missing or of another shape.
+    Collective over all ranks. Raises `ConfigError` (prefix `where`) when tensors are missing or of another
+    shape.
     """
     try:
         loaded = dist_checkpointing.load(model_state(chunks, groups), str(checkpoint))
-    except (dist_checkpointing.core.CheckpointingException, OSError, KeyError, RuntimeError, ValueError) as error:
+    except (
+        dist_checkpointing.core.CheckpointingException,
+        OSError,
+        KeyError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{where}: cannot load {checkpoint}: {first_line}") from None
     for i, chunk in enumerate(chunks):
@@ -103,10 +110,11 @@ def write_checkpoint(
     tokenizer_fingerprint: str,
     save_tokenizer: Callable[[Path], None],
 ) -> Path:
-    """Write `state` (a sharded state dict) as `iter_*` and point the tracker at it. Collective over all ranks.
+    """Write `state` (a sharded state dict) as `iter_*` and point the tracker at it. Collective over all
+    ranks.
 
-    The directory appears under its name only when it is complete and on disk; a crash at any moment leaves the
-    previous checkpoint as the newest one.
+    The directory appears under its name only when it is complete and on disk; a crash at any moment leaves
+    the previous checkpoint as the newest one.
     """
     directory = Path(directory)
     final = iteration_directory(directory, iteration)

@@ -11,12 +11,13 @@ from torch import Tensor
 class HiddenStateGPT(GPTModel):
     """One pipeline stage (or virtual chunk) of a GPT model.
 
-    `forward(tokens [b, s], position_ids [b or 1, s], attention_mask, ...)` returns the hidden states after the final
-    norm on the last stage, [s, b, h] ([s/tp, b, h] under sequence parallelism), and the stage's output elsewhere;
-    never logits. `head_weight()` is this rank's shard of the output head, [padded vocabulary / tp, h].
+    `forward(tokens [b, s], position_ids [b or 1, s], attention_mask, ...)` returns the hidden states after
+    the final norm on the last stage, [s, b, h] ([s/tp, b, h] under sequence parallelism), and the stage's
+    output elsewhere; never logits. `head_weight()` is this rank's shard of the output head, [padded
+    vocabulary / tp, h].
 
-    Rotary positions are given per token, so packed documents, context-parallel slices and left-padded prompts all use
-    the positions 0, 1, 2, ... of their own document.
+    Rotary positions are given per token, so packed documents, context-parallel slices and left-padded prompts
+    all use the positions 0, 1, 2, ... of their own document.
     """
 
     def _preprocess(self, input_ids, position_ids, *args, padding_mask: Tensor | None = None, **kwargs):

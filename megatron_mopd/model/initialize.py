@@ -32,8 +32,8 @@ def sharded_tensors(state_dict) -> Iterator[ShardedTensor]:
 def initialize_weights(chunks, config: TransformerConfig, seed: int) -> None:
     """Draw every matrix from N(0, init_method_std^2) with a generator seeded by its global name.
 
-    Each rank draws the whole tensor and keeps its own slice, so TP, PP, VPP, EP and DP do not change a single bit.
-    Vectors (norm weights, biases) keep their constructor's values. No collectives.
+    Each rank draws the whole tensor and keeps its own slice, so TP, PP, VPP, EP and DP do not change a single
+    bit. Vectors (norm weights, biases) keep their constructor's values. No collectives.
     """
     for chunk in chunks:
         for sharded in sharded_tensors(chunk.sharded_state_dict()):

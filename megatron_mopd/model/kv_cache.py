@@ -10,8 +10,9 @@ from torch import Tensor
 class KeyValueCache(StaticInferenceContext):
     """Keys and values of every local layer, [max_sequence_length, batch, groups/tp, d] each.
 
-    All rows share one write position, `sequence_len_offset`; prompts are padded on the left, and the attention mask
-    hides the padding. It is megatron-core's static context, so its modules accept it; storage and row handling are ours.
+    All rows share one write position, `sequence_len_offset`; prompts are padded on the left, and the
+    attention mask hides the padding. It is megatron-core's static context, so its modules accept it; storage
+    and row handling are ours.
     """
 
     def __init__(self, batch_size: int, max_sequence_length: int):
@@ -19,7 +20,9 @@ class KeyValueCache(StaticInferenceContext):
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' key and value [new, b, g, d] and return all stored ones, [offset + new, b, g, d]."""
+        """Store the new tokens' key and value [new, b, g, d] and return all stored ones, [offset + new, b, g,
+        d].
+        """
         if layer_number not in self._layers:
             self._layers[layer_number] = tuple(
                 torch.empty((self.max_sequence_length, *x.shape[1:]), dtype=x.dtype, device=x.device)

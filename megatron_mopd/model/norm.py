@@ -10,8 +10,9 @@ from torch import Tensor
 class RMSNorm(torch.nn.Module):
     """Root-mean-square layer norm over the last dimension, statistics in at least float32.
 
-    Under sequence parallelism each rank sees only its slice of the sequence, so the weight's gradient is partial; the
-    attribute `sequence_parallel` on the weight makes megatron-core sum it over the tensor-parallel group.
+    Under sequence parallelism each rank sees only its slice of the sequence, so the weight's gradient is
+    partial; the attribute `sequence_parallel` on the weight makes megatron-core sum it over the
+    tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused):

@@ -14,19 +14,23 @@ class PackedDocuments(PackedSeqParams):
     """Documents laid end to end in one row; no attention crosses their borders.
 
     It travels through megatron-core as its `packed_seq_params`. `qkv_format` stays away from "thd", so that
-    megatron-core keeps the [tokens, 1, heads, channels] layout and leaves both rotary positions (given per token by
-    `HiddenStateGPT`) and document borders to us. Under context parallelism every length is a multiple of 2 x cp and the
-    rank holds, of each document, the two zigzag slices that megatron-core's convention gives it.
+    megatron-core keeps the [tokens, 1, heads, channels] layout and leaves both rotary positions (given per
+    token by `HiddenStateGPT`) and document borders to us. Under context parallelism every length is a
+    multiple of 2 x cp and the rank holds, of each document, the two zigzag slices that megatron-core's
+    convention gives it.
     """
 
     lengths: tuple[int, ...] = ()
     """Length of every document in tokens, padding included, before the split over context-parallel ranks."""
     buckets: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Without context parallelism: documents of similar length, as (index [n, L] into the row, valid [n, L])."""
+    """Without context parallelism: documents of similar length, as (index [n, L] into the row, valid [n, L]).
+    """
 
     @classmethod
     def from_lengths(cls, lengths: list[int], device: torch.device) -> PackedDocuments:
-        """Documents grouped into buckets whose padded length is the longest member's, at most twice the shortest's."""
+        """Documents grouped into buckets whose padded length is the longest member's, at most twice the
+        shortest's.
+        """
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
@@ -39,7 +43,8 @@ class PackedDocuments(PackedSeqParams):
             offset = torch.arange(longest)
             length = torch.tensor([lengths[d] for d in documents]).unsqueeze(1)
             start = torch.tensor([starts[d] for d in documents]).unsqueeze(1)
-            # Positions past a document's end repeat its last token: causal masking keeps them from being seen.
+            # Positions past a document's end repeat its last token: causal masking keeps them from being
+            # seen.
             index = start + torch.minimum(offset, length - 1)
             buckets.append((index.to(device), (offset < length).to(device)))
         cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)

@@ -28,8 +28,8 @@ def uses_transformer_engine(device_type: str) -> bool:
 def block_spec(config: TransformerConfig, device_type: str, vp_stage: int | None, pp_rank: int):
     """Submodules of the layers that this pipeline stage (and virtual chunk) holds.
 
-    The attention core is ours on either spec: rollout and training must mask alike, and packed documents travel in our
-    own form. Returns megatron-core's TransformerBlockSubmodules.
+    The attention core is ours on either spec: rollout and training must mask alike, and packed documents
+    travel in our own form. Returns megatron-core's TransformerBlockSubmodules.
     """
     layers = [_layer_spec(config, is_moe, device_type) for is_moe in moe_layer_pattern(config)]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
@@ -71,8 +71,8 @@ def _layer_spec(config: TransformerConfig, is_moe: bool, device_type: str) -> Mo
         for name in norms:
             if getattr(spec.submodules.self_attention.submodules, name) is not IdentityOp:
                 setattr(spec.submodules.self_attention.submodules, name, RMSNorm)
-        # The canonical names of a checkpoint are the TE spec's, which fuses the norm into the linear after it; in a
-        # mixture-of-experts layer there is no such linear and the norm keeps its own name.
+        # The canonical names of a checkpoint are the TE spec's, which fuses the norm into the linear after
+        # it; in a mixture-of-experts layer there is no such linear and the norm keeps its own name.
         spec.submodules.sharded_state_dict_keys_map = {
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
         } | ({} if is_moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"})

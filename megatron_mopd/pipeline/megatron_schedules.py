@@ -1,7 +1,7 @@
 """Running micro-batches through megatron-core's own schedules.
 
-`schedule.kind: megatron`: a teacher's forward passes are one call, the student's forward and backward passes another,
-back to back with no barrier between them, so consecutive calls share one pipeline fill.
+`schedule.kind: megatron`: a teacher's forward passes are one call, the student's forward and backward passes
+another, back to back with no barrier between them, so consecutive calls share one pipeline fill.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.packing import PackedDocuments
 
 LossFunction = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
-"""(micro-batch, last-stage hidden states [s/cp(/tp), b, h]) -> (summed loss, number of tokens, things to report)."""
+"""(micro-batch, last-stage hidden states [s/cp(/tp), b, h]) -> (summed loss, number of tokens, things to
+report)."""
 
 
 def run_student(
@@ -37,8 +38,9 @@ def run_student(
 ) -> list[dict[str, Any]]:
     """Forward and backward of every micro-batch, then gradient synchronisation and per-token normalisation.
 
-    Returns what `loss_function` reported for each micro-batch on the last stage, an empty list elsewhere. Every rank
-    of a pipeline, and every rank that shares experts with it, must bring the same number of micro-batches.
+    Returns what `loss_function` reported for each micro-batch on the last stage, an empty list elsewhere.
+    Every rank of a pipeline, and every rank that shares experts with it, must bring the same number of
+    micro-batches.
     """
     return _run(chunks, micro_batches, shape, groups, loss_function, forward_only=False)
 
@@ -52,8 +54,8 @@ def run_teacher(
 ) -> None:
     """Forward passes of a frozen teacher. `on_hidden` receives the last stage's hidden states as they appear.
 
-    The schedule keeps what its loss function returns until it ends, so `on_hidden` must take what it needs off the
-    device and return nothing.
+    The schedule keeps what its loss function returns until it ends, so `on_hidden` must take what it needs
+    off the device and return nothing.
     """
 
     def take(micro_batch: MicroBatch, hidden: Tensor):

@@ -1,8 +1,9 @@
 """Where the teachers' weights rest, and how one of them becomes resident.
 
-Every rank keeps its own shard of every teacher in host memory, as one flat buffer a dtype (pinned on CUDA machines).
-Teachers of equal architecture share one module skeleton on the device, whose parameters are views into one flat device
-buffer: making a teacher resident is one copy, and the twelfth teacher takes no more device memory than the first.
+Every rank keeps its own shard of every teacher in host memory, as one flat buffer a dtype (pinned on CUDA
+machines). Teachers of equal architecture share one module skeleton on the device, whose parameters are views
+into one flat device buffer: making a teacher resident is one copy, and the twelfth teacher takes no more
+device memory than the first.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ class TeacherSource:
 
     name: str
     model: ModelConfig
-    """Architecture with the vocabulary size resolved; `load` names the checkpoint, `None` draws from `seed`."""
+    """Architecture with the vocabulary size resolved; `load` names the checkpoint, `None` draws from `seed`.
+    """
     seed: int
 
 
 class _Skeleton:
-    """One frozen module on the device for all teachers of one architecture, its tensors views into flat buffers."""
+    """One frozen module on the device for all teachers of one architecture, its tensors views into flat
+    buffers.
+    """
 
     def __init__(self, chunk: HiddenStateGPT):
         self.chunk = chunk
@@ -42,7 +46,9 @@ class _Skeleton:
         self.flat: dict[torch.dtype, Tensor] = {}
         for dtype in {t.dtype for t in self._tensors}:
             members = [t for t in self._tensors if t.dtype == dtype]
-            self.flat[dtype] = torch.empty(sum(t.numel() for t in members), dtype=dtype, device=members[0].device)
+            self.flat[dtype] = torch.empty(
+                sum(t.numel() for t in members), dtype=dtype, device=members[0].device
+            )
             offset = 0
             for tensor in members:
                 view = self.flat[dtype][offset : offset + tensor.numel()].view(tensor.shape)
@@ -58,7 +64,11 @@ class TeacherBank:
     """
 
     def __init__(
-        self, sources: Iterable[TeacherSource], groups: ParallelGroups, params_dtype: str, max_sequence_length: int
+        self,
+        sources: Iterable[TeacherSource],
+        groups: ParallelGroups,
+        params_dtype: str,
+        max_sequence_length: int,
     ):
         self._groups = groups
         self._skeletons: dict[str, _Skeleton] = {}
@@ -106,7 +116,9 @@ class TeacherBank:
         return list(self._host)
 
     def make_resident(self, name: str) -> HiddenStateGPT:
-        """The frozen model (this rank's stage) with the weights of teacher `name`. One host-to-device copy, if needed."""
+        """The frozen model (this rank's stage) with the weights of teacher `name`. One host-to-device copy,
+        if needed.
+        """
         skeleton = self._skeleton_of[name]
         if skeleton.resident != name:
             for dtype, flat in skeleton.flat.items():
@@ -116,7 +128,8 @@ class TeacherBank:
         return skeleton.chunk
 
     def head(self, name: str) -> Tensor:
-        """Teacher `name`'s output head on the device, [padded vocabulary / tp, h]; the previous one is dropped.
+        """Teacher `name`'s output head on the device, [padded vocabulary / tp, h]; the previous one is
+        dropped.
 
         Only on the last stage.
         """
@@ -127,4 +140,6 @@ class TeacherBank:
 
     def host_bytes(self) -> int:
         """Host memory of all teachers on this rank, in bytes."""
-        return sum(flat.numel() * flat.element_size() for host in self._host.values() for flat in host.values())
+        return sum(
+            flat.numel() * flat.element_size() for host in self._host.values() for flat in host.values()
+        )

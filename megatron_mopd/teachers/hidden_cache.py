@@ -7,10 +7,11 @@ from torch import Tensor
 
 
 class HiddenCache:
-    """Teacher hidden states [response tokens of this CP rank, h_teacher], keyed by (trajectory index, teacher name).
+    """Teacher hidden states [response tokens of this CP rank, h_teacher], keyed by (trajectory index, teacher
+    name).
 
-    They live on the last pipeline stage, in host memory when the run is on CUDA, so that the number of micro-batches
-    does not bound device memory; each is released when the loss has used it.
+    They live on the last pipeline stage, in host memory when the run is on CUDA, so that the number of
+    micro-batches does not bound device memory; each is released when the loss has used it.
     """
 
     def __init__(self, device: torch.device):

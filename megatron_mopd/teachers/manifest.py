@@ -10,12 +10,12 @@ from typing import Any
 from megatron_mopd.config import Config, to_dict
 from megatron_mopd.model.checkpoint import MODEL_FILE, find_checkpoint
 
-
 _SAMPLE = 1 << 20
 
 
 def checkpoint_fingerprint(path: Path) -> str:
-    """SHA-256 over a checkpoint's description, and of every weight file its name, size, first and last mebibyte.
+    """SHA-256 over a checkpoint's description, and of every weight file its name, size, first and last
+    mebibyte.
 
     Cheap enough for hundreds of gigabytes, and another training run changes every one of the sampled blocks.
     """
@@ -36,7 +36,9 @@ def run_manifest(config: Config, tokenizer_fingerprint: str) -> dict[str, Any]:
     for teacher in config.teachers:
         source = teacher.load or config.student.load
         where = f"teachers.{teacher.name}.load"
-        teachers[teacher.name] = checkpoint_fingerprint(find_checkpoint(source, where)) if source else "initial weights"
+        teachers[teacher.name] = (
+            checkpoint_fingerprint(find_checkpoint(source, where)) if source else "initial weights"
+        )
     return {
         "tokenizer": tokenizer_fingerprint,
         "objective": json.dumps(to_dict(config.objective), sort_keys=True),

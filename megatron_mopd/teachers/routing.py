@@ -16,7 +16,8 @@ SELF = "self"
 class Routing:
     """Which teachers score a domain, and with which weights.
 
-    The loss of a sample is sum_k w_k KL(student || teacher_k) (DeepSeek-V4, 5.1.2); weights are used as given.
+    The loss of a sample is sum_k w_k KL(student || teacher_k) (DeepSeek-V4, 5.1.2); weights are used as
+    given.
     """
 
     def __init__(self, routing: Mapping[str, Any], teachers: Iterable[TeacherConfig]):
@@ -27,15 +28,27 @@ class Routing:
         if isinstance(entry, str):
             entry = {entry: 1.0}
         if not isinstance(entry, Mapping) or not entry:
-            raise ConfigError(f"routing.{domain}: expected a teacher's name or a mapping name -> weight, found {entry!r}")
+            raise ConfigError(
+                f"routing.{domain}: expected a teacher's name or a mapping name -> weight, found {entry!r}"
+            )
         for name, weight in entry.items():
             if name not in self.teacher_names:
-                raise ConfigError(f"routing.{domain}: unknown teacher {name!r}{nearest(name, self.teacher_names)}")
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-                raise ConfigError(f"routing.{domain}.{name}: expected a weight of at least 0, found {weight!r}")
+                raise ConfigError(
+                    f"routing.{domain}: unknown teacher {name!r}{nearest(name, self.teacher_names)}"
+                )
+            if (
+                isinstance(weight, bool)
+                or not isinstance(weight, (int, float))
+                or not 0 <= weight < float("inf")
+            ):
+                raise ConfigError(
+                    f"routing.{domain}.{name}: expected a weight of at least 0, found {weight!r}"
+                )
         mixture = tuple(sorted((str(name), float(weight)) for name, weight in entry.items() if weight > 0))
         if not mixture:
-            raise ConfigError(f"routing.{domain}: all weights are zero; give at least one teacher a weight above 0")
+            raise ConfigError(
+                f"routing.{domain}: all weights are zero; give at least one teacher a weight above 0"
+            )
         return mixture
 
     def mixture(self, domain: str) -> Mixture:
@@ -67,4 +80,6 @@ def check_teachers(teachers: list[TeacherConfig]) -> None:
         if teacher.name == SELF and teacher.load is not None:
             raise ConfigError("teachers: 'self' is the student at the start of the run and takes no `load`")
         if teacher.name != SELF and teacher.load is None:
-            raise ConfigError(f"teachers[{number}].load: missing; name the checkpoint directory of {teacher.name!r}")
+            raise ConfigError(
+                f"teachers[{number}].load: missing; name the checkpoint directory of {teacher.name!r}"
+            )

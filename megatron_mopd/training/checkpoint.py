@@ -59,10 +59,12 @@ def save(learner: Learner, iteration: int, tokenizer: Tokenizer) -> Path:
 
 
 def resume(learner: Learner) -> int:
-    """Continue from the newest checkpoint of the run directory; returns the iterations already done (0: none).
+    """Continue from the newest checkpoint of the run directory; returns the iterations already done (0:
+    none).
 
-    Collective over all ranks. The checkpoint may have been saved at any parallel layout. Refuses (`ConfigError`) a
-    checkpoint whose architecture, tokenizer, teachers or objective are not this run's, or without optimizer state.
+    Collective over all ranks. The checkpoint may have been saved at any parallel layout. Refuses
+    (`ConfigError`) a checkpoint whose architecture, tokenizer, teachers or objective are not this run's, or
+    without optimizer state.
     """
     directory = checkpoints_directory(learner.config.run_dir)
     newest = latest_iteration(directory)
@@ -100,6 +102,6 @@ def _check_manifest(saved: dict[str, Any], current: dict[str, Any], path: Path) 
     for key in saved.keys() | current.keys():
         if saved.get(key) != current.get(key):
             raise ConfigError(
-                f"run_dir: {path} was written with other {key} ({saved.get(key)!r}, now {current.get(key)!r}); "
-                "start a new run_dir or put the old value back"
+                f"run_dir: {path} was written with other {key} ({saved.get(key)!r}, now "
+                f"{current.get(key)!r}); start a new run_dir or put the old value back"
             )

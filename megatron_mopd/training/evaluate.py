@@ -23,9 +23,11 @@ def evaluate(
     *,
     seed: int,
 ) -> dict[str, float]:
-    """Sample one response a prompt and score it; returns `accuracy/<domain>` and their mean, `accuracy`, equal on every rank.
+    """Sample one response a prompt and score it; returns `accuracy/<domain>` and their mean, `accuracy`,
+    equal on every rank.
 
-    Every rank scores its share of the responses. Collective: one all-reduce of 3 x domains integers over all ranks.
+    Every rank scores its share of the responses. Collective: one all-reduce of 3 x domains integers over all
+    ranks.
     """
     trajectories = engine.generate(prompts, sampling, seed=seed)
     domains = sorted({prompt.domain for prompt in prompts})

@@ -18,7 +18,7 @@ def first_step_alarms(metrics: dict[str, float], routing: Routing) -> list[str]:
         experts = [name for name, _ in routing.mixture(domain) if name != SELF]
         if experts and value < TEACHER_EQUALS_STUDENT:
             alarms.append(
-                f"teacher {' + '.join(experts)} equals the student on domain {domain!r} (KL {value:.1e} at the first "
-                "step): is its checkpoint the right one?"
+                f"teacher {' + '.join(experts)} equals the student on domain {domain!r} (KL {value:.1e} "
+                "at the first step): is its checkpoint the right one?"
             )
     return alarms

@@ -23,8 +23,8 @@ from megatron_mopd.teachers.routing import Routing
 def response_hidden(hidden: Tensor, micro_batch: MicroBatch, groups: ParallelGroups) -> Tensor:
     """The rows whose next token is a response token: [s(/tp), b, h] -> [n, h].
 
-    Under sequence parallelism: one all-gather over TP of s x b x h elements; backward is a reduce-scatter, which
-    expects each rank's partial gradient (`reduce_hidden_grad=False` in the objectives).
+    Under sequence parallelism: one all-gather over TP of s x b x h elements; backward is a reduce-scatter,
+    which expects each rank's partial gradient (`reduce_hidden_grad=False` in the objectives).
     """
     if groups.config.sequence_parallel:
         hidden = tensor_parallel.gather_from_sequence_parallel_region(
@@ -34,7 +34,9 @@ def response_hidden(hidden: Tensor, micro_batch: MicroBatch, groups: ParallelGro
 
 
 class BatchLoss(ABC):
-    """Base of the losses: weights of the global batch, per-domain sums, and the three values megatron-core wants."""
+    """Base of the losses: weights of the global batch, per-domain sums, and the three values megatron-core
+    wants.
+    """
 
     def __init__(
         self,
@@ -76,7 +78,9 @@ class BatchLoss(ABC):
         return loss, num_tokens, {"domain_sums": sums, "weighted_sum": weighted}
 
     @abstractmethod
-    def token_losses(self, micro_batch: MicroBatch, rows: Tensor, token_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def token_losses(
+        self, micro_batch: MicroBatch, rows: Tensor, token_weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(sum of weighted token losses, detached token losses [n]) for the response rows [n, h]."""
 
 
@@ -94,13 +98,16 @@ class SupervisedLoss(BatchLoss):
 
 
 class DistillationLoss(BatchLoss):
-    """Full-vocabulary reverse KL to each trajectory's teachers on the student's own trajectories (`full_vocab_kl`).
+    """Full-vocabulary reverse KL to each trajectory's teachers on the student's own trajectories
+    (`full_vocab_kl`).
 
-    L = sum_t weight_t sum_k w_k KL(student || teacher_k) (DeepSeek-V4, 5.1.2). Trajectories come ordered by teacher
-    mixture, so a micro-batch needs few heads, one mixture at a time.
+    L = sum_t weight_t sum_k w_k KL(student || teacher_k) (DeepSeek-V4, 5.1.2). Trajectories come ordered by
+    teacher mixture, so a micro-batch needs few heads, one mixture at a time.
     """
 
-    def __init__(self, *args, bank: TeacherBank, cache: HiddenCache, routing: Routing, temperature: float, **kwargs):
+    def __init__(
+        self, *args, bank: TeacherBank, cache: HiddenCache, routing: Routing, temperature: float, **kwargs
+    ):
         super().__init__(*args, **kwargs)
         self.bank, self.cache, self.routing, self.temperature = bank, cache, routing, temperature
 

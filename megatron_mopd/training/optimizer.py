@@ -21,7 +21,9 @@ from megatron_mopd.model.gpt import HiddenStateGPT
 def wrap_data_parallel(
     chunks: list[HiddenStateGPT], config: Config, groups: ParallelGroups
 ) -> list[DistributedDataParallel]:
-    """Student chunks with gradient buffers; gradients are summed over data-parallel ranks, then divided by tokens."""
+    """Student chunks with gradient buffers; gradients are summed over data-parallel ranks, then divided by
+    tokens.
+    """
     settings = DistributedDataParallelConfig(
         # bf16 gradients lose small contributions when they are summed over many ranks and micro-batches.
         grad_reduce_in_fp32=config.params_dtype == "bfloat16",
@@ -36,7 +38,8 @@ def wrap_data_parallel(
             model_config,
             settings,
             chunk,
-            # Later chunks start reducing while earlier ones still compute; the first has nothing left to hide behind.
+            # Later chunks start reducing while earlier ones still compute; the first has nothing left to hide
+            # behind.
             disable_bucketing=number > 0,
             pg_collection=groups.collection,
         )
@@ -56,7 +59,9 @@ def wrap_data_parallel(
 def build_optimizer(
     chunks: list[DistributedDataParallel], config: Config, groups: ParallelGroups
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW over the chunks' parameters (state sharded over DP when asked for), and its schedule in iterations."""
+    """AdamW over the chunks' parameters (state sharded over DP when asked for), and its schedule in
+    iterations.
+    """
     settings = config.optimizer
     dtype = DTYPES[config.params_dtype]
     optimizer = get_megatron_optimizer(

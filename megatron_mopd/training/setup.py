@@ -111,7 +111,9 @@ def resolve_student(config: Config, tokenizer: Tokenizer) -> ModelConfig:
     if student.load is not None:
         loaded, fingerprint = read_model_config(find_checkpoint(student.load, "student.load"), "student.load")
         if fingerprint != tokenizer.fingerprint():
-            raise ConfigError(f"data.tokenizer: not the tokenizer that student.load ({student.load}) was trained with")
+            raise ConfigError(
+                f"data.tokenizer: not the tokenizer that student.load ({student.load}) was trained with"
+            )
         defaults = ModelConfig()
         explicit = {
             f.name: getattr(student, f.name)
@@ -140,7 +142,8 @@ def _resolve_teachers(
     for teacher in config.teachers:
         where = f"teachers.{teacher.name}.load"
         if teacher.load is None:
-            # `self`: the student as it starts, read again in a layout of its own (a teacher has no virtual stages).
+            # `self`: the student as it starts, read again in a layout of its own (a teacher has no virtual
+            # stages).
             sources.append(TeacherSource(teacher.name, student, config.seed))
             continue
         model, fingerprint = read_model_config(find_checkpoint(teacher.load, where), where)
@@ -150,7 +153,9 @@ def _resolve_teachers(
             )
         if fingerprint != tokenizer.fingerprint():
             raise ConfigError(f"{where}: {teacher.load} speaks another tokenizer than data.tokenizer")
-        sources.append(TeacherSource(teacher.name, dataclasses.replace(model, load=teacher.load), config.seed))
+        sources.append(
+            TeacherSource(teacher.name, dataclasses.replace(model, load=teacher.load), config.seed)
+        )
     return sources, Routing(config.routing, config.teachers)
 
 
@@ -158,7 +163,9 @@ def _check_layout(config: Config, model: ModelConfig) -> None:
     architecture = model.transformer
     for key in ("num_layers", "hidden_size", "num_attention_heads"):
         if key not in architecture:
-            raise ConfigError(f"student.{key}: missing; name it, or start from a checkpoint with student.load")
+            raise ConfigError(
+                f"student.{key}: missing; name it, or start from a checkpoint with student.load"
+            )
     validate_layout(
         config.parallel,
         num_layers=architecture["num_layers"],

@@ -62,7 +62,8 @@ class StepBatch:
     shape: BatchShape
     student: list[MicroBatch]
     teachers: dict[str, list[MicroBatch]]
-    """Teacher name -> the micro-batches it scores; only samples routed to it, the same number on every DP rank."""
+    """Teacher name -> the micro-batches it scores; only samples routed to it, the same number on every DP
+    rank."""
     cache: HiddenCache
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -101,7 +102,9 @@ def plan_step(learner: Learner, trajectories: Sequence[Trajectory]) -> StepBatch
 
 
 def score(learner: Learner, batch: StepBatch) -> None:
-    """Every teacher's forward pass on the samples routed to it; last-layer hidden states go into the batch's cache."""
+    """Every teacher's forward pass on the samples routed to it; last-layer hidden states go into the batch's
+    cache.
+    """
     started = time.perf_counter()
     for name, micro_batches in batch.teachers.items():
 
@@ -116,11 +119,12 @@ def score(learner: Learner, batch: StepBatch) -> None:
 
 
 def learn(learner: Learner, batch: StepBatch) -> dict[str, float]:
-    """Forward, backward and optimizer step on the whole batch; returns the step's metrics, equal on every rank.
+    """Forward, backward and optimizer step on the whole batch; returns the step's metrics, equal on every
+    rank.
 
-    Collectives beyond megatron-core's: one all-reduce over DP x CP and one broadcast over PP of 2 x domains + 1
-    float64 values. Raises `FloatingPointError` on every rank alike, before the weights change, when the loss is not
-    finite.
+    Collectives beyond megatron-core's: one all-reduce over DP x CP and one broadcast over PP of 2 x domains +
+    1 float64 values. Raises `FloatingPointError` on every rank alike, before the weights change, when the
+    loss is not finite.
     """
     started = time.perf_counter()
     for chunk in learner.chunks:
@@ -131,7 +135,9 @@ def learn(learner: Learner, batch: StepBatch) -> dict[str, float]:
     reports = run_student(learner.chunks, batch.student, batch.shape, learner.groups, loss)
     metrics = _reduce(learner, reports)
     if not math.isfinite(metrics["loss"]):
-        raise FloatingPointError(f"the loss is {metrics['loss']}: {metrics}; the weights are those of the last step")
+        raise FloatingPointError(
+            f"the loss is {metrics['loss']}: {metrics}; the weights are those of the last step"
+        )
     _, grad_norm, _ = learner.optimizer.step()
     if grad_norm is not None and not math.isfinite(grad_norm):
         raise FloatingPointError(f"the gradient norm is {grad_norm}; resume from the last checkpoint")

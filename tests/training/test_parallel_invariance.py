@@ -1,6 +1,8 @@
-"""One optimizer step gives the same loss, gradients and weights on every parallel layout and for every batching.
+"""One optimizer step gives the same loss, gradients and weights on every parallel layout and for every
+batching.
 
-The reference is our own single-process run with micro-batches of four; `test_oracle.py` ties that run to formulas.
+The reference is our own single-process run with micro-batches of four; `test_oracle.py` ties that run to
+formulas.
 """
 
 from __future__ import annotations
@@ -65,10 +67,21 @@ GRID = [
 
 def _name(value):
     if isinstance(value, dict):
-        short = {"tensor": "tp", "pipeline": "pp", "virtual": "vpp", "expert": "ep", "context": "cp", "micro": "mbs"}
+        short = {
+            "tensor": "tp",
+            "pipeline": "pp",
+            "virtual": "vpp",
+            "expert": "ep",
+            "context": "cp",
+            "micro": "mbs",
+        }
         if "num_layers" in value:
             return next(n for n in ("DENSE", "GQA", "MOE", "SHARED") if getattr(_models, n) is value)
-        parts = [f"{short.get(k.split('_')[0], k.split('_')[0])}{v}" for k, v in value.items() if v not in (None, True)]
+        parts = [
+            f"{short.get(k.split('_')[0], k.split('_')[0])}{v}"
+            for k, v in value.items()
+            if v not in (None, True)
+        ]
         return "-".join(parts) or "dp"
     return f"{value}ranks"
 
@@ -150,7 +163,9 @@ def test_distributed_optimizer(ranks, transformer, parallel):
     found = _models.assemble([result[2] for result in results])
     for key, value in weights.items():
         atol = 1e-5 * value.abs().max().item()
-        torch.testing.assert_close(found[key].double(), value, rtol=0, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            found[key].double(), value, rtol=0, atol=atol, msg=lambda m, key=key: f"{key}: {m}"
+        )
     assert results[0][0]["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
 
 

@@ -1,27 +1,14 @@
-"""Typed configuration: dataclasses, YAML files and ``a.b=c`` overrides.
+"""Every configuration key, its type, its default and what it means: one dataclass a section, frozen.
 
-``load_config(path, overrides)`` is the only way a run is configured. Names are Megatron's own; every key is
-either read by something or refused here, naming the nearest known key. The objects are frozen after start-up.
-
-``TransformerConfig`` fields of megatron-core may be written directly in ``student`` (and under a teacher),
-for example ``num_layers`` or ``moe_router_topk``; they are collected in ``ModelConfig.transformer``.
+Names are Megatron's own. ``TransformerConfig`` fields of megatron-core may be written directly in
+``student``, for example ``num_layers`` or ``moe_router_topk``; they are collected in
+``ModelConfig.transformer``.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
 from dataclasses import dataclass, field
-from operator import attrgetter
-from pathlib import Path
 from typing import Any
-
-from megatron.core.transformer.transformer_config import MLATransformerConfig
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 
 class ConfigError(ValueError):
@@ -250,153 +237,3 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
-
-
-def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply ``a.b=c`` overrides and return the checked configuration.
-
-    Raises `ConfigError` naming the file and the key for anything that is not a known key of the right type.
-    """
-    try:
-        raw = OmegaConf.load(path) if path is not None else OmegaConf.create({})
-    except FileNotFoundError:
-        raise ConfigError(f"config file not found: {path}") from None
-    except (OSError, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    try:
-        raw = OmegaConf.merge(raw, OmegaConf.from_dotlist(list(overrides)))
-        merged = OmegaConf.to_container(raw, resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
-    return config_from_dict(merged)
-
-
-def config_from_dict(values: dict[str, Any]) -> Config:
-    """Build and check a `Config` from nested plain dictionaries; `ConfigError` names the offending key."""
-    config = _build(Config, values, "")
-    _check(config)
-    return config
-
-
-def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
-    """Build a `ModelConfig` from the dictionary kept with a checkpoint; `where` names the file in errors."""
-    return _build(ModelConfig, values, where)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested dictionaries as a user writes them: TransformerConfig fields back in their section."""
-    if isinstance(config, list):
-        return [to_dict(item) for item in config]
-    if not dataclasses.is_dataclass(config):
-        return config
-    result = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, ModelConfig):
-        result |= result.pop("transformer")
-    return result
-
-
-def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved configuration as YAML."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """' (did you mean 'x'?)' for the closest known name, or the list of known ones when nothing is close."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(known)}" if known and len(known) <= 40 else ""
-
-
-# Fields of TransformerConfig that other sections own: naming them twice would let two truths disagree.
-_OWNED_ELSEWHERE = {f.name: f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)}
-_OWNED_ELSEWHERE |= dict.fromkeys(("params_dtype", "bf16", "fp16", "pipeline_dtype"), "params_dtype")
-_OWNED_ELSEWHERE |= {"calculate_per_token_loss": "objective.reduction"}
-_TRANSFORMER_FIELDS = {f.name for f in dataclasses.fields(MLATransformerConfig)}
-_CHOICES = {
-    "device": ("auto", "cpu", "cuda"),
-    "params_dtype": ("float32", "bfloat16", "float64"),
-    "student.position_embedding_type": ("rope", "none"),
-    "objective.kind": ("full_vocab_kl", "sft"),
-    "objective.reduction": ("token_mean", "sequence_mean", "domain_mean"),
-    "optimizer.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
-}
-_AT_LEAST_ONE = """objective.chunk_size schedule.global_batch_size schedule.micro_batch_size data.seq_length
-    rollout.samples_per_prompt rollout.max_new_tokens rollout.max_batch_size log.log_interval
-    parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size parallel.context_parallel_size
-    parallel.expert_model_parallel_size student.make_vocab_size_divisible_by""".split()
-
-
-def _check(config: Config) -> None:
-    """Values that types alone do not rule out; other rooms check what involves them (layout, routing)."""
-    for dotted, choices in _CHOICES.items():
-        if (value := attrgetter(dotted)(config)) not in choices:
-            raise ConfigError(f"{dotted}: {value!r} is not one of {', '.join(choices)}")
-    for dotted in _AT_LEAST_ONE:
-        if (value := attrgetter(dotted)(config)) < 1:
-            raise ConfigError(f"{dotted}: must be at least 1, found {value}")
-    if not config.objective.temperature > 0:
-        raise ConfigError(f"objective.temperature: must be above 0, found {config.objective.temperature}")
-    if config.rollout.temperature < 0 or not 0 < config.rollout.top_p <= 1 or config.rollout.top_k < 0:
-        raise ConfigError("rollout: needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
-    if config.params_dtype == "float64" and config.optimizer.use_distributed_optimizer:
-        raise ConfigError("params_dtype: float64 needs optimizer.use_distributed_optimizer=false")
-    if not config.run_dir:
-        raise ConfigError("run_dir: missing; name the directory that the run writes into")
-
-
-def _build(cls: type, values: Any, where: str) -> Any:
-    """Check `values` against the dataclass `cls`; `where` is the dotted path shown in errors."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where or 'config'}: expected a section with keys, found {values!r}")
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
-    built: dict[str, Any] = {}
-    extra: dict[str, Any] = {}
-    for key, value in values.items():
-        dotted = f"{where}.{key}" if where else str(key)
-        if key in known and not (cls is ModelConfig and key == "transformer"):
-            built[key] = _convert(hints[key], value, dotted)
-        elif cls is ModelConfig and key in _OWNED_ELSEWHERE:
-            raise ConfigError(f"{dotted}: set {_OWNED_ELSEWHERE[key]} instead")
-        elif cls is ModelConfig and key in _TRANSFORMER_FIELDS:
-            extra[key] = value
-        else:
-            candidates = known - {"transformer"} | (_TRANSFORMER_FIELDS if cls is ModelConfig else set())
-            raise ConfigError(f"unknown key {dotted!r}{nearest(str(key), candidates)}")
-    if extra:
-        built["transformer"] = extra
-    return cls(**built)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as type `hint`, or a ConfigError; integers pass as floats, never the other way round."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
-    if origin is list:
-        if not isinstance(value, list):
-            raise ConfigError(f"{where}: expected a list, found {value!r}")
-        return [_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a mapping, found {value!r}")
-        return {str(key): item for key, item in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
-    if hint is Any:
-        return value
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:  # YAML reads 1e-4 (no dot) as a string
-            return float(value)
-        except ValueError:
-            pass
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}: expected {hint.__name__}, found {value!r}")
-    return value

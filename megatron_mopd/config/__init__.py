@@ -1,0 +1,50 @@
+"""Typed configuration: dataclasses, YAML files and ``a.b=c`` overrides.
+
+``load_config(path, overrides)`` is the only way a run is configured. The objects are frozen after start-up.
+"""
+
+from megatron_mopd.config.loading import (
+    config_from_dict,
+    load_config,
+    model_config_from_dict,
+    nearest,
+    save_config,
+    to_dict,
+)
+from megatron_mopd.config.schema import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PromptSource,
+    RolloutConfig,
+    ScheduleConfig,
+    TeacherConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "LogConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PromptSource",
+    "RolloutConfig",
+    "ScheduleConfig",
+    "TeacherConfig",
+    "config_from_dict",
+    "load_config",
+    "model_config_from_dict",
+    "nearest",
+    "save_config",
+    "to_dict",
+]
