@@ -166,7 +166,7 @@ def _inside(view: torch.Tensor, whole: torch.Tensor) -> bool:
 
 
 def assemble(per_rank: list[list[tuple]]) -> dict[str, torch.Tensor]:
-    """Full tensors from every rank's slices; replicas must agree exactly where they overlap up to rounding."""
+    """Full tensors from every rank's slices; replicas agree where they overlap, up to rounding."""
     full: dict[str, torch.Tensor] = {}
     seen: dict[str, torch.Tensor] = {}
     for key, shape, offset, values in (piece for pieces_ in per_rank for piece in pieces_):

@@ -104,7 +104,7 @@ def _all_to_all_single(original):
 
 
 def _all_gather(original):
-    """gloo wants equal shapes; experts split over tensor-parallel ranks gather as many rows as each rank has."""
+    """gloo wants equal shapes; experts split over tensor-parallel ranks gather as many as each has."""
 
     @functools.wraps(original)
     def wrapper(tensor_list, tensor, group=None, async_op=False):

@@ -86,7 +86,7 @@ class ParallelGroups:
 
     @property
     def last_stage_rank(self) -> int:
-        """Global rank of the last pipeline stage in this rank's pipeline (source of results for broadcasts)."""
+        """Global rank of the last pipeline stage in this rank's pipeline: results come from it."""
         return dist.get_process_group_ranks(self.pp)[-1]
 
 
@@ -161,8 +161,8 @@ def _check_in(store: dist.Store, rank: int, world_size: int, timeout_minutes: fl
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"only {world_size - len(missing)} of {world_size} ranks started within "
-                f"{timeout_minutes:g} minutes; missing: {', '.join(map(str, sorted(missing)))}. Look at their logs, or raise "
-                "parallel.distributed_timeout_minutes"
+                f"{timeout_minutes:g} minutes; missing: {', '.join(map(str, sorted(missing)))}. "
+                "Look at their logs, or raise parallel.distributed_timeout_minutes"
             )
         time.sleep(0.05)
 
@@ -194,8 +194,9 @@ def validate_layout(
     if world_size % (etp * ep * pp):
         valid = _divisors(world_size // pp // etp) if world_size % (pp * etp) == 0 else []
         raise ConfigError(
-            f"parallel.expert_model_parallel_size: {ep} (x expert_tensor_parallel_size {etp} x pipeline {pp}) "
-            f"does not divide the number of ranks, {world_size}; valid: {', '.join(map(str, valid)) or 'none'}"
+            f"parallel.expert_model_parallel_size: {ep} (x expert_tensor_parallel_size {etp} x pipeline "
+            f"{pp}) does not divide the number of ranks, {world_size}; "
+            f"valid: {', '.join(map(str, valid)) or 'none'}"
         )
     if ep > 1 and not num_moe_experts:
         raise ConfigError(

@@ -103,7 +103,7 @@ class ScaledDotProductAttention(MegatronModule):
     def _context_parallel(
         self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments | None
     ) -> Tensor:
-        """Local zigzag queries against gathered keys; every query slice sees exactly the keys up to its end."""
+        """Local zigzag queries against gathered keys; every query slice sees the keys up to its end."""
         size, rank = self.cp_group.size(), self.cp_group.rank()
         gathered = _GatherSequence.apply(
             torch.cat((key, value), dim=-1), self.cp_group

@@ -67,7 +67,7 @@ def latest_iteration(directory: str | Path) -> int | None:
 
 
 def read_model_config(checkpoint: Path, where: str) -> tuple[ModelConfig, str]:
-    """Architecture and tokenizer fingerprint of a checkpoint; `ConfigError` when its description is damaged."""
+    """Architecture and tokenizer fingerprint of a checkpoint; `ConfigError` when damaged."""
     try:
         description = json.loads((checkpoint / MODEL_FILE).read_text())
         return model_config_from_dict(description["model"], where), description["tokenizer"]
