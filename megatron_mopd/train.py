@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import traceback
+from collections import deque
 
 import torch.distributed as dist
 
@@ -29,7 +30,7 @@ from megatron_mopd.training.checkpoint import resume, save
 from megatron_mopd.training.evaluate import evaluate
 from megatron_mopd.training.guards import first_step_alarms
 from megatron_mopd.training.setup import Run, build_run, run_directory
-from megatron_mopd.training.step import learn, plan_step, score
+from megatron_mopd.training.step import StepBatch, plan_steps, train_step
 
 
 def train(config: Config) -> dict[str, float]:
@@ -45,14 +46,14 @@ def train(config: Config) -> dict[str, float]:
     sampler = PromptSampler(run.prompts, config.seed)
 
     metrics: dict[str, float] = {}
+    batches: deque[StepBatch] = deque()  # optimizer steps whose samples are there
     for iteration in range(first, config.schedule.train_iters):
         started = time.perf_counter()
-        trajectories = sample(run, sampler, iteration)
+        if not batches:
+            batches += plan_steps(run.learner, sample(run, sampler, iteration))
         sampled = time.perf_counter()
-        batch = plan_step(run.learner, trajectories)
-        score(run.learner, batch)
-        metrics = learn(run.learner, batch)
-        metrics |= _timing(batch.seconds, sampled - started, time.perf_counter() - started, trajectories)
+        metrics = train_step(run.learner, batches)
+        metrics |= _timing(batches.popleft(), sampled - started, time.perf_counter() - started)
 
         done = iteration + 1
         if iteration == 0 and run.learner.routing is not None:
@@ -76,23 +77,26 @@ def train(config: Config) -> dict[str, float]:
 
 
 def sample(run: Run, sampler: PromptSampler, iteration: int) -> list[Trajectory]:
-    """The trajectories of one iteration, the same list on every rank: the student's own, or the data's
-    answers.
+    """The trajectories of the next `steps_per_rollout` iterations, the same list on every rank: the student's
+    own, or the data's answers.
     """
     config = run.config
+    number, rest = divmod(iteration, config.schedule.steps_per_rollout)
+    assert rest == 0, "a rollout batch starts where the last one ended"
+    size = config.schedule.steps_per_rollout * config.schedule.global_batch_size
     if config.objective.kind == "sft":
-        prompts = sampler.batch(iteration, config.schedule.global_batch_size)
+        prompts = sampler.batch(number, size)
         eos = run.tokenizer.eos_id
         return [
             Trajectory(prompt, (*run.tokenizer.encode(prompt.answer), eos), index)
             for index, prompt in enumerate(prompts)
         ]
     repeats = config.rollout.samples_per_prompt
-    prompts = sampler.batch(iteration, config.schedule.global_batch_size // repeats)
+    prompts = sampler.batch(number, size // repeats)
     sampling = SamplingParams.from_config(config.rollout, run.tokenizer.eos_id)
-    # Every iteration draws from its own stream, whatever was drawn before it.
+    # Every rollout draws from its own stream, whatever was drawn before it.
     return run.engine.generate(
-        prompts, sampling, seed=config.seed * 1_000_003 + iteration, samples_per_prompt=repeats
+        prompts, sampling, seed=config.seed * 1_000_003 + number, samples_per_prompt=repeats
     )
 
 
@@ -109,13 +113,12 @@ def evaluation(run: Run) -> dict[str, float]:
     return evaluate(run.engine, prompts, run.tokenizer, sampling, run.groups, seed=run.config.seed)
 
 
-def _timing(seconds, rollout: float, total: float, trajectories: list[Trajectory]) -> dict[str, float]:
-    tokens = sum(map(len, trajectories))
-    lengths = [len(t.response_ids) for t in trajectories]
+def _timing(batch: StepBatch, rollout: float, total: float) -> dict[str, float]:
+    lengths = [len(t.response_ids) for t in batch.trajectories]
     return {
         "time/rollout": rollout,
-        **{f"time/{name}": value for name, value in seconds.items()},
-        "tokens_per_second": tokens / total,
+        **{f"time/{name}": value for name, value in batch.seconds.items()},
+        "tokens_per_second": sum(map(len, batch.trajectories)) / total,
         "response_length": sum(lengths) / max(1, len(lengths)),
     }
 

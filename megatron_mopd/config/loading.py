@@ -91,13 +91,17 @@ _CHOICES = {
     "params_dtype": ("float32", "bfloat16", "float64"),
     "student.position_embedding_type": ("rope", "none"),
     "objective.kind": ("full_vocab_kl", "sft"),
+    "schedule.kind": ("megatron",),
     "objective.reduction": ("token_mean", "sequence_mean", "domain_mean"),
     "optimizer.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
 }
-_AT_LEAST_ONE = """objective.chunk_size schedule.global_batch_size schedule.micro_batch_size data.seq_length
-    rollout.samples_per_prompt rollout.max_new_tokens rollout.max_batch_size log.log_interval
-    parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size parallel.context_parallel_size
-    parallel.expert_model_parallel_size student.make_vocab_size_divisible_by""".split()
+_AT_LEAST_ONE = """
+    objective.chunk_size schedule.global_batch_size schedule.micro_batch_size schedule.steps_per_rollout
+    data.seq_length rollout.samples_per_prompt rollout.max_new_tokens rollout.max_batch_size
+    log.log_interval parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size
+    parallel.context_parallel_size parallel.expert_model_parallel_size
+    student.make_vocab_size_divisible_by
+""".split()
 
 
 def _check(config: Config) -> None:
@@ -108,6 +112,11 @@ def _check(config: Config) -> None:
     for dotted in _AT_LEAST_ONE:
         if (value := attrgetter(dotted)(config)) < 1:
             raise ConfigError(f"{dotted}: must be at least 1, found {value}")
+    steps = config.schedule.steps_per_rollout
+    for dotted in ("schedule.train_iters", "checkpoint.save_interval"):
+        # A run resumes with a fresh rollout batch, so it may only stop where one ends.
+        if (value := attrgetter(dotted)(config)) % steps:
+            raise ConfigError(f"{dotted}: {value} is not a multiple of schedule.steps_per_rollout={steps}")
     if not config.objective.temperature > 0:
         raise ConfigError(f"objective.temperature: must be above 0, found {config.objective.temperature}")
     if config.rollout.temperature < 0 or not 0 < config.rollout.top_p <= 1 or config.rollout.top_k < 0:

@@ -178,9 +178,15 @@ class ScheduleConfig:
     """How long, how much at once, and in which order."""
 
     train_iters: int = 100
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run; a multiple of `steps_per_rollout`."""
     global_batch_size: int = 64
     """Trajectories per optimizer step, over all data-parallel ranks."""
+    steps_per_rollout: int = 1
+    """Optimizer steps fed by one rollout batch of `steps_per_rollout` x `global_batch_size` trajectories. The
+    later ones train on samples of slightly older weights, and teachers can score them ahead of time."""
+    kind: str = "megatron"
+    """How teachers share the pipeline with the student; losses and gradients are the same. `megatron`: each
+    teacher, then the student, on megatron-core's own schedules."""
     micro_batch_size: int = 8
     """Trajectories per forward pass; ignored when `max_tokens_per_micro_batch` is set."""
     max_tokens_per_micro_batch: int | None = None

@@ -68,6 +68,12 @@ class StepBatch:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+def plan_steps(learner: Learner, rollout: Sequence[Trajectory]) -> list[StepBatch]:
+    """The optimizer steps that a rollout batch feeds: `global_batch_size` trajectories each, in order."""
+    size = learner.config.schedule.global_batch_size
+    return [plan_step(learner, rollout[start : start + size]) for start in range(0, len(rollout), size)]
+
+
 def plan_step(learner: Learner, trajectories: Sequence[Trajectory]) -> StepBatch:
     """Split the batch over DP ranks, ordered by teacher, and cut it into micro-batches. No collectives."""
     groups, schedule = learner.groups, learner.config.schedule
@@ -99,6 +105,16 @@ def plan_step(learner: Learner, trajectories: Sequence[Trajectory]) -> StepBatch
     # The interleaved schedule runs micro-batches in groups of the pipeline's size.
     student = mine(per_rank, multiple=groups.pp_size if groups.vpp_size > 1 else 1)
     return StepBatch(trajectories, shape, student, teachers, HiddenCache(groups.device))
+
+
+def train_step(learner: Learner, batches: Sequence[StepBatch]) -> dict[str, float]:
+    """One optimizer step on `batches[0]`: teachers score what is not scored yet, the student learns.
+
+    `batches[1:]` are later steps whose samples are already there. Returns the step's metrics, equal on every
+    rank.
+    """
+    score(learner, batches[0])
+    return learn(learner, batches[0])
 
 
 def score(learner: Learner, batch: StepBatch) -> None:
