@@ -11,6 +11,7 @@ from megatron_mopd.config.loading import (
     save_config,
     to_dict,
 )
+from megatron_mopd.config.objectives import DomainObjectives
 from megatron_mopd.config.schema import (
     CheckpointConfig,
     Config,
@@ -22,6 +23,7 @@ from megatron_mopd.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     PromptSource,
+    RewardsConfig,
     RolloutConfig,
     ScheduleConfig,
     TeacherConfig,
@@ -32,12 +34,14 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DomainObjectives",
     "LogConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PromptSource",
+    "RewardsConfig",
     "RolloutConfig",
     "ScheduleConfig",
     "TeacherConfig",

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megatron_mopd.config.schema import Config, ConfigError, ModelConfig, ParallelConfig
+from megatron_mopd.config.objectives import GLOBAL_KEYS, check_objectives
+from megatron_mopd.config.schema import Config, ConfigError, ModelConfig, ObjectiveConfig, ParallelConfig
 
 
 def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
@@ -90,15 +91,13 @@ _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "params_dtype": ("float32", "bfloat16", "float64"),
     "student.position_embedding_type": ("rope", "none"),
-    "objective.kind": ("full_vocab_kl", "sft"),
     "schedule.kind": ("megatron",),
-    "objective.reduction": ("token_mean", "sequence_mean", "domain_mean"),
     "optimizer.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
 }
 _AT_LEAST_ONE = """
     objective.chunk_size schedule.global_batch_size schedule.micro_batch_size schedule.steps_per_rollout
     data.seq_length rollout.samples_per_prompt rollout.max_new_tokens rollout.max_batch_size
-    log.log_interval parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size
+    log.log_interval rewards.workers parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size
     parallel.context_parallel_size parallel.expert_model_parallel_size
     student.make_vocab_size_divisible_by
 """.split()
@@ -117,10 +116,11 @@ def _check(config: Config) -> None:
         # A run resumes with a fresh rollout batch, so it may only stop where one ends.
         if (value := attrgetter(dotted)(config)) % steps:
             raise ConfigError(f"{dotted}: {value} is not a multiple of schedule.steps_per_rollout={steps}")
-    if not config.objective.temperature > 0:
-        raise ConfigError(f"objective.temperature: must be above 0, found {config.objective.temperature}")
     if config.rollout.temperature < 0 or not 0 < config.rollout.top_p <= 1 or config.rollout.top_k < 0:
         raise ConfigError("rollout: needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+    check_objectives(config)
+    if not config.rewards.timeout_seconds > 0:
+        raise ConfigError(f"rewards.timeout_seconds: must be above 0, found {config.rewards.timeout_seconds}")
     if config.params_dtype == "float64" and config.optimizer.use_distributed_optimizer:
         raise ConfigError("params_dtype: float64 needs optimizer.use_distributed_optimizer=false")
     if not config.run_dir:
@@ -148,7 +148,24 @@ def _build(cls: type, values: Any, where: str) -> Any:
             raise ConfigError(f"unknown key {dotted!r}{nearest(str(key), candidates)}")
     if extra:
         built["transformer"] = extra
+    if cls is ObjectiveConfig:
+        built["per_domain"] = _build_overrides(built.get("per_domain", {}), f"{where}.per_domain")
     return cls(**built)
+
+
+def _build_overrides(values: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """The keys that each domain sets itself, checked and converted like those of the section."""
+    overrides = {}
+    for domain, own in values.items():
+        dotted = f"{where}.{domain}"
+        if isinstance(own, str):  # `math: sampled_token` for `math: {kind: sampled_token}`
+            own = {"kind": own}
+        converted = _build(ObjectiveConfig, own, dotted)
+        for key in own:
+            if key in GLOBAL_KEYS:
+                raise ConfigError(f"{dotted}.{key}: belongs to the whole run; set objective.{key}")
+        overrides[domain] = {key: getattr(converted, key) for key in own}
+    return overrides
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -165,7 +182,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: expected a mapping, found {value!r}")
-        return {str(key): item for key, item in value.items()}
+        return {str(key): _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
     if hint is Any:

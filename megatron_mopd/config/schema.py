@@ -130,17 +130,78 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is minimised."""
+    """What is minimised. Every key but `reduction` and `chunk_size` may be overridden for one domain."""
 
     kind: str = "full_vocab_kl"
-    """`full_vocab_kl`: reverse KL to the routed teachers on the student's own trajectories;
-    `sft`: cross-entropy on `answer`."""
+    """On the student's own trajectories, against the routed teachers: `full_vocab_kl` (reverse KL),
+    `top_k_kl` (reverse KL over the k likeliest tokens and one tail outcome), `forward_kl`, `jsd`,
+    `sampled_token` (log-ratio of the sampled token as an advantage). `grpo`: group-relative advantage of the
+    verifier's reward, no teacher. `sft`: cross-entropy on `answer`."""
+    weight: float = 1.0
+    """Factor of this objective's loss, `add` included."""
+    add: dict[str, float] = field(default_factory=dict)
+    """More kinds, with their weights, whose losses are added to that of `kind`."""
+    apply_as: str | None = None
+    """`loss` or `advantage`: said explicitly, it is checked against the only correct use of the kind."""
     reduction: str = "token_mean"
     """`token_mean`, `sequence_mean` (every response counts once) or `domain_mean` (every domain does)."""
     temperature: float = 1.0
-    """Temperature of student and teacher alike inside the divergence."""
+    """Temperature of student and teacher alike inside the divergence or the log-ratio."""
     chunk_size: int = 1024
     """Tokens whose logits exist at the same time in the loss."""
+    beta: float | None = None
+    """`jsd`: weight of the teacher in the mixture; default 0.5."""
+    top_k: int | None = None
+    """`top_k_kl`: how many tokens are compared one by one."""
+    top_k_from: str | None = None
+    """`top_k_kl`: whose likeliest tokens, `teacher` (default) or `student`."""
+    policy_loss: str = "plain"
+    """`sampled_token` and `grpo`: `plain` (-A log theta) or `ppo_clip` (the clipped ratio to the policy at
+    the start of the rollout batch)."""
+    clip_eps_low: float | None = None
+    """`ppo_clip`: the ratio is clipped below 1 - this; default 0.2."""
+    clip_eps_high: float | None = None
+    """`ppo_clip`: the ratio is clipped above 1 + this; default 0.2."""
+    proximal: str = "recompute"
+    """`ppo_clip`: `recompute` (one forward pass of the training model before a rollout batch's first step) or
+    `behaviour` (the sampler's own log-probs, which saves that pass)."""
+    outcome_reward_weight: float = 0.0
+    """`sampled_token`: alpha of MiMo-V2-Flash, weight of the group-relative outcome advantage that is added
+    to the distillation advantage."""
+    normalize_advantage: bool = True
+    """Outcome advantages are divided by their group's standard deviation, as in GRPO."""
+    future_discount: float = 0.0
+    """`sampled_token`: a token's advantage is the sum of the log-ratios from it to the end of the response,
+    discounted by this factor per token; 0 counts only its own."""
+    log_ratio_clamp: float | None = None
+    """`sampled_token`: log-ratios are clamped to [-this, this]."""
+    shaping: float | None = None
+    """`sampled_token`: a in log(a T + (1 - a) theta) - log theta, which is bounded below by log(1 - a)."""
+    rollout_correction: str = "none"
+    """Per-token weight for theta / mu, the ratio of the model in training to the sampler: `tis` (clamped to
+    the band), `icepop` (0 outside), `sequence_mask` (a response is dropped when its mean ratio leaves the
+    band), `none`."""
+    importance_low: float | None = None
+    """Lower end of the band of ratios; default 0.5."""
+    importance_high: float | None = None
+    """Upper end of the band of ratios; default 2."""
+    drift_gate_block: int = 0
+    """Weigh blocks of this many response tokens by how far the student has moved on them since they were
+    sampled; 0 switches the gate off."""
+    drift_gate_sharpness: float | None = None
+    """How steeply that weight falls with the block's mean |log theta - log mu|; default 1."""
+    per_domain: dict[str, Any] = field(default_factory=dict)
+    """Domain -> the keys that differ for it."""
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    """How rewards are computed: the verifiers of the data, in processes of their own."""
+
+    workers: int = 1
+    """Verifier processes per data-parallel rank."""
+    timeout_seconds: float = 5.0
+    """How long one response may take to be judged; afterwards its reward is missing."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +300,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

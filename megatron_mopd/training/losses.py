@@ -1,135 +1,297 @@
-"""What the last pipeline stage minimises: student hidden states in, summed loss and per-domain sums out."""
+"""What the last pipeline stage minimises: student hidden states in, summed loss and per-domain sums out.
+
+One composable loss for every objective. A micro-batch falls into runs of trajectories that share objective
+and teachers; a run's loss is the weighted sum of its terms (`objective_terms.py`), with token weights of the
+global batch times the correction for the distance between the sampler and the model in training.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 from torch import Tensor
 
 from megatron_mopd.backend.parallel import ParallelGroups
-from megatron_mopd.config import ObjectiveConfig
+from megatron_mopd.config import DomainObjectives, ObjectiveConfig
+from megatron_mopd.config.objectives import (
+    POLICY_KINDS,
+    VOCABULARY_KINDS,
+    importance_band,
+    kinds_of,
+    needs_policy,
+    needs_teachers,
+)
 from megatron_mopd.data.batching import MicroBatch
-from megatron_mopd.objectives import linear_cross_entropy, linear_kl
+from megatron_mopd.objectives import sampled_token_logprobs
+from megatron_mopd.objectives.importance import drift_gate, importance_weights
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.hidden_cache import HiddenCache
-from megatron_mopd.teachers.routing import Routing
+from megatron_mopd.teachers.routing import Mixture, Routing
+from megatron_mopd.training.objective_terms import (
+    Policies,
+    Teachers,
+    policy_term,
+    supervised_term,
+    vocabulary_term,
+)
+from megatron_mopd.training.response_tokens import ResponseTokens, response_hidden, row_positions
+
+METRICS = ("kl", "ce", "entropy", "ratio", "in_band", "clipped", "advantage")
+"""Per-domain token means: divergence from the teachers (sampled-token objectives: its one-sample estimate
+log theta - log T), cross-entropy of given answers, entropy (one-sample estimate -log theta), theta / mu, share
+of tokens with a ratio inside the band, share that PPO clipped, mean |advantage|."""
 
 
-def response_hidden(hidden: Tensor, micro_batch: MicroBatch, groups: ParallelGroups) -> Tensor:
-    """The rows whose next token is a response token: [s(/tp), b, h] -> [n, h].
+@dataclass
+class BatchFacts:
+    """What the loss has to know of the whole global batch, equal on all ranks that run the loss."""
 
-    Under sequence parallelism: one all-gather over TP of s x b x h elements; backward is a reduce-scatter,
-    which expects each rank's partial gradient (`reduce_hidden_grad=False` in the objectives).
-    """
-    if groups.config.sequence_parallel:
-        hidden = tensor_parallel.gather_from_sequence_parallel_region(
-            hidden, tensor_parallel_output_grad=True, group=groups.tp
-        )
-    return hidden.flatten(0, 1).index_select(0, micro_batch.loss_index)
+    token_weights: Mapping[int, float]
+    """Trajectory index -> weight of each of its response tokens (`objectives.reduction`)."""
+    outcome_advantages: Mapping[int, float] = field(default_factory=dict)
+    """Trajectory index -> group-relative advantage of its reward; 0 where there is no verdict."""
+    proximal_logprobs: Mapping[int, Tensor] = field(default_factory=dict)
+    """Trajectory index -> log-probs [|y|] under the student at the start of the rollout batch; empty for the
+    first step of a rollout batch, where that is the student in training."""
 
 
-class BatchLoss(ABC):
-    """Base of the losses: weights of the global batch, per-domain sums, and the three values megatron-core
-    wants.
+class BatchLoss:
+    """The loss of one global batch; called for every micro-batch with the last stage's hidden states.
+
+    Returns megatron-core's three values: the summed loss, the number of response tokens here, and a report
+    whose sums `named_metrics` turns into metrics. Collectives beyond those of the objectives: with context
+    parallelism, one all-reduce over CP of the run's response tokens for each run that needs log theta.
     """
 
     def __init__(
         self,
-        objective: ObjectiveConfig,
+        objectives: DomainObjectives,
         groups: ParallelGroups,
         vocab_size: int,
         domains: Sequence[str],
         student: Any,
-        weights: Mapping[int, float],
+        facts: BatchFacts,
+        *,
+        rollout_temperature: float = 1.0,
+        routing: Routing | None = None,
+        bank: TeacherBank | None = None,
+        cache: HiddenCache | None = None,
     ):
-        self.groups = groups
-        self.student = student
-        self.weights = weights
-        self.domain_ids = {domain: i for i, domain in enumerate(domains)}
-        self.head_arguments = dict(
+        self._objectives, self._groups, self._student, self._facts = objectives, groups, student, facts
+        self._rollout_temperature = rollout_temperature
+        self._routing, self._bank, self._cache = routing, bank, cache
+        self._domain_ids = {domain: i for i, domain in enumerate(domains)}
+        self._head_arguments = dict(
             group=groups.tp,
             vocab_size=vocab_size,
-            chunk_size=objective.chunk_size,
+            chunk_size=objectives.default.chunk_size,
             reduce_hidden_grad=not groups.config.sequence_parallel,
         )
 
     def __call__(self, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        counts = torch.tensor(micro_batch.loss_counts, dtype=torch.long)
-        rows = response_hidden(hidden, micro_batch, self.groups)
-        statistics = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        weights = torch.tensor([self.weights[t.index] for t in micro_batch.trajectories], dtype=statistics)
-        token_weight = weights.repeat_interleave(counts).to(rows.device)
-        if rows.size(0):
-            loss, per_token = self.token_losses(micro_batch, rows, token_weight)
-        else:  # an empty micro-batch still runs its backward pass, because other ranks' experts wait for it
-            loss, per_token = rows.sum(), rows.new_zeros(0)
-        domain = torch.tensor([self.domain_ids[t.domain] for t in micro_batch.trajectories], dtype=torch.long)
-        domain = domain.repeat_interleave(counts).to(rows.device)
-        sums = torch.zeros(len(self.domain_ids), 2, dtype=torch.float64, device=rows.device)
-        sums[:, 0].index_add_(0, domain, per_token.double())
-        sums[:, 1].index_add_(0, domain, torch.ones_like(per_token, dtype=torch.float64))
-        weighted = (per_token.double() * token_weight).sum()
-        num_tokens = torch.tensor(rows.size(0), dtype=torch.int, device=rows.device)
-        return loss, num_tokens, {"domain_sums": sums, "weighted_sum": weighted}
-
-    @abstractmethod
-    def token_losses(
-        self, micro_batch: MicroBatch, rows: Tensor, token_weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(sum of weighted token losses, detached token losses [n]) for the response rows [n, h]."""
-
-
-class SupervisedLoss(BatchLoss):
-    """Cross-entropy on the given response tokens (`sft`)."""
-
-    def token_losses(self, micro_batch, rows, token_weight):
-        return linear_cross_entropy(
-            rows,
-            self.student.head_weight(),
-            micro_batch.target_ids,
-            token_weight=token_weight,
-            **self.head_arguments,
-        )
-
-
-class DistillationLoss(BatchLoss):
-    """Full-vocabulary reverse KL to each trajectory's teachers on the student's own trajectories
-    (`full_vocab_kl`).
-
-    L = sum_t weight_t sum_k w_k KL(student || teacher_k) (DeepSeek-V4, 5.1.2). Trajectories come ordered by
-    teacher mixture, so a micro-batch needs few heads, one mixture at a time.
-    """
-
-    def __init__(
-        self, *args, bank: TeacherBank, cache: HiddenCache, routing: Routing, temperature: float, **kwargs
-    ):
-        super().__init__(*args, **kwargs)
-        self.bank, self.cache, self.routing, self.temperature = bank, cache, routing, temperature
-
-    def token_losses(self, micro_batch, rows, token_weight):
-        total, per_token, start = torch.zeros_like(token_weight[0]), [], 0
-        labelled = [item for item in zip(micro_batch.trajectories, micro_batch.loss_counts) if item[1]]
-        for mixture, members in groupby(labelled, key=lambda item: self.routing.mixture(item[0].domain)):
-            members = list(members)
-            end = start + sum(count for _, count in members)
-            names = [name for name, _ in mixture]
-            hidden = [torch.cat([self.cache.pop(t.index, name) for t, _ in members]) for name in names]
-            loss, token_kl = linear_kl(
-                rows[start:end],
-                self.student.head_weight(),
-                hidden,
-                [self.bank.head(name) for name in names],
-                token_weight=token_weight[start:end],
-                mixture_weight=torch.tensor([weight for _, weight in mixture], device=rows.device),
-                temperature=self.temperature,
-                **self.head_arguments,
+        rows = response_hidden(hidden, micro_batch, self._groups)
+        sums = torch.zeros(len(self._domain_ids), len(METRICS), 2, dtype=torch.float64, device=rows.device)
+        # An empty micro-batch still runs its backward pass, because other ranks' experts wait for it.
+        loss = rows.sum() * 0.0 if rows.size(0) == 0 else None
+        for objective, mixture, tokens in self._runs(micro_batch):
+            part = self._run_loss(
+                objective, mixture, tokens, rows[tokens.rows], micro_batch.target_ids[tokens.rows], sums
             )
-            total = total + loss
-            per_token.append(token_kl)
-            start = end
-        return total, torch.cat(per_token)
+            if part is not None:
+                loss = part if loss is None else loss + part
+        num_tokens = torch.tensor(rows.size(0), dtype=torch.int, device=rows.device)
+        report = {"domain_sums": sums, "weighted_sum": loss.detach().double(), "tokens": num_tokens}
+        return loss, num_tokens, report
+
+    def _runs(self, micro_batch: MicroBatch) -> Iterator[tuple[ObjectiveConfig, Mixture, ResponseTokens]]:
+        """Consecutive trajectories with the same objective and teachers, the same on every CP rank."""
+        positions = row_positions(micro_batch)
+
+        def key(item):
+            domain = item[0].domain
+            objective = self._objectives.of(domain)
+            mixture = self._routing.mixture(domain) if needs_teachers(objective) else ()
+            # Runs of one domain each would be right too; equal objectives of several domains share a run.
+            return repr(objective), mixture, objective
+
+        start = 0
+        labelled = zip(micro_batch.trajectories, micro_batch.loss_counts)
+        for (_, mixture, objective), members in groupby(labelled, key=key):
+            trajectories, counts = zip(*members)
+            rows = slice(start, start + sum(counts))
+            yield (
+                objective,
+                mixture,
+                ResponseTokens(trajectories, rows, positions[rows], counts, self._groups),
+            )
+            start = rows.stop
+
+    def _run_loss(
+        self,
+        objective: ObjectiveConfig,
+        mixture: Mixture,
+        tokens: ResponseTokens,
+        rows: Tensor,
+        target_ids: Tensor,
+        sums: Tensor,
+    ) -> Tensor | None:
+        """The run's weighted loss, or `None` where this rank holds none of its tokens; adds to `sums`."""
+        statistics = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        like = torch.zeros((), dtype=statistics, device=rows.device)
+        kinds, present = kinds_of(objective), rows.size(0) > 0
+        weight = self._facts.token_weights
+        base = tokens.mine(tokens.per_response([weight[t.index] for t in tokens.trajectories], like))
+        base = base * objective.weight
+        observe = _Observer(sums, tokens, self._domain_ids)
+        if objective.kind == "sft":
+            if not present:
+                return None
+            loss, per_token = supervised_term(
+                rows, self._student.head_weight(), target_ids, base, self._head_arguments
+            )
+            observe("ce", per_token)
+            return loss
+
+        teachers = Teachers((), (), ())
+        if mixture and present:
+            teachers = Teachers(
+                tuple(weight for _, weight in mixture),
+                tuple(self._teacher_hidden(tokens, name) for name, _ in mixture),
+                tuple(self._bank.head(name) for name, _ in mixture),
+            )
+        policies = token_factor = policy_factor = None
+        if needs_policy(objective):  # on every CP rank, also one without a row: it exchanges whole responses
+            policies = self._policies(objective, tokens, rows, target_ids, mixture, teachers, like)
+            token_factor, policy_factor = self._correction(objective, tokens, policies, observe)
+        if not present:
+            return None
+        loss = None
+        for kind, share in kinds.items():
+            token_weight = share * base
+            if kind in VOCABULARY_KINDS:
+                if token_factor is not None:
+                    token_weight = token_weight * token_factor
+                part, divergence = vocabulary_term(
+                    kind,
+                    objective,
+                    rows,
+                    self._student.head_weight(),
+                    teachers,
+                    token_weight,
+                    self._head_arguments,
+                )
+                if kind == objective.kind:
+                    observe("kl", divergence)
+            else:
+                outcome = [self._facts.outcome_advantages.get(t.index, 0.0) for t in tokens.trajectories]
+                part = policy_term(
+                    kind,
+                    objective,
+                    tokens,
+                    policies,
+                    teachers.weights,
+                    tokens.per_response(outcome, like),
+                    token_weight * policy_factor,
+                    observe,
+                )
+            loss = part if loss is None else loss + part
+        return loss
+
+    def _teacher_hidden(self, tokens: ResponseTokens, name: str) -> Tensor:
+        held = [t.index for t, count in zip(tokens.trajectories, tokens.counts) if count]
+        return torch.cat([self._cache.pop(index, name) for index in held])
+
+    def _policies(
+        self,
+        objective: ObjectiveConfig,
+        tokens: ResponseTokens,
+        rows: Tensor,
+        target_ids: Tensor,
+        mixture: Mixture,
+        teachers: Teachers,
+        like: Tensor,
+    ) -> Policies:
+        """log-probs of the run's sampled tokens under every policy that the objective compares."""
+        kinds = kinds_of(objective)
+
+        def logprobs(hidden: Tensor, head: Tensor, differentiable: bool) -> Tensor:
+            with torch.set_grad_enabled(differentiable):
+                return sampled_token_logprobs(
+                    hidden, head, target_ids, temperature=self._rollout_temperature, **self._head_arguments
+                )
+
+        nothing = torch.zeros(0, dtype=like.dtype, device=like.device)
+        current = nothing
+        if rows.size(0) > 0:
+            differentiable = any(kind in POLICY_KINDS for kind in kinds)
+            current = logprobs(rows, self._student.head_weight(), differentiable)
+        whole = tokens.whole(current)
+        behaviour = tokens.behaviour_logprobs(like)
+        proximal = whole
+        if objective.policy_loss == "ppo_clip":
+            stored = self._facts.proximal_logprobs
+            if objective.proximal == "behaviour":
+                proximal = behaviour
+            elif stored:
+                proximal = torch.cat([stored[t.index].to(whole) for t in tokens.trajectories])
+        teacher_logprobs = []
+        if "sampled_token" in kinds:
+            for k in range(len(mixture)):
+                local = nothing
+                if rows.size(0) > 0:
+                    local = logprobs(teachers.hidden[k], teachers.heads[k], False)
+                teacher_logprobs.append(tokens.whole(local))
+        return Policies(current, whole, proximal, behaviour, tuple(teacher_logprobs))
+
+    def _correction(
+        self, objective: ObjectiveConfig, tokens: ResponseTokens, policies: Policies, observe: _Observer
+    ) -> tuple[Tensor, Tensor]:
+        """Weights [n] of a divergence and of a policy-gradient term: they differ with `ppo_clip`, whose own
+        ratio already goes from the proximal policy to the current one."""
+        low, high = importance_band(objective)
+
+        def weights(policy: Tensor) -> tuple[Tensor, Tensor]:
+            log_ratio = policy - policies.behaviour
+            result, inside = importance_weights(
+                log_ratio, tokens.lengths, objective.rollout_correction, low, high
+            )
+            if objective.drift_gate_block > 0:
+                sharpness = objective.drift_gate_sharpness or 1.0
+                result = result * drift_gate(log_ratio, tokens.lengths, objective.drift_gate_block, sharpness)
+            return tokens.mine(result), tokens.mine(inside.to(result.dtype))
+
+        token_factor, inside = weights(policies.current_whole)
+        policy_factor = token_factor
+        if objective.policy_loss == "ppo_clip":
+            policy_factor, _ = weights(policies.proximal)
+        observe("ratio", tokens.mine((policies.current_whole - policies.behaviour).exp()))
+        observe("in_band", inside)
+        observe("entropy", -tokens.mine(policies.current_whole))
+        return token_factor, policy_factor
+
+
+class _Observer:
+    """Adds per-token values to the sums of their domain: sum and count of every metric."""
+
+    def __init__(self, sums: Tensor, tokens: ResponseTokens, domain_ids: Mapping[str, int]):
+        self._sums = sums
+        domains = torch.tensor([domain_ids[t.domain] for t in tokens.trajectories], dtype=torch.long)
+        self._domain = domains.repeat_interleave(torch.tensor(tokens.counts)).to(sums.device)
+
+    def __call__(self, name: str, per_token: Tensor) -> None:
+        values = torch.stack((per_token.detach().double(), torch.ones_like(per_token, dtype=torch.double)), 1)
+        self._sums[:, METRICS.index(name)].index_add_(0, self._domain, values)
+
+
+def named_metrics(sums: Tensor, domains: Sequence[str]) -> dict[str, float]:
+    """Per-domain means from summed reports [domains, metrics, 2]: `kl/math` and so on, where there is any."""
+    metrics = {}
+    for domain, row in zip(domains, sums.tolist()):
+        for name, (total, count) in zip(METRICS, row):
+            if count:
+                metrics[f"{name}/{domain}"] = total / count
+    return metrics

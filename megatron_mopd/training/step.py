@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_mopd.backend.parallel import ParallelGroups
-from megatron_mopd.config import Config, ModelConfig
+from megatron_mopd.config import Config, DomainObjectives, ModelConfig
+from megatron_mopd.config.objectives import needs_teachers
 from megatron_mopd.data.batching import (
     BatchShape,
     MicroBatch,
@@ -30,7 +32,8 @@ from megatron_mopd.pipeline.megatron_schedules import run_student, run_teacher
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.hidden_cache import HiddenCache
 from megatron_mopd.teachers.routing import Mixture, Routing
-from megatron_mopd.training.losses import BatchLoss, DistillationLoss, SupervisedLoss, response_hidden
+from megatron_mopd.training.losses import METRICS, BatchFacts, BatchLoss, named_metrics
+from megatron_mopd.training.response_tokens import response_hidden
 
 
 @dataclass
@@ -50,8 +53,17 @@ class Learner:
     domains: list[str]
     """Every domain of the run, sorted: the order of per-domain sums on all ranks."""
     routing: Routing | None = None
-    """`None` for `sft`, which has no teachers."""
+    """`None` when no domain's objective has teachers."""
     bank: TeacherBank | None = None
+
+    @cached_property
+    def objectives(self) -> DomainObjectives:
+        """The objective of every domain."""
+        return DomainObjectives(self.config.objective)
+
+    def mixture(self, domain: str) -> Mixture:
+        """The teachers that a domain's objective compares the student with; none for `sft` and `grpo`."""
+        return self.routing.mixture(domain) if needs_teachers(self.objectives.of(domain)) else ()
 
 
 @dataclass
@@ -88,9 +100,14 @@ def plan_step(learner: Learner, trajectories: Sequence[Trajectory]) -> StepBatch
     )
 
     def mixture(trajectory: Trajectory) -> Mixture:
-        return learner.routing.mixture(trajectory.domain) if learner.routing else ()
+        return learner.mixture(trajectory.domain)
 
-    per_rank = split_over_ranks(trajectories, groups.dp_size, mixture)
+    # Ordered by teacher and objective, so that a micro-batch's loss has few parts.
+    per_rank = split_over_ranks(
+        trajectories,
+        groups.dp_size,
+        lambda trajectory: (mixture(trajectory), repr(learner.objectives.of(trajectory.domain))),
+    )
 
     def mine(selected: list[list[Trajectory]], multiple: int = 1) -> list[MicroBatch]:
         grouped = equalize([group_micro_batches(share, shape) for share in selected])[groups.dp.rank()]
@@ -138,8 +155,8 @@ def learn(learner: Learner, batch: StepBatch) -> dict[str, float]:
     """Forward, backward and optimizer step on the whole batch; returns the step's metrics, equal on every
     rank.
 
-    Collectives beyond megatron-core's: one all-reduce over DP x CP and one broadcast over PP of 2 x domains +
-    1 float64 values. Raises `FloatingPointError` on every rank alike, before the weights change, when the
+    Collectives beyond megatron-core's: one all-reduce over DP x CP and one broadcast over PP of 14 x domains +
+    2 float64 values. Raises `FloatingPointError` on every rank alike, before the weights change, when the
     loss is not finite.
     """
     started = time.perf_counter()
@@ -165,41 +182,36 @@ def learn(learner: Learner, batch: StepBatch) -> dict[str, float]:
 
 
 def _build_loss(learner: Learner, batch: StepBatch) -> BatchLoss:
-    arguments = dict(
-        objective=learner.config.objective,
-        groups=learner.groups,
-        vocab_size=learner.model.vocab_size,
-        domains=learner.domains,
-        student=unwrap(learner.chunks[-1]),
-        weights=token_weights(batch.trajectories, learner.config.objective.reduction),
+    facts = BatchFacts(
+        token_weights=token_weights(batch.trajectories, learner.config.objective.reduction),
     )
-    if learner.bank is None:
-        return SupervisedLoss(**arguments)
-    return DistillationLoss(
-        **arguments,
+    return BatchLoss(
+        learner.objectives,
+        learner.groups,
+        learner.model.vocab_size,
+        learner.domains,
+        unwrap(learner.chunks[-1]),
+        facts,
+        rollout_temperature=learner.config.rollout.temperature,
+        routing=learner.routing,
         bank=learner.bank,
         cache=batch.cache,
-        routing=learner.routing,
-        temperature=learner.config.objective.temperature,
     )
 
 
 def _reduce(learner: Learner, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Sums over micro-batches, DP and CP, from the last stage to all; named per domain."""
-    groups, count = learner.groups, len(learner.domains)
-    sums = torch.zeros(2 * count + 1, dtype=torch.float64, device=groups.device)
+    groups = learner.groups
+    shape = (len(learner.domains), len(METRICS), 2)
+    sums = torch.zeros(math.prod(shape) + 2, dtype=torch.float64, device=groups.device)
     for report in reports:
-        sums[: 2 * count] += report["domain_sums"].flatten()
-        sums[-1] += report["weighted_sum"]
+        sums[:-2] += report["domain_sums"].flatten()
+        sums[-2] += report["weighted_sum"]
+        sums[-1] += report["tokens"]
     if groups.is_last_stage:
         dist.all_reduce(sums, group=groups.collection.dp_cp)
     dist.broadcast(sums, src=groups.last_stage_rank, group=groups.pp)
     sums = sums.cpu()
-    per_domain = sums[:-1].view(count, 2)
-    tokens = per_domain[:, 1].sum().item()
-    name = "ce" if learner.bank is None else "kl"
-    metrics = {"loss": sums[-1].item() / max(tokens, 1.0), "tokens": tokens}
-    for domain, (total, number) in zip(learner.domains, per_domain.tolist()):
-        if number:
-            metrics[f"{name}/{domain}"] = total / number
-    return metrics
+    loss, tokens = sums[-2:].tolist()
+    metrics = {"loss": loss / max(tokens, 1.0), "tokens": tokens}
+    return metrics | named_metrics(sums[:-2].view(shape), learner.domains)

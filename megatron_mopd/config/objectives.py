@@ -1,0 +1,256 @@
+"""Which objective each domain has, and which combinations make sense.
+
+A wrong combination is refused in one sentence that names the key and what is allowed instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable
+
+from megatron_mopd.config.schema import Config, ConfigError, ObjectiveConfig
+
+VOCABULARY_KINDS = ("full_vocab_kl", "top_k_kl", "forward_kl", "jsd")
+"""Divergences of whole distributions: back-propagated."""
+POLICY_KINDS = ("sampled_token", "grpo")
+"""Advantages of sampled tokens: detached, in front of log theta."""
+KINDS = (*VOCABULARY_KINDS, *POLICY_KINDS, "sft")
+POLICY_LOSSES = ("plain", "ppo_clip")
+CORRECTIONS = ("none", "tis", "icepop", "sequence_mask")
+REDUCTIONS = ("token_mean", "sequence_mean", "domain_mean")
+
+GLOBAL_KEYS = ("reduction", "chunk_size", "per_domain")
+"""Keys of the whole run: one batch has one normalisation."""
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ObjectiveConfig)}
+
+
+def kinds_of(objective: ObjectiveConfig) -> dict[str, float]:
+    """Every kind of the sum with its weight; `weight` is not yet applied."""
+    return {objective.kind: 1.0} | objective.add
+
+
+def _has(*kinds: str) -> Callable[[ObjectiveConfig], bool]:
+    return lambda objective: any(kind in kinds for kind in kinds_of(objective))
+
+
+def _is_on_policy(objective: ObjectiveConfig) -> bool:
+    return objective.kind != "sft"
+
+
+# Key -> (whether it means anything for an objective, what it needs): set for another one it is refused.
+_APPLIES: dict[str, tuple[Callable[[ObjectiveConfig], bool], str]] = {
+    "beta": (_has("jsd"), "kind jsd"),
+    "top_k": (_has("top_k_kl"), "kind top_k_kl"),
+    "top_k_from": (_has("top_k_kl"), "kind top_k_kl"),
+    "policy_loss": (_has(*POLICY_KINDS), "kind sampled_token or grpo"),
+    "clip_eps_low": (lambda o: o.policy_loss == "ppo_clip", "policy_loss=ppo_clip"),
+    "clip_eps_high": (lambda o: o.policy_loss == "ppo_clip", "policy_loss=ppo_clip"),
+    "proximal": (lambda o: o.policy_loss == "ppo_clip", "policy_loss=ppo_clip"),
+    "outcome_reward_weight": (
+        _has("sampled_token"),
+        "kind sampled_token; with other kinds write add.grpo=WEIGHT",
+    ),
+    "normalize_advantage": (
+        lambda o: _has("grpo")(o) or o.outcome_reward_weight > 0,
+        "kind grpo or outcome_reward_weight > 0",
+    ),
+    "future_discount": (_has("sampled_token"), "kind sampled_token"),
+    "log_ratio_clamp": (_has("sampled_token"), "kind sampled_token"),
+    "shaping": (_has("sampled_token"), "kind sampled_token"),
+    "temperature": (_is_on_policy, "an objective on sampled responses, not sft"),
+    "rollout_correction": (_is_on_policy, "an objective on sampled responses, not sft"),
+    "importance_low": (
+        lambda o: o.rollout_correction != "none",
+        "rollout_correction tis, icepop or sequence_mask",
+    ),
+    "importance_high": (
+        lambda o: o.rollout_correction != "none",
+        "rollout_correction tis, icepop or sequence_mask",
+    ),
+    "drift_gate_block": (_is_on_policy, "an objective on sampled responses, not sft"),
+    "drift_gate_sharpness": (lambda o: o.drift_gate_block > 0, "drift_gate_block > 0"),
+}
+
+
+def needs_teachers(objective: ObjectiveConfig) -> bool:
+    """Whether some part of the sum compares the student with a teacher."""
+    return any(kind in (*VOCABULARY_KINDS, "sampled_token") for kind in kinds_of(objective))
+
+
+def needs_rewards(objective: ObjectiveConfig) -> bool:
+    """Whether some part of the sum needs the verifier's score."""
+    return "grpo" in kinds_of(objective) or objective.outcome_reward_weight > 0
+
+
+def needs_policy(objective: ObjectiveConfig) -> bool:
+    """Whether log theta of the sampled tokens is needed: an advantage, a correction or a gate."""
+    corrected = objective.rollout_correction != "none" or objective.drift_gate_block > 0
+    return corrected or any(kind in POLICY_KINDS for kind in kinds_of(objective))
+
+
+class DomainObjectives:
+    """The objective of every domain: the run's, with the domain's own keys on top.
+
+    A key that a domain inherits and that means nothing for its kind is dropped; one that it sets itself is
+    refused.
+    """
+
+    def __init__(self, objective: ObjectiveConfig):
+        self.default = objective
+        self._own = {domain: _override(objective, domain) for domain in objective.per_domain}
+
+    def of(self, domain: str) -> ObjectiveConfig:
+        return self._own.get(domain, self.default)
+
+    def any(self, needs: Callable[[ObjectiveConfig], bool], domains: Iterable[str]) -> list[str]:
+        """The domains, sorted, whose objective `needs` something."""
+        return sorted(domain for domain in domains if needs(self.of(domain)))
+
+    def check_domains(self, domains: Iterable[str]) -> None:
+        """Every override names a domain that the data has; `ConfigError` otherwise."""
+        domains = set(domains)
+        for domain in self._own:
+            if domain not in domains:
+                raise ConfigError(
+                    f"objective.per_domain.{domain}: no prompt has this domain{_nearest(domain, domains)}"
+                )
+
+
+def _override(base: ObjectiveConfig, domain: str) -> ObjectiveConfig:
+    # `per_domain` holds values that loading.py has already converted to the fields' types.
+    own = base.per_domain[domain]
+    own = own | {"add": own.get("add", {} if "kind" in own else base.add)}
+    objective = dataclasses.replace(base, per_domain={}, **own)
+    while True:  # dropping one key (policy_loss) can take the meaning from another (clip_eps_low)
+        dropped = {
+            key: _DEFAULTS[key]
+            for key, (applies, _) in _APPLIES.items()
+            if key not in own and getattr(objective, key) != _DEFAULTS[key] and not applies(objective)
+        }
+        if not dropped:
+            return objective
+        objective = dataclasses.replace(objective, **dropped)
+
+
+def check_objectives(config: Config) -> None:
+    """Every objective of the run makes sense by itself and with the rollout; `ConfigError` otherwise."""
+    objective = config.objective
+    _one_of("objective.reduction", objective.reduction, REDUCTIONS)
+    _check(objective, config, "objective")
+    for domain, own in DomainObjectives(objective)._own.items():
+        _check(own, config, f"objective.per_domain.{domain}")
+
+
+def _check(o: ObjectiveConfig, config: Config, where: str) -> None:
+    _one_of(f"{where}.kind", o.kind, KINDS)
+    for kind, weight in o.add.items():
+        _one_of(f"{where}.add", kind, KINDS)
+        if kind == o.kind:
+            raise ConfigError(f"{where}.add.{kind}: already the kind; set {where}.weight")
+        if not 0 < weight < math.inf:
+            raise ConfigError(f"{where}.add.{kind}: needs a weight above 0, found {weight}")
+    if "sft" in kinds_of(o) and o.add:
+        raise ConfigError(
+            f"{where}.add: sft trains on given answers and the others on sampled responses; give sft a "
+            "domain of its own in objective.per_domain"
+        )
+    _check_apply_as(o, where)
+    for key, (applies, needs) in _APPLIES.items():
+        if getattr(o, key) != _DEFAULTS[key] and not applies(o):
+            raise ConfigError(f"{where}.{key}: means nothing for kind {_sum(o)}; it needs {needs}")
+    _one_of(f"{where}.policy_loss", o.policy_loss, POLICY_LOSSES)
+    _one_of(f"{where}.proximal", o.proximal, ("recompute", "behaviour"))
+    _one_of(f"{where}.rollout_correction", o.rollout_correction, CORRECTIONS)
+    _one_of(f"{where}.top_k_from", o.top_k_from, (None, "teacher", "student"))
+    if "top_k_kl" in kinds_of(o) and (o.top_k is None or o.top_k < 1):
+        raise ConfigError(f"{where}.top_k: kind top_k_kl needs at least 1, found {o.top_k}")
+    _ranges(o, where)
+    _check_rollout(o, config, where)
+
+
+def _check_apply_as(o: ObjectiveConfig, where: str) -> None:
+    _one_of(f"{where}.apply_as", o.apply_as, (None, "loss", "advantage"))
+    if o.apply_as == "advantage" and o.kind not in POLICY_KINDS:
+        raise ConfigError(
+            f"{where}.apply_as: {o.kind} is a loss to back-propagate (as a detached advantage the expected "
+            f"gradient of a divergence is zero); advantages are: {', '.join(POLICY_KINDS)}"
+        )
+    if o.apply_as == "loss" and o.kind in POLICY_KINDS:
+        raise ConfigError(
+            f"{where}.apply_as: {o.kind} is a detached advantage (back-propagated directly, the gradient of "
+            f"the sampled log-ratio does not depend on the teacher); losses are: {', '.join(VOCABULARY_KINDS)}"
+        )
+
+
+def _ranges(o: ObjectiveConfig, where: str) -> None:
+    def need(key: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise ConfigError(f"{where}.{key}: must be {what}, found {getattr(o, key)}")
+
+    need("weight", 0 < o.weight < math.inf, "above 0")
+    need("temperature", 0 < o.temperature < math.inf, "above 0")
+    need("beta", o.beta is None or 0 <= o.beta <= 1, "from 0 to 1")
+    need("clip_eps_low", o.clip_eps_low is None or 0 < o.clip_eps_low <= 1, "above 0 and at most 1")
+    need("clip_eps_high", o.clip_eps_high is None or 0 < o.clip_eps_high < math.inf, "above 0")
+    need("outcome_reward_weight", 0 <= o.outcome_reward_weight < math.inf, "at least 0")
+    need("future_discount", 0 <= o.future_discount <= 1, "from 0 to 1")
+    need("log_ratio_clamp", o.log_ratio_clamp is None or o.log_ratio_clamp > 0, "above 0")
+    need("shaping", o.shaping is None or 0 < o.shaping <= 1, "above 0 and at most 1")
+    need("drift_gate_block", o.drift_gate_block >= 0, "at least 0")
+    need("drift_gate_sharpness", o.drift_gate_sharpness is None or o.drift_gate_sharpness > 0, "above 0")
+    low, high = importance_band(o)
+    if not 0 <= low < high:
+        raise ConfigError(
+            f"{where}.importance_low: the band of ratios is reversed or empty, {low} to {high}; it needs "
+            "0 <= importance_low < importance_high"
+        )
+
+
+def _check_rollout(o: ObjectiveConfig, config: Config, where: str) -> None:
+    rollout = config.rollout
+    if needs_rewards(o) and rollout.samples_per_prompt < 2:
+        raise ConfigError(
+            f"{where}: a group-relative advantage compares responses to one prompt; it needs "
+            f"rollout.samples_per_prompt of at least 2, found {rollout.samples_per_prompt}"
+        )
+    if not needs_policy(o):
+        return
+    if rollout.top_p < 1 or rollout.top_k > 0 or rollout.temperature == 0:
+        raise ConfigError(
+            f"{where}: log-ratios to the sampler need samples of its whole distribution, so rollout.top_p=1, "
+            "rollout.top_k=0 and rollout.temperature above 0"
+        )
+    if any(kind in POLICY_KINDS for kind in kinds_of(o)) and rollout.temperature != o.temperature:
+        raise ConfigError(
+            f"{where}.temperature: an advantage belongs to the distribution that was sampled from, so it needs "
+            f"rollout.temperature={rollout.temperature}, found {o.temperature}"
+        )
+
+
+def importance_band(objective: ObjectiveConfig) -> tuple[float, float]:
+    """The band [low, high] of theta / mu; by default that of Nemotron-Cascade 2 (arXiv 2603.19220)."""
+    low, high = objective.importance_low, objective.importance_high
+    return (0.5 if low is None else low), (2.0 if high is None else high)
+
+
+def _sum(objective: ObjectiveConfig) -> str:
+    return " + ".join(kinds_of(objective))
+
+
+def _one_of(where: str, value: object, allowed: tuple) -> None:
+    if value not in allowed:
+        names = [name for name in allowed if name is not None]
+        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(names)}{_hint(value, names)}")
+
+
+def _hint(value: object, names: list[str]) -> str:
+    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    return _hint(name, known) or f"; known: {', '.join(known)}"

@@ -1,0 +1,90 @@
+"""The response tokens of a micro-batch: where their hidden states are, and which responses they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from torch import Tensor
+
+from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.data.batching import MicroBatch
+from megatron_mopd.data.trajectory import Trajectory
+
+
+def response_hidden(hidden: Tensor, micro_batch: MicroBatch, groups: ParallelGroups) -> Tensor:
+    """The rows whose next token is a response token: [s(/tp), b, h] -> [n, h].
+
+    Under sequence parallelism: one all-gather over TP of s x b x h elements; backward is a reduce-scatter,
+    which expects each rank's partial gradient (`reduce_hidden_grad=False` in the objectives).
+    """
+    if groups.config.sequence_parallel:
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=True, group=groups.tp
+        )
+    return hidden.flatten(0, 1).index_select(0, micro_batch.loss_index)
+
+
+class ResponseTokens:
+    """Consecutive trajectories of a micro-batch: their whole responses, and this rank's share of the tokens.
+
+    Under context parallelism a rank holds a part of every response; what needs a whole one (its mean ratio,
+    sums to its end) is computed on concatenated whole responses [sum |y|], from which every rank takes back
+    its own rows [n]. Without context parallelism both are the same.
+    """
+
+    def __init__(
+        self,
+        trajectories: Sequence[Trajectory],
+        rows: slice,
+        positions: Tensor,
+        counts: Sequence[int],
+        groups: ParallelGroups,
+    ):
+        """`rows` are the rows of the micro-batch's response tokens, `positions` their positions in their own
+        documents [n], `counts` how many of them each trajectory has here."""
+        self.trajectories, self.rows, self.counts = trajectories, rows, counts
+        self.lengths = [len(t.response_ids) for t in trajectories]
+        self._groups = groups
+        start, offsets = 0, []
+        for trajectory, length in zip(trajectories, self.lengths):
+            offsets.append(start - (len(trajectory.prompt.token_ids) - 1))
+            start += length
+        self.total = start
+        offset = torch.tensor(offsets, dtype=torch.long).repeat_interleave(torch.tensor(counts))
+        self.index = positions + offset.to(positions.device)
+        """[n] place of each row in the concatenated responses."""
+
+    def whole(self, values: Tensor) -> Tensor:
+        """This rank's values [n] -> those of the whole responses [sum |y|], detached.
+
+        Collective under context parallelism: one all-reduce of sum |y| elements over CP, which every rank of
+        the group enters, also one without a row.
+        """
+        result = values.new_zeros(self.total).index_copy_(0, self.index, values.detach())
+        if self._groups.cp_size > 1:
+            dist.all_reduce(result, group=self._groups.cp)
+        return result
+
+    def mine(self, whole: Tensor) -> Tensor:
+        """Of the whole responses' values [sum |y|] this rank's [n]."""
+        return whole.index_select(0, self.index)
+
+    def behaviour_logprobs(self, like: Tensor) -> Tensor:
+        """log mu(y_t) of the whole responses [sum |y|], as the sampler recorded them."""
+        values = [value for t in self.trajectories for value in t.logprobs]
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+    def per_response(self, values: Sequence[float], like: Tensor) -> Tensor:
+        """One number per response, given to each of its tokens: [sum |y|]."""
+        counts = torch.tensor(self.lengths)
+        spread = torch.tensor(values, dtype=torch.float64).repeat_interleave(counts)
+        return spread.to(like.dtype).to(like.device)
+
+
+def row_positions(micro_batch: MicroBatch) -> Tensor:
+    """Position of every response row [n] in its own document (prompt and response)."""
+    rows = micro_batch.position_ids.expand(micro_batch.tokens.shape)
+    return rows.transpose(0, 1).flatten().index_select(0, micro_batch.loss_index)
