@@ -181,7 +181,8 @@ def _check_apply_as(o: ObjectiveConfig, where: str) -> None:
     if o.apply_as == "loss" and o.kind in POLICY_KINDS:
         raise ConfigError(
             f"{where}.apply_as: {o.kind} is a detached advantage (back-propagated directly, the gradient of "
-            f"the sampled log-ratio does not depend on the teacher); losses are: {', '.join(VOCABULARY_KINDS)}"
+            "the sampled log-ratio does not depend on the teacher); losses are: "
+            f"{', '.join(VOCABULARY_KINDS)}"
         )
 
 
@@ -225,8 +226,8 @@ def _check_rollout(o: ObjectiveConfig, config: Config, where: str) -> None:
         )
     if any(kind in POLICY_KINDS for kind in kinds_of(o)) and rollout.temperature != o.temperature:
         raise ConfigError(
-            f"{where}.temperature: an advantage belongs to the distribution that was sampled from, so it needs "
-            f"rollout.temperature={rollout.temperature}, found {o.temperature}"
+            f"{where}.temperature: an advantage belongs to the distribution that was sampled from, so it "
+            f"needs rollout.temperature={rollout.temperature}, found {o.temperature}"
         )
 
 

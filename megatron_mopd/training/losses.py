@@ -8,7 +8,6 @@ global batch times the correction for the distance between the sampler and the m
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -31,6 +30,7 @@ from megatron_mopd.objectives.importance import drift_gate, importance_weights
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.hidden_cache import HiddenCache
 from megatron_mopd.teachers.routing import Mixture, Routing
+from megatron_mopd.training.batch_facts import BatchFacts
 from megatron_mopd.training.objective_terms import (
     Policies,
     Teachers,
@@ -42,21 +42,8 @@ from megatron_mopd.training.response_tokens import ResponseTokens, response_hidd
 
 METRICS = ("kl", "ce", "entropy", "ratio", "in_band", "clipped", "advantage")
 """Per-domain token means: divergence from the teachers (sampled-token objectives: its one-sample estimate
-log theta - log T), cross-entropy of given answers, entropy (one-sample estimate -log theta), theta / mu, share
-of tokens with a ratio inside the band, share that PPO clipped, mean |advantage|."""
-
-
-@dataclass
-class BatchFacts:
-    """What the loss has to know of the whole global batch, equal on all ranks that run the loss."""
-
-    token_weights: Mapping[int, float]
-    """Trajectory index -> weight of each of its response tokens (`objectives.reduction`)."""
-    outcome_advantages: Mapping[int, float] = field(default_factory=dict)
-    """Trajectory index -> group-relative advantage of its reward; 0 where there is no verdict."""
-    proximal_logprobs: Mapping[int, Tensor] = field(default_factory=dict)
-    """Trajectory index -> log-probs [|y|] under the student at the start of the rollout batch; empty for the
-    first step of a rollout batch, where that is the student in training."""
+log theta - log T), cross-entropy of given answers, entropy (one-sample estimate -log theta), theta / mu,
+share of tokens with a ratio inside the band, share that PPO clipped, mean |advantage|."""
 
 
 class BatchLoss:

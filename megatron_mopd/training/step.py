@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -32,7 +32,8 @@ from megatron_mopd.pipeline.megatron_schedules import run_student, run_teacher
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.hidden_cache import HiddenCache
 from megatron_mopd.teachers.routing import Mixture, Routing
-from megatron_mopd.training.losses import METRICS, BatchFacts, BatchLoss, named_metrics
+from megatron_mopd.training.batch_facts import BatchFacts, outcome_advantages
+from megatron_mopd.training.losses import METRICS, BatchLoss, named_metrics
 from megatron_mopd.training.response_tokens import response_hidden
 
 
@@ -77,6 +78,10 @@ class StepBatch:
     """Teacher name -> the micro-batches it scores; only samples routed to it, the same number on every DP
     rank."""
     cache: HiddenCache
+    rewards: Mapping[int, float | None] = field(default_factory=dict)
+    """Trajectory index -> the verifier's score; `None` where there is no verdict."""
+    proximal: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """Trajectory index -> log-probs at the start of the rollout batch, on the last stage (`BatchFacts`)."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -155,8 +160,8 @@ def learn(learner: Learner, batch: StepBatch) -> dict[str, float]:
     """Forward, backward and optimizer step on the whole batch; returns the step's metrics, equal on every
     rank.
 
-    Collectives beyond megatron-core's: one all-reduce over DP x CP and one broadcast over PP of 14 x domains +
-    2 float64 values. Raises `FloatingPointError` on every rank alike, before the weights change, when the
+    Collectives beyond megatron-core's: one all-reduce over DP x CP and one broadcast over PP of 14 x domains
+    + 2 float64 values. Raises `FloatingPointError` on every rank alike, before the weights change, when the
     loss is not finite.
     """
     started = time.perf_counter()
@@ -184,6 +189,13 @@ def learn(learner: Learner, batch: StepBatch) -> dict[str, float]:
 def _build_loss(learner: Learner, batch: StepBatch) -> BatchLoss:
     facts = BatchFacts(
         token_weights=token_weights(batch.trajectories, learner.config.objective.reduction),
+        outcome_advantages=outcome_advantages(
+            learner.objectives,
+            batch.trajectories,
+            batch.rewards,
+            learner.config.rollout.samples_per_prompt,
+        ),
+        proximal_logprobs=batch.proximal,
     )
     return BatchLoss(
         learner.objectives,

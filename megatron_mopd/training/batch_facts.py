@@ -1,0 +1,48 @@
+"""What the loss has to know of the whole global batch: weights, outcome advantages, old policies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from megatron_mopd.config import DomainObjectives
+from megatron_mopd.config.objectives import needs_rewards
+from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.objectives.policy_gradient import group_relative_advantages
+
+
+@dataclass
+class BatchFacts:
+    """Everything is by trajectory index and equal on all ranks that run the loss."""
+
+    token_weights: Mapping[int, float]
+    """Weight of each response token (`objectives.reduction`)."""
+    outcome_advantages: Mapping[int, float] = field(default_factory=dict)
+    """Group-relative advantage of the reward; 0 where there is no verdict."""
+    proximal_logprobs: Mapping[int, Tensor] = field(default_factory=dict)
+    """log-probs [|y|] under the student at the start of the rollout batch; empty for the first step of a
+    rollout batch, where that is the student in training."""
+
+
+def outcome_advantages(
+    objectives: DomainObjectives,
+    trajectories: Sequence[Trajectory],
+    rewards: Mapping[int, float | None],
+    samples_per_prompt: int,
+) -> dict[int, float]:
+    """The group-relative advantage of every trajectory whose domain asks for one, by index.
+
+    A group is the `samples_per_prompt` responses to one prompt, which have consecutive indices.
+    """
+    advantages: dict[int, float] = {}
+    for domain in {t.domain for t in trajectories}:
+        objective = objectives.of(domain)
+        if not needs_rewards(objective):
+            continue
+        mine = {t.index: rewards.get(t.index) for t in trajectories if t.domain == domain}
+        advantages |= group_relative_advantages(
+            mine, {i: i // samples_per_prompt for i in mine}, normalize=objective.normalize_advantage
+        )
+    return advantages
