@@ -92,6 +92,7 @@ def make_learner(
     teacher_transformer: dict | None = None,
     model: dict | None = None,
     seed: int = 7,
+    teacher_directory: str = "unused",
     **sections,
 ) -> Learner:
     """A learner on this rank's layout; weights follow from seeds alone, so every layout has the same ones."""
@@ -115,7 +116,9 @@ def make_learner(
         seeds = TEACHERS if teachers is None else teachers
         frozen = model_config(teacher_transformer or transformer, **(model or {}))
         sources = [TeacherSource(name, frozen, number) for name, number in seeds.items()]
-        bank = TeacherBank(sources, groups, config.params_dtype, 64)
+        bank = TeacherBank(
+            sources, groups, config.params_dtype, 64, config.teacher_storage, directory=teacher_directory
+        )
         routing = Routing(
             ROUTING if teachers is None else dict.fromkeys(["default"], next(iter(seeds))), sources
         )

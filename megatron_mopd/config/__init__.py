@@ -27,6 +27,7 @@ from megatron_mopd.config.schema import (
     RolloutConfig,
     ScheduleConfig,
     TeacherConfig,
+    TeacherStorageConfig,
 )
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "RolloutConfig",
     "ScheduleConfig",
     "TeacherConfig",
+    "TeacherStorageConfig",
     "config_from_dict",
     "load_config",
     "model_config_from_dict",

@@ -90,6 +90,10 @@ _TRANSFORMER_FIELDS = {f.name for f in dataclasses.fields(MLATransformerConfig)}
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "params_dtype": ("float32", "bfloat16", "float64"),
+    "teacher_storage.mode": ("host", "host_sharded", "mmap"),
+    "teacher_storage.dtype": (None, "int8", "fp8"),
+    "teacher_storage.hidden_cache_device": ("host", "device"),
+    "teacher_storage.hidden_cache_dtype": (None, "bfloat16", "float16", "float32", "float64"),
     "student.position_embedding_type": ("rope", "none"),
     "schedule.kind": ("megatron",),
     "optimizer.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
@@ -107,7 +111,8 @@ def _check(config: Config) -> None:
     """Values that types alone do not rule out; other rooms check what involves them (layout, routing)."""
     for dotted, choices in _CHOICES.items():
         if (value := attrgetter(dotted)(config)) not in choices:
-            raise ConfigError(f"{dotted}: {value!r} is not one of {', '.join(choices)}")
+            names = ", ".join("null" if choice is None else choice for choice in choices)
+            raise ConfigError(f"{dotted}: {value!r} is not one of {names}")
     for dotted in _AT_LEAST_ONE:
         if (value := attrgetter(dotted)(config)) < 1:
             raise ConfigError(f"{dotted}: must be at least 1, found {value}")

@@ -51,6 +51,29 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
+class TeacherStorageConfig:
+    """Where the teachers' weights rest, and what is kept of their forward passes (`teacher_storage`)."""
+
+    mode: str = "host"
+    """`host`: every rank keeps its own shard of every teacher in (page-locked) host memory; `host_sharded`:
+    every data-parallel replica keeps its part, an all-gather puts a teacher together when it arrives; `mmap`:
+    files written once into `mmap_directory`, read when a teacher arrives."""
+    dtype: str | None = None
+    """Resting form: `None` as computed with (`params_dtype`), or `int8` or `fp8` with a scale per 128
+    weights."""
+    mmap_directory: str | None = None
+    """Directory of the `mmap` files; default: `teachers` in the run directory. May be a disk of each host's
+    own."""
+    hidden_cache_device: str = "host"
+    """Where last-layer hidden states wait for the loss: `host` memory, or the `device`."""
+    hidden_cache_dtype: str | None = None
+    """Precision they are kept in; `None`: that of the model (`params_dtype`), which loses nothing."""
+    hidden_cache_bytes: int | None = None
+    """Most bytes of hidden states that a rank of the last stage keeps at once; `None`: no limit. A batch that
+    needs more is processed in parts, with the same result."""
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """How the model and the batch are laid out over ranks; student and teachers share the layout."""
 
@@ -296,6 +319,7 @@ class Config:
     teachers: list[TeacherConfig] = field(default_factory=list)
     routing: dict[str, Any] = field(default_factory=dict)
     """Domain -> teacher, or domain -> {teacher: weight}; `default` serves the domains not listed."""
+    teacher_storage: TeacherStorageConfig = field(default_factory=TeacherStorageConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

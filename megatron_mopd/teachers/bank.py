@@ -1,26 +1,45 @@
-"""Where the teachers' weights rest, and how one of them becomes resident.
+"""All teachers of a run: where they rest, and how one of them becomes resident while the next arrives.
 
-Every rank keeps its own shard of every teacher in host memory, as one flat buffer a dtype (pinned on CUDA
-machines). Teachers of equal architecture share one module skeleton on the device, whose parameters are views
-into one flat device buffer: making a teacher resident is one copy, and the twelfth teacher takes no more
-device memory than the first.
+Weights rest in a store (`storage.py`); on the device there are two teacher slots and a few head slots, raw
+bytes as large as the largest teacher's stage and head. One module skeleton per architecture is pointed into
+the slot that holds its teacher. So device memory depends neither on the number of teachers nor on the number
+of architectures, and the twelfth teacher costs what the second did.
+
+    bank.prefetch("code")               # returns at once; arrives in the slot that is not in use
+    chunk = bank.make_resident("math")  # waits only if "math" is not there yet
+    ...                                 # forward passes of "math", while "code" arrives
+    (head,) = bank.heads(["math"])      # the last stage's loss
+
+Slots. `make_resident` makes a teacher the current one; an arrival goes into the slot that is not current,
+unless the caller names one. Heads: as many slots as the largest mixture of one sample has teachers, plus one
+in which the next may arrive; so with one teacher a sample, one head is on the device besides the one
+arriving. Heads returned by `heads` stay until the next call. Everything is called from one thread, on all
+ranks of a stage in the same order: arrivals of `host_sharded` are collectives.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mopd.backend.parallel import ParallelGroups
-from megatron_mopd.config import ModelConfig, to_dict
+from megatron_mopd.config import ModelConfig, TeacherStorageConfig, to_dict
 from megatron_mopd.model.build import build_model
 from megatron_mopd.model.checkpoint import find_checkpoint, load_weights
 from megatron_mopd.model.gpt import HiddenStateGPT
+from megatron_mopd.teachers import placement
+from megatron_mopd.teachers.channel import Arrival, open_channel
+from megatron_mopd.teachers.encoding import Encoding
+from megatron_mopd.teachers.layout import Segment, Skeleton
+from megatron_mopd.teachers.storage import FileStore, HostStore, ShardedHostStore, Store, TeacherFileError
 
 
 @dataclass(frozen=True)
@@ -32,35 +51,38 @@ class TeacherSource:
     """Architecture with the vocabulary size resolved; `load` names the checkpoint, `None` draws from `seed`.
     """
     seed: int
+    fingerprint: str = ""
+    """SHA-256 of the weights; tells whether files of an earlier start (`mmap`) still hold them."""
 
 
-class _Skeleton:
-    """One frozen module on the device for all teachers of one architecture, its tensors views into flat
-    buffers.
-    """
+@dataclass
+class Traffic:
+    """What one teacher's arrivals (body and head) cost this rank since the last `take_traffic`."""
 
-    def __init__(self, chunk: HiddenStateGPT):
-        self.chunk = chunk
-        self.resident: str | None = None
-        self._tensors = [*chunk.parameters(), *(b for b in chunk.buffers() if b is not None)]
-        self.flat: dict[torch.dtype, Tensor] = {}
-        for dtype in {t.dtype for t in self._tensors}:
-            members = [t for t in self._tensors if t.dtype == dtype]
-            self.flat[dtype] = torch.empty(
-                sum(t.numel() for t in members), dtype=dtype, device=members[0].device
-            )
-            offset = 0
-            for tensor in members:
-                view = self.flat[dtype][offset : offset + tensor.numel()].view(tensor.shape)
-                view.copy_(tensor.detach())
-                tensor.data = view
-                offset += tensor.numel()
+    loads: int = 0
+    num_bytes: int = 0
+    load_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    """Part of `load_seconds`, or of the queue before it, in which work stood still."""
+
+
+@dataclass(eq=False)
+class _Slot:
+    buffer: Tensor
+    occupant: str | None = None
+    arrival: Arrival | None = None
+    """Not yet waited for."""
+    free: object = None
+    """Mark after the last work that used the occupant."""
+    last_used: int = 0
 
 
 class TeacherBank:
-    """All teachers of a run: flat host buffers, one resident at a time per architecture, one head at a time.
+    """Building it is collective over all ranks: every teacher's checkpoint is read, each rank its own
+    slices.
 
-    Building it is collective over all ranks (every teacher's checkpoint is read, each rank its own slices).
+    Raises `ConfigError` for checkpoints that do not load and for hosts without the memory that the storage
+    mode needs. Collectives when teachers arrive: only those of `ShardedHostStore`.
     """
 
     def __init__(
@@ -69,77 +91,314 @@ class TeacherBank:
         groups: ParallelGroups,
         params_dtype: str,
         max_sequence_length: int,
+        storage: TeacherStorageConfig | None = None,
+        directory: str | Path = "teachers",
+        max_mixture: int = 1,
     ):
-        self._groups = groups
-        self._skeletons: dict[str, _Skeleton] = {}
-        self._skeleton_of: dict[str, _Skeleton] = {}
-        self._host: dict[str, dict[torch.dtype, Tensor]] = {}
-        self._heads_host: dict[str, Tensor] = {}
-        self._head: tuple[str, Tensor] | None = None
-        self.loads = 0
-        """Times a teacher's weights were copied to the device since the start."""
+        """`directory`: where `mmap` keeps its files when `storage` names none; `max_mixture`: teachers of one
+        sample at most."""
+        storage = storage or TeacherStorageConfig()
+        sources = list(sources)
+        self._groups, self._storage = groups, storage
+        self._parts = placement.sharding(groups)
+        self._skeletons: dict[str, Skeleton] = {}
+        self._skeleton_of: dict[str, Skeleton] = {}
+        self._encodings: dict[tuple[str, str], Encoding] = {}
+        build = partial(
+            build_model,
+            groups=groups,
+            params_dtype=params_dtype,
+            max_sequence_length=max_sequence_length,
+            frozen=True,
+        )
         for source in sources:
-            self._add(source, params_dtype, max_sequence_length)
+            self._skeleton_of[source.name] = self._skeleton(source, build)
+            for segment in self._segments(source.name):
+                self._encodings[source.name, segment.name] = Encoding(
+                    segment, storage.dtype, self._parts[segment.name]
+                )
+        placement.check_host_memory(storage.mode, self._payload_bytes(), self._parts, groups)
 
-    def _add(self, source: TeacherSource, params_dtype: str, max_sequence_length: int) -> None:
-        where = f"teachers.{source.name}"
+        device = groups.device
+        bodies = max((s.body_bytes for s in self._skeleton_of.values()), default=0)
+        self._slots = [self._new_slot(bodies) for _ in range(min(2, len(sources)))]
+        self._head_bytes = max((s.head_bytes for s in self._skeleton_of.values()), default=0)
+        self._head_slots: list[_Slot] = []
+        self._current_heads: list[_Slot] = []
+        self.reserve_heads(min(max_mixture + 1, len(sources)))
+        self._staging: dict[str, Tensor] = {}
+        self.store = self._open_store(directory, sources)
+        self._load(sources, build)
+        self._channel = open_channel(device, self.store.blocking)
+        self._current: _Slot | None = None
+        self._clock = 0
+        self._traffic = {source.name: Traffic() for source in sources}
+        self._unmeasured: list[tuple[str, int, Arrival]] = []
+
+    # Building
+
+    def _skeleton(self, source: TeacherSource, build) -> Skeleton:
         architecture = dataclasses.replace(source.model, load=None)
         key = json.dumps(to_dict(architecture), sort_keys=True, default=str)
         if key not in self._skeletons:
-            (chunk,) = build_model(
-                architecture,
-                self._groups,
-                params_dtype,
-                max_sequence_length=max_sequence_length,
-                frozen=True,
-                where=where,
-                seed=source.seed,
-            )
-            self._skeletons[key] = _Skeleton(chunk)
-        skeleton = self._skeletons[key]
-        if source.model.load is not None:
-            load_weights([skeleton.chunk], find_checkpoint(source.model.load, where), self._groups, where)
-        pin = self._groups.device.type == "cuda"
-        host = {}
-        for dtype, flat in skeleton.flat.items():
-            host[dtype] = torch.empty(flat.shape, dtype=dtype, device="cpu", pin_memory=pin).copy_(flat)
-        self._host[source.name] = host
-        self._skeleton_of[source.name] = skeleton
-        skeleton.resident = source.name
-        if self._groups.is_last_stage:
-            head = skeleton.chunk.head_weight().detach()
-            offset = (head.data_ptr() - skeleton.flat[head.dtype].data_ptr()) // head.element_size()
-            self._heads_host[source.name] = host[head.dtype][offset : offset + head.numel()].view(head.shape)
+            (chunk,) = build(architecture, where=f"teachers.{source.name}")
+            self._skeletons[key] = Skeleton(chunk, self._groups.is_last_stage, self._parts)
+        return self._skeletons[key]
+
+    def _segments(self, name: str) -> list[Segment]:
+        return list(self._skeleton_of[name].segments.values())
+
+    def _payload_bytes(self) -> dict[str, int]:
+        """Bytes of all teachers' payloads on this rank, by segment name."""
+        result = dict.fromkeys(self._parts, 0)
+        for (_, segment), encoding in self._encodings.items():
+            result[segment] += encoding.num_bytes
+        return result
+
+    def _new_slot(self, num_bytes: int) -> _Slot:
+        return _Slot(torch.zeros(num_bytes, dtype=torch.uint8, device=self._groups.device))
+
+    def _open_store(self, directory: str | Path, sources: list[TeacherSource]) -> Store:
+        device = self._groups.device
+        if self._storage.mode == "host":
+            return HostStore(device)
+        if self._storage.mode == "host_sharded":
+            return ShardedHostStore(device, placement.gather_groups(self._groups))
+        paths = placement.file_paths(
+            Path(self._storage.mmap_directory or directory),
+            {source.name: source.fingerprint for source in sources},
+            {key: (e.segment.digest(), self._storage.dtype) for key, e in self._encodings.items()},
+            self._groups,
+        )
+        return FileStore(device, paths.__getitem__)
+
+    def _load(self, sources: list[TeacherSource], build) -> None:
+        """Fill the store, one teacher after another, through the slots."""
+        for source in sources:
+            name, skeleton = source.name, self._skeleton_of[source.name]
+            keys = [(name, segment.name) for segment in skeleton.segments.values()]
+            if placement.are_kept(self.store, {key: self._encodings[key].num_bytes for key in keys}):
+                continue
+            head = self._head_slots[0].buffer if skeleton.head is not None else None
+            skeleton.bind(self._slots[0].buffer)
+            if head is not None:
+                skeleton.bind_head(head)
+            where = f"teachers.{name}"
+            if source.model.load is not None:
+                checkpoint = find_checkpoint(source.model.load, where)
+                load_weights([skeleton.chunk], checkpoint, self._groups, where)
+            else:
+                (drawn,) = build(dataclasses.replace(source.model), where=where, seed=source.seed)
+                skeleton.chunk.load_state_dict(drawn.state_dict())
+                del drawn
+            parts = skeleton.parts(self._slots[0].buffer)
+            if head is not None and skeleton.head.name not in parts:
+                parts[skeleton.head.name] = head[: skeleton.head_bytes]
+            payloads = {key: partial(self._encode, key, parts[key[1]]) for key in keys}
+            placement.store_once(self.store, payloads, self._groups)
+        for skeleton in self._skeletons.values():
+            skeleton.release()
+
+    def _encode(self, key: tuple[str, str], segment: Tensor) -> Tensor:
+        encoding = self._encodings[key]
+        if encoding.is_plain:
+            return segment
+        payload = torch.zeros(encoding.num_bytes, dtype=torch.uint8, device=segment.device)
+        encoding.encode(segment, payload)
+        return payload
+
+    # Teachers
 
     @property
     def names(self) -> list[str]:
-        return list(self._host)
+        return list(self._skeleton_of)
+
+    def prefetch(self, name: str, slot: int | None = None) -> None:
+        """Start teacher `name`'s arrival and return at once; nothing happens when it is there or on its way.
+
+        It goes into `slot` (a plan's number: the caller no longer needs that slot's occupant), or into the
+        slot that is not current.
+        """
+        if self._find(self._slots, name) is None:
+            target = self._slots[slot] if slot is not None and slot < len(self._slots) else self._idle_slot()
+            self._start(target, name, self._skeleton_of[name].parts(target.buffer))
 
     def make_resident(self, name: str) -> HiddenStateGPT:
-        """The frozen model (this rank's stage) with the weights of teacher `name`. One host-to-device copy,
-        if needed.
+        """The frozen model (this rank's stage) with the weights of teacher `name`, which becomes the current
+        one.
+
+        Waits for its arrival if that is still under way (on CUDA the stream does), and starts it if it is
+        not. Raises `TeacherFileError` when its file is gone or changed (`mmap`).
         """
-        skeleton = self._skeleton_of[name]
-        if skeleton.resident != name:
-            for dtype, flat in skeleton.flat.items():
-                flat.copy_(self._host[name][dtype], non_blocking=True)
-            skeleton.resident = name
-            self.loads += 1
-        return skeleton.chunk
+        self.prefetch(name)
+        slot = self._find(self._slots, name)
+        if self._current is not slot:
+            if self._current is not None:
+                self._current.free = self._channel.mark()
+            self._current = slot
+        self._wait(slot)
+        return self._skeleton_of[name].bind(slot.buffer)
+
+    def _idle_slot(self) -> _Slot:
+        return next((slot for slot in self._slots if slot is not self._current), self._slots[0])
+
+    # Heads
+
+    def reserve_heads(self, count: int) -> None:
+        """Have at least `count` head slots (last stage only); they never become fewer."""
+        while self._head_bytes and len(self._head_slots) < count:
+            self._head_slots.append(self._new_slot(self._head_bytes))
+
+    def prefetch_head(self, name: str, slot: int | None = None) -> None:
+        """Start the arrival of teacher `name`'s output head and return at once; only on the last stage.
+
+        It goes into `slot` (a plan's number), or into the slot whose head was used longest ago.
+        """
+        if self._find(self._head_slots, name) is None:
+            self._start_head(name, slot, keep=())
+
+    def heads(self, names: Sequence[str]) -> list[Tensor]:
+        """The output heads of one mixture's teachers, [padded vocabulary / tp, h_k] each; only on the last
+        stage.
+
+        They stay valid until the next call. Arrivals that are not there yet are started and waited for.
+        """
+        self.reserve_heads(len(names))
+        self._release_heads()
+        for name in names:
+            if self._find(self._head_slots, name) is None:
+                self._start_head(name, None, keep=names)
+        result = []
+        for name in names:
+            slot = self._find(self._head_slots, name)
+            self._wait(slot)
+            self._clock += 1
+            slot.last_used = self._clock
+            self._current_heads.append(slot)
+            result.append(self._skeleton_of[name].head_view(slot.buffer))
+        return result
 
     def head(self, name: str) -> Tensor:
-        """Teacher `name`'s output head on the device, [padded vocabulary / tp, h]; the previous one is
-        dropped.
+        """`heads` of a single teacher."""
+        return self.heads([name])[0]
 
-        Only on the last stage.
+    def _release_heads(self) -> None:
+        mark = self._channel.mark()
+        for slot in self._current_heads:
+            slot.free = mark
+        self._current_heads = []
+
+    def _start_head(self, name: str, slot: int | None, keep: Sequence[str]) -> None:
+        if slot is not None and slot < len(self._head_slots):
+            target = self._head_slots[slot]
+        else:
+            free = [slot for slot in self._head_slots if slot not in self._current_heads]
+            candidates = [slot for slot in free if slot.occupant not in keep]
+            if not candidates:  # every slot is in use, and none of them by what is asked for
+                return
+            target = min(candidates, key=lambda s: s.last_used)
+        if target in self._current_heads:  # the caller says that it has done with them
+            self._release_heads()
+        skeleton = self._skeleton_of[name]
+        self._start(target, name, {skeleton.head.name: target.buffer[: skeleton.head_bytes]})
+
+    # Arrivals
+
+    def _find(self, slots: list[_Slot], name: str) -> _Slot | None:
+        return next((slot for slot in slots if slot.occupant == name), None)
+
+    def _start(self, slot: _Slot, name: str, parts: dict[str, Tensor]) -> None:
+        if slot.arrival is not None:  # replaced before it was ever used; its bytes must land first
+            slot.arrival.wait()
+        if slot is self._current:
+            slot.free, self._current = self._channel.mark(), None
+        beginnings, decoders, num_bytes = [], [], 0
+        for segment, part in parts.items():
+            encoding = self._encodings[name, segment]
+            payload = part if encoding.is_plain else self._staging_for(segment)[: encoding.num_bytes]
+            beginnings.append(partial(self.store.begin, (name, segment), payload))
+            if not encoding.is_plain:
+                decoders.append(partial(encoding.decode, payload, part))
+            num_bytes += encoding.num_bytes
+
+        def decode() -> None:
+            for decoder in decoders:
+                decoder()
+
+        slot.occupant = None  # until it is on its way, whatever happens
+        slot.arrival = self._channel.start(beginnings, decode, slot.free)
+        slot.occupant = name
+        self._unmeasured.append((name, num_bytes, slot.arrival))
+
+    def _staging_for(self, segment: str) -> Tensor:
+        """Where encoded bytes of a segment land before they are decoded into a slot."""
+        if segment not in self._staging:
+            size = max(e.num_bytes for (_, name), e in self._encodings.items() if name == segment)
+            self._staging[segment] = torch.empty(size, dtype=torch.uint8, device=self._groups.device)
+        return self._staging[segment]
+
+    def _wait(self, slot: _Slot) -> None:
+        if slot.arrival is not None:
+            try:
+                slot.arrival.wait()
+            except BaseException:
+                slot.occupant = slot.arrival = None
+                raise
+            slot.arrival = None
+
+    # Watching
+
+    def check_files(self, names: Iterable[str]) -> None:
+        """Raise `TeacherFileError` on every rank when, on any, a file of these teachers is gone or changed.
+
+        Only `mmap` has files. One all-gather of a short text over all ranks; call it before each batch, so
+        that no rank is left waiting for one that cannot read.
         """
-        if self._head is None or self._head[0] != name:
-            self._head = None
-            self._head = (name, self._heads_host[name].to(self._groups.device, non_blocking=True))
-        return self._head[1]
+        if not isinstance(self.store, FileStore):
+            return
+        keys = [(name, segment.name) for name in names for segment in self._segments(name)]
+        problems: list[str | None] = [None] * self._groups.world_size
+        dist.all_gather_object(problems, self.store.problem(keys))
+        found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
+        if found:
+            raise TeacherFileError(
+                f"{found[0]} ({len(found)} of {len(problems)} ranks are affected). The run's last checkpoint "
+                "is complete: resume from it, and what is missing is made again from the teacher's checkpoint"
+            )
+
+    def take_traffic(self) -> dict[str, Traffic]:
+        """What arrivals cost since the last call, by teacher; arrivals still on their way count next time."""
+        pending = {id(slot.arrival) for slot in (*self._slots, *self._head_slots) if slot.arrival is not None}
+        left = []
+        for name, num_bytes, arrival in self._unmeasured:
+            if id(arrival) in pending:
+                left.append((name, num_bytes, arrival))
+                continue
+            load_seconds, wait_seconds = arrival.seconds()
+            traffic = self._traffic[name]
+            traffic.loads += 1
+            traffic.num_bytes += num_bytes
+            traffic.load_seconds += load_seconds
+            traffic.wait_seconds += wait_seconds
+        self._unmeasured = left
+        taken = self._traffic
+        self._traffic = {name: Traffic() for name in taken}
+        return taken
+
+    def device_bytes(self) -> int:
+        """Device memory of all slots (and of the landing place of encoded weights) on this rank."""
+        slots = [slot.buffer for slot in (*self._slots, *self._head_slots)]
+        return sum(buffer.numel() for buffer in (*slots, *self._staging.values()))
 
     def host_bytes(self) -> int:
-        """Host memory of all teachers on this rank, in bytes."""
-        return sum(
-            flat.numel() * flat.element_size() for host in self._host.values() for flat in host.values()
-        )
+        """Host memory of all teachers on this rank."""
+        return self.store.host_bytes()
+
+    def host_bytes_by_mode(self) -> dict[str, int]:
+        """What `host_bytes` is, or would be, in each storage mode (on the CPU; CUDA adds a landing place of
+        128 MiB for `mmap`)."""
+        return placement.bytes_per_mode(self._payload_bytes(), self._parts)
+
+    def disk_bytes(self) -> int:
+        """Bytes of the files that this rank reads (`mmap`)."""
+        return self.store.disk_bytes()

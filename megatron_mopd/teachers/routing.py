@@ -51,6 +51,11 @@ class Routing:
             )
         return mixture
 
+    @property
+    def max_teachers(self) -> int:
+        """Most teachers of one sample."""
+        return max((len(mixture) for mixture in self._mixtures.values()), default=1)
+
     def mixture(self, domain: str) -> Mixture:
         """The teachers of `domain`, or the default's; `ConfigError` when there is neither."""
         mixture = self._mixtures.get(domain) or self._mixtures.get("default")

@@ -148,7 +148,7 @@ class BatchLoss:
             teachers = Teachers(
                 tuple(weight for _, weight in mixture),
                 tuple(self._teacher_hidden(tokens, name) for name, _ in mixture),
-                tuple(self._bank.head(name) for name, _ in mixture),
+                tuple(self._bank.heads([name for name, _ in mixture])),
             )
         policies = token_factor = policy_factor = None
         if needs_policy(objective):  # on every CP rank, also one without a row: it exchanges whole responses

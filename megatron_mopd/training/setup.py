@@ -80,7 +80,15 @@ def build_run(config: Config) -> Run:
         load_weights(chunks, find_checkpoint(student.load, "student.load"), groups, "student.load")
     bank = None
     if is_distillation:
-        bank = TeacherBank(teachers, groups, config.params_dtype, config.data.seq_length)
+        bank = TeacherBank(
+            teachers,
+            groups,
+            config.params_dtype,
+            config.data.seq_length,
+            config.teacher_storage,
+            directory=run_directory(config) / "teachers",
+            max_mixture=routing.max_teachers,
+        )
     wrapped = wrap_data_parallel(chunks, config, groups)
     optimizer, scheduler = build_optimizer(wrapped, config, groups)
     learner = Learner(

@@ -144,7 +144,10 @@ def score(learner: Learner, batch: StepBatch) -> None:
     cache.
     """
     started = time.perf_counter()
-    for name, micro_batches in batch.teachers.items():
+    names = list(batch.teachers)
+    if learner.bank is not None:
+        learner.bank.check_files(names)
+    for number, (name, micro_batches) in enumerate(batch.teachers.items()):
 
         def keep(micro_batch: MicroBatch, hidden: torch.Tensor, name: str = name) -> None:
             rows = response_hidden(hidden, micro_batch, learner.groups)
@@ -152,7 +155,10 @@ def score(learner: Learner, batch: StepBatch) -> None:
                 if len(states):  # under context parallelism a rank may hold no response token of a trajectory
                     batch.cache.put(trajectory.index, name, states)
 
-        run_teacher(learner.bank.make_resident(name), micro_batches, batch.shape, learner.groups, keep)
+        teacher = learner.bank.make_resident(name)
+        # After the last comes the first: the next step begins with it.
+        learner.bank.prefetch(names[(number + 1) % len(names)])
+        run_teacher(teacher, micro_batches, batch.shape, learner.groups, keep)
     batch.seconds["score"] = time.perf_counter() - started
 
 

@@ -162,7 +162,7 @@ def test_distributed_optimizer(ranks, transformer, parallel):
     results = run_ranks(ranks, three_steps, transformer, parallel, PADDED, sections, timeout=120)
     found = _models.assemble([result[2] for result in results])
     for key, value in weights.items():
-        atol = 1e-5 * value.abs().max().item()
+        atol = 3e-5 * value.abs().max().item()  # float32, beside a float64 reference
         torch.testing.assert_close(
             found[key].double(), value, rtol=0, atol=atol, msg=lambda m, key=key: f"{key}: {m}"
         )

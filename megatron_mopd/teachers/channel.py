@@ -1,0 +1,154 @@
+"""The road on which weights arrive: a copy stream on CUDA, a thread on the CPU. One arrival at a time, in
+order.
+
+    arrival = channel.start(beginnings, finish, free)     # returns at once
+    ...                                                    # the resident teacher goes on computing
+    arrival.wait()                                         # the caller's next work sees the weights
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+Beginning = Callable[[], Callable[[], None]]
+"""Runs on the caller's thread (collectives are issued there, in the same order on all ranks) and returns the
+rest."""
+
+
+class Arrival(ABC):
+    """Weights on their way into a slot."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Make the caller's further work wait for the weights; raises what went wrong on the way."""
+
+    @abstractmethod
+    def seconds(self) -> tuple[float, float]:
+        """(how long the arrival took, how long work stood still for it); valid after `wait`."""
+
+
+class Channel(ABC):
+    """Where arrivals proceed while the caller goes on."""
+
+    @abstractmethod
+    def start(self, beginnings: Sequence[Beginning], finish: Callable[[], None], free: object) -> Arrival:
+        """Run every beginning here, what they return and then `finish` in the background.
+
+        Nothing is written before the work marked by `free` (from `mark`) is done.
+        """
+
+    @abstractmethod
+    def mark(self) -> object:
+        """A mark after all work that the caller has started so far."""
+
+
+def open_channel(device: torch.device, blocking: bool) -> Channel:
+    """The channel of a device; `blocking`: what beginnings return occupies a thread (reading files)."""
+    return CudaChannel(device, blocking) if device.type == "cuda" else ThreadChannel()
+
+
+class ThreadChannel(Channel):
+    """CPU: a worker thread copies, the caller computes."""
+
+    def __init__(self):
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="teacher-arrival")
+
+    def start(self, beginnings, finish, free):
+        started = time.perf_counter()
+        rests = [begin() for begin in beginnings]
+        issued = time.perf_counter() - started
+
+        def work() -> float:
+            begun = time.perf_counter()  # time in the queue behind an earlier arrival is not this one's
+            for rest in rests:
+                rest()
+            finish()
+            return issued + time.perf_counter() - begun
+
+        return _ThreadArrival(self._worker.submit(work))
+
+    def mark(self):
+        return None
+
+
+class _ThreadArrival(Arrival):
+    def __init__(self, work: Future):
+        self._work = work
+        self._waited: float | None = None
+
+    def wait(self):
+        started = time.perf_counter()
+        self._work.result()
+        if self._waited is None:
+            self._waited = time.perf_counter() - started
+
+    def seconds(self):
+        return self._work.result(), self._waited or 0.0
+
+
+class CudaChannel(Channel):
+    """CUDA: a stream of its own. The host never waits, except for a thread that still reads files."""
+
+    def __init__(self, device: torch.device, blocking: bool):
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="teacher-arrival") if blocking else None
+
+    def start(self, beginnings, finish, free):
+        started = torch.cuda.Event(enable_timing=True)
+        arrived = torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(self._stream):
+            if free is not None:
+                self._stream.wait_event(free)
+            started.record(self._stream)
+            rests = [begin() for begin in beginnings]
+
+        def work() -> None:
+            torch.cuda.set_device(self._device)  # the current device and stream belong to the thread
+            with torch.cuda.stream(self._stream):
+                for rest in rests:
+                    rest()
+                finish()
+                arrived.record(self._stream)
+
+        if self._worker is not None:
+            return _CudaArrival(self._worker.submit(work), started, arrived)
+        work()
+        return _CudaArrival(None, started, arrived)
+
+    def mark(self):
+        return torch.cuda.current_stream(self._device).record_event()
+
+
+class _CudaArrival(Arrival):
+    def __init__(self, work: Future | None, started, arrived):
+        self._work, self._started, self._arrived = work, started, arrived
+        self._before: torch.cuda.Event | None = None
+        self._after: torch.cuda.Event | None = None
+
+    def wait(self):
+        stream = torch.cuda.current_stream()
+        before = torch.cuda.Event(enable_timing=True)
+        before.record(stream)
+        if self._work is not None:
+            self._work.result()
+        stream.wait_event(self._arrived)
+        if self._before is None:
+            after = torch.cuda.Event(enable_timing=True)
+            after.record(stream)
+            self._before, self._after = before, after
+
+    def seconds(self):
+        self._arrived.synchronize()
+        if self._after is None:
+            return self._started.elapsed_time(self._arrived) / 1e3, 0.0
+        self._after.synchronize()
+        return (
+            self._started.elapsed_time(self._arrived) / 1e3,
+            self._before.elapsed_time(self._after) / 1e3,
+        )

@@ -1,0 +1,158 @@
+"""Which ranks hold the same teacher bytes, whether a host has room for them, and who writes which file."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mopd.backend.host_memory import available_host_bytes
+from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.config import ConfigError
+from megatron_mopd.teachers.layout import DENSE, EXPERT, HEAD
+from megatron_mopd.teachers.storage import FileStore, Store
+
+_SHARE_OF_FREE_MEMORY = 0.95
+
+
+def replica_groups(groups: ParallelGroups) -> dict[str, dist.ProcessGroup]:
+    """For every segment the ranks that hold it alike."""
+    dense, expert = groups.collection.dp_cp, groups.collection.expt_dp
+    return {DENSE: dense, EXPERT: expert, HEAD: dense}
+
+
+def gather_groups(groups: ParallelGroups) -> dict[str, dist.ProcessGroup]:
+    """For every body segment its replicas as a new group. Collective over all ranks."""
+    return {DENSE: _duplicate(groups.collection.dp_cp), EXPERT: _duplicate(groups.collection.expt_dp)}
+
+
+def sharding(groups: ParallelGroups) -> dict[str, int]:
+    """Parts into which `host_sharded` divides a segment."""
+    return {DENSE: groups.collection.dp_cp.size(), EXPERT: groups.collection.expt_dp.size(), HEAD: 1}
+
+
+def _duplicate(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group over the same ranks with communicators of its own."""
+    members: list[tuple[int, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(members, tuple(dist.get_process_group_ranks(group)))
+    created = {ranks: dist.new_group(list(ranks)) for ranks in sorted(set(members))}
+    return created[members[dist.get_rank()]]
+
+
+def are_kept(store: Store, sizes: Mapping[tuple[str, str], int]) -> bool:
+    """Whether files of an earlier start hold these payloads on every rank; `ConfigError` on all for damaged
+    ones.
+
+    Collectives only for files: one all-gather of a short text over all ranks.
+    """
+    if not isinstance(store, FileStore):
+        return False
+    try:
+        mine = all(store.has(key, size) for key, size in sizes.items()), None
+    except ConfigError as error:
+        mine = False, str(error)
+    reports: list[tuple[bool, str | None]] = [mine] * dist.get_world_size()
+    dist.all_gather_object(reports, mine)
+    if problem := next((problem for _, problem in reports if problem), None):
+        raise ConfigError(problem)
+    return all(kept for kept, _ in reports)
+
+
+def bytes_per_mode(payload: Mapping[str, int], parts: Mapping[str, int]) -> dict[str, int]:
+    """Host memory that one rank needs for payloads of so many bytes (by segment), in each storage mode."""
+    return {
+        "host": sum(payload.values()),
+        "host_sharded": sum(size // parts[name] for name, size in payload.items()),
+        "mmap": 0,
+    }
+
+
+def check_host_memory(
+    mode: str, payload: Mapping[str, int], parts: Mapping[str, int], groups: ParallelGroups
+) -> None:
+    """`ConfigError` on every rank when a host has less free memory than the teachers of its ranks need.
+
+    One all-gather of a few numbers over all ranks.
+    """
+    reports: list = [None] * groups.world_size
+    mine = (socket.gethostname(), available_host_bytes(), bytes_per_mode(payload, parts))
+    dist.all_gather_object(reports, mine)
+    for host in sorted({name for name, *_ in reports}):
+        here = [report for report in reports if report[0] == host]
+        needed = {key: sum(sizes[key] for *_, sizes in here) for key in here[0][2]}
+        available = min(free for _, free, _ in here)
+        if needed[mode] > _SHARE_OF_FREE_MEMORY * available:
+            others = ", ".join(f"{key} {_gib(size)}" for key, size in needed.items())
+            raise ConfigError(
+                f"teacher_storage.mode: {mode} needs {_gib(needed[mode])} of host memory on {host} for the "
+                f"teachers of its {len(here)} ranks, and {_gib(available)} are free; needed by mode: "
+                f"{others} (teacher_storage.dtype=int8 takes about half of bfloat16)"
+            )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def file_paths(
+    directory: Path,
+    fingerprints: Mapping[str, str],
+    layouts: Mapping[tuple[str, str], tuple[str, str | None]],
+    groups: ParallelGroups,
+) -> dict[tuple[str, str], Path]:
+    """The file of every (teacher, segment) on this rank, the same for all its replicas.
+
+    The name carries the weights' fingerprint and the layout, so another checkpoint, another parallel layout
+    or another encoding is another file.
+    """
+    collection = groups.collection
+    stage = f"pp{collection.pp.rank()}of{collection.pp.size()}"
+    dense = f"{stage}-tp{collection.tp.rank()}of{collection.tp.size()}"
+    expert = (
+        f"{stage}-ep{collection.ep.rank()}of{collection.ep.size()}"
+        f"-etp{collection.expt_tp.rank()}of{collection.expt_tp.size()}"
+    )
+    paths = {}
+    for (teacher, segment), layout in layouts.items():
+        digest = hashlib.sha256(repr((fingerprints[teacher], layout)).encode()).hexdigest()[:16]
+        place = expert if segment == EXPERT else dense
+        paths[teacher, segment] = directory / teacher / f"{segment}-{place}-{digest}.weights"
+    return paths
+
+
+def store_once(
+    store: Store,
+    payloads: Mapping[tuple[str, str], Callable[[], Tensor]],
+    groups: ParallelGroups,
+) -> None:
+    """Put the payloads into the store. Files that several ranks read are written by one of them.
+
+    The first replica writes; where its file is not visible (a disk of each host's own), the first replica on
+    that host does. Two barriers over all ranks and an all-gather of host names for files, else no collective.
+    """
+    if not isinstance(store, FileStore):
+        for key, payload in payloads.items():
+            store.put(key, payload())
+        return
+    replicas = replica_groups(groups)
+    hosts: list[str] = [""] * groups.world_size
+    dist.all_gather_object(hosts, socket.gethostname())
+
+    def write(writes: Callable[[str], bool]) -> None:
+        for key, payload in payloads.items():
+            if writes(key[1]) and not store.has(key, (encoded := payload()).numel()):
+                store.put(key, encoded)
+        dist.barrier()
+
+    def first_of_host(segment: str) -> bool:
+        members = dist.get_process_group_ranks(replicas[segment])
+        return groups.rank == min(rank for rank in members if hosts[rank] == hosts[groups.rank])
+
+    write(lambda segment: replicas[segment].rank() == 0)
+    write(first_of_host)
+    for key in payloads:
+        store.adopt(key)
