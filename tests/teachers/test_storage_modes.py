@@ -20,7 +20,7 @@ CASES = [(GQA, TP2_PP2), (MOE, EP2_PP2), (MOE, EP2_CP2), (MOE, {})]
 
 
 def two_steps(rank, transformer, parallel, storage, directory):
-    """(losses, digest of this rank's weights after two steps, host bytes by mode, host, device, disk bytes)."""
+    """(losses, digest of the weights after two steps, host bytes by mode, host, device and disk bytes)."""
     learner = _models.make_learner(
         transformer,
         parallel,

@@ -138,30 +138,31 @@ def make_learner(case, model, parallel, schedule):
     )
 
 
-def response_logits(model, trajectory):
+def response_logits(model, head, trajectory):
     """[|y|, V] logits of one response, computed alone."""
     ids = torch.tensor([trajectory.token_ids])
     hidden = model(ids, torch.arange(ids.size(1))[None], None)[:, 0]
     first = len(trajectory.prompt.token_ids) - 1
-    return hidden[first:-1] @ model.head_weight().t()[:, : _models.VOCAB]
+    return hidden[first:-1] @ head.t()[:, : _models.VOCAB]
 
 
-def expected(rank, case, model):
+def expected(rank, case, architecture):
     """(loss, gradients, log-probs of each response under the student) from the equations, one process."""
     torch.set_grad_enabled(True)
-    learner = make_learner(case, model, {}, {})
+    learner = make_learner(case, architecture, {}, {})
     student = unwrap(learner.chunks[0]).train()
     trajectories, rewards, proximal = make_batch()
     samples, logprobs = [], {}
     for trajectory in trajectories:
-        logits = response_logits(student, trajectory)
+        logits = response_logits(student, student.head_weight(), trajectory)
         tokens = torch.tensor(trajectory.response_ids)
         own = logits.detach().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         logprobs[trajectory.index] = own.tolist()
         teachers = []
         for name, weight in learner.mixture(trajectory.domain):
             with torch.no_grad():
-                teachers.append((weight, response_logits(learner.bank.make_resident(name), trajectory)))
+                model, head = learner.bank.make_resident(name), learner.bank.head(name)
+                teachers.append((weight, response_logits(model, head, trajectory)))
         samples.append(
             Sample(
                 trajectory.domain,
