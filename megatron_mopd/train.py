@@ -20,6 +20,7 @@ from collections import deque
 import torch.distributed as dist
 
 from megatron_mopd.config import Config, ConfigError, load_config, save_config
+from megatron_mopd.config.objectives import samples_per_prompt
 from megatron_mopd.data.prompts import PromptSampler
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.observe.metrics import MetricsWriter
@@ -29,6 +30,8 @@ from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.training.checkpoint import resume, save
 from megatron_mopd.training.evaluate import evaluate
 from megatron_mopd.training.guards import first_step_alarms
+from megatron_mopd.training.monitors import Alarms, rollout_metrics
+from megatron_mopd.training.sampling import draw_trajectories
 from megatron_mopd.training.setup import Run, build_run, run_directory
 from megatron_mopd.training.step import StepBatch, plan_steps, train_step
 
@@ -45,20 +48,29 @@ def train(config: Config) -> dict[str, float]:
     line = StepLine(config.schedule.train_iters, first_iteration=first)
     sampler = PromptSampler(run.prompts, config.seed)
 
+    alarms = Alarms()
     metrics: dict[str, float] = {}
     batches: deque[StepBatch] = deque()  # optimizer steps whose samples are there
     for iteration in range(first, config.schedule.train_iters):
         started = time.perf_counter()
         if not batches:
-            batches += plan_steps(run.learner, sample(run, sampler, iteration))
+            trajectories = sample(run, sampler, iteration)
+            batches += plan_steps(run.learner, trajectories, run.rewarder.start(trajectories))
         sampled = time.perf_counter()
         metrics = train_step(run.learner, batches)
-        metrics |= _timing(batches.popleft(), sampled - started, time.perf_counter() - started)
+        batch = batches.popleft()
+        metrics |= _timing(batch, sampled - started, time.perf_counter() - started)
+        observed = rollout_metrics(batch.trajectories, batch.rewards.collect())
+        metrics |= observed
 
         done = iteration + 1
+        messages = alarms.rollout(batch.trajectories, batch.rewards.collect(), observed) + alarms.step(
+            metrics
+        )
         if iteration == 0 and run.learner.routing is not None:
-            for alarm in first_step_alarms(metrics, run.learner.routing):
-                say(f"ALARM: {alarm}")
+            messages += first_step_alarms(metrics, run.learner.routing)
+        for message in messages:
+            say(f"ALARM: {message}")
         if done == config.schedule.train_iters or _every(config.schedule.eval_interval, done):
             metrics |= evaluation(run)
         writer.log(done, metrics)
@@ -71,6 +83,7 @@ def train(config: Config) -> dict[str, float]:
         metrics = evaluation(run)
         writer.log(first, metrics)
     writer.close()
+    run.rewarder.close()
     if config.log.report and run.groups.rank == 0:
         draw_report(config.run_dir)
     return metrics
@@ -84,19 +97,15 @@ def sample(run: Run, sampler: PromptSampler, iteration: int) -> list[Trajectory]
     number, rest = divmod(iteration, config.schedule.steps_per_rollout)
     assert rest == 0, "a rollout batch starts where the last one ended"
     size = config.schedule.steps_per_rollout * config.schedule.global_batch_size
-    if config.objective.kind == "sft":
-        prompts = sampler.batch(number, size)
-        eos = run.tokenizer.eos_id
-        return [
-            Trajectory(prompt, (*run.tokenizer.encode(prompt.answer), eos), index)
-            for index, prompt in enumerate(prompts)
-        ]
-    repeats = config.rollout.samples_per_prompt
-    prompts = sampler.batch(number, size // repeats)
-    sampling = SamplingParams.from_config(config.rollout, run.tokenizer.eos_id)
-    # Every rollout draws from its own stream, whatever was drawn before it.
-    return run.engine.generate(
-        prompts, sampling, seed=config.seed * 1_000_003 + number, samples_per_prompt=repeats
+    return draw_trajectories(
+        run.engine,
+        sampler.batch(number, size // samples_per_prompt(config)),
+        run.learner.objectives,
+        config.rollout,
+        run.tokenizer,
+        samples_per_prompt=samples_per_prompt(config),
+        # Every rollout draws from its own stream, whatever was drawn before it.
+        seed=config.seed * 1_000_003 + number,
     )
 
 

@@ -91,6 +91,19 @@ def needs_policy(objective: ObjectiveConfig) -> bool:
     return corrected or any(kind in POLICY_KINDS for kind in kinds_of(objective))
 
 
+def needs_old_policy(objective: ObjectiveConfig) -> bool:
+    """Whether log-probs of the policy at the start of the rollout batch have to be computed."""
+    return objective.policy_loss == "ppo_clip" and objective.proximal == "recompute"
+
+
+def samples_per_prompt(config: Config) -> int:
+    """Trajectories of one prompt: `rollout.samples_per_prompt`, or 1 in a run that samples nothing."""
+    objectives = DomainObjectives(config.objective).all()
+    if all(objective.kind == "sft" for objective in objectives):
+        return 1
+    return config.rollout.samples_per_prompt
+
+
 class DomainObjectives:
     """The objective of every domain: the run's, with the domain's own keys on top.
 
@@ -104,6 +117,10 @@ class DomainObjectives:
 
     def of(self, domain: str) -> ObjectiveConfig:
         return self._own.get(domain, self.default)
+
+    def all(self) -> list[ObjectiveConfig]:
+        """Every objective that some domain may have."""
+        return [self.default, *self._own.values()]
 
     def any(self, needs: Callable[[ObjectiveConfig], bool], domains: Iterable[str]) -> list[str]:
         """The domains, sorted, whose objective `needs` something."""
@@ -140,7 +157,8 @@ def check_objectives(config: Config) -> None:
     objective = config.objective
     _one_of("objective.reduction", objective.reduction, REDUCTIONS)
     _check(objective, config, "objective")
-    for domain, own in DomainObjectives(objective)._own.items():
+    for domain in objective.per_domain:
+        own = DomainObjectives(objective).of(domain)
         _check(own, config, f"objective.per_domain.{domain}")
 
 

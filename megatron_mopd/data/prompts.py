@@ -12,7 +12,7 @@ import hashlib
 import heapq
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -105,13 +105,17 @@ def load_prompts(
     return PromptSet(tuple(groups), tuple(source.weight for source in sources))
 
 
-def require_answers(prompts: PromptSet, tokenizer: Tokenizer, seq_length: int) -> None:
-    """Check that every prompt can be trained on with cross-entropy (objective `sft`).
+def require_answers(
+    prompts: PromptSet, tokenizer: Tokenizer, seq_length: int, domains: Collection[str] | None = None
+) -> None:
+    """Check that every prompt of `domains` (default: all) can be trained on with cross-entropy (`sft`).
 
     Each needs an `answer` that, with the end-of-sequence token, fits `seq_length` after the prompt; otherwise
     `ConfigError` names the first that does not.
     """
     for prompt in prompts:
+        if domains is not None and prompt.domain not in domains:
+            continue
         if prompt.answer is None:
             raise ConfigError(f"{prompt.origin}: objective `sft` needs an `answer` for every prompt")
         length = len(prompt.token_ids) + len(tokenizer.encode(prompt.answer)) + 1

@@ -15,22 +15,17 @@ from __future__ import annotations
 import functools
 import math
 import os
-import pickle
 import re
-import select
-import subprocess
-import sys
-import threading
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from megatron_mopd.config import ConfigError, nearest
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.scoring import SCORES
+from megatron_mopd.data.scoring_process import ScoringProcess
 
 TIMEOUT_SECONDS = 5.0
 """How long one response may take to score."""
-_START_SECONDS = 120.0
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 # Powers, factorials, shifts, calls, LaTeX, large exponents, anything long: what could take forever.
@@ -69,9 +64,9 @@ def verify(prompt: Prompt, response: str) -> float | None:
 
 def score(prompt: Prompt, response: str) -> Score:
     """Judge `response`; never raises, works on any thread and takes at most about `TIMEOUT_SECONDS`."""
-    if prompt.entry is None and prompt.answer is None:
+    if not has_verdict(prompt):
         return Score(None)
-    request = (prompt.verifier, final_answer(response), prompt.answer, prompt.entry)
+    request = scoring_request(prompt, response)
     try:
         if prompt.verifier != "exact_match" and _MAY_NOT_END.search(request[1]):
             raw = _scoring_process(os.getpid()).score(request, TIMEOUT_SECONDS)
@@ -79,6 +74,21 @@ def score(prompt: Prompt, response: str) -> Score:
             raw = SCORES[prompt.verifier](*request[1:])
     except Exception:
         raw = None
+    return to_score(raw)
+
+
+def has_verdict(prompt: Prompt) -> bool:
+    """Whether there is anything to judge a response by."""
+    return prompt.entry is not None or prompt.answer is not None
+
+
+def scoring_request(prompt: Prompt, response: str) -> tuple[Any, ...]:
+    """What a scoring process is asked: (verifier, final answer, reference answer, entry)."""
+    return prompt.verifier, final_answer(response), prompt.answer, prompt.entry
+
+
+def to_score(raw: float | None) -> Score:
+    """The `Score` for what a verifier returned; `None` when it failed or took too long."""
     if raw is None or not math.isfinite(raw):
         return Score(None, crashed=True)
     return Score(min(max(float(raw), 0.0), 1.0))
@@ -105,49 +115,7 @@ def final_answer(response: str) -> str:
     return (tagged[-1] if tagged else response).strip()
 
 
-class _ScoringProcess:
-    """A process that scores, started when first needed and replaced when it had to be killed."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen | None = None
-        self._lock = threading.Lock()
-
-    def score(self, request: tuple[Any, ...], seconds: float) -> float | None:
-        """The score, or `None` when the verifier raised, died or did not answer within `seconds`."""
-        with self._lock:
-            try:
-                if self._process is None:
-                    self._start()
-                pickle.dump(request, self._process.stdin)
-                self._process.stdin.flush()
-                return self._reply(seconds)
-            except (OSError, EOFError, TimeoutError, pickle.UnpicklingError):
-                self._process.kill()
-                self._process.communicate()  # closes the pipes and collects the exit status
-                self._process = None
-                return None
-
-    def _start(self) -> None:
-        # One thread: it must not take the cores of the training process, nor address space for idle threads.
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        path = {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_mopd.data.scoring"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | threads | path,
-        )
-        self._reply(_START_SECONDS)
-
-    def _reply(self, seconds: float) -> Any:
-        # Replies are a few bytes, written at once: the first of them means that all are there.
-        if not select.select([self._process.stdout], [], [], seconds)[0]:
-            raise TimeoutError
-        return pickle.load(self._process.stdout)
-
-
 @functools.lru_cache(maxsize=1)
-def _scoring_process(process_id: int) -> _ScoringProcess:
+def _scoring_process(process_id: int) -> ScoringProcess:
     """The scoring process of this process; a forked child gets its own, since a pipe has one reader."""
-    return _ScoringProcess()
+    return ScoringProcess()

@@ -52,7 +52,18 @@ def run_teacher(
     groups: ParallelGroups,
     on_hidden: Callable[[MicroBatch, Tensor], None],
 ) -> None:
-    """Forward passes of a frozen teacher. `on_hidden` receives the last stage's hidden states as they appear.
+    """Forward passes of a frozen teacher; see `run_forward`."""
+    run_forward([chunk], micro_batches, shape, groups, on_hidden)
+
+
+def run_forward(
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    shape: BatchShape,
+    groups: ParallelGroups,
+    on_hidden: Callable[[MicroBatch, Tensor], None],
+) -> None:
+    """Forward passes without gradients. `on_hidden` receives the last stage's hidden states as they appear.
 
     The schedule keeps what its loss function returns until it ends, so `on_hidden` must take what it needs
     off the device and return nothing.
@@ -64,7 +75,7 @@ def run_teacher(
 
     # Not `inference_mode`: the rotary tables cached here are used again by passes that need gradients.
     with torch.no_grad():
-        _run([chunk], micro_batches, shape, groups, take, forward_only=True)
+        _run(chunks, micro_batches, shape, groups, take, forward_only=True)
 
 
 def _run(chunks, micro_batches, shape, groups, loss_function, forward_only):

@@ -63,10 +63,11 @@ class Routing:
             raise ConfigError(f"routing: domain {domain!r} has no teacher and there is no routing.default")
         return mixture
 
-    def check(self, domains: Iterable[str]) -> None:
-        """Every domain has a teacher, and every entry names a domain that exists; `ConfigError` otherwise."""
+    def check(self, domains: Iterable[str], scored: Iterable[str] | None = None) -> None:
+        """Every domain that teachers score (default: all) has one, and every entry names a domain that
+        exists; `ConfigError` otherwise."""
         domains = set(domains)
-        for domain in domains:
+        for domain in domains if scored is None else scored:
             self.mixture(domain)
         for domain in self._mixtures:
             if domain not in domains | {"default"}:

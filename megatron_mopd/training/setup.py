@@ -16,9 +16,11 @@ from megatron_mopd.backend.parallel import (
     start_ranks,
     validate_layout,
 )
-from megatron_mopd.config import Config, ConfigError, ModelConfig
+from megatron_mopd.config import Config, ConfigError, DomainObjectives, ModelConfig
+from megatron_mopd.config.objectives import needs_rewards, needs_teachers, samples_per_prompt
 from megatron_mopd.data.prompts import PromptSet, load_prompts, require_answers
 from megatron_mopd.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_mopd.data.verifiers import has_verdict
 from megatron_mopd.model.build import build_model
 from megatron_mopd.model.checkpoint import find_checkpoint, load_weights, read_model_config
 from megatron_mopd.rollout.engine import RolloutEngine
@@ -27,6 +29,7 @@ from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
 from megatron_mopd.teachers.manifest import run_manifest
 from megatron_mopd.teachers.routing import Routing, check_teachers
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_mopd.training.rewards import Rewarder
 from megatron_mopd.training.step import Learner
 
 
@@ -41,6 +44,7 @@ class Run:
     eval_prompts: PromptSet | None
     learner: Learner
     engine: RolloutEngine
+    rewarder: Rewarder
 
 
 def build_run(config: Config) -> Run:
@@ -51,8 +55,9 @@ def build_run(config: Config) -> Run:
     device = select_device(config.device)
     start_ranks(device, config.parallel.distributed_timeout_minutes)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    is_distillation = config.objective.kind != "sft"
+    objectives = DomainObjectives(config.objective)
     student = resolve_student(config, tokenizer)
+    is_distillation = any(needs_teachers(objective) for objective in objectives.all())
     teachers, routing = _resolve_teachers(config, student, tokenizer) if is_distillation else ([], None)
     for model in [student, *(source.model for source in teachers)]:
         _check_layout(config, model)
@@ -63,10 +68,7 @@ def build_run(config: Config) -> Run:
     if config.data.eval:
         eval_prompts = load_prompts(config.data.eval, tokenizer, config.data.seq_length, "data.eval")
         prompts = prompts.without(eval_prompts)  # held-out means never trained on, whatever the seeds
-    if routing is not None:
-        routing.check(prompts.domains)
-    else:
-        require_answers(prompts, tokenizer, config.data.seq_length)
+    _check_prompts(prompts, objectives, routing, tokenizer, config.data.seq_length)
 
     groups = build_parallel_groups(config.parallel, device, config.seed)
     chunks = build_model(
@@ -110,7 +112,8 @@ def build_run(config: Config) -> Run:
         max_sequence_length=config.data.seq_length,
         max_batch_size=config.rollout.max_batch_size,
     )
-    return Run(config, groups, tokenizer, prompts, eval_prompts, learner, engine)
+    rewarder = Rewarder(config, groups, tokenizer.decode)
+    return Run(config, groups, tokenizer, prompts, eval_prompts, learner, engine, rewarder)
 
 
 def resolve_student(config: Config, tokenizer: Tokenizer) -> ModelConfig:
@@ -183,8 +186,30 @@ def _check_layout(config: Config, model: ModelConfig) -> None:
     )
 
 
+def _check_prompts(
+    prompts: PromptSet,
+    objectives: DomainObjectives,
+    routing: Routing | None,
+    tokenizer: Tokenizer,
+    seq_length: int,
+) -> None:
+    """Every prompt has what its domain's objective needs: a teacher, an answer, something to judge by."""
+    objectives.check_domains(prompts.domains)
+    if routing is not None:
+        routing.check(prompts.domains, scored=objectives.any(needs_teachers, prompts.domains))
+    supervised = objectives.any(lambda objective: objective.kind == "sft", prompts.domains)
+    require_answers(prompts, tokenizer, seq_length, supervised)
+    rewarded = set(objectives.any(needs_rewards, prompts.domains))
+    for prompt in prompts:
+        if prompt.domain in rewarded and not has_verdict(prompt):
+            raise ConfigError(
+                f"{prompt.origin}: the objective of domain {prompt.domain!r} needs rewards, and this prompt "
+                "has no `answer` that a verifier could compare with"
+            )
+
+
 def _check_batch(config: Config) -> None:
-    samples = config.rollout.samples_per_prompt if config.objective.kind != "sft" else 1
+    samples = samples_per_prompt(config)
     if config.schedule.global_batch_size % samples:
         raise ConfigError(
             f"rollout.samples_per_prompt: {samples} does not divide schedule.global_batch_size="

@@ -16,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import Config, DomainObjectives, ModelConfig
-from megatron_mopd.config.objectives import needs_teachers
+from megatron_mopd.config.objectives import needs_old_policy, needs_teachers, samples_per_prompt
 from megatron_mopd.data.batching import (
     BatchShape,
     MicroBatch,
@@ -34,7 +34,9 @@ from megatron_mopd.teachers.hidden_cache import HiddenCache
 from megatron_mopd.teachers.routing import Mixture, Routing
 from megatron_mopd.training.batch_facts import BatchFacts, outcome_advantages
 from megatron_mopd.training.losses import METRICS, BatchLoss, named_metrics
+from megatron_mopd.training.old_policy import proximal_logprobs
 from megatron_mopd.training.response_tokens import response_hidden
+from megatron_mopd.training.rewards import NO_REWARDS, PendingRewards
 
 
 @dataclass
@@ -78,20 +80,41 @@ class StepBatch:
     """Teacher name -> the micro-batches it scores; only samples routed to it, the same number on every DP
     rank."""
     cache: HiddenCache
-    rewards: Mapping[int, float | None] = field(default_factory=dict)
-    """Trajectory index -> the verifier's score; `None` where there is no verdict."""
+    rewards: PendingRewards
     proximal: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Trajectory index -> log-probs at the start of the rollout batch, on the last stage (`BatchFacts`)."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def plan_steps(learner: Learner, rollout: Sequence[Trajectory]) -> list[StepBatch]:
-    """The optimizer steps that a rollout batch feeds: `global_batch_size` trajectories each, in order."""
+def plan_steps(
+    learner: Learner, rollout: Sequence[Trajectory], rewards: PendingRewards = NO_REWARDS
+) -> list[StepBatch]:
+    """The optimizer steps that a rollout batch feeds: `global_batch_size` trajectories each, in order.
+
+    Where PPO's clipping needs the policy at the start of a rollout batch of several steps, one forward pass
+    of the student over the whole batch takes down its log-probs.
+    """
     size = learner.config.schedule.global_batch_size
-    return [plan_step(learner, rollout[start : start + size]) for start in range(0, len(rollout), size)]
+    batches = [
+        plan_step(learner, rollout[start : start + size], rewards) for start in range(0, len(rollout), size)
+    ]
+    if len(batches) > 1 and learner.objectives.any(needs_old_policy, learner.domains):
+        for batch in batches:
+            batch.proximal = proximal_logprobs(
+                learner.chunks,
+                batch.student,
+                batch.shape,
+                learner.groups,
+                vocab_size=learner.model.vocab_size,
+                chunk_size=learner.config.objective.chunk_size,
+                temperature=learner.config.rollout.temperature,
+            )
+    return batches
 
 
-def plan_step(learner: Learner, trajectories: Sequence[Trajectory]) -> StepBatch:
+def plan_step(
+    learner: Learner, trajectories: Sequence[Trajectory], rewards: PendingRewards = NO_REWARDS
+) -> StepBatch:
     """Split the batch over DP ranks, ordered by teacher, and cut it into micro-batches. No collectives."""
     groups, schedule = learner.groups, learner.config.schedule
     shape = BatchShape.for_batch(
@@ -126,7 +149,7 @@ def plan_step(learner: Learner, trajectories: Sequence[Trajectory]) -> StepBatch
             teachers[name] = mine(selected)
     # The interleaved schedule runs micro-batches in groups of the pipeline's size.
     student = mine(per_rank, multiple=groups.pp_size if groups.vpp_size > 1 else 1)
-    return StepBatch(trajectories, shape, student, teachers, HiddenCache(groups.device))
+    return StepBatch(trajectories, shape, student, teachers, HiddenCache(groups.device), rewards)
 
 
 def train_step(learner: Learner, batches: Sequence[StepBatch]) -> dict[str, float]:
@@ -198,8 +221,8 @@ def _build_loss(learner: Learner, batch: StepBatch) -> BatchLoss:
         outcome_advantages=outcome_advantages(
             learner.objectives,
             batch.trajectories,
-            batch.rewards,
-            learner.config.rollout.samples_per_prompt,
+            batch.rewards.collect(),
+            samples_per_prompt(learner.config),
         ),
         proximal_logprobs=batch.proximal,
     )

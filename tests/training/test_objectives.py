@@ -183,6 +183,16 @@ def expected(rank, case, architecture):
     return loss.item(), _models.pieces(learner, gradients=True), logprobs
 
 
+class Known:
+    """Rewards that are already there."""
+
+    def __init__(self, rewards):
+        self._rewards = rewards
+
+    def collect(self):
+        return self._rewards
+
+
 def found(rank, case, model, parallel, schedule, logprobs):
     """Loss and gradients of the training step."""
     learner = make_learner(case, model, parallel, schedule)
@@ -191,8 +201,7 @@ def found(rank, case, model, parallel, schedule, logprobs):
         dataclasses.replace(t, logprobs=tuple(a + b for a, b in zip(t.logprobs, logprobs[t.index])))
         for t in trajectories
     ]
-    batch = plan_step(learner, trajectories)
-    batch.rewards = rewards
+    batch = plan_step(learner, trajectories, Known(rewards))
     batch.proximal = {i: d + torch.tensor(logprobs[i], dtype=torch.float64) for i, d in proximal.items()}
     score(learner, batch)
     metrics = learn(learner, batch)

@@ -1,0 +1,70 @@
+"""Rewards of a rollout batch, computed in worker processes while the training thread does other work."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from megatron_mopd.data.prompt import Prompt
+from megatron_mopd.data.scoring_process import ScoringProcess
+from megatron_mopd.data.verifiers import Score, has_verdict, scoring_request, to_score
+
+_BATCH = 16
+"""Responses that one worker takes at a time: few enough that a hanging one holds up little else."""
+
+
+class RewardWorkers:
+    """`workers` verifier processes, each driven by a thread that only waits for it.
+
+    A response whose verifier crashes or takes longer than `timeout_seconds` gets `Score(None, crashed=True)`;
+    its process is replaced and the next responses are judged as usual. Nothing here raises on behalf of a
+    response.
+    """
+
+    def __init__(self, workers: int, timeout_seconds: float):
+        self._timeout = timeout_seconds
+        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+        self._processes = [ScoringProcess() for _ in range(workers)]
+        self._threads = [
+            threading.Thread(target=self._serve, args=(process,), name="rewards", daemon=True)
+            for process in self._processes
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, responses: Sequence[tuple[Prompt, str]]) -> list[Future[list[Score]]]:
+        """Hand over (prompt, response text) pairs; returns futures of consecutive batches of scores, at
+        once."""
+        futures = []
+        for start in range(0, len(responses), _BATCH):
+            future: Future[list[Score]] = Future()
+            self._tasks.put((responses[start : start + _BATCH], future))
+            futures.append(future)
+        return futures
+
+    def close(self) -> None:
+        """End threads and processes; what was not yet judged is not."""
+        for _ in self._threads:
+            self._tasks.put(None)
+        for process in self._processes:
+            process.close()
+
+    def _serve(self, process: ScoringProcess) -> None:
+        while (task := self._tasks.get()) is not None:
+            responses, future = task
+            future.set_result([self._score(process, prompt, text) for prompt, text in responses])
+
+    def _score(self, process: ScoringProcess, prompt: Prompt, response: str) -> Score:
+        if not has_verdict(prompt):
+            return Score(None)
+        try:
+            return to_score(process.score(scoring_request(prompt, response), self._timeout))
+        except Exception:  # a prompt that cannot be pickled, a verifier's exotic result: counted, never fatal
+            return Score(None, crashed=True)
+
+
+def scores_of(futures: Sequence[Future[list[Score]]]) -> list[Score]:
+    """The scores of all submitted responses in their order; waits for those that are not there yet."""
+    return [score for future in futures for score in future.result()]

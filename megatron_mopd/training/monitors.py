@@ -1,0 +1,121 @@
+"""What to watch in a rollout batch and over the run, per domain, and what to raise the alarm about."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from megatron_mopd.data.trajectory import Trajectory
+
+KL_CEILING = 5.0
+"""Mean KL per token above which teacher and student have hardly anything in common (another tokenizer's ids,
+a wrong checkpoint). Same-origin teachers start near 0.04, foreign ones near 0.2 (arXiv 2606.30406)."""
+KL_GROWTH = 3.0
+"""A domain's KL this many times above the lowest it has had means that the student is moving away."""
+KL_NOISE = 0.02
+"""KL below which growth means nothing."""
+ENTROPY_COLLAPSE = 0.1
+"""Share of the first batch's entropy below which sampling has become deterministic."""
+ALWAYS_CUT = 0.9
+"""Share of responses that run into the length limit above which stop tokens are out of reach."""
+FEWEST_VERDICTS = 8
+"""Equal rewards of fewer responses say nothing."""
+
+
+def rollout_metrics(
+    trajectories: Sequence[Trajectory], rewards: Mapping[int, float | None]
+) -> dict[str, float]:
+    """Per domain: mean length, share cut off, one-sample entropy per token, mean reward, missing rewards."""
+    metrics = {}
+    for domain in sorted({t.domain for t in trajectories}):
+        mine = [t for t in trajectories if t.domain == domain]
+        metrics[f"length/{domain}"] = sum(len(t.response_ids) for t in mine) / len(mine)
+        logprobs = [value for t in mine for value in t.logprobs or ()]
+        if logprobs:
+            metrics[f"unfinished/{domain}"] = sum(not t.finished for t in mine) / len(mine)
+            metrics[f"rollout_entropy/{domain}"] = -math.fsum(logprobs) / len(logprobs)
+        judged = [rewards[t.index] for t in mine if t.index in rewards]
+        verdicts = [reward for reward in judged if reward is not None]
+        if verdicts:
+            metrics[f"reward/{domain}"] = sum(verdicts) / len(verdicts)
+        if len(verdicts) < len(judged):
+            metrics[f"reward_missing/{domain}"] = len(judged) - len(verdicts)
+    return metrics
+
+
+class Alarms:
+    """Messages about a run that is going wrong, each once per domain until it has been fine again."""
+
+    def __init__(self):
+        self._raised: set[str] = set()
+        self._lowest_kl: dict[str, float] = {}
+        self._first_entropy: dict[str, float] = {}
+
+    def rollout(
+        self,
+        trajectories: Sequence[Trajectory],
+        rewards: Mapping[int, float | None],
+        metrics: Mapping[str, float],
+    ) -> list[str]:
+        """What the `rollout_metrics` of a rollout batch say."""
+        alarms = []
+        for domain in sorted({t.domain for t in trajectories}):
+            judged = [rewards[t.index] for t in trajectories if t.domain == domain and t.index in rewards]
+            verdicts = [reward for reward in judged if reward is not None]
+            alarms += self._once(
+                f"reward {domain}",
+                len(verdicts) >= FEWEST_VERDICTS and len(set(verdicts)) == 1,
+                f"every reward of domain {domain!r} is {verdicts[0] if verdicts else None}: there is nothing "
+                "to learn from it; does its verifier understand the answers?",
+            )
+            alarms += self._once(
+                f"missing {domain}",
+                len(judged) >= FEWEST_VERDICTS and not verdicts,
+                f"the verifier of domain {domain!r} failed on all {len(judged)} responses",
+            )
+            cut = metrics.get(f"unfinished/{domain}", 0.0)
+            alarms += self._once(
+                f"cut {domain}",
+                cut > ALWAYS_CUT,
+                f"{cut:.0%} of the responses of domain {domain!r} run into rollout.max_new_tokens",
+            )
+            entropy = metrics.get(f"rollout_entropy/{domain}")
+            if entropy is not None:
+                first = self._first_entropy.setdefault(domain, entropy)
+                alarms += self._once(
+                    f"entropy {domain}",
+                    entropy < ENTROPY_COLLAPSE * first,
+                    f"the entropy of domain {domain!r} fell from {first:.3g} to {entropy:.3g} nats per token",
+                )
+        return alarms
+
+    def step(self, metrics: Mapping[str, float]) -> list[str]:
+        """What the metrics of an optimizer step say about the divergence from the teachers."""
+        alarms = []
+        for key, value in metrics.items():
+            if not key.startswith("kl/"):
+                continue
+            domain = key.removeprefix("kl/")
+            lowest = min(self._lowest_kl.get(domain, value), value)
+            self._lowest_kl[domain] = lowest
+            alarms += self._once(
+                f"ceiling {domain}",
+                value > KL_CEILING,
+                f"the KL of domain {domain!r} is {value:.2f} nats per token: is its teacher the right one?",
+            )
+            alarms += self._once(
+                f"growth {domain}",
+                value > KL_GROWTH * max(lowest, KL_NOISE),
+                f"the KL of domain {domain!r} has grown from {lowest:.3g} to {value:.3g}: a smaller "
+                "optimizer.lr, or rollout_correction when rollouts are stale, may help",
+            )
+        return alarms
+
+    def _once(self, key: str, holds: bool, message: str) -> list[str]:
+        if not holds:
+            self._raised.discard(key)
+            return []
+        if key in self._raised:
+            return []
+        self._raised.add(key)
+        return [message]

@@ -1,0 +1,47 @@
+"""The trajectories of a rollout batch: sampled by the student, or the data's own answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from megatron_mopd.config import DomainObjectives, RolloutConfig
+from megatron_mopd.data.prompt import Prompt
+from megatron_mopd.data.tokenizer import Tokenizer
+from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.rollout.engine import RolloutEngine, SamplingParams
+
+
+def draw_trajectories(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    objectives: DomainObjectives,
+    rollout: RolloutConfig,
+    tokenizer: Tokenizer,
+    *,
+    samples_per_prompt: int,
+    seed: int,
+) -> list[Trajectory]:
+    """`samples_per_prompt` trajectories for each prompt, the same list on every rank, ordered by index.
+
+    Prompts of a domain that learns by `sft` get their `answer`, as often as the others get samples, so that
+    every prompt has the same number of trajectories. Index: position of the prompt x samples_per_prompt +
+    sample.
+    """
+    samples = samples_per_prompt
+    given = [objectives.of(prompt.domain).kind == "sft" for prompt in prompts]
+    asked = [position for position, is_given in enumerate(given) if not is_given]
+    trajectories = []
+    if asked:
+        sampling = SamplingParams.from_config(rollout, tokenizer.eos_id)
+        drawn = engine.generate(
+            [prompts[position] for position in asked], sampling, seed=seed, samples_per_prompt=samples
+        )
+        for trajectory in drawn:
+            place, sample = divmod(trajectory.index, samples)
+            trajectories.append(dataclasses.replace(trajectory, index=asked[place] * samples + sample))
+    for position, prompt in enumerate(prompts):
+        if given[position]:
+            response = (*tokenizer.encode(prompt.answer), tokenizer.eos_id)
+            trajectories += [Trajectory(prompt, response, position * samples + i) for i in range(samples)]
+    return sorted(trajectories, key=lambda trajectory: trajectory.index)
