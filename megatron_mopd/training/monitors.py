@@ -18,8 +18,8 @@ ENTROPY_COLLAPSE = 0.1
 """Share of the first batch's entropy below which sampling has become deterministic."""
 ALWAYS_CUT = 0.9
 """Share of responses that run into the length limit above which stop tokens are out of reach."""
-FEWEST_VERDICTS = 8
-"""Equal rewards of fewer responses say nothing."""
+FEWEST_VERDICTS = 64
+"""So many verdicts of a domain in a row have to be equal before the reward counts as constant."""
 
 
 def rollout_metrics(
@@ -50,6 +50,8 @@ class Alarms:
         self._raised: set[str] = set()
         self._lowest_kl: dict[str, float] = {}
         self._first_entropy: dict[str, float] = {}
+        self._equal: dict[str, tuple[float, int]] = {}
+        self._failed: dict[str, int] = {}
 
     def rollout(
         self,
@@ -62,16 +64,23 @@ class Alarms:
         for domain in sorted({t.domain for t in trajectories}):
             judged = [rewards[t.index] for t in trajectories if t.domain == domain and t.index in rewards]
             verdicts = [reward for reward in judged if reward is not None]
+            if verdicts:
+                value, count = self._equal.get(domain, (verdicts[0], 0))
+                is_constant = set(verdicts) == {value}
+                self._equal[domain] = (verdicts[-1], count + len(verdicts) if is_constant else 0)
+            value, count = self._equal.get(domain, (0.0, 0))
             alarms += self._once(
                 f"reward {domain}",
-                len(verdicts) >= FEWEST_VERDICTS and len(set(verdicts)) == 1,
-                f"every reward of domain {domain!r} is {verdicts[0] if verdicts else None}: there is nothing "
-                "to learn from it; does its verifier understand the answers?",
+                count >= FEWEST_VERDICTS,
+                f"the last {count} rewards of domain {domain!r} are all {value}: there is nothing to learn "
+                "from them; does its verifier understand the answers?",
             )
+            failed = 0 if verdicts else self._failed.get(domain, 0) + len(judged)
+            self._failed[domain] = failed
             alarms += self._once(
                 f"missing {domain}",
-                len(judged) >= FEWEST_VERDICTS and not verdicts,
-                f"the verifier of domain {domain!r} failed on all {len(judged)} responses",
+                failed >= FEWEST_VERDICTS,
+                f"the verifier of domain {domain!r} failed on the last {failed} responses",
             )
             cut = metrics.get(f"unfinished/{domain}", 0.0)
             alarms += self._once(

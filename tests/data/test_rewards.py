@@ -1,0 +1,42 @@
+"""Rewards in worker processes: order, verifiers that fail or hang, and that the caller does not wait."""
+
+import time
+
+import pytest
+
+from megatron_mopd.data.prompt import Prompt
+from megatron_mopd.data.rewards import RewardWorkers, scores_of
+
+
+def prompt(answer, verifier="exact_match", entry=None):
+    return Prompt("", (1,), "d", answer, verifier, entry)
+
+
+@pytest.fixture(scope="module")
+def workers():
+    pool = RewardWorkers(workers=1, timeout_seconds=1.0)
+    yield pool
+    pool.close()
+
+
+def test_scores_come_back_in_order(workers):
+    pairs = [(prompt(str(i)), str(i if i % 3 else -1)) for i in range(50)]
+    assert [s.raw for s in scores_of(workers.submit(pairs))] == [float(bool(i % 3)) for i in range(50)]
+
+
+def test_a_verifier_that_hangs_or_crashes_costs_one_reward(workers):
+    """The sample stays with its reward missing and counted; the ones after it are judged."""
+    pairs = [
+        (prompt("4", "math_verify"), "4"),
+        (prompt("4", "math_verify"), "9**9**9**9"),
+        (prompt("x", "reasoning_gym", {"question": "?"}), "4"),
+        (prompt("4", "no such verifier"), "4"),
+        (prompt(None), "4"),
+        (prompt("5", "math_verify"), "5"),
+    ]
+    started = time.perf_counter()
+    futures = workers.submit(pairs)
+    assert time.perf_counter() - started < 0.5, "handing over must not wait for a verifier"
+    scores = scores_of(futures)
+    assert [s.raw for s in scores] == [1.0, None, None, None, None, 1.0]
+    assert [s.crashed for s in scores] == [False, True, True, True, False, False]
