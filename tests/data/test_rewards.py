@@ -14,7 +14,7 @@ def prompt(answer, verifier="exact_match", entry=None):
 
 @pytest.fixture(scope="module")
 def workers():
-    pool = RewardWorkers(workers=1, timeout_seconds=1.0)
+    pool = RewardWorkers(workers=1, timeout_seconds=3.0)
     yield pool
     pool.close()
 
