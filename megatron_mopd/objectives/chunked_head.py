@@ -86,14 +86,20 @@ class HeadGradient:
         return self
 
     def deliver(
-        self, weight: Tensor, factor: Tensor, accumulate_into_main_grad: bool
+        self, weight: Tensor, factor: Tensor, accumulate_into_main_grad: bool, keep: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What a backward returns for (hidden, weight), given the scalar factor still missing."""
+        """What a backward returns for (hidden, weight), given the scalar factor still missing.
+
+        Without `keep`, the sums themselves are scaled and given away: a copy of [T, h] would grow with T.
+        """
+        hidden, total = self.hidden, self.weight
+        if not keep:
+            self.hidden = self.weight = None  # autograd copies what somebody else still holds
         hidden_grad = weight_grad = None
-        if self.hidden is not None:
-            hidden_grad = _scaled(self.hidden, factor, self.hidden.dtype)
-        if self.weight is not None:
-            weight_grad = _deliver_weight_grad(weight, self.weight, factor, accumulate_into_main_grad)
+        if hidden is not None:
+            hidden_grad = _scaled(hidden, factor, hidden.dtype, keep)
+        if total is not None:
+            weight_grad = _deliver_weight_grad(weight, total, factor, accumulate_into_main_grad, keep)
         return hidden_grad, weight_grad
 
 
@@ -118,14 +124,16 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient times the scalar tensor `factor`, computed in fp32 (or fp64) and rounded once to `dtype`."""
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
+    """gradient times the scalar tensor `factor`, computed in fp32 (or fp64) and rounded once to `dtype`; in
+    place where that is possible, unless `keep`."""
+    out = torch.empty_like(gradient, dtype=dtype) if keep or gradient.dtype != dtype else gradient
     # A 0-dim factor would be rounded to bf16 before the product; a 1-element tensor promotes the product.
-    return torch.mul(gradient, factor.view(1, 1), out=torch.empty_like(gradient, dtype=dtype))
+    return torch.mul(gradient, factor.view(1, 1), out=out)
 
 
 def _deliver_weight_grad(
-    weight: Tensor, gradient: Tensor, factor: Tensor, accumulate_into_main_grad: bool
+    weight: Tensor, gradient: Tensor, factor: Tensor, accumulate_into_main_grad: bool, keep: bool
 ) -> Tensor | None:
     """Hand factor * gradient to autograd, or add it to `weight.main_grad` as megatron-core's fused heads do.
 
@@ -136,7 +144,7 @@ def _deliver_weight_grad(
     be zero.
     """
     if not accumulate_into_main_grad:
-        return _scaled(gradient, factor, weight.dtype)
+        return _scaled(gradient, factor, weight.dtype, keep)
     weight.main_grad.addcmul_(gradient, factor.view(1, 1))
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from megatron_mopd.objectives.definitions import DivergenceSpec, Moments
-from megatron_mopd.objectives.torch_kernels import load, tiles
 from megatron_mopd.objectives.vocab_shard import VocabShard
 
 
@@ -41,14 +40,17 @@ class DivergenceObserver:
         rows: slice,
         student: Tensor,
         teacher: Tensor,
+        statistics: Tensor,
         moments: Moments,
         shard: VocabShard,
         spec: DivergenceSpec,
     ) -> None:
-        """Read one chunk's local logits [c, columns]; `moments` are those of the full vocabulary."""
+        """Read one chunk's local logits [c, columns], their `statistics` [7, c], and the `moments` of the
+        full vocabulary.
+        """
         values = self._values
-        values.student_entropy[rows] = _entropy(student, moments.student_log_normalizer, spec)
-        values.teacher_entropy[rows] = _entropy(teacher, moments.teacher_log_normalizer, spec)
+        values.student_entropy[rows] = _entropy(*statistics[[0, 2, 5]], moments.student_log_normalizer)
+        values.teacher_entropy[rows] = _entropy(*statistics[[1, 3, 6]], moments.teacher_log_normalizer)
 
         k = self._top_k
         student_best, student_ids = self._local_best(student, shard)
@@ -103,14 +105,13 @@ class DivergenceObserver:
         return best, ids
 
 
-def _entropy(logits: Tensor, log_normalizer: Tensor, spec: DivergenceSpec) -> Tensor:
-    """Local part of -sum_v p log p -> [rows]."""
-    result = torch.zeros_like(log_normalizer)
-    for rows, (buffer, log_prob, prob) in tiles(logits, 3, log_normalizer.dtype):
-        z = load(logits[rows], spec.inverse_temperature, False, buffer)
-        torch.sub(z, log_normalizer[rows].unsqueeze(-1), out=log_prob)
-        result[rows] = torch.exp(log_prob, out=prob).mul_(log_prob).sum(-1).neg_()
-    return result
+def _entropy(maximum: Tensor, total: Tensor, score: Tensor, log_normalizer: Tensor) -> Tensor:
+    """Local part of -sum_v p log p -> [rows], from the local maximum a, sum and score of `statistics`.
+
+    log p = (z - a) + (a - log normalizer), and p = exp(z - a) exp(a - log normalizer).
+    """
+    shift = maximum - log_normalizer
+    return -shift.exp() * (score + shift * total)
 
 
 def _descending(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -19,14 +19,14 @@ from megatron_mopd.objectives.vocab_shard import VocabShard, agree, raise_if_not
 
 
 def merge_statistics(local: Tensor, shard: VocabShard, spec: DivergenceSpec) -> Moments:
-    """Merge every rank's `statistics` [5, rows] into the `Moments` of the whole vocabulary.
+    """Merge every rank's `statistics` [5 or 7, rows] into the `Moments` of the whole vocabulary.
 
     Collective over the tensor-parallel group: all-gather of [5, rows] a rank ([4, rows] unless reverse KL),
     20 bytes a row in fp32. Gathered rather than all-reduced (MAX, then SUM): one latency instead of two, and
     every rank adds in the same order for student and teacher, so that identical models have bit-identical
     normalizers.
     """
-    gathered = shard.all_gather(local if spec.kind == "reverse_kl" else local[:4])
+    gathered = shard.all_gather(local[: 5 if spec.kind == "reverse_kl" else 4])
     local_maxima, local_sums = gathered[:, :2], gathered[:, 2:4]
     maxima = local_maxima.amax(0)
     decays = (local_maxima - maxima).exp()  # from each rank's own maximum to the common one
@@ -72,7 +72,7 @@ def vocab_parallel_kl(
     part and get zero gradient. The teacher gets no gradient. Saved for the backward: the inputs and a few
     scalars a token.
 
-    Collectives over `group`, N tokens: one agreement all-reduce of 24 integers, an all-gather of [5, N] a
+    Collectives over `group`, N tokens: one agreement all-reduce of 32 numbers, an all-gather of [5, N] a
     rank, a sum of [2, N] (JSD with gradient: another of [N]); 28 bytes a token in fp32. The backward has
     none.
 
@@ -83,8 +83,8 @@ def vocab_parallel_kl(
             token and the rank.
     """
 
-    def check() -> dict[str, int]:
-        DivergenceSpec(divergence, beta, temperature)
+    def check() -> dict[str, float]:
+        spec = DivergenceSpec(divergence, beta, temperature)
         check_pair("logits", student_logits, teacher_logits)
         if student_logits.shape != teacher_logits.shape or student_logits.dim() == 0:
             shapes = f"{list(student_logits.shape)} and {list(teacher_logits.shape)}"
@@ -95,10 +95,12 @@ def vocab_parallel_kl(
         return {
             "number of tokens": student_logits.shape[:-1].numel(),
             "local vocabulary width": shard.columns,
+            "vocab_size": shard.total,
+            **spec.facts(),
             "gradient needed": student_logits.requires_grad and torch.is_grad_enabled(),
         }
 
-    agree(group, student_logits.device, check)
+    agree(group, check)
     spec = DivergenceSpec(divergence, beta, temperature)
     shard = VocabShard.of(student_logits.shape[-1], group, vocab_size)
     return _VocabParallelDivergence.apply(student_logits, teacher_logits.detach(), shard, spec)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_mopd.backend.autograd import graph_is_kept
 from megatron_mopd.objectives.chunked_head import HeadGradient, LogitsBuffer, chunks, largest_magnitude
 from megatron_mopd.objectives.definitions import check_temperature, statistics_dtype
 from megatron_mopd.objectives.torch_kernels import scaled_softmax_, softmax_statistics
@@ -132,7 +133,7 @@ class _Request:
     ) -> "_Request":
         """Check the arguments on every rank of `group` together; raises ValueError on all or on none."""
 
-        def check() -> dict[str, int]:
+        def check() -> dict[str, float]:
             check_head("student", hidden, weight)
             check_temperature(temperature)
             check_chunk_size(chunk_size)
@@ -142,18 +143,19 @@ class _Request:
             if token_weight is not None:
                 check_token_weight(token_weight, hidden)
             in_use = None if token_weight is None else token_weight != 0
-            real = shard.columns * shard.size if vocab_size is None else vocab_size
-            check_token_ids("token ids", token_ids, in_use, real)
+            check_token_ids("token ids", token_ids, in_use, shard.total)
             return {
                 "number of tokens": hidden.shape[0],
                 "local vocabulary width": shard.columns,
+                "vocab_size": shard.total,
                 "chunk_size": chunk_size,
+                "temperature": temperature,
                 "hidden gradient needed": hidden.requires_grad and torch.is_grad_enabled(),
                 "weight gradient needed": weight.requires_grad and torch.is_grad_enabled(),
                 "reduce_hidden_grad": reduce_hidden_grad,
             }
 
-        agree(group, hidden.device, check)
+        agree(group, check)
         shard = VocabShard.of(weight.shape[0], group, vocab_size)
         columns, is_here = shard.local_ids(token_ids)
         if token_weight is not None:
@@ -200,7 +202,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, loss_grad, _):
         (weight,) = ctx.saved_tensors
         factor = loss_grad * ctx.largest_weight
-        return *ctx.gradient.deliver(weight, factor, ctx.accumulate_into_main_grad), None
+        keep = graph_is_kept()
+        return *ctx.gradient.deliver(weight, factor, ctx.accumulate_into_main_grad, keep), None
 
 
 class _SampledTokenLogprobs(torch.autograd.Function):
@@ -236,8 +239,8 @@ class _SampledTokenLogprobs(torch.autograd.Function):
             scale = token_weight[rows] / largest_weight
             _nll_gradient_(logits, rows, normalizer[rows], logprobs[rows], scale, request)
             gradient.add(rows, logits, hidden[rows])
-        delivered = gradient.finish().deliver(weight, largest_weight, request.accumulate_into_main_grad)
-        return *delivered, None
+        fused = request.accumulate_into_main_grad
+        return *gradient.finish().deliver(weight, largest_weight, fused, keep=False), None
 
 
 def _local_statistics(logits: Tensor, rows: slice, request: _Request) -> Tensor:
@@ -269,8 +272,7 @@ def _nll_gradient_(
     if logits.shape[1] == 0:
         return
     columns = request.columns[rows].unsqueeze(1)
-    # p - 1 from the fp32 log-probability: subtracting 1 from a p rounded to bf16 would lose all of it near p
-    # = 1.
+    # p - 1 from the fp32 log-probability: near p = 1 a p rounded to bf16 would lose all of it.
     at_token = (scale * logprobs.expm1()).to(logits.dtype).unsqueeze(1)
     is_here = request.is_here[rows].unsqueeze(1)
     logits.scatter_(1, columns, torch.where(is_here, at_token, logits.gather(1, columns)))

@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_mopd.backend.autograd import graph_is_kept
 from megatron_mopd.objectives.chunked_head import (
     HeadGradient,
     LogitsBuffer,
     chunks,
     largest_magnitude,
 )
-from megatron_mopd.objectives.definitions import DIVERGENCES, DivergenceSpec, statistics_dtype
+from megatron_mopd.objectives.definitions import DivergenceSpec, statistics_dtype
 from megatron_mopd.objectives.diagnostics import DivergenceDiagnostics, DivergenceObserver
 from megatron_mopd.objectives.divergence import complete_mean_score, merge_statistics
 from megatron_mopd.objectives.kernels import kernels_for
@@ -73,8 +74,7 @@ def linear_kl(
             outcome, all the others together.
         diagnostics_top_k: also return `DivergenceDiagnostics`, whose top-k sets have this size.
         reduce_hidden_grad: sum d(loss)/d(student_hidden) over `group`, so that it is exact on each rank.
-        False
-            leaves this rank's part, for a caller that reduce-scatters it (sequence parallelism).
+            False leaves this rank's part, for a caller that reduce-scatters it (sequence parallelism).
         accumulate_into_main_grad: add the weight gradient to `student_weight.main_grad` in the backward (for
             megatron-core's gradient accumulation fusion) instead of returning it.
 
@@ -84,7 +84,7 @@ def linear_kl(
     Memory: two chunks of logits, chunk_size x V/tp each, beside the gradients themselves; the weight gradient
     is summed in fp32. The forward computes the gradients, the backward only scales them.
 
-    Collectives over `group`: one agreement all-reduce of 24 integers a call; per chunk of c tokens one
+    Collectives over `group`: one agreement all-reduce of 32 numbers a call; per chunk of c tokens one
     all-gather of [5, c] a rank; a sum of [T] at the end: a payload of 24 bytes a token in fp32. Then what any
     such head needs, the sum of the hidden gradient [c, h_s], while the next products run. More: JSD a sum of
     [c] per chunk; top-k see `top_k.py`; K teachers an all-gather of [2, K + 1, T] a call; diagnostics see
@@ -97,7 +97,7 @@ def linear_kl(
     teacher_hiddens = _as_list(teacher_hidden)
     teacher_weights = _as_list(teacher_weight)
 
-    def check() -> dict[str, int]:
+    def check() -> dict[str, float]:
         spec = DivergenceSpec(divergence, beta, temperature)
         check_head("student", student_hidden, student_weight)
         check_mixture(len(teacher_hiddens), len(teacher_weights), mixture_weight, student_hidden, spec, top_k)
@@ -123,17 +123,19 @@ def linear_kl(
         return {
             "number of tokens": student_hidden.shape[0],
             "local vocabulary width": shard.columns,
+            "vocab_size": shard.total,
             "chunk_size": chunk_size,
-            "divergence": DIVERGENCES.index(spec.kind),
+            **spec.facts(),
             "number of teachers": len(teacher_hiddens),
             "top_k": top_k or 0,
+            "top_k from the student": top_k_from == "student",
             "diagnostics_top_k": diagnostics_top_k or 0,
             "hidden gradient needed": student_hidden.requires_grad and torch.is_grad_enabled(),
             "weight gradient needed": student_weight.requires_grad and torch.is_grad_enabled(),
             "reduce_hidden_grad": reduce_hidden_grad,
         }
 
-    agree(group, student_hidden.device, check)
+    agree(group, check)
     shard = VocabShard.of(student_weight.shape[0], group, vocab_size)
     spec = DivergenceSpec(divergence, beta, temperature)
     request = _Request(
@@ -211,7 +213,8 @@ class _LinearDivergence(torch.autograd.Function):
     def backward(ctx, loss_grad, *_):
         (weight,) = ctx.saved_tensors
         factor = loss_grad * ctx.largest_weight
-        return *ctx.gradient.deliver(weight, factor, ctx.accumulate_into_main_grad), None
+        keep = graph_is_kept()
+        return *ctx.gradient.deliver(weight, factor, ctx.accumulate_into_main_grad, keep), None
 
 
 def _forward_chunks(
@@ -228,14 +231,17 @@ def _forward_chunks(
     for rows in chunks(hidden.shape[0], request.chunk_size):
         student = student_logits.fill(hidden[rows], weight)
         teacher = teachers.logits(rows)
+        observed = observer is not None
         if request.top_k is None:
-            moments = merge_statistics(kernels.statistics(student, teacher, spec), shard, spec)
-            if observer is not None:
-                observer.observe(rows, student, teacher, moments, shard, spec)
+            local = kernels.statistics(student, teacher, spec, entropy=observed)
+            moments = merge_statistics(local, shard, spec)
+            if observed:
+                observer.observe(rows, student, teacher, local, moments, shard, spec)
         else:
             truncated = truncate(student, teacher, request.top_k, request.top_k_from, shard, spec)
-            if observer is not None:
-                observer.observe(rows, student, teacher, truncated.full_moments, shard, spec)
+            if observed:  # truncation has statistics of head and tail only
+                local = kernels.statistics(student, teacher, spec, entropy=True)
+                observer.observe(rows, student, teacher, local, truncated.full_moments, shard, spec)
             moments = truncated.apply_(student, teacher, spec)
         scale = out = None
         if gradient.needed:

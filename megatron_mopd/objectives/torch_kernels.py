@@ -27,30 +27,34 @@ from megatron_mopd.objectives.definitions import (
 TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
 
 
-def statistics(student: Tensor, teacher: Tensor, spec: DivergenceSpec, masked: bool = False) -> Tensor:
-    """Local softmax statistics of both blocks -> [5, rows].
+def statistics(
+    student: Tensor, teacher: Tensor, spec: DivergenceSpec, masked: bool = False, entropy: bool = False
+) -> Tensor:
+    """Local softmax statistics of both blocks -> [5, rows], with `entropy` [7, rows].
 
     Rows of the result: student maximum a, teacher maximum b, student sum of exp(z - a), teacher sum of
-    exp(u - b), and for reverse KL the sum of exp(z - a) ((z - a) - (u - b)).
+    exp(u - b), and for reverse KL the sum of exp(z - a) ((z - a) - (u - b)); with `entropy` the sums of
+    exp(z - a) (z - a) and of exp(u - b) (u - b).
     """
     dtype = statistics_dtype(student.dtype)
-    result = torch.zeros(5, student.shape[0], dtype=dtype, device=student.device)
+    result = torch.zeros(7 if entropy else 5, student.shape[0], dtype=dtype, device=student.device)
     if student.shape[1] == 0:
         result[:2] = LOGIT_FLOOR
         return result
-    for rows, (z_buffer, u_buffer, a, b) in tiles(student, 4, dtype):
+    for rows, (z_buffer, u_buffer, a, b, *scratch) in tiles(student, 5 if entropy else 4, dtype):
         z = load(student[rows], spec.inverse_temperature, masked, z_buffer)
         u = load(teacher[rows], spec.inverse_temperature, masked, u_buffer)
         z_max, u_max = z.amax(-1, keepdim=True), u.amax(-1, keepdim=True)
         torch.sub(z, z_max, out=a)
         torch.sub(u, u_max, out=b)
-        if spec.kind == "reverse_kl":
-            cross = torch.sub(a, b, out=z_buffer)
-            result[4, rows] = cross.mul_(a.exp_()).sum(-1)
-        else:
-            a.exp_()
+        z_exp, u_exp = torch.exp(a, out=z_buffer), torch.exp(b, out=u_buffer)
         result[0, rows], result[1, rows] = z_max.squeeze(-1), u_max.squeeze(-1)
-        result[2, rows], result[3, rows] = a.sum(-1), b.exp_().sum(-1)
+        result[2, rows], result[3, rows] = z_exp.sum(-1), u_exp.sum(-1)
+        if entropy:
+            result[5, rows] = torch.mul(a, z_exp, out=scratch[0]).sum(-1)
+            result[6, rows] = torch.mul(b, u_exp, out=scratch[0]).sum(-1)
+        if spec.kind == "reverse_kl":
+            result[4, rows] = a.sub_(b).mul_(z_exp).sum(-1)
     return result
 
 

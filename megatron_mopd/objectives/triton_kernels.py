@@ -34,10 +34,14 @@ if triton.knobs.runtime.interpret:  # nothing to time, and several columns block
     _CONFIGS = [triton.Config({"BLOCK": 16})]
 
 
-def statistics(student: Tensor, teacher: Tensor, spec: DivergenceSpec, masked: bool = False) -> Tensor:
-    """Local softmax statistics of both blocks -> [5, rows], as `torch_kernels.statistics`."""
+def statistics(
+    student: Tensor, teacher: Tensor, spec: DivergenceSpec, masked: bool = False, entropy: bool = False
+) -> Tensor:
+    """Local softmax statistics of both blocks -> [5 or 7, rows], as `torch_kernels.statistics`."""
     rows, columns = student.shape
-    result = torch.zeros(5, rows, dtype=statistics_dtype(student.dtype), device=student.device)
+    result = torch.zeros(
+        7 if entropy else 5, rows, dtype=statistics_dtype(student.dtype), device=student.device
+    )
     if columns == 0:
         result[:2] = LOGIT_FLOOR
     if rows == 0 or columns == 0:
@@ -54,6 +58,7 @@ def statistics(student: Tensor, teacher: Tensor, spec: DivergenceSpec, masked: b
         INVERSE_TEMPERATURE=spec.inverse_temperature,
         MASKED=masked,
         WITH_CROSS=spec.kind == "reverse_kl",
+        WITH_ENTROPY=entropy,
     )
     return result
 
@@ -138,12 +143,14 @@ def _statistics_kernel(
     INVERSE_TEMPERATURE: tl.constexpr,
     MASKED: tl.constexpr,
     WITH_CROSS: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = result.dtype.element_ty
     z_max, u_max = tl.full([], _FLOOR, dtype), tl.full([], _FLOOR, dtype)
     z_sum, u_sum, cross = tl.full([], 0, dtype), tl.full([], 0, dtype), tl.full([], 0, dtype)
+    z_score, u_score = tl.full([], 0, dtype), tl.full([], 0, dtype)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < columns
@@ -152,19 +159,27 @@ def _statistics_kernel(
         new_z_max, new_u_max = tl.maximum(z_max, tl.max(z, 0)), tl.maximum(u_max, tl.max(u, 0))
         z_decay, u_decay = tl.exp(z_max - new_z_max), tl.exp(u_max - new_u_max)
         z_shifted, u_shifted = z - new_z_max, u - new_u_max
-        z_exp = tl.exp(z_shifted)
+        z_exp, u_exp = tl.exp(z_shifted), tl.exp(u_shifted)
         if WITH_CROSS:  # its reference z_max - u_max moves with the maxima
             moved = (z_max - u_max) - (new_z_max - new_u_max)
             terms = tl.where(inside, z_exp * (z_shifted - u_shifted), 0)
             cross = (cross + moved * z_sum) * z_decay + tl.sum(terms, 0)
+        if WITH_ENTROPY:
+            z_score = (z_score + (z_max - new_z_max) * z_sum) * z_decay
+            z_score += tl.sum(tl.where(inside, z_exp * z_shifted, 0), 0)
+            u_score = (u_score + (u_max - new_u_max) * u_sum) * u_decay
+            u_score += tl.sum(tl.where(inside, u_exp * u_shifted, 0), 0)
         z_sum = z_sum * z_decay + tl.sum(tl.where(inside, z_exp, 0), 0)
-        u_sum = u_sum * u_decay + tl.sum(tl.where(inside, tl.exp(u_shifted), 0), 0)
+        u_sum = u_sum * u_decay + tl.sum(tl.where(inside, u_exp, 0), 0)
         z_max, u_max = new_z_max, new_u_max
     tl.store(result + row, z_max)
     tl.store(result + rows + row, u_max)
     tl.store(result + 2 * rows + row, z_sum)
     tl.store(result + 3 * rows + row, u_sum)
     tl.store(result + 4 * rows + row, cross)
+    if WITH_ENTROPY:
+        tl.store(result + 5 * rows + row, z_score)
+        tl.store(result + 6 * rows + row, u_score)
 
 
 @triton.autotune(configs=_CONFIGS, key=["columns"])

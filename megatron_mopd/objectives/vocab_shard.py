@@ -15,22 +15,27 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Rank `rank` of `size` in `group`: `columns` local columns, the first `valid` of them real."""
+    """Rank `rank` of `size` in `group`: `columns` local columns, the first `valid` of them real; `total`
+    real columns on all ranks."""
 
     group: dist.ProcessGroup | None
     rank: int
     size: int
     columns: int
     valid: int
+    total: int
 
     @classmethod
     def of(cls, columns: int, group: dist.ProcessGroup | None, vocab_size: int | None) -> "VocabShard":
         """The shard of this rank; `group=None` means that the vocabulary is not sharded at all.
 
         Raises:
-            ValueError: `vocab_size` is below 1 or larger than all shards together.
+            ValueError: `vocab_size` is below 1 or larger than all shards together, or this process is not in
+                `group`.
         """
         rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        if rank < 0:
+            raise ValueError(f"group must contain this process (global rank {dist.get_rank()}), it does not")
         padded = columns * size
         if vocab_size is None:
             vocab_size = padded
@@ -38,7 +43,8 @@ class VocabShard:
             raise ValueError(
                 f"vocab_size must be in [1, {padded}] ({size} shards of {columns} columns), got {vocab_size}"
             )
-        return cls(group, rank, size, columns, min(max(vocab_size - rank * columns, 0), columns))
+        valid = min(max(vocab_size - rank * columns, 0), columns)
+        return cls(group, rank, size, columns, valid, vocab_size)
 
     @property
     def offset(self) -> int:
@@ -82,24 +88,22 @@ def merge_log_sum_exp(local: torch.Tensor, shard: VocabShard) -> torch.Tensor:
     return maximum + (gathered[:, 1] * (gathered[:, 0] - maximum).exp()).sum(0).log()
 
 
-def agree(
-    group: dist.ProcessGroup | None, device: torch.device, check: Callable[[], dict[str, int]]
-) -> dict[str, int]:
+def agree(group: dist.ProcessGroup | None, check: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Run `check` on this rank and make every rank of `group` raise if any rank's check fails or differs.
 
-    `check` raises ValueError on bad input or returns named integers (token count, shard width, ...) that must
-    be the same on all ranks. A rank that raised alone would leave its peers waiting in their next collective;
-    here the message of the failing rank is the one every rank raises.
+    `check` raises ValueError on bad input or returns named numbers (token count, shard width, temperature,
+    ...) that must be the same on all ranks. A rank that raised alone would leave its peers waiting in their
+    next collective; here the message of the failing rank is the one every rank raises.
 
-    Collectives: one all-reduce (MAX) of two integers a fact, some 200 bytes a call whatever the token count.
-    Only when something is wrong, one gather of the reports.
+    Collectives: one all-reduce (MAX) of [2, 16] fp64, 256 bytes a call whatever the token count. Only when
+    something is wrong, one gather of the reports.
     """
     problem, facts = None, {}
     try:
         facts = check()
     except ValueError as error:
         problem = str(error)
-    if group is None or dist.get_world_size(group) == 1:
+    if group is None or dist.get_world_size(group) < 2:  # -1 in a process outside the group
         if problem is not None:
             raise ValueError(problem)
         return facts
@@ -108,7 +112,9 @@ def agree(
     values = [problem is not None, len(facts), *facts.values()]
     assert len(values) <= _FACT_SLOTS, "raise _FACT_SLOTS"
     values += [0] * (_FACT_SLOTS - len(values))
-    extremes = torch.tensor([values, [-value for value in values]], dtype=torch.int64, device=device)
+    # The group's own device: a tensor on a wrong one is among the mistakes to report.
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    extremes = torch.tensor([values, [-value for value in values]], dtype=torch.float64, device=device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     largest, negated_smallest = extremes.tolist()
     if largest[0] == 0 and largest == [-value for value in negated_smallest]:
@@ -118,10 +124,10 @@ def agree(
     raise ValueError(_describe_disagreement(reports))
 
 
-_FACT_SLOTS = 12
+_FACT_SLOTS = 16
 
 
-def _describe_disagreement(reports: list[tuple[str | None, dict[str, int]]]) -> str:
+def _describe_disagreement(reports: list[tuple[str | None, dict[str, float]]]) -> str:
     """One sentence from all ranks' reports: the problems if there are any, else the facts that differ."""
     problems = [f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(reports) if problem is not None]
     if problems:

@@ -36,7 +36,7 @@ def compile_for_hopper(kernel, config, constants):
 def main():
     divergence = {"BETA": 0.5, "LIMIT": 0.1, "WITH_GRADIENT": True}
     kernels = {
-        "statistics": (triton_kernels._statistics_kernel, {"WITH_CROSS": True}),
+        "statistics": (triton_kernels._statistics_kernel, {"WITH_CROSS": True, "WITH_ENTROPY": True}),
         "mean_score": (triton_kernels._mean_score_kernel, {"BETA": 0.5, "LIMIT": 0.1}),
         **{
             kind: (triton_kernels._divergence_kernel, {**divergence, "KIND": kind})

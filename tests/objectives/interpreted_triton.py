@@ -35,9 +35,12 @@ def compare(kind, dtype, temperature, noise, masked):
     """Run the three passes of both paths on the same blocks."""
     spec = DivergenceSpec(kind, 0.3, temperature)
     student, teacher = logits(dtype, noise, kind if masked else None)
-    shard = VocabShard(None, 0, 1, COLUMNS, COLUMNS)
-    expected = torch_kernels.statistics(student, teacher, spec, masked)
-    close(triton_kernels.statistics(student, teacher, spec, masked), expected, dtype, statistics=True)
+    shard = VocabShard.of(COLUMNS, None, None)
+    expected = torch_kernels.statistics(student, teacher, spec, masked, entropy=True)
+    interpreted = triton_kernels.statistics(student, teacher, spec, masked, entropy=True)
+    for got, want in zip(interpreted, expected):
+        close(got, want, dtype, statistics=True)
+    assert torch.equal(triton_kernels.statistics(student, teacher, spec, masked), interpreted[:5])
     moments = merge_statistics(expected, shard, spec)
     if kind == "jsd":
         score = torch_kernels.mean_score(student, teacher, moments, spec, masked)
@@ -75,7 +78,7 @@ def identical_models_give_zero():
     for kind in DIVERGENCES:
         spec = DivergenceSpec(kind)
         statistics = triton_kernels.statistics(student, student.clone(), spec)
-        moments = merge_statistics(statistics, VocabShard(None, 0, 1, COLUMNS, COLUMNS), spec)
+        moments = merge_statistics(statistics, VocabShard.of(COLUMNS, None, None), spec)
         value = triton_kernels.divergence(student, student.clone(), moments, spec)
         assert torch.equal(value, torch.zeros_like(value)), kind
 
@@ -87,7 +90,7 @@ def nan_stays_visible():
             student[1, 7], teacher[2, 40] = torch.nan, torch.inf
             spec = DivergenceSpec(kind)
             statistics = triton_kernels.statistics(student, teacher, spec, masked)
-            moments = merge_statistics(statistics, VocabShard(None, 0, 1, COLUMNS, COLUMNS), spec)
+            moments = merge_statistics(statistics, VocabShard.of(COLUMNS, None, None), spec)
             value = triton_kernels.divergence(student, teacher, moments, spec, masked=masked)
             assert torch.isfinite(value).tolist() == [True, False, False, True], (kind, masked, value)
 
@@ -98,7 +101,9 @@ def empty_blocks():
         block = torch.empty(rows, columns)
         statistics = triton_kernels.statistics(block, block, spec)
         assert torch.equal(statistics, torch_kernels.statistics(block, block, spec))
-        moments = merge_statistics(torch.ones(5, rows), VocabShard(None, 0, 1, columns, columns), spec)
+        moments = merge_statistics(
+            torch.ones(5, rows), VocabShard(None, 0, 1, columns, columns, columns), spec
+        )
         for function in (triton_kernels.mean_score, triton_kernels.divergence):
             assert torch.equal(function(block, block, moments, spec), torch.zeros(rows))
 

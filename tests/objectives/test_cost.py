@@ -14,7 +14,7 @@ from tests.objectives.cases import tp_group
 
 TOKENS, CHUNK, WIDTH, COLUMNS = 20, 8, 6, 16
 CHUNKS = 3
-AGREEMENT = ("all_reduce", (2, 12))
+AGREEMENT = ("all_reduce", (2, 16))
 HIDDEN_SUMS = [("all_reduce", (rows, WIDTH)) for rows in (8, 8, 4)]
 
 
@@ -147,7 +147,7 @@ def test_collectives(ranks, what, options, forward, backward):
 
 def test_bytes_per_token(ranks):
     """24 bytes a token beyond what a bare head needs, and a constant for the agreement."""
-    agreement = 2 * 12 * 8
+    agreement = 2 * 16 * 8
     for _, _, size in ranks(2, collectives_of, "linear_kl", {}):
         assert size == 24 * TOKENS + agreement
 
