@@ -64,24 +64,30 @@ class CountCollectives:
         )
 
 
-def peak_memory(function, device):
-    """Peak bytes that `function()` allocates beyond what is allocated before it."""
+def memory_use(function, device):
+    """(peak bytes, bytes kept) that `function()` allocates beyond what is allocated before it.
+
+    Kept is what its result still holds, so let `function` return what must live on.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        function()
+        result = function()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        kept = torch.cuda.memory_allocated() - before
+        del result
+        return torch.cuda.max_memory_allocated() - before, kept
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
+        result = function()
     events = profiler.profiler.kineto_results.events()
+    del result
     peak = current = 0
     for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         current += size
         peak = max(peak, current)
-    return peak
+    return peak, current
 
 
 class _SumReplicated(torch.autograd.Function):
@@ -255,7 +261,7 @@ def measure(tokens, methods, args, device, group, tp, rank):
                 assert (got.float() - want.float()).norm() <= 2e-2 * want.float().norm(), f"{name} disagrees"
         del loss
         inputs[0].grad = inputs[1].grad = None
-        peak = peak_memory(partial(run_once, method, inputs, group, args.chunk), device)
+        peak, _ = memory_use(partial(run_once, method, inputs, group, args.chunk), device)
         results[name] = (peak - gradients, forward / tokens)
         wall, cpu = (statistics.median(sample[i] for sample in times[name]) for i in range(2))
         ratios = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.divergence import CountCollectives, peak_memory
+from benchmarks.divergence import CountCollectives, memory_use
 from megatron_mopd.objectives import (
     linear_cross_entropy,
     linear_kl,
@@ -145,33 +145,73 @@ def test_collectives(ranks, what, options, forward, backward):
         assert sorted(in_backward) == sorted(backward)
 
 
-def test_bytes_per_token(ranks):
-    """24 bytes a token beyond what a bare head needs, and a constant for the agreement."""
+@pytest.mark.parametrize("divergence, size", [("reverse_kl", 24), ("forward_kl", 20), ("jsd", 24)])
+def test_bytes_per_token(ranks, divergence, size):
+    """At most 32 bytes a token beyond what a bare head needs, and a constant for the agreement."""
     agreement = 2 * 16 * 8
-    for _, _, size in ranks(2, collectives_of, "linear_kl", {}):
-        assert size == 24 * TOKENS + agreement
+    for _, _, total in ranks(2, collectives_of, "linear_kl", {"divergence": divergence}):
+        assert total == size * TOKENS + agreement
 
 
-def peak_of_linear_kl(rank, tokens, chunk):
-    """Allocator peak beyond inputs and the gradients to return, in bytes."""
-    hidden, weight, teacher_hidden, teacher_weight = problem(rank, tokens, width=16, columns=2048)
-    token_weight = torch.ones(tokens)
+def memory_of(rank, what, tokens, chunk):
+    """Bytes: (forward's peak, what it keeps, backward's peak), beyond inputs and the gradients returned.
 
-    def step():
-        loss, _ = linear_kl(
-            hidden, weight, teacher_hidden, teacher_weight, token_weight=token_weight, chunk_size=chunk
-        )
-        loss.backward()
+    The backward's peak is relative to the memory held when it starts.
+    """
+    hidden, weight, teacher_hidden, teacher_weight = problem(rank, tokens, width=64, columns=2048)
+    token_weight, ids = torch.ones(tokens), torch.arange(tokens) % 2048
 
-    step()
+    def forward():
+        if what == "linear_kl":
+            return linear_kl(
+                hidden, weight, teacher_hidden, teacher_weight, token_weight=token_weight, chunk_size=chunk
+            )[0]
+        if what == "linear_cross_entropy":
+            return linear_cross_entropy(hidden, weight, ids, token_weight=token_weight, chunk_size=chunk)[0]
+        return sampled_token_logprobs(hidden, weight, ids, chunk_size=chunk).sum()
+
+    forward().backward()  # allocations that happen once in a process
     hidden.grad = weight.grad = None
-    return peak_memory(step, torch.device("cpu")) - 4 * (hidden.numel() + weight.numel())
+    gradients = 4 * (hidden.numel() + weight.numel())
+    results = []
+    peak, kept = memory_use(lambda: results.append(forward()), torch.device("cpu"))
+    backward_peak, _ = memory_use(results[0].backward, torch.device("cpu"))
+    if what == "sampled_token_logprobs":  # its gradients come to be in the backward
+        return peak, kept, backward_peak - gradients
+    return peak - gradients, kept - gradients, backward_peak
 
 
-def test_peak_memory_grows_with_the_chunk_and_not_with_tokens(ranks):
-    small, large = (ranks(1, peak_of_linear_kl, tokens, 128)[0] for tokens in (512, 2048))
-    assert large <= 1.1 * small, (small, large)
-    two_chunks = 2 * 128 * 2048 * 4
+@pytest.mark.parametrize("what", ["linear_kl", "linear_cross_entropy", "sampled_token_logprobs"])
+def test_memory_grows_with_the_chunk_and_not_with_tokens(ranks, what):
+    """In forward and backward, and no logits between them. 1024 tokens of logits would be 8 MiB a model, and
+    a copy of the hidden gradient 0.25 MiB."""
+    small, large = (ranks(1, memory_of, what, tokens, 64)[0] for tokens in (256, 1024))
+    scalars = 64 * 1024  # a few numbers a token
+    for peak_of_few, peak_of_many in zip(small, large):
+        assert peak_of_many <= 1.05 * peak_of_few + scalars, (small, large)
+    forward_peak, kept, backward_peak = large
+    two_chunks = 2 * 64 * 2048 * 4
     tiles = 8 * 2**17 * 4
-    assert large < two_chunks + tiles + 2**19
-    assert ranks(1, peak_of_linear_kl, 2048, 1024)[0] > large
+    assert forward_peak < two_chunks + tiles + 2**19
+    assert kept < scalars
+    assert backward_peak < (two_chunks + tiles + 2**19 if what == "sampled_token_logprobs" else scalars)
+    assert ranks(1, memory_of, what, 1024, 512)[0][0] > forward_peak
+
+
+def test_retaining_the_graph_keeps_the_buffers(ranks):
+    """Buffers are given away only where no second backward can ask for them."""
+    once, twice, stolen = ranks(1, _retain)[0]
+    assert torch.equal(2 * once, twice)
+    assert stolen
+
+
+def _retain(rank):
+    hidden, weight, teacher_hidden, teacher_weight = problem(rank)
+    loss, _ = linear_kl(hidden, weight, teacher_hidden, teacher_weight, token_weight=torch.ones(TOKENS))
+    once = torch.autograd.grad(loss, hidden, retain_graph=True)[0].clone()
+    twice = once + torch.autograd.grad(loss, hidden)[0]
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return once, twice, "second time" in str(error)
+    return once, twice, False
