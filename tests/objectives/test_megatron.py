@@ -3,12 +3,16 @@
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
+from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.objectives import linear_cross_entropy, linear_kl, sampled_token_logprobs
+from tests import _models
 from tests.objectives import oracle
 from tests.objectives.cases import Case, build, run_linear_kl, shard, tp_group
 
 CASE = Case(tokens=8)
+SMALL = _models.DENSE | {"num_layers": 1}
 
 
 def kl(hidden, weight, inputs, rank, rows=slice(None), **options):
@@ -137,6 +141,113 @@ def in_pieces(rank, split):
     joined = torch.cat([torch.empty_like(weight.grad) for _ in range(2)])
     dist.all_gather_into_tensor(joined, weight.grad)
     return total, hidden.grad, joined
+
+
+def layout(tp):
+    """This rank's (tensor-parallel group, rank in it, context-parallel group, rank in it) on 4 ranks."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    tp_groups = [dist.new_group(range(start, start + tp)) for start in range(0, world, tp)]
+    cp_groups = [dist.new_group(range(offset, world, tp)) for offset in range(tp)]
+    return tp_groups[rank // tp], rank % tp, cp_groups[rank % tp], rank // tp
+
+
+def context_parallel(rank, tp, tokens_of):
+    """Each context-parallel rank has its own tokens and calls alone; gradients are summed over the group."""
+    tp_group, tp_rank, cp_group, cp_rank = layout(tp)
+    inputs = build(CASE)
+    rows = torch.tensor(tokens_of[cp_rank], dtype=torch.long)
+    columns = inputs.weight.shape[0] // tp
+    block = slice(tp_rank * columns, (tp_rank + 1) * columns)
+    hidden = inputs.hidden[rows].requires_grad_()
+    weight = inputs.weight[block].clone().requires_grad_()
+    loss, _ = linear_kl(
+        hidden,
+        weight,
+        inputs.teacher_hiddens[0][rows],
+        inputs.teacher_weights[0][block],
+        token_weight=inputs.token_weight[rows],
+        group=tp_group,
+        vocab_size=CASE.vocab_size,
+        chunk_size=CASE.chunk_size,
+    )
+    loss.backward()
+    total = torch.stack([loss.detach()])
+    dist.all_reduce(total, group=cp_group)
+    dist.all_reduce(weight.grad, group=cp_group)
+    return total[0], rows, hidden.grad, (tp_rank, weight.grad)
+
+
+@pytest.mark.parametrize(
+    "tp, tokens_of",
+    [
+        (2, [[0, 1, 6, 7], [2, 3, 4, 5]]),  # megatron-core's zigzag: first and last quarter, middle half
+        (2, [[], list(range(8))]),  # a rank without a token, whose group mates still sum
+        (1, [[5], [0, 2, 7, 4], [], [1, 3, 6]]),
+    ],
+)
+def test_context_parallel_ranks(ranks, tp, tokens_of):
+    """Real groups, none of them the default one: ranks of another group are not waited for."""
+    loss, _, hidden_grad, weight_grad = oracle.linear_divergence(CASE, build(CASE))
+    shards = {}
+    for total, rows, found, (tp_rank, shard_grad) in ranks(4, context_parallel, tp, tokens_of):
+        torch.testing.assert_close(total, loss)
+        torch.testing.assert_close(found, hidden_grad[rows])
+        torch.testing.assert_close(shard_grad, shards.setdefault(tp_rank, shard_grad))
+    torch.testing.assert_close(torch.cat([shards[tp_rank] for tp_rank in range(tp)]), weight_grad)
+
+
+def fused_in_a_model(rank, tied, sequence_parallel):
+    """main_grad of every parameter of a model under megatron-core's own DDP, fused and not."""
+    parallel = {
+        "tensor_model_parallel_size": dist.get_world_size(),
+        "sequence_parallel": sequence_parallel,
+    }
+    model = {"share_embeddings_and_output_weights": tied}
+    learner = _models.make_learner(SMALL, parallel, kind="sft", model=model)
+    (wrapped,) = learner.chunks
+    chunk = unwrap(wrapped)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(_models.VOCAB, (2, 8), generator=generator)
+    positions = torch.arange(8).expand(2, 8)
+    teacher_hidden = torch.randn(16, 12, generator=generator, dtype=torch.float64)
+    padded = chunk.head_weight().shape[0] * dist.get_world_size()
+    teacher_weight = shard(torch.randn(padded, 12, generator=generator, dtype=torch.float64), rank)
+    result = []
+    for fused in (False, True):
+        wrapped.zero_grad_buffer()
+        for _ in range(2):  # micro-batches accumulate
+            hidden = wrapped(tokens, positions, None)
+            if sequence_parallel:
+                hidden = gather_from_sequence_parallel_region(
+                    hidden, tensor_parallel_output_grad=True, group=learner.groups.tp
+                )
+            loss, _ = linear_kl(
+                hidden.flatten(0, 1),
+                chunk.head_weight(),
+                teacher_hidden,
+                teacher_weight,
+                token_weight=torch.full((16,), 1 / 16),
+                group=learner.groups.tp,
+                vocab_size=_models.VOCAB,
+                chunk_size=5,
+                reduce_hidden_grad=not sequence_parallel,
+                accumulate_into_main_grad=fused,
+            )
+            loss.backward()
+        result.append({name: p.main_grad.clone() for name, p in chunk.named_parameters()})
+    head = chunk.head_weight()
+    return *result, getattr(head, "zero_out_wgrad", False), head.grad_added_to_main_grad
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tp, sequence_parallel", [(1, False), (2, False), (2, True)])
+def test_fused_accumulation_in_a_model_under_ddp(ranks, tied, tp, sequence_parallel):
+    for plain, fused, zero_out, added in ranks(tp, fused_in_a_model, tied, sequence_parallel):
+        assert zero_out == tied and added
+        assert plain.keys() == fused.keys()
+        for name, expected in plain.items():
+            assert expected.abs().max() > 0, name
+            torch.testing.assert_close(fused[name], expected, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_chunk_size_does_not_matter(ranks):
