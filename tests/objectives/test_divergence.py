@@ -71,14 +71,15 @@ def test_any_shape(ranks, tp, kind, tokens, columns, padding, temperature, scale
     check(ranks, tp, student, teacher, vocab_size, *kind, temperature, rtol=1e-8, atol=1e-9 * max(1, scale))
 
 
+@pytest.mark.parametrize("tp", TP)
 @pytest.mark.parametrize("kind, beta", KINDS)
-def test_extreme_logits(ranks, kind, beta):
+def test_extreme_logits(ranks, tp, kind, beta):
     """Logits of +-1e4 overflow every exponential that is not taken relative to the maximum."""
     torch.manual_seed(2)
     student = torch.where(torch.rand(6, 16) < 0.5, -1e4, 1e4) + torch.randn(6, 16)
     teacher = torch.where(torch.rand(6, 16) < 0.5, -1e4, 1e4) + torch.randn(6, 16)
     for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 1e-2)):
-        check(ranks, 2, student.to(dtype), teacher.to(dtype), 15, kind, beta, rtol=rtol, atol=rtol)
+        check(ranks, tp, student.to(dtype), teacher.to(dtype), 15, kind, beta, rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize("kind, beta", KINDS)
@@ -91,7 +92,7 @@ def test_never_negative_where_fp32_resolves_little(ranks, kind, beta):
         assert (value >= 0).all()
 
 
-@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize("tp", TP)
 @pytest.mark.parametrize("kind, beta", KINDS)
 def test_masked_tokens(ranks, tp, kind, beta):
     """-inf logits that the divergence's numerator also excludes; at TP 4 one shard is masked altogether."""

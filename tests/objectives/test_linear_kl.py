@@ -205,10 +205,74 @@ def _backward_twice(rank, case):
     return once, hidden.grad
 
 
+@pytest.mark.parametrize("tp", TP)
+@pytest.mark.parametrize("kind, beta", KINDS)
+def test_extreme_logits(ranks, tp, kind, beta):
+    """Logits of about +-1e4, from hidden states and weights, in fp64 and fp32."""
+    case = Case(divergence=kind, beta=beta, logit_scale=4e3, tokens=12)
+    inputs = build(case)
+    largest = (inputs.hidden @ inputs.weight[:29].t()).abs().max()
+    assert 1e4 < largest < 5e4
+    assert_matches(ranks(tp, run_linear_kl, case), oracle.linear_divergence(case, inputs), 1e-9, 1e-6)
+    case = case.but(dtype=torch.float32)
+    results = ranks(tp, run_linear_kl, case)
+    expected = oracle.linear_divergence(case, build(case))
+    actual = [*results[0][:3], torch.cat([result[3] for result in results])]
+    # fp32 logits of this size are known to 1e-3: so are log-ratios, whose errors the other factor multiplies.
+    spacing = torch.finfo(torch.float32).eps * largest
+    for got, want, factor in zip(actual, expected, (10, 10, 10 * case.logit_scale, 10)):
+        torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=float(factor * spacing))
+
+
+@pytest.mark.parametrize("tp", TP)
+@pytest.mark.parametrize("top_k", [None, 4])
+@pytest.mark.parametrize("kind, beta", [("reverse_kl", 0.5), ("forward_kl", 0.5), ("jsd", 0.5)])
+def test_near_convergence(ranks, tp, top_k, kind, beta):
+    """Per-token divergences of about 1e-7 in fp32, two heads of one hidden state: far within 1e-3."""
+    results = ranks(tp, _nearly_converged, top_k, kind, beta)
+    for per_token, expected in results:
+        assert (1e-8 if top_k is None else 1e-9) < expected.min() and expected.max() < 1e-6
+        assert (per_token > 0).all()
+        # Over k + 1 outcomes the divergence is a tenth of that, and the tail's mass is known to fp32 only.
+        assert ((per_token.double() - expected) / expected).abs().max() < (1e-5 if top_k is None else 1e-3)
+
+
+def _nearly_converged(rank, top_k, kind, beta):
+    """Small integers over powers of two: the products are exact, so only the divergence rounds."""
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator).float()
+
+    hidden, weight = integers(-8, 9, 6, 16) / 16, integers(-8, 9, 512, 16) / 8
+    size = 2**-10 if kind == "jsd" else 2**-11
+    moved = weight + integers(-1, 2, 512, 16) * size
+    _, per_token = linear_kl(
+        hidden,
+        shard(weight, rank),
+        hidden,
+        shard(moved, rank),
+        token_weight=torch.ones(6),
+        group=tp_group(),
+        divergence=kind,
+        beta=beta,
+        vocab_size=509,
+        top_k=top_k,
+    )
+    log_p, log_q = oracle.log_softmaxes(hidden @ weight.t(), hidden @ moved.t(), vocab_size=509)
+    if top_k is not None:
+        log_p, log_q = oracle.truncate(log_p, log_q, top_k, "teacher")
+    return per_token, oracle.divergence(log_p, log_q, kind, beta)
+
+
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
 def test_gradcheck(ranks, kind):
     assert all(ranks(1, _gradcheck, Case(divergence=kind, beta=0.3, temperature=1.3)))
     assert all(ranks(1, _gradcheck, Case(divergence=kind, beta=0.3, top_k=4)))
+
+
+def test_gradcheck_of_several_teachers(ranks):
+    assert all(ranks(1, _gradcheck, Case(teacher_widths=(5, 3), mixture="per token", temperature=1.3)))
 
 
 def _gradcheck(rank, case):
@@ -226,6 +290,7 @@ def _gradcheck(rank, case):
             temperature=case.temperature,
             vocab_size=case.vocab_size,
             chunk_size=case.chunk_size,
+            mixture_weight=inputs.mixture_weight,
             top_k=case.top_k,
         )[0]
 
