@@ -73,10 +73,9 @@ class DivergenceSpec:
     def inverse_temperature(self) -> float:
         return 1.0 / self.temperature
 
-    def facts(self) -> dict[str, float]:
+    def facts(self) -> dict[str, float | str]:
         """What all ranks of a group must have alike (see `vocab_shard.agree`)."""
-        kind = DIVERGENCES.index(self.kind)
-        return {"divergence": kind, "beta": self.beta, "temperature": self.temperature}
+        return {"divergence": self.kind, "beta": self.beta, "temperature": self.temperature}
 
 
 def check_temperature(temperature: float) -> None:

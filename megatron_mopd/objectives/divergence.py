@@ -83,7 +83,7 @@ def vocab_parallel_kl(
             token and the rank.
     """
 
-    def check() -> dict[str, float]:
+    def check() -> dict[str, float | str]:
         spec = DivergenceSpec(divergence, beta, temperature)
         check_pair("logits", student_logits, teacher_logits)
         if student_logits.shape != teacher_logits.shape or student_logits.dim() == 0:

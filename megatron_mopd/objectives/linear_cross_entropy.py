@@ -133,7 +133,7 @@ class _Request:
     ) -> "_Request":
         """Check the arguments on every rank of `group` together; raises ValueError on all or on none."""
 
-        def check() -> dict[str, float]:
+        def check() -> dict[str, float | str]:
             check_head("student", hidden, weight)
             check_temperature(temperature)
             check_chunk_size(chunk_size)

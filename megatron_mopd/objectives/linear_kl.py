@@ -97,7 +97,7 @@ def linear_kl(
     teacher_hiddens = _as_list(teacher_hidden)
     teacher_weights = _as_list(teacher_weight)
 
-    def check() -> dict[str, float]:
+    def check() -> dict[str, float | str]:
         spec = DivergenceSpec(divergence, beta, temperature)
         check_head("student", student_hidden, student_weight)
         check_mixture(len(teacher_hiddens), len(teacher_weights), mixture_weight, student_hidden, spec, top_k)
@@ -128,7 +128,7 @@ def linear_kl(
             **spec.facts(),
             "number of teachers": len(teacher_hiddens),
             "top_k": top_k or 0,
-            "top_k from the student": top_k_from == "student",
+            "top_k_from": top_k_from,
             "diagnostics_top_k": diagnostics_top_k or 0,
             "hidden gradient needed": student_hidden.requires_grad and torch.is_grad_enabled(),
             "weight gradient needed": student_weight.requires_grad and torch.is_grad_enabled(),

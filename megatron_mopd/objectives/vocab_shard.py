@@ -6,6 +6,7 @@ package cuts them off (`[:valid]`) before any arithmetic, so they cannot take pa
 metric.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -88,11 +89,13 @@ def merge_log_sum_exp(local: torch.Tensor, shard: VocabShard) -> torch.Tensor:
     return maximum + (gathered[:, 1] * (gathered[:, 0] - maximum).exp()).sum(0).log()
 
 
-def agree(group: dist.ProcessGroup | None, check: Callable[[], dict[str, float]]) -> dict[str, float]:
+def agree(
+    group: dist.ProcessGroup | None, check: Callable[[], dict[str, float | str]]
+) -> dict[str, float | str]:
     """Run `check` on this rank and make every rank of `group` raise if any rank's check fails or differs.
 
-    `check` raises ValueError on bad input or returns named numbers (token count, shard width, temperature,
-    ...) that must be the same on all ranks. A rank that raised alone would leave its peers waiting in their
+    `check` raises ValueError on bad input or returns named facts (token count, shard width, temperature, ...)
+    that must be the same on all ranks. A rank that raised alone would leave its peers waiting in their
     next collective; here the message of the failing rank is the one every rank raises.
 
     Collectives: one all-reduce (MAX) of [2, 16] fp64, 256 bytes a call whatever the token count. Only when
@@ -109,7 +112,7 @@ def agree(group: dist.ProcessGroup | None, check: Callable[[], dict[str, float]]
         return facts
 
     # A fixed number of slots lets a rank without facts join; a value and its negative give both extremes.
-    values = [problem is not None, len(facts), *facts.values()]
+    values = [problem is not None, len(facts), *map(_as_number, facts.values())]
     assert len(values) <= _FACT_SLOTS, "raise _FACT_SLOTS"
     values += [0] * (_FACT_SLOTS - len(values))
     # The group's own device: a tensor on a wrong one is among the mistakes to report.
@@ -127,7 +130,11 @@ def agree(group: dist.ProcessGroup | None, check: Callable[[], dict[str, float]]
 _FACT_SLOTS = 16
 
 
-def _describe_disagreement(reports: list[tuple[str | None, dict[str, float]]]) -> str:
+def _as_number(fact: float | str) -> float:
+    return zlib.crc32(fact.encode()) if isinstance(fact, str) else fact
+
+
+def _describe_disagreement(reports: list[tuple[str | None, dict[str, float | str]]]) -> str:
     """One sentence from all ranks' reports: the problems if there are any, else the facts that differ."""
     problems = [f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(reports) if problem is not None]
     if problems:

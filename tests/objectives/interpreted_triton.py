@@ -10,6 +10,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
+from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
 from megatron_mopd.objectives import torch_kernels, triton_kernels  # noqa: E402
 from megatron_mopd.objectives.definitions import DIVERGENCES, DivergenceSpec  # noqa: E402
@@ -95,6 +96,53 @@ def nan_stays_visible():
             assert torch.isfinite(value).tolist() == [True, False, False, True], (kind, masked, value)
 
 
+class CountTraffic:
+    """Counts the elements that loads and stores of the interpreted kernels touch, masked ones left out."""
+
+    def __enter__(self):
+        self.read = self.written = 0
+        self._load, self._store = (
+            InterpreterBuilder.create_masked_load,
+            InterpreterBuilder.create_masked_store,
+        )
+
+        def load(builder, pointers, mask, *rest):
+            self.read += int(mask.data.sum())
+            return self._load(builder, pointers, mask, *rest)
+
+        def store(builder, pointers, value, mask, *rest):
+            self.written += int(mask.data.sum())
+            return self._store(builder, pointers, value, mask, *rest)
+
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+        return self
+
+    def __exit__(self, *exception):
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = (
+            self._load,
+            self._store,
+        )
+
+
+def traffic():
+    """Two reads of both blocks and one write in all (JSD one more read), beside a few scalars a row."""
+    for kind in DIVERGENCES:
+        spec = DivergenceSpec(kind)
+        student, teacher = logits(torch.float32, 1.0)
+        block = student.numel()
+        with CountTraffic() as first:
+            statistics = triton_kernels.statistics(student, teacher, spec, entropy=True)
+        moments = merge_statistics(statistics, VocabShard.of(COLUMNS, None, None), spec)
+        with CountTraffic() as extra:
+            if kind == "jsd":
+                triton_kernels.mean_score(student, teacher, moments, spec)
+        with CountTraffic() as second:
+            triton_kernels.divergence(student, teacher, moments, spec, torch.ones(ROWS), student)
+        assert (first.read, first.written) == (2 * block, 7 * ROWS), (first.read, first.written)
+        assert extra.read == (2 * block + 2 * ROWS if kind == "jsd" else 0), extra.read
+        assert (second.read, second.written) == (2 * block + 5 * ROWS, block + ROWS), kind
+
+
 def empty_blocks():
     spec = DivergenceSpec("jsd")
     for rows, columns in ((0, 5), (3, 0)):
@@ -119,6 +167,7 @@ def checks():
     yield "identical models", identical_models_give_zero
     yield "nan", nan_stays_visible
     yield "empty blocks", empty_blocks
+    yield "memory traffic", traffic
 
 
 def main():

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_mopd.objectives import (
     linear_cross_entropy,
@@ -51,6 +52,18 @@ def to_float32(tensor):
     return tensor.float()
 
 
+def elsewhere(tensor):
+    return tensor.to("meta")
+
+
+def to_integer(tensor):
+    return tensor.long()
+
+
+def with_infinity(tensor):
+    return with_nan(tensor).nan_to_num(nan=torch.inf)
+
+
 def repeated(tensor):
     return [tensor, tensor]
 
@@ -81,6 +94,21 @@ BAD = [
     ),
     ({"student_weight": fewer_columns}, r"student hidden and weight must be .* \[7, 6\] and \[18, 5\]"),
     ({"token_weight": fewer_rows}, r"token_weight must be \[T\] = \[7\] .* got \[6\]"),
+    ({"token_weight": elsewhere}, r"token_weight must be \[T\] = \[7\] on cpu, got \[7\] on meta"),
+    (
+        {"student_hidden": elsewhere},
+        "share one floating point dtype and one device, got .* on meta and .* on cpu",
+    ),
+    (
+        {"student_weight": elsewhere},
+        "share one floating point dtype and one device, got .* on cpu and .* on meta",
+    ),
+    (
+        {"teacher_hidden": elsewhere, "teacher_weight": elsewhere},
+        "teacher hidden must have the student's device, cpu, got meta",
+    ),
+    ({"student_hidden": to_integer, "student_weight": to_integer}, "share one floating point dtype"),
+    ({"student_hidden": with_infinity}, "is not finite at token 0 .*student logit of vocabulary id 0 is"),
     ({"token_weight": with_nan}, "token_weight must be finite, got nan at token 0"),
     ({"teacher_hidden": repeated}, "one teacher hidden per teacher weight and at least one, got 2 and 1"),
     (
@@ -105,9 +133,42 @@ def test_a_mistake_on_one_rank_is_raised_on_all(ranks):
         assert message == "rank 1: temperature must be above 0 and finite, got -1.0"
 
 
-def test_ranks_that_disagree(ranks):
-    for message in ranks(2, call_linear_kl, {"chunk_size": 3}, 1):
-        assert "must agree: chunk_size is [1024, 3] on ranks 0 to 1" in message
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"chunk_size": 3}, "chunk_size is [1024, 3] on ranks 0 to 1"),
+        ({"vocab_size": 31}, "vocab_size is [29, 31] on ranks 0 to 1"),
+        ({"temperature": 1.1}, "temperature is [1.0, 1.1] on ranks 0 to 1"),
+        ({"beta": 0.25}, "beta is [0.5, 0.25] on ranks 0 to 1"),
+        ({"divergence": "jsd"}, "divergence is ['reverse_kl', 'jsd'] on ranks 0 to 1"),
+        ({"top_k": 2, "top_k_from": "student"}, "top_k is [0, 2] on ranks 0 to 1; top_k_from is"),
+        ({"reduce_hidden_grad": False}, "reduce_hidden_grad is [True, False] on ranks 0 to 1"),
+        (
+            dict.fromkeys(("student_hidden", "teacher_hidden", "token_weight"), fewer_rows),
+            "number of tokens is [7, 6] on ranks 0 to 1",
+        ),
+        (
+            dict.fromkeys(("student_weight", "teacher_weight"), fewer_rows),
+            "local vocabulary width is [18, 17] on ranks 0 to 1",
+        ),
+    ],
+    ids=str,
+)
+def test_ranks_that_disagree(ranks, changes, expected):
+    """Shards of other sizes than the group's, or other options: silently wrong or a hang, if let through."""
+    for message in ranks(2, call_linear_kl, changes, 1):
+        assert message.startswith("ranks of one tensor-parallel group must agree: ")
+        assert expected in message
+
+
+def call_with_a_group_of_others(rank):
+    others = [dist.new_group([0]), dist.new_group([1])][1 - rank]
+    return call_linear_kl(rank, {"group": others, "vocab_size": None})
+
+
+def test_a_group_without_this_process(ranks):
+    for rank, message in enumerate(ranks(2, call_with_a_group_of_others)):
+        assert message == f"group must contain this process (global rank {rank}), it does not"
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
@@ -149,6 +210,10 @@ def call_others(rank):
         ),
         "shape": message_of(lambda: vocab_parallel_kl(logits, logits[:2], group=tp_group())),
         "dtype": message_of(lambda: vocab_parallel_kl(logits, logits.double(), group=tp_group())),
+        "device": message_of(lambda: vocab_parallel_kl(logits, logits.to("meta"), group=tp_group())),
+        "beta": message_of(lambda: vocab_parallel_kl(logits, logits, divergence="jsd", beta=-0.1)),
+        "vocabulary": message_of(lambda: vocab_parallel_kl(logits, logits, vocab_size=9)),
+        "cold": message_of(lambda: vocab_parallel_kl(logits, logits, temperature=-0.5)),
         "integer": message_of(lambda: vocab_parallel_kl(logits.long(), logits.long(), group=tp_group())),
         "inf": message_of(lambda: vocab_parallel_kl(infinite, logits, group=tp_group())),
         "one-sided mask": message_of(lambda: vocab_parallel_kl(logits, masked, group=tp_group())),
@@ -169,6 +234,10 @@ def test_the_other_functions(ranks):
         assert "chunk_size must be at least 1 token, got -1" in messages["chunk"]
         assert "got [3, 8] and [2, 8]" in messages["shape"]
         assert "dtype, torch.float32, got torch.float64" in messages["dtype"]
+        assert "teacher logits must have the student's device, cpu, got meta" in messages["device"]
+        assert messages["beta"] == "beta must be in [0, 1], got -0.1"
+        assert "vocab_size must be in [1, 8] (1 shards of 8 columns), got 9" in messages["vocabulary"]
+        assert messages["cold"] == "temperature must be above 0 and finite, got -0.5"
         assert "must be floating point, got torch.int64" in messages["integer"]
         assert "not finite at token 1 (rank 0: student logit of vocabulary id 2 is inf" in messages["inf"]
         assert (

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_mopd.objectives import linear_kl, vocab_parallel_kl
+from megatron_mopd.objectives import linear_kl, sampled_token_logprobs, vocab_parallel_kl
 from tests.objectives import oracle
 from tests.objectives.cases import shard, tp_group
 
@@ -80,6 +80,28 @@ def bug_differentiated_nowhere(student, teacher):
     return unfused(student, teacher, SumReplicated.apply, SumReplicated.apply)
 
 
+class GatherSummingGradients(torch.autograd.Function):
+    """All-gather of columns whose backward sums over ranks, as differentiable all-gathers do."""
+
+    @staticmethod
+    def forward(ctx, local):
+        ctx.columns = local.shape[1]
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dist.all_reduce(grad := grad.clone())
+        return grad[:, dist.get_rank() * ctx.columns :][:, : ctx.columns]
+
+
+def bug_differentiable_all_gather(student, teacher):
+    whole = (GatherSummingGradients.apply(logits)[:, :VOCAB] / TEMPERATURE for logits in (student, teacher))
+    log_p, log_q = (logits.log_softmax(-1) for logits in whole)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def bug_teacher_temperature(student, teacher):
     return unfused(student, teacher, temperature=1.0)
 
@@ -130,6 +152,14 @@ def test_collectives_in_autograd_have_the_right_value_and_a_wrong_gradient(ranks
     assert max(gradient_error for _, gradient_error in errors) > 0.1
 
 
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_differentiable_all_gather_gives_tp_times_the_gradient(ranks, tp):
+    """Adam hides the factor; clipping and mixing with another loss do not."""
+    for value_error, gradient_error in ranks(tp, value_and_gradient, bug_differentiable_all_gather):
+        assert value_error < 1e-12
+        assert gradient_error == pytest.approx(tp - 1)
+
+
 @pytest.mark.parametrize(
     "bug", [bug_teacher_temperature, bug_padding_takes_part, bug_teacher_in_lower_precision]
 )
@@ -142,6 +172,57 @@ def test_the_check_fails_wrong_inputs(ranks, bug):
 def test_a_detached_divergence_has_another_gradient(ranks):
     ((_, gradient_error),) = ranks(1, value_and_gradient, bug_detached_divergence_as_advantage)
     assert gradient_error > 0.1
+
+
+def sampled_token_gradients(rank):
+    """Gradients by the student's logits [V], in expectation over the sampled token y ~ p (no sampling noise):
+
+    of sg[KL(p || q)] log p(y), of log p(y) - log q(y) back-propagated for two teachers, of sg[log p(y) - log q(y)]
+    log p(y), and of KL(p || q) by `vocab_parallel_kl`.
+    """
+    torch.manual_seed(4)
+    student, teacher, other = torch.randn(3, 9, dtype=torch.float64)
+    p = student.softmax(-1)
+
+    def expected_gradient(loss_of_tokens):
+        logits = student.clone().requires_grad_()
+        # One row a token, so that each row's log-probability is one hidden state's through the real function.
+        logprobs = sampled_token_logprobs(
+            torch.eye(1, dtype=torch.float64).expand(9, 1), logits.unsqueeze(1), torch.arange(9)
+        )
+        return torch.autograd.grad((p * loss_of_tokens(logprobs)).sum(), logits)[0]
+
+    def kl(teacher):
+        logits = student.clone().requires_grad_()
+        value = vocab_parallel_kl(logits, teacher)
+        return value.detach(), torch.autograd.grad(value, logits)[0]
+
+    log_q, log_other = teacher.log_softmax(-1), other.log_softmax(-1)
+    detached = expected_gradient(lambda logprobs: kl(teacher)[0] * logprobs)
+    direct = expected_gradient(lambda logprobs: logprobs - log_q)
+    direct_other = expected_gradient(lambda logprobs: logprobs - log_other)
+    advantage = expected_gradient(lambda logprobs: (logprobs - log_q).detach() * logprobs)
+    return detached, direct, direct_other, advantage, kl(teacher)[1]
+
+
+def test_which_sampled_token_losses_have_the_gradient_of_the_divergence(ranks):
+    """Only the detached log-ratio as an advantage has; the other two combinations learn nothing."""
+    detached, direct, direct_other, advantage, right = ranks(1, sampled_token_gradients)[0]
+    assert right.norm() > 0.1
+    assert detached.norm() < 1e-12
+    assert torch.equal(direct, direct_other) and direct.norm() < 1e-12
+    torch.testing.assert_close(advantage, right)
+
+
+def test_the_per_token_divergence_cannot_be_differentiated(ranks):
+    """`linear_kl` gives a loss to back-propagate and numbers to look at: neither can stand for the other."""
+    assert ranks(1, _per_token_requires_grad) == [(True, False)]
+
+
+def _per_token_requires_grad(rank):
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(8, 4)
+    loss, per_token = linear_kl(hidden, weight, torch.randn(3, 4), weight, token_weight=torch.ones(3))
+    return loss.requires_grad, per_token.requires_grad
 
 
 def run_tp_invariance(rank):

@@ -1,6 +1,5 @@
 """The Triton path: equal to PyTorch's under the interpreter, compiled for Hopper, run on a GPU if any."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,10 +15,8 @@ from megatron_mopd.objectives.kernels import kernels_for
 from tests.objectives import oracle
 from tests.objectives.cases import Case, build
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="Triton is not installed (it is part of the test requirements)",
-)
+# Elsewhere Triton is part of the test requirements, and its absence an error.
+needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
 HERE = Path(__file__).parent
 
 
