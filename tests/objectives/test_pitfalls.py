@@ -175,10 +175,10 @@ def test_a_detached_divergence_has_another_gradient(ranks):
 
 
 def sampled_token_gradients(rank):
-    """Gradients by the student's logits [V], in expectation over the sampled token y ~ p (no sampling noise):
+    """Gradients by the student's logits [V], in expectation over the sampled token y ~ p (no sampling noise).
 
-    of sg[KL(p || q)] log p(y), of log p(y) - log q(y) back-propagated for two teachers, of sg[log p(y) - log q(y)]
-    log p(y), and of KL(p || q) by `vocab_parallel_kl`.
+    Of sg[KL(p || q)] log p(y); of log p(y) - log q(y) back-propagated, for two teachers; of
+    sg[log p(y) - log q(y)] log p(y); and of KL(p || q) by `vocab_parallel_kl`.
     """
     torch.manual_seed(4)
     student, teacher, other = torch.randn(3, 9, dtype=torch.float64)
