@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 
@@ -38,3 +41,12 @@ def _with_column_mask(original):
         return original(self, routing_map, padding_mask=padding_mask, **kwargs)
 
     return wrapper
+
+
+def backward_step(input_tensor, output_tensor, output_gradient, config):
+    """megatron-core's backward pass of one micro-batch through one stage; older releases take the model's type
+    as well.
+    """
+    parameters = inspect.signature(schedules.backward_step).parameters
+    model_type = (ModelType.encoder_or_decoder,) if "model_type" in parameters else ()
+    return schedules.backward_step(input_tensor, output_tensor, output_gradient, *model_type, config)

@@ -142,7 +142,7 @@ class _Walk:
         self.unsent: dict[Compute, tuple[Channel, int, Compute]] = {}
         self.activations = 0
         self.cached = request.scored_at_start() if self.is_last else 0
-        self.needed = request.heads_needed()
+        self.needed, self.releases = request.heads_needed(), request.releases()
         slots = request.limits.resident_teachers
         self.slots = list(request.resident) + [""] * (slots - len(request.resident))
         self.head_slots = list(request.resident_heads) + [""] * (
@@ -250,11 +250,11 @@ class _Walk:
         if self.activations > limit:
             self.report(position, entry, f"{self.activations} activations in flight, the limit is {limit}")
         if self.is_last and entry.chunk == self.v - 1 and 0 <= entry.microbatch < len(self.needed):
+            self.cached -= self.releases[entry.microbatch]
             for teacher in self.needed[entry.microbatch]:
-                self.cached -= 1
                 if teacher not in self.head_slots:
                     self.report(position, entry, f"head of teacher {teacher} is not loaded")
-                if (teacher, entry.microbatch) in self.unscored:
+                if any(name == teacher and first <= entry.microbatch for name, first in self.unscored):
                     self.report(position, entry, f"teacher {teacher} has not scored this micro-batch yet")
 
     def hold_state(self, position: int, entry: object, count: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from megatron_mopd.pipeline.problem import PlanRequest, TeacherGroup, TeacherJob
@@ -184,9 +184,7 @@ class Plan:
         for job in self.deferred:
             left[job.teacher, job.step] = left.get((job.teacher, job.step), 0) + 1
         return tuple(
-            TeacherGroup(
-                g.teacher, g.microbatches, g.step - 1, len(g.microbatches) - left.get((g.teacher, g.step), 0)
-            )
+            replace(g, step=g.step - 1, scored=len(g.microbatches) - left.get((g.teacher, g.step), 0))
             for g in self.request.groups
             if g.step > 0
         )

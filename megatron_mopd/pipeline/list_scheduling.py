@@ -164,7 +164,7 @@ class Schedule:
         self.teacher_loads, self.resident = slot_loads(
             [(job.teacher,) for job in jobs], max(1, request.limits.resident_teachers), request.resident
         )
-        self.needed = request.heads_needed()
+        self.needed, self.releases = request.heads_needed(), request.releases()
         self.head_loads, self.resident_heads = slot_loads(
             list(self.needed), request.head_slots(), request.resident_heads
         )
@@ -306,7 +306,7 @@ def _run(schedule: Schedule) -> None:
             else:
                 backward_in[stage][backward_at[i, chunk]] = end
                 if schedule.needed[i]:
-                    held[last] -= len(schedule.needed[i])
+                    held[last] -= schedule.releases[i]
                     start_head_loads(i, end)
                     heapq.heappush(events, (end, max(0, last - 1)))
         elif choice == BACKWARD:

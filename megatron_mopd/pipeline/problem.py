@@ -15,7 +15,7 @@ KINDS = ("bubble_fill", "back_to_back", "serial")
 
 
 class TeacherJob(NamedTuple):
-    """One teacher's forward over the samples of one student micro-batch.
+    """One forward of one teacher. `microbatch` is the first student micro-batch whose loss needs its result.
 
     `step` is 0 for the optimizer step being planned, 1 for the one after it, and so on.
     """
@@ -27,16 +27,19 @@ class TeacherJob(NamedTuple):
 
 @dataclass(frozen=True)
 class TeacherGroup:
-    """The student micro-batches one teacher scores in one optimizer step, in the order it scores them.
+    """The forwards of one teacher for one optimizer step, in the order it runs them.
 
-    `scored` is how many of them, counted from the front, an earlier plan has already put in the cache.
-    An empty group is allowed and costs nothing.
+    Each is named by the first student micro-batch that needs its result. When a teacher's micro-batches are
+    cut differently from the student's, `last_uses` says, for each of them, which student micro-batch is the
+    last to need it; empty stands for the first. `scored` is how many, counted from the front, an earlier plan
+    has already put in the cache. An empty group is allowed and costs nothing.
     """
 
     teacher: str
     microbatches: tuple[int, ...]
     step: int = 0
     scored: int = 0
+    last_uses: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(set(self.microbatches)) != len(self.microbatches):
@@ -48,6 +51,18 @@ class TeacherGroup:
                 f"teacher group {self.teacher!r}: scored={self.scored}, but it has {len(self.microbatches)} "
                 "micro-batches"
             )
+        if self.last_uses and (
+            len(self.last_uses) != len(self.microbatches)
+            or any(last < first for first, last in zip(self.microbatches, self.last_uses))
+        ):
+            raise ValueError(
+                f"teacher group {self.teacher!r}: last_uses={self.last_uses} does not match first uses "
+                f"{self.microbatches}"
+            )
+
+    def uses(self) -> tuple[tuple[int, int], ...]:
+        """(first, last) student micro-batch that needs each forward's result."""
+        return tuple(zip(self.microbatches, self.last_uses or self.microbatches))
 
     def pending(self) -> tuple[TeacherJob, ...]:
         """The jobs still to be run."""
@@ -221,7 +236,7 @@ class PlanRequest:
                 _per_position(
                     self.costs.teacher(group.teacher), self.stages, f"teacher_forward[{group.teacher}]"
                 )
-            if group.step == 0 and any(not 0 <= i < self.microbatches for i in group.microbatches):
+            if group.step == 0 and any(not 0 <= i < self.microbatches for use in group.uses() for i in use):
                 raise ValueError(
                     f"teacher {group.teacher!r} scores micro-batches {group.microbatches}, but the student "
                     f"has {self.microbatches} (numbered from 0)"
@@ -261,9 +276,18 @@ class PlanRequest:
         needed: list[list[str]] = [[] for _ in range(self.microbatches)]
         for group in self.groups:
             if group.step == 0:
-                for i in group.microbatches:
+                for i in sorted({i for first, last in group.uses() for i in range(first, last + 1)}):
                     needed[i].append(group.teacher)
         return tuple(map(tuple, needed))
+
+    def releases(self) -> tuple[int, ...]:
+        """For each student micro-batch, how many cached states nobody needs any more after its loss."""
+        counts = [0] * self.microbatches
+        for group in self.groups:
+            if group.step == 0:
+                for _, last in group.uses():
+                    counts[last] += 1
+        return tuple(counts)
 
     def head_slots(self) -> int:
         """How many output heads the last stage may hold."""
@@ -303,10 +327,10 @@ class PlanRequest:
             last_job[job.microbatch] = number
         held = peak = self.scored_at_start()
         done = 0
-        for needed, last in zip(self.heads_needed(), last_job):
+        for released, last in zip(self.releases(), last_job):
             if last >= done:
                 held += last + 1 - done
                 done = last + 1
             peak = max(peak, held)
-            held -= len(needed)
+            held -= released
         return peak

@@ -128,6 +128,7 @@ class _Machine:
         self.events: list[Event] = []
         self.teacher_cost = [dict(plan.request.costs.teacher_forward) for plan in plans]
         self.needed = [plan.request.heads_needed() for plan in plans]
+        self.releases = [plan.request.releases() for plan in plans]
 
     def run(self) -> Simulation:
         self.ready = deque(range(self.p))
@@ -245,7 +246,7 @@ class _Machine:
                 teachers = self.needed[number][entry.microbatch]
                 arrival = max((self.heads.get(teacher, 0.0) for teacher in teachers), default=0.0)
                 start, end = max(start, arrival), max(start, arrival) + (end - start)
-                self.cache(stage, -len(teachers))
+                self.cache(stage, -self.releases[number][entry.microbatch])
                 self.local[stage].add(StudentBackward(entry.microbatch, entry.chunk))
             elif p == 1:
                 self.local[stage].add(StudentForward(entry.microbatch, entry.chunk + 1))

@@ -184,7 +184,8 @@ def requests(draw):
     groups = []
     for name in names:
         members = tuple(sorted(draw(st.sets(st.integers(0, m - 1)))))
-        groups.append(TeacherGroup(name, members, 0, draw(st.integers(0, len(members)))))
+        last_uses = tuple(min(m - 1, i + draw(st.integers(0, 2))) for i in members)
+        groups.append(TeacherGroup(name, members, 0, draw(st.integers(0, len(members))), last_uses))
         groups.append(TeacherGroup(name, tuple(range(draw(st.integers(0, m)))), 1))
     activations = draw(st.sampled_from([None, v, v + 1, v + 3]))
     limits = Limits(activations, draw(st.integers(1, 3)))

@@ -1,0 +1,161 @@
+"""Messages between neighbouring pipeline stages that never wait for one another.
+
+Every channel of a plan (lane, source stage, destination stage) gets a communicator of its own. Channels of one
+lane whose sources are an even number of stages apart share no rank, so a process group over the whole pipeline
+serves all of them: a group per lane and parity, and one per lane for the way back from the last stage to the
+first that virtual stages need. Each rank then uses each group in one direction and with one peer only, so a
+receive that was posted early can hold back nothing but later receives of the same channel.
+
+NCCL: point-to-point operations of one group run in order on that group's own stream, beside the computation.
+A send starts when the work enqueued before it is done; a receive's buffer is safe once `Receive.wait` has made the
+compute stream wait for it. The host does not wait in either. gloo: the host waits in `Receive.wait`, with a
+timeout.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mopd.pipeline.instructions import Channel, Lane
+
+
+class StageTimeout(RuntimeError):
+    """A stage waited for a message that did not come: its peer has stopped, died, or runs another plan."""
+
+
+def is_way_back(channel: Channel) -> bool:
+    """True between last and first stage, where a model chunk hands over to the next one (virtual stages)."""
+    step = -1 if channel.lane is Lane.STUDENT_BACKWARD else 1
+    return channel.destination != channel.source + step
+
+
+def channel_kind(channel: Channel) -> tuple[Lane, int]:
+    """Which process group serves a channel: its lane, and its source's parity (2 for the way back)."""
+    return channel.lane, 2 if is_way_back(channel) else channel.source % 2
+
+
+def all_channels(stages: int, virtual_stages: int) -> list[Channel]:
+    """Every channel a plan for so many stages can use."""
+    channels = []
+    for stage in range(stages - 1):
+        channels.append(Channel(Lane.TEACHER_FORWARD, stage, stage + 1))
+        channels.append(Channel(Lane.STUDENT_FORWARD, stage, stage + 1))
+        channels.append(Channel(Lane.STUDENT_BACKWARD, stage + 1, stage))
+    if stages > 1 and virtual_stages > 1:
+        channels.append(Channel(Lane.STUDENT_FORWARD, stages - 1, 0))
+        channels.append(Channel(Lane.STUDENT_BACKWARD, 0, stages - 1))
+    return channels
+
+
+class Receive:
+    """A posted receive: its buffer, and the work to wait for."""
+
+    def __init__(self, channel: Channel, peer: int, buffer: Tensor, work: dist.Work, timeout: timedelta):
+        self.channel, self.peer = channel, peer
+        self._buffer, self._work, self._timeout = buffer, work, timeout
+
+    def wait(self) -> Tensor:
+        """The message, once it has arrived. `StageTimeout` names the peer when it has not in time."""
+        try:
+            if self._buffer.is_cuda:
+                self._work.wait()
+            else:
+                self._work.wait(self._timeout)
+        except RuntimeError as error:
+            cause = str(error).splitlines()[0]
+            raise StageTimeout(
+                f"no message from stage {self.channel.source} (rank {self.peer}) on {self.channel} within "
+                f"{self._timeout.total_seconds():g} s ({cause}); that rank stopped answering: look at its log"
+            ) from error
+        return self._buffer
+
+
+class PipelineCommunicator:
+    """Sends and receives of one rank. Construction is collective over all ranks of the run.
+
+    pipeline: this rank's pipeline group; its ranks in stage order.
+    """
+
+    def __init__(
+        self,
+        pipeline: dist.ProcessGroup,
+        device: torch.device,
+        *,
+        virtual_stages: int = 1,
+        timeout: timedelta = timedelta(minutes=10),
+    ):
+        self.device, self.timeout = device, timeout
+        self.ranks = dist.get_process_group_ranks(pipeline)
+        self.stage = pipeline.rank()
+        self._groups: dict[tuple[Lane, int], dist.ProcessGroup] = {}
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+        self._numbers: dict[Channel, int] = {}
+        kinds = sorted({channel_kind(channel) for channel in all_channels(len(self.ranks), virtual_stages)})
+        # Groups are made by every rank of the run in the same order, also those that others will use.
+        for ranks in _all_pipelines(self.ranks) if kinds else ():
+            for kind in kinds:
+                group = dist.new_group(
+                    ranks, timeout=timeout, backend="nccl" if device.type == "cuda" else "gloo"
+                )
+                if ranks == self.ranks:
+                    self._groups[kind] = group
+        for group in self._groups.values():
+            # The first use of an NCCL communicator needs all its ranks at once; later ones only the two
+            # involved.
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
+
+    def receive(self, channel: Channel, shape: Iterable[int], dtype: torch.dtype) -> Receive:
+        """Post the receive of the next message of `channel`; returns at once."""
+        buffer = torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        peer = self.ranks[channel.source]
+        try:
+            work = dist.irecv(
+                buffer, src=peer, group=self._groups[channel_kind(channel)], tag=self._tag(channel)
+            )
+        except RuntimeError as error:
+            raise _lost(channel, channel.source, peer, error) from error
+        return Receive(channel, peer, buffer, work, self.timeout)
+
+    def send(self, channel: Channel, message: Tensor) -> None:
+        """Start sending; returns at once. The message must not be changed afterwards."""
+        message = message.detach().contiguous()
+        peer = self.ranks[channel.destination]
+        try:
+            work = dist.isend(
+                message, dst=peer, group=self._groups[channel_kind(channel)], tag=self._tag(channel)
+            )
+        except RuntimeError as error:
+            raise _lost(channel, channel.destination, peer, error) from error
+        self._sent.append((work, message))
+        if message.is_cuda:
+            self._sent = deque(item for item in self._sent if not item[0].is_completed())
+
+    def flush(self) -> None:
+        """Let go of what has been sent. Call it when the peers are known to have received everything."""
+        while self._sent:
+            work, _ = self._sent.popleft()
+            work.wait()
+
+    def _tag(self, channel: Channel) -> int:
+        """Both ends count the messages of a channel alike; NCCL has no tags and keeps the order."""
+        number = self._numbers.get(channel, 0)
+        self._numbers[channel] = number + 1
+        return number & 0xFFFFF
+
+
+def _lost(channel: Channel, stage: int, peer: int, error: Exception) -> StageTimeout:
+    cause = str(error).splitlines()[0]
+    return StageTimeout(f"stage {stage} (rank {peer}) on {channel} cannot be reached ({cause}): see its log")
+
+
+def _all_pipelines(ranks: list[int]) -> list[list[int]]:
+    """The ranks of every pipeline of the run, the same list on all of them. One all-gather of p integers."""
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, ranks)
+    return [list(pipeline) for pipeline in sorted({tuple(pipeline) for pipeline in gathered})]
