@@ -44,8 +44,9 @@ def _with_column_mask(original):
 
 
 def backward_step(input_tensor, output_tensor, output_gradient, config):
-    """megatron-core's backward pass of one micro-batch through one stage; older releases take the model's type
-    as well.
+    """megatron-core's backward pass of one micro-batch through one stage.
+
+    Older releases take the model's type as well.
     """
     parameters = inspect.signature(schedules.backward_step).parameters
     model_type = (ModelType.encoder_or_decoder,) if "model_type" in parameters else ()

@@ -95,7 +95,7 @@ _CHOICES = {
     "teacher_storage.hidden_cache_device": ("host", "device"),
     "teacher_storage.hidden_cache_dtype": (None, "bfloat16", "float16", "float32", "float64"),
     "student.position_embedding_type": ("rope", "none"),
-    "schedule.kind": ("megatron",),
+    "schedule.kind": ("bubble_fill", "back_to_back", "serial", "megatron"),
     "optimizer.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
 }
 _AT_LEAST_ONE = """

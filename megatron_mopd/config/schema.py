@@ -268,9 +268,17 @@ class ScheduleConfig:
     steps_per_rollout: int = 1
     """Optimizer steps fed by one rollout batch of `steps_per_rollout` x `global_batch_size` trajectories. The
     later ones train on samples of slightly older weights, and teachers can score them ahead of time."""
-    kind: str = "megatron"
-    """How teachers share the pipeline with the student; losses and gradients are the same. `megatron`: each
-    teacher, then the student, on megatron-core's own schedules."""
+    kind: str = "bubble_fill"
+    """How teachers share the pipeline with the student; losses and gradients are the same. `bubble_fill`:
+    teacher forwards of this and the next optimizer step go where the pipeline would idle; `back_to_back`:
+    each step's teachers, then its student, without a pause; `serial`: all teachers of a rollout batch first;
+    `megatron`: as `back_to_back`, on megatron-core's own schedules."""
+    max_activations: int | None = None
+    """Student forward passes (of model chunks) a stage may hold whose backward pass is still to come; `None`:
+    as many as the first stage does in megatron-core's schedule. Teachers much slower than the student are
+    hidden completely when it is half as much again."""
+    max_cached_states: int | None = None
+    """Scored micro-batches of teachers that may wait on a stage, look-ahead included; `None`: no limit."""
     micro_batch_size: int = 8
     """Trajectories per forward pass; ignored when `max_tokens_per_micro_batch` is set."""
     max_tokens_per_micro_batch: int | None = None

@@ -1,14 +1,14 @@
 """Messages between neighbouring pipeline stages that never wait for one another.
 
-Every channel of a plan (lane, source stage, destination stage) gets a communicator of its own. Channels of one
-lane whose sources are an even number of stages apart share no rank, so a process group over the whole pipeline
-serves all of them: a group per lane and parity, and one per lane for the way back from the last stage to the
-first that virtual stages need. Each rank then uses each group in one direction and with one peer only, so a
-receive that was posted early can hold back nothing but later receives of the same channel.
+Every channel of a plan (lane, source stage, destination stage) gets a communicator of its own. Channels of
+one lane whose sources are an even number of stages apart share no rank, so a process group over the whole
+pipeline serves all of them: a group per lane and parity, and one per lane for the way back from the last
+stage to the first that virtual stages need. Each rank then uses each group in one direction and with one peer
+only, so a receive that was posted early can hold back nothing but later receives of the same channel.
 
 NCCL: point-to-point operations of one group run in order on that group's own stream, beside the computation.
-A send starts when the work enqueued before it is done; a receive's buffer is safe once `Receive.wait` has made the
-compute stream wait for it. The host does not wait in either. gloo: the host waits in `Receive.wait`, with a
+A send starts when the work enqueued before it is done; a receive's buffer is safe once `Receive.wait` has
+made the compute stream wait for it. The host waits in neither. gloo: the host waits in `Receive.wait`, with a
 timeout.
 """
 

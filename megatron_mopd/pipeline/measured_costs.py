@@ -44,7 +44,8 @@ def _key(event: Event) -> tuple[str, int, int | str] | None:
         return "teacher_load", stage, entry.teacher
     if isinstance(entry, LoadHead):
         return "head_load", 0, entry.teacher
-    return ("optimizer", 0, 0) if isinstance(entry, OptimizerStep) else None
+    # The other stages' optimizer steps include waiting for stage 0, whose last backward pass comes last.
+    return ("optimizer", 0, 0) if isinstance(entry, OptimizerStep) and stage == 0 else None
 
 
 def summarize(events: Iterable[Event]) -> tuple[Mean, ...]:
@@ -61,6 +62,18 @@ def summarize(events: Iterable[Event]) -> tuple[Mean, ...]:
     )
 
 
+def cost_keys(costs: CostModel, stages: int) -> list[tuple[str, int, int | str]]:
+    """Every key that measurements of this cost model can have, in an order that all ranks share."""
+    keys: list[tuple[str, int, int | str]] = [("optimizer", 0, 0)]
+    for place in range(len(costs.student_forward)):
+        chunk, stage = divmod(place, stages)
+        keys += [("student_forward", stage, chunk), ("student_backward", stage, chunk)]
+    for name in ("teacher_forward", "teacher_load"):
+        keys += [(name, stage, t) for t, _ in getattr(costs, name) for stage in range(stages)]
+    keys += [("head_load", 0, teacher) for teacher, _ in costs.head_load]
+    return keys
+
+
 class MeasuredCosts:
     """A running average of measured costs, starting from a guess.
 
@@ -72,6 +85,7 @@ class MeasuredCosts:
         self.stages, self.momentum, self.tolerance = stages, momentum, tolerance
         self._handed_out = initial
         self._averages: dict[tuple[str, int, int | str], float] = {}
+        self._in_seconds = False
 
     def fold(self, summaries: Iterable[Sequence[Mean]]) -> None:
         """Take in one step's summaries of all ranks, in rank order. A first measurement replaces the
@@ -96,8 +110,17 @@ class MeasuredCosts:
             self._handed_out = fresh
         return self._handed_out
 
+    @property
+    def is_measured(self) -> bool:
+        """The costs are seconds, not guesses."""
+        return bool(self._averages)
+
     def _build(self) -> CostModel:
         base = self._handed_out
+        if self._averages and not self._in_seconds:
+            # What has not been measured yet keeps its proportion to what has.
+            base = self._scaled(base)
+            self._in_seconds = True
 
         def student(name: str) -> tuple[float, ...]:
             old = list(getattr(base, name))
@@ -121,6 +144,36 @@ class MeasuredCosts:
             head_load=tuple((t, self._averages.get(("head_load", 0, t), cost)) for t, cost in base.head_load),
             optimizer=self._averages.get(("optimizer", 0, 0), base.optimizer),
         )
+
+    def _scaled(self, guess: CostModel) -> CostModel:
+        measured = [self._averages.get(key) for key in cost_keys(guess, self.stages)]
+        guesses = [_lookup(guess, key, self.stages) for key in cost_keys(guess, self.stages)]
+        known = [(old, new) for old, new in zip(guesses, measured) if new is not None and old]
+        factor = sum(new for _, new in known) / sum(old for old, _ in known) if known else 1.0
+
+        def table(costs):
+            return tuple((teacher, tuple(factor * cost for cost in row)) for teacher, row in costs)
+
+        return replace(
+            guess,
+            student_forward=tuple(factor * cost for cost in guess.student_forward),
+            student_backward=tuple(factor * cost for cost in guess.student_backward),
+            teacher_forward=table(guess.teacher_forward),
+            teacher_load=table(guess.teacher_load),
+            head_load=tuple((teacher, factor * cost) for teacher, cost in guess.head_load),
+            message=factor * guess.message,
+            optimizer=factor * guess.optimizer,
+        )
+
+
+def _lookup(costs: CostModel, key: tuple[str, int, int | str], stages: int) -> float:
+    name, stage, which = key
+    if name == "optimizer":
+        return costs.optimizer
+    if name.startswith("student"):
+        return getattr(costs, name)[int(which) * stages + stage]
+    row = dict(getattr(costs, name))[which]
+    return row if name == "head_load" else row[stage]
 
 
 def _pairs(left: CostModel, right: CostModel):

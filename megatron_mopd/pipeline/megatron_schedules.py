@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from torch import Tensor
 
 from megatron_mopd.backend.parallel import ParallelGroups
-from megatron_mopd.data.batching import BatchShape, MicroBatch
+from megatron_mopd.data.batching import BatchShape, MicroBatch, collate
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.packing import PackedDocuments
 
@@ -80,6 +80,9 @@ def run_forward(
 
 def _run(chunks, micro_batches, shape, groups, loss_function, forward_only):
     config = unwrap(chunks[0]).config
+    if len(chunks) > 1:  # the interleaved schedule runs micro-batches in groups of the pipeline's size
+        missing = -len(micro_batches) % groups.pp_size
+        micro_batches = [*micro_batches, *(collate([], shape) for _ in range(missing))]
 
     def forward_step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module):
         micro_batch = next(iterator)

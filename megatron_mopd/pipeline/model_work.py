@@ -1,9 +1,9 @@
 """A plan's computations on real models, with megatron-core's own building blocks.
 
-The student's forward and backward passes are megatron-core's `forward_step` and `backward_step` with the same
-arguments its schedules give them, so auxiliary-loss scaling, activation recompute, output deallocation and
-gradient hooks behave as they do there. Teachers bypass `forward_step`: it would set the auxiliary loss's global
-scale between a student's forward and its backward.
+The student's forward and backward passes are megatron-core's `forward_step` and `backward_step` with the
+same arguments its schedules give them, so auxiliary-loss scaling, activation recompute, output deallocation
+and gradient hooks behave as they do there. Teachers bypass `forward_step`: it would set the auxiliary loss's
+global scale between a student's forward and its backward.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel.schedules import (
     finish_embedding_wgrad_compute,
     forward_step,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mopd.backend.parallel import ParallelGroups
@@ -55,6 +56,9 @@ class StepInput(Protocol):
 class Teachers(Protocol):
     """Where teachers come from; `teachers.bank.TeacherBank`."""
 
+    def config(self, name: str) -> TransformerConfig:
+        """Its transformer configuration, resident or not."""
+
     def make_resident(self, name: str) -> HiddenStateGPT:
         """The frozen stage of teacher `name`, with its weights."""
 
@@ -63,8 +67,8 @@ class ModelWork:
     """One optimizer step of one rank; a `StageWork`.
 
     steps: the step itself and the later ones whose teacher forwards the plan contains.
-    at_optimizer_step: called when gradients are reduced and divided by the number of tokens, with what the loss
-        reported for each micro-batch (empty but on the last stage).
+    at_optimizer_step: called when gradients are reduced and divided by the number of tokens, with what the
+        loss reported for each micro-batch (nothing but on the last stage).
     """
 
     def __init__(
@@ -92,16 +96,14 @@ class ModelWork:
         self._backwards_left = [len(steps[0].student)] * len(self._chunks)
         self._reports: list[dict[str, Any]] = []
         self._num_tokens = torch.zeros([], dtype=torch.int, device=groups.device)
-        self._embedding = clear_embedding_activation_buffer(
-            self._config, self._chunks, groups.is_last_stage
-        )
+        self._embedding = clear_embedding_activation_buffer(self._config, self._chunks, groups.is_last_stage)
 
     def message(self, consumer: Compute) -> tuple[tuple[int, ...], torch.dtype]:
         """[s/cp(/tp), b, h] of the model and the step that the consumer belongs to."""
         step, config = self._steps[0], self._config
         if isinstance(consumer, TeacherForward):
             step = self._steps[consumer.job.step]
-            config = self._teacher(consumer.job.teacher).config
+            config = self._teachers.config(consumer.job.teacher)
         shape, groups = step.shape, self._groups
         length = (shape.max_tokens or shape.seq_length) // groups.cp_size
         if config.sequence_parallel:
@@ -112,16 +114,12 @@ class ModelWork:
     def load(self, entry: LoadTeacher | LoadHead) -> None:
         """Weights are copied when they are first used."""
 
-    def _teacher(self, name: str) -> HiddenStateGPT:
-        assert self._teachers is not None
-        return self._teachers.make_resident(name)
-
     def teacher_forward(self, entry: TeacherForward, hidden: Tensor | None) -> Tensor | None:
         job = entry.job
         step = self._steps[job.step]
         batch = step.teachers[job.teacher][self._number[job.teacher, job.microbatch, job.step]]
         batch = batch.to(self._groups.device)
-        chunk = self._teacher(job.teacher)
+        chunk = self._teachers.make_resident(job.teacher)
         chunk.set_input_tensor(hidden)
         # Not `inference_mode`: the rotary tables cached here are used again by passes that need gradients.
         with torch.no_grad():
@@ -167,8 +165,9 @@ class ModelWork:
         self._backwards_left[entry.chunk] -= 1
         is_final = self._backwards_left[entry.chunk] == 0
         overlapped = self._config.no_sync_func is not None
-        # Gradients are reduced bucket by bucket during the last backward pass where nothing else is left to hide
-        # it behind, as megatron-core does it; elsewhere right after it, while the other stages still compute.
+        # Gradients are reduced bucket by bucket during the last backward pass where nothing else is left to
+        # hide it behind, as megatron-core does; elsewhere right after it, while the other stages still
+        # compute.
         in_hooks = self._config.grad_sync_func is None or (self._stage == 0 and len(self._chunks) == 1)
         hold = overlapped and not (is_final and in_hooks)
         with chunk.no_sync() if hold else contextlib.nullcontext():
@@ -184,13 +183,11 @@ class ModelWork:
         token.cpu()  # NCCL orders the device's work only; the host waits here
 
     def optimizer_step(self) -> None:
-        """Reduce the gradients over data-parallel ranks (and tied embeddings over the pipeline's ends), divide
-        them by the number of tokens, and call back.
+        """Reduce the gradients over data-parallel ranks (tied embeddings over the pipeline's ends too),
+        divide them by the number of tokens, and call back.
         """
         assert not self._outputs, "every forward pass has had its backward pass"
         groups, config = self._groups, self._config
         finish_embedding_wgrad_compute(config, self._embedding, groups.is_last_stage, groups.tp)
-        config.finalize_model_grads_func(
-            self._chunks, self._num_tokens, pg_collection=groups.collection
-        )
+        config.finalize_model_grads_func(self._chunks, self._num_tokens, pg_collection=groups.collection)
         self._at_optimizer_step(self._reports)

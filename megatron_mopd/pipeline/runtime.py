@@ -1,8 +1,8 @@
 """Executes a plan: one stage's instruction list, from top to bottom, on whatever does the computing.
 
-`execute` knows nothing about models. It posts receives, waits for the input of each computation, hands it to a
-`StageWork`, sends the result on, and writes down when everything began and ended. `model_work.py` computes with
-megatron-core; the benchmark's stages sleep.
+`execute` knows nothing about models. It posts receives, waits for the input of each computation, hands it to
+a `StageWork`, sends the result on, and writes down when everything began and ended. `model_work.py` computes
+with megatron-core; the benchmark's stages sleep.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ class Recording:
         """The measured timeline of this stage."""
         if self._events is None:
             seconds = self._stopwatch.seconds
-            self._events = [Event(self.stage, e, seconds(start), seconds(end)) for e, start, end in self._marks]
+            self._events = [
+                Event(self.stage, e, seconds(start), seconds(end)) for e, start, end in self._marks
+            ]
             self._marks = []
         return self._events
 
@@ -111,8 +113,8 @@ def execute(
 ) -> Recording:
     """Run `plan.stages[stage]`. Every rank of the pipeline does the same with its own stage.
 
-    An exception of any instruction carries a note naming stage and instruction; a message that does not arrive
-    is a `StageTimeout` that names the peer as well.
+    An exception of any instruction carries a note naming stage and instruction; a message that does not
+    arrive is a `StageTimeout` that names the peer as well.
     """
     recording = Recording(stage, stopwatch)
     inputs: dict[Compute, Receive] = {}

@@ -66,6 +66,32 @@ def idle_shares(events: Sequence[Event], stages: int) -> list[float]:
     return [1 - time / span if span else 0.0 for time in busy]
 
 
+def idle_share(events: Sequence[Event]) -> float:
+    """The share of one stage's measured step in which it computed nothing, the optimizer step left out: how
+    much of that is waiting for other stages, one stage alone cannot tell.
+    """
+    timed = [event for event in events if not is_load(event)]
+    if not timed:
+        return 0.0
+    optimizer = sum(e.end - e.start for e in timed if isinstance(e.instruction, OptimizerStep))
+    busy = sum(event.end - event.start for event in timed) - optimizer
+    span = max(event.end for event in timed) - min(event.start for event in timed) - optimizer
+    return 1 - busy / span if span > 0 else 0.0
+
+
+def without_waiting(events: Sequence[Event]) -> list[Event]:
+    """The measured events of one optimizer step on all stages, with the optimizer step beginning when the
+    last stage has arrived at it.
+    """
+    arrival = max((e.start for e in events if isinstance(e.instruction, OptimizerStep)), default=0.0)
+    return [
+        event._replace(start=max(arrival, event.start))
+        if isinstance(event.instruction, OptimizerStep)
+        else event
+        for event in events
+    ]
+
+
 def _short_name(event: Event) -> str:
     entry = event.instruction
     if isinstance(entry, TeacherForward):

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mopd.backend.parallel import ParallelGroups
@@ -222,6 +223,10 @@ class TeacherBank:
         if self._find(self._slots, name) is None:
             target = self._slots[slot] if slot is not None and slot < len(self._slots) else self._idle_slot()
             self._start(target, name, self._skeleton_of[name].parts(target.buffer))
+
+    def config(self, name: str) -> TransformerConfig:
+        """The transformer configuration of teacher `name`, resident or not."""
+        return self._skeleton_of[name].chunk.config
 
     def make_resident(self, name: str) -> HiddenStateGPT:
         """The frozen model (this rank's stage) with the weights of teacher `name`, which becomes the current

@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from datetime import timedelta
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ from megatron_mopd.data.batching import (
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.objectives.reduction import token_weights
+from megatron_mopd.pipeline.driver import PipelineDriver
 from megatron_mopd.pipeline.megatron_schedules import run_student, run_teacher
+from megatron_mopd.pipeline.problem import Limits, TeacherGroup
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.hidden_cache import HiddenCache
 from megatron_mopd.teachers.routing import Mixture, Routing
@@ -58,6 +61,20 @@ class Learner:
     routing: Routing | None = None
     """`None` when no domain's objective has teachers."""
     bank: TeacherBank | None = None
+    pipeline: PipelineDriver | None = field(init=False, default=None)
+    """`None` when megatron-core's own schedules are used."""
+
+    def __post_init__(self):
+        """Collective over all ranks: the pipeline's communicators."""
+        schedule = self.config.schedule
+        if schedule.kind != "megatron":
+            self.pipeline = PipelineDriver(
+                self.groups,
+                dict.fromkeys(self.bank.names if self.bank else (), 1.0),
+                kind=schedule.kind,
+                limits=Limits(activations=schedule.max_activations, cached_states=schedule.max_cached_states),
+                timeout=timedelta(minutes=self.config.parallel.distributed_timeout_minutes),
+            )
 
     @cached_property
     def objectives(self) -> DomainObjectives:
@@ -71,19 +88,29 @@ class Learner:
 
 @dataclass
 class StepBatch:
-    """The global batch of one optimizer step as this rank sees it."""
+    """The global batch of one optimizer step as this rank sees it; a `StepInput` of the pipeline."""
 
+    parallel: ParallelGroups
     trajectories: Sequence[Trajectory]
     shape: BatchShape
     student: list[MicroBatch]
     teachers: dict[str, list[MicroBatch]]
     """Teacher name -> the micro-batches it scores; only samples routed to it, the same number on every DP
     rank."""
+    groups: tuple[TeacherGroup, ...]
+    """Which student micro-batches need each of the teachers' micro-batches, and how many are scored."""
     cache: HiddenCache
     rewards: PendingRewards
     proximal: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Trajectory index -> log-probs at the start of the rollout batch, on the last stage (`BatchFacts`)."""
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def keep(self, teacher: str, micro_batch: MicroBatch, hidden: torch.Tensor) -> None:
+        """Put a teacher's last-layer hidden states into the cache, response positions only."""
+        rows = response_hidden(hidden, micro_batch, self.parallel)
+        for trajectory, states in zip(micro_batch.trajectories, rows.split(micro_batch.loss_counts)):
+            if len(states):  # under context parallelism a rank may hold no response token of a trajectory
+                self.cache.put(trajectory.index, teacher, states)
 
 
 def plan_steps(
@@ -137,69 +164,81 @@ def plan_step(
         lambda trajectory: (mixture(trajectory), repr(learner.objectives.of(trajectory.domain))),
     )
 
-    def mine(selected: list[list[Trajectory]], multiple: int = 1) -> list[MicroBatch]:
-        grouped = equalize([group_micro_batches(share, shape) for share in selected])[groups.dp.rank()]
-        grouped += [[]] * (-len(grouped) % multiple)
-        return [collate(group, shape) for group in grouped]
+    def cut(selected: list[list[Trajectory]]) -> list[list[list[Trajectory]]]:
+        return equalize([group_micro_batches(share, shape) for share in selected])
 
-    teachers = {}
+    def mine(per_rank: list[list[list[Trajectory]]]) -> list[MicroBatch]:
+        return [collate(group, shape) for group in per_rank[groups.dp.rank()]]
+
+    student = cut(per_rank)
+    teachers, uses = {}, []
     for name in learner.bank.names if learner.bank else ():
         selected = [[t for t in share if any(name == n for n, _ in mixture(t))] for share in per_rank]
         if any(selected):
-            teachers[name] = mine(selected)
-    # The interleaved schedule runs micro-batches in groups of the pipeline's size.
-    student = mine(per_rank, multiple=groups.pp_size if groups.vpp_size > 1 else 1)
-    return StepBatch(trajectories, shape, student, teachers, HiddenCache(groups.device), rewards)
+            scored = cut(selected)
+            teachers[name] = mine(scored)
+            uses.append(teacher_group(name, scored, student))
+    cache = HiddenCache(groups.device)
+    return StepBatch(groups, trajectories, shape, mine(student), teachers, tuple(uses), cache, rewards)
+
+
+def teacher_group(
+    teacher: str, scored: list[list[list[Trajectory]]], student: list[list[list[Trajectory]]]
+) -> TeacherGroup:
+    """Which student micro-batches need each micro-batch of a teacher, on any data-parallel rank:
+    `[rank][micro-batch]` lists of trajectories, both cut from the same order.
+
+    First uses strictly increase: two micro-batches of a teacher hold more than one of the student's could.
+    """
+    uses: list[list[int]] = [[] for _ in scored[0]]
+    for mine, students in zip(scored, student):
+        place = {t.index: number for number, members in enumerate(students) for t in members}
+        for members, numbers in zip(mine, uses):
+            numbers += [place[t.index] for t in members]
+    return TeacherGroup(teacher, tuple(map(min, uses)), last_uses=tuple(map(max, uses)))
 
 
 def train_step(learner: Learner, batches: Sequence[StepBatch]) -> dict[str, float]:
     """One optimizer step on `batches[0]`: teachers score what is not scored yet, the student learns.
 
-    `batches[1:]` are later steps whose samples are already there. Returns the step's metrics, equal on every
-    rank.
-    """
-    score(learner, batches[0])
-    return learn(learner, batches[0])
-
-
-def score(learner: Learner, batch: StepBatch) -> None:
-    """Every teacher's forward pass on the samples routed to it; last-layer hidden states go into the batch's
-    cache.
+    `batches[1:]` are later steps whose samples are already there: teachers may score them while the student
+    leaves a stage idle. Returns the step's metrics, equal on every rank.
     """
     started = time.perf_counter()
-    names = list(batch.teachers)
-    if learner.bank is not None:
-        learner.bank.check_files(names)
-    for number, (name, micro_batches) in enumerate(batch.teachers.items()):
-
-        def keep(micro_batch: MicroBatch, hidden: torch.Tensor, name: str = name) -> None:
-            rows = response_hidden(hidden, micro_batch, learner.groups)
-            for trajectory, states in zip(micro_batch.trajectories, rows.split(micro_batch.loss_counts)):
-                if len(states):  # under context parallelism a rank may hold no response token of a trajectory
-                    batch.cache.put(trajectory.index, name, states)
-
-        teacher = learner.bank.make_resident(name)
-        # After the last comes the first: the next step begins with it.
-        learner.bank.prefetch(names[(number + 1) % len(names)])
-        run_teacher(teacher, micro_batches, batch.shape, learner.groups, keep)
-    batch.seconds["score"] = time.perf_counter() - started
-
-
-def learn(learner: Learner, batch: StepBatch) -> dict[str, float]:
-    """Forward, backward and optimizer step on the whole batch; returns the step's metrics, equal on every
-    rank.
-
-    Collectives beyond megatron-core's: one all-reduce over DP x CP and one broadcast over PP of 14 x domains
-    + 2 float64 values. Raises `FloatingPointError` on every rank alike, before the weights change, when the
-    loss is not finite.
-    """
-    started = time.perf_counter()
+    batch, metrics = batches[0], {}
     for chunk in learner.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     learner.optimizer.zero_grad()
     loss = _build_loss(learner, batch)
-    reports = run_student(learner.chunks, batch.student, batch.shape, learner.groups, loss)
+    if learner.bank is not None:
+        learner.bank.check_files(learner.bank.names)
+
+    def update(reports: list[dict[str, torch.Tensor]]) -> None:
+        metrics.update(_update(learner, reports))
+
+    if learner.pipeline is not None:
+        learner.pipeline.run(learner.chunks, batches, loss, learner.bank, update)
+    else:
+        names = list(batch.teachers)
+        for number, (name, micro_batches) in enumerate(batch.teachers.items()):
+            teacher = learner.bank.make_resident(name)
+            # After the last comes the first: the next step begins with it.
+            learner.bank.prefetch(names[(number + 1) % len(names)])
+            run_teacher(teacher, micro_batches, batch.shape, learner.groups, partial(batch.keep, name))
+        batch.seconds["score"] = time.perf_counter() - started
+        update(run_student(learner.chunks, batch.student, batch.shape, learner.groups, loss))
+    batch.seconds["train"] = time.perf_counter() - started - batch.seconds.get("score", 0.0)
+    return metrics
+
+
+def _update(learner: Learner, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Metrics of the step, and the optimizer step when the loss is finite.
+
+    Collectives beyond megatron-core's: one all-reduce over DP x CP and one broadcast over PP of 14 x domains
+    + 2 float64 values. Raises `FloatingPointError` on every rank alike, before the weights change, when the
+    loss is not finite.
+    """
     metrics = _reduce(learner, reports)
     if not math.isfinite(metrics["loss"]):
         raise FloatingPointError(
@@ -211,7 +250,6 @@ def learn(learner: Learner, batch: StepBatch) -> dict[str, float]:
     learner.scheduler.step(increment=1)
     metrics["grad_norm"] = float(grad_norm) if grad_norm is not None else 0.0
     metrics["lr"] = max(group["lr"] for group in learner.optimizer.param_groups)
-    batch.seconds["train"] = time.perf_counter() - started
     return metrics
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_mopd.model.gpt import unwrap
-from megatron_mopd.training.step import learn, plan_step, score
+from megatron_mopd.training.step import plan_step, train_step
 from tests import _models
 from tests._distributed import RankPool
 from tests.training.objective_oracle import Sample, batch_loss
@@ -203,8 +203,7 @@ def found(rank, case, model, parallel, schedule, logprobs):
     ]
     batch = plan_step(learner, trajectories, Known(rewards))
     batch.proximal = {i: d + torch.tensor(logprobs[i], dtype=torch.float64) for i, d in proximal.items()}
-    score(learner, batch)
-    metrics = learn(learner, batch)
+    metrics = train_step(learner, [batch])
     assert len(batch.cache) == 0, "every cached hidden state is used exactly once"
     return metrics, _models.pieces(learner, gradients=True)
 

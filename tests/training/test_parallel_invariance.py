@@ -8,12 +8,13 @@ formulas.
 from __future__ import annotations
 
 import functools
+from collections import deque
 
 import pytest
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: F401  (import before forking)
 
-from megatron_mopd.training.step import learn, plan_step, score
+from megatron_mopd.training.step import plan_step, train_step
 from tests import _models
 from tests._distributed import run_ranks
 
@@ -90,11 +91,10 @@ def three_steps(rank, transformer, parallel, schedule, sections):
     """Loss and gradients of the first step, weights after the third."""
     learner = _models.make_learner(transformer, parallel, schedule=schedule, **sections)
     gradients = None
+    batches = deque(plan_step(learner, _models.batch(16, seed=step)) for step in range(3))
     for step in range(3):
-        batch = plan_step(learner, _models.batch(16, seed=step))
-        score(learner, batch)
-        metrics = learn(learner, batch)
-        assert len(batch.cache) == 0, "every cached hidden state is used exactly once"
+        metrics = train_step(learner, batches)
+        assert len(batches.popleft().cache) == 0, "every cached hidden state is used exactly once"
         if step == 0:
             first = metrics
             if not learner.config.optimizer.use_distributed_optimizer:

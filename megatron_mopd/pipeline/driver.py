@@ -1,0 +1,237 @@
+"""Plans and executes one optimizer step after another; one `PipelineDriver` lives as long as the run.
+
+Every rank plans for itself, from the same micro-batch counts and the same measured costs, so nothing is sent;
+before a plan is executed all ranks make sure that they hold the same one and that it can be executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.pipeline.check import check_plan, check_same_plan
+from megatron_mopd.pipeline.communicator import PipelineCommunicator
+from megatron_mopd.pipeline.instructions import Plan
+from megatron_mopd.pipeline.measured_costs import Mean, MeasuredCosts, cost_keys, summarize
+from megatron_mopd.pipeline.megatron_schedules import LossFunction
+from megatron_mopd.pipeline.model_work import ModelWork, StepInput, Teachers
+from megatron_mopd.pipeline.plan import Planner, bubble_free_time
+from megatron_mopd.pipeline.problem import CostModel, Limits, PlanRequest, TeacherGroup
+from megatron_mopd.pipeline.runtime import Recording, Stopwatch, execute
+from megatron_mopd.pipeline.simulate import Event, PlanError, simulate
+from megatron_mopd.pipeline.timeline import idle_share, without_waiting
+
+PLANNING_SHARE = 0.01
+"""Share of a step's time that planning it may take."""
+_PLACEMENTS_PER_SECOND = 150_000
+_MEASURED_EVERY = 10
+"""Optimizer steps between exchanges of measured costs, once the first few have been measured."""
+
+
+@dataclass
+class Measured:
+    """A plan that was executed, and what this rank recorded of it."""
+
+    plan: Plan
+    recording: Recording
+
+
+class PipelineDriver:
+    """Construction is collective over all ranks of the run.
+
+    teachers: name -> forward time relative to the student's, a guess until it has been measured.
+    kind: `bubble_fill`, `back_to_back` or `serial`.
+    """
+
+    def __init__(
+        self,
+        groups: ParallelGroups,
+        teachers: Mapping[str, float],
+        *,
+        kind: str = "bubble_fill",
+        limits: Limits | None = None,
+        timeout: timedelta = timedelta(minutes=10),
+    ):
+        self.groups, self.kind, self.limits = groups, kind, limits or Limits()
+        p, v = groups.pp_size, groups.vpp_size
+        self.communicator = PipelineCommunicator(groups.pp, groups.device, virtual_stages=v, timeout=timeout)
+        dist.barrier(group=groups.pp)
+        self._zero = time.perf_counter()
+        self._planner = Planner(effort=0)
+        self._costs = MeasuredCosts(CostModel.build(p, v, teacher_forward=teachers), p)
+        self._slots: dict[str, tuple[str, ...]] = {}
+        self._checked: set[str] = set()
+        self._steps = 0
+        self._unmeasured: list[Recording] = []
+        self.recent: deque[Measured] = deque(maxlen=8)
+
+    def look_ahead(self) -> int | None:
+        """How many optimizer steps beyond the current one a plan may score for; `None`: all there are."""
+        if self.kind == "serial":
+            return None
+        return 1 if self.kind == "bubble_fill" and self.groups.pp_size > 1 else 0
+
+    def run(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        steps: Sequence[StepInput],
+        loss_function: LossFunction,
+        teachers: Teachers | None,
+        at_optimizer_step: Callable[[list[dict[str, Any]]], None],
+    ) -> None:
+        """Score and train on `steps[0]`; score later steps as far as the kind of schedule looks ahead.
+
+        Collectives beyond the plan's own: see `agree` and `_exchange_costs`.
+        """
+        reach = self.look_ahead()
+        steps = list(steps)[: None if reach is None else 1 + reach]
+        self._exchange_costs()
+        plan = self.plan(steps)
+        # All ranks have left the previous plan, or they would not have agreed on this one.
+        self.communicator.flush()
+        work = ModelWork(chunks, steps, self.groups, loss_function, teachers, at_optimizer_step)
+        stopwatch = Stopwatch(self.groups.device, self._zero)
+        recording = execute(plan, self.groups.pp.rank(), work, self.communicator, stopwatch)
+        self._slots = {"resident": plan.resident, "resident_heads": plan.resident_heads}
+        ahead: dict[int, list[TeacherGroup]] = {}
+        for group in plan.next_groups():
+            ahead.setdefault(group.step + 1, []).append(replace(group, step=0))
+        for number, step in enumerate(steps):
+            if number:
+                step.groups = tuple(ahead.get(number, ()))
+        self._steps += 1
+        self.recent.append(Measured(plan, recording))
+        self._unmeasured.append(recording)
+
+    def plan(self, steps: Sequence[StepInput]) -> Plan:
+        """The plan that every rank will execute. Raises on all ranks alike (`PlanError`, or `ValueError` for
+        limits that cannot be met) when it cannot be executed or the ranks disagree.
+        """
+        plan, problem = None, None
+        try:
+            request = self._request(steps)
+            self._planner.effort = self._effort(request)
+            plan = self._planner.plan(request)
+            if plan.digest() not in self._checked:
+                check_plan(plan)
+                self._checked.add(plan.digest())
+        except ValueError as error:
+            problem = error
+        shapes = [(s.shape.micro_batch_size, s.shape.max_tokens, s.shape.seq_length) for s in steps]
+        agree(plan, problem, shapes, self.groups.device)
+        assert plan is not None
+        return plan
+
+    def _request(self, steps: Sequence[StepInput]) -> PlanRequest:
+        request = PlanRequest(
+            stages=self.groups.pp_size,
+            microbatches=len(steps[0].student),
+            costs=self._costs.model(),
+            virtual_stages=self.groups.vpp_size,
+            groups=tuple(replace(g, step=number) for number, s in enumerate(steps) for g in s.groups),
+            kind=self.kind,
+            limits=self.limits,
+        )
+        # Head slots that a step has needed stay.
+        heads = max(request.head_slots(), len(self._slots.get("resident_heads", ())))
+        return replace(request, limits=replace(self.limits, resident_heads=heads), **self._slots)
+
+    def _effort(self, request: PlanRequest) -> int:
+        """Placements the planner may try: a small share of the time that the step itself will take."""
+        if not self._costs.is_measured:
+            return 0
+        seconds = bubble_free_time(request)
+        return min(_PLACEMENTS_PER_SECOND, int(PLANNING_SHARE * seconds * _PLACEMENTS_PER_SECOND))
+
+    def _exchange_costs(self) -> None:
+        """Average what all ranks measured since the last time. One all-reduce over all ranks of two float64
+        per stage and kind of instruction, every few steps; none with a single stage, whose plans need no
+        costs.
+        """
+        if self.groups.pp_size == 1 or not self._unmeasured:
+            self._unmeasured.clear()
+            return
+        if self._steps == 1:  # allocators and kernels are still warming up
+            self._unmeasured.clear()
+            return
+        if self._steps > 3 and self._steps % _MEASURED_EVERY:
+            return
+        keys = cost_keys(self._costs.model(), self.groups.pp_size)
+        sums = torch.zeros(2, len(keys), dtype=torch.float64)
+        places = {key: number for number, key in enumerate(keys)}
+        events = [event for recording in self._unmeasured for event in recording.events()]
+        self._unmeasured.clear()
+        for key, seconds, count in summarize(events):
+            if key in places:
+                sums[0, places[key]] += seconds * count
+                sums[1, places[key]] += count
+        sums = sums.to(self.groups.device)
+        dist.all_reduce(sums)
+        totals, counts = sums.tolist()
+        self._costs.fold([[Mean(key, total / n, int(n)) for key, total, n in zip(keys, totals, counts) if n]])
+
+    def idle_shares(self) -> list[float]:
+        """Per stage, the share of the last executed plan in which it computed nothing. One all-reduce over
+        the pipeline of p float64; waits for the device.
+        """
+        shares = torch.zeros(self.groups.pp_size, dtype=torch.float64, device=self.groups.device)
+        shares[self.groups.pp.rank()] = idle_share(self.recent[-1].recording.events())
+        dist.all_reduce(shares, group=self.groups.pp)
+        return shares.tolist()
+
+    def timelines(self, steps: int) -> dict[str, list[Event]]:
+        """The last `steps` optimizer steps as planned and as measured on all stages of this pipeline, in
+        seconds. One all-gather of the events over the pipeline.
+        """
+        recent = list(self.recent)[-steps:]
+        mine = [item.recording.events() for item in recent]
+        gathered: list[list[list[Event]]] = [[] for _ in range(self.groups.pp_size)]
+        dist.all_gather_object(gathered, mine, group=self.groups.pp)
+        measured = [
+            event
+            for one_step in zip(*gathered)
+            for event in without_waiting([event for events in one_step for event in events])
+        ]
+        start = min((event.start for event in measured), default=0.0)
+        costs = self._costs.model()
+        plans = [replace(item.plan, request=replace(item.plan.request, costs=costs)) for item in recent]
+        return {
+            f"{self.kind}, planned": simulate(plans, record=True).events,
+            f"{self.kind}, measured": [
+                event._replace(start=event.start - start, end=event.end - start) for event in measured
+            ],
+        }
+
+
+def agree(plan: Plan | None, problem: Exception | None, shapes: object, device: torch.device) -> None:
+    """Raise on every rank when any rank has found a problem or holds another plan (or batch shape) than the
+    rest.
+
+    Collectives over all ranks: an all-reduce of 8 integers; if they differ, an all-gather of a line of text.
+    """
+    mine = f"{problem}" if plan is None else plan.digest()
+    digest = hashlib.sha256(f"{mine} {shapes}".encode()).digest()
+    words = torch.tensor(
+        [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 16, 4)], dtype=torch.int64, device=device
+    )
+    both = torch.cat([words, -words])
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    highest, lowest = both[:4].tolist(), (-both[4:]).tolist()
+    if highest != lowest:
+        gathered: list = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (digest.hex(), str(problem) if problem else ""))
+        failed = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(gathered) if text]
+        if failed:
+            raise PlanError(failed) from problem
+        check_same_plan([text for text, _ in gathered])
+    if problem is not None:
+        raise problem
