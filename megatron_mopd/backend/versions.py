@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 
+import torch
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import schedules
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import moe_utils, router
 from megatron.core.transformer.moe.router import TopKRouter
 
 _installed = False
@@ -27,6 +28,22 @@ def install() -> None:
         moe_utils.te_general_gemm = None
     if hasattr(TopKRouter, "_apply_expert_bias"):
         TopKRouter._apply_expert_bias = _with_column_mask(TopKRouter._apply_expert_bias)
+    router.get_tokens_per_expert_and_token_count = _at_least_one_token(
+        router.get_tokens_per_expert_and_token_count
+    )
+
+
+def _at_least_one_token(original):
+    """The auxiliary loss divides by its number of tokens, and a micro-batch may hold nothing but padding."""
+
+    @functools.wraps(original)
+    def wrapper(*args, **kwargs):
+        per_expert, local_tokens, total_tokens = original(*args, **kwargs)
+        if isinstance(total_tokens, torch.Tensor):
+            total_tokens = total_tokens.clamp(min=1)
+        return per_expert, local_tokens, total_tokens
+
+    return wrapper
 
 
 def _with_column_mask(original):

@@ -153,9 +153,11 @@ class ModelWork:
         self._num_tokens += num_tokens
         key = entry.microbatch, entry.chunk
         self._inputs[key], self._outputs[key] = hidden, output
+        if is_last:
+            return None
         # The message shares the output's memory and keeps it until it has been sent; the graph needs it no
         # longer.
-        message = None if is_last else output.detach()
+        message = output.detach()
         deallocate_output_tensor(output, self._config.deallocate_pipeline_outputs)
         return message
 

@@ -167,8 +167,8 @@ duration = st.sampled_from([0.0, 0.3, 1.0, 1.7, 3.0])
 
 
 @st.composite
-def requests(draw):
-    p, v, m = draw(st.integers(1, 6)), draw(st.sampled_from([1, 1, 2, 3])), draw(st.integers(1, 12))
+def requests(draw, stages=(1, 2, 3, 4, 5, 6)):
+    p, v, m = draw(st.sampled_from(stages)), draw(st.sampled_from([1, 1, 2, 3])), draw(st.integers(1, 12))
     names = [f"t{i}" for i in range(draw(st.integers(0, 4)))]
     costs = CostModel.build(
         p,

@@ -1,0 +1,275 @@
+"""The runtime on real ranks: gradients equal to megatron-core's schedules, and what it does when things go
+wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+
+from megatron_mopd.pipeline.communicator import PipelineCommunicator, StageTimeout
+from megatron_mopd.pipeline.driver import PipelineDriver
+from megatron_mopd.pipeline.instructions import OptimizerStep, Receive, StudentForward
+from megatron_mopd.pipeline.megatron_schedules import run_student, run_teacher
+from megatron_mopd.pipeline.plan import make_plan
+from megatron_mopd.pipeline.problem import CostModel, PlanRequest, split_groups
+from megatron_mopd.pipeline.runtime import Stopwatch, execute
+from megatron_mopd.pipeline.simulate import PlanError
+from megatron_mopd.training import step as training_step
+from tests import _models
+from tests._distributed import RankPool, run_ranks
+from tests.pipeline import small_work
+from tests.pipeline.test_simulate import requests
+
+DENSE, MOE = _models.DENSE, _models.MOE
+DEEP = DENSE | dict(num_layers=8)
+WIDE = DENSE | dict(hidden_size=48)
+AUX = MOE | dict(moe_aux_loss_coeff=0.5, moe_router_load_balancing_type="aux_loss")
+PACKED = dict(max_tokens_per_micro_batch=24, micro_batch_size=1)
+
+
+def pp(p, v=None, **others):
+    return dict(pipeline_model_parallel_size=p, virtual_pipeline_model_parallel_size=v) | others
+
+
+TP = dict(tensor_model_parallel_size=2, sequence_parallel=True)
+EP = dict(expert_model_parallel_size=2, expert_tensor_parallel_size=1)
+OVERLAP = dict(optimizer=dict(overlap_grad_reduce=True))
+TIED = dict(model=dict(share_embeddings_and_output_weights=True))
+RECOMPUTE = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+
+# (ranks, model, layout, trajectories of each of two steps, kinds, other sections of the configuration)
+CASES = {
+    "p1": (1, DENSE, {}, [(1, 3), (4, 4)], ["bubble_fill", "back_to_back", "serial"], {}),
+    "p2": (2, DENSE, pp(2), [(1, 1), (2, 3), (6, 5)], ["bubble_fill", "serial"], {}),
+    "p2 tied, recompute": (2, DENSE | RECOMPUTE, pp(2), [(4, 4)], ["bubble_fill"], TIED),
+    "p2 packed": (2, DENSE, pp(2), [(8, 8)], ["bubble_fill"], dict(schedule=PACKED)),
+    "p2 v2": (2, DENSE, pp(2, 2), [(1, 2), (4, 3), (6, 6)], ["bubble_fill", "back_to_back"], {}),
+    "p2 no teachers": (2, DENSE, pp(2), [(3, 2)], ["bubble_fill"], dict(kind="sft")),
+    "p2 wider teachers": (2, DENSE, pp(2), [(3, 4)], ["bubble_fill"], dict(teacher_transformer=WIDE)),
+    "p4": (4, DEEP, pp(4), [(1, 4), (7, 3), (12, 12)], ["bubble_fill", "back_to_back"], {}),
+    "p4 v2": (4, DEEP, pp(4, 2), [(4, 4), (6, 8)], ["bubble_fill", "serial"], {}),
+    "p2 tp2": (4, AUX, pp(2, **TP), [(4, 4)], ["bubble_fill"], {}),
+    "p2 ep2": (4, AUX, pp(2, **EP), [(8, 6)], ["bubble_fill"], OVERLAP),
+    "p2 v2 dp2": (4, AUX, pp(2, 2), [(8, 9)], ["bubble_fill"], OVERLAP),
+    "p2 cp2": (4, DENSE, pp(2, context_parallel_size=2), [(3, 5)], ["bubble_fill"], {}),
+}
+
+
+def gradients(learner, batches, kind):
+    """What the loss reported and the reduced gradients of one step, without touching the weights."""
+    for chunk in learner.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    batch, found = batches[0], []
+    loss = training_step._build_loss(learner, batch)
+    if kind == "megatron":
+        for name, micro_batches in batch.teachers.items():
+            chunk = learner.bank.make_resident(name)
+            run_teacher(
+                chunk, micro_batches, batch.shape, learner.groups, lambda m, h, n=name: batch.keep(n, m, h)
+            )
+        found += run_student(learner.chunks, batch.student, batch.shape, learner.groups, loss)
+    else:
+        learner.pipeline.run(learner.chunks, batches, loss, learner.bank, found.extend)
+    reported = [{name: value.clone() for name, value in report.items()} for report in found]
+    return reported, [p.main_grad.clone() for c in learner.chunks for p in c.parameters()]
+
+
+def planned(learner, kind, counts):
+    """The steps' batches as this kind of schedule wants them."""
+    schedule = dataclasses.replace(learner.config.schedule, kind=kind)
+    learner.config = dataclasses.replace(learner.config, schedule=schedule)
+    return deque(
+        training_step.plan_step(learner, _models.batch(count, seed=10 * number + count))
+        for number, count in enumerate(counts)
+    )
+
+
+def compare(rank, transformer, parallel, step_counts, kinds, sections):
+    sections = dict(sections)
+    schedule = dict(micro_batch_size=1) | sections.pop("schedule", {})
+    learner = _models.make_learner(
+        transformer, parallel, schedule=schedule, params_dtype="float32", **sections
+    )
+    config = _models.unwrap(learner.chunks[0]).config
+    if config.num_moe_experts:
+        # A scale that teachers do not have: a teacher that set the auxiliary loss's scale would be noticed.
+        config.grad_scale_func = lambda loss: 3 * loss
+    lengths = []
+    for counts in step_counts:
+        expected = [gradients(learner, [b], "megatron") for b in planned(learner, "megatron", counts)]
+        for kind in kinds:
+            learner.pipeline.kind = kind
+            batches = planned(learner, kind, counts)
+            lengths.append(len(batches[0].student))
+            for reports, grads in expected:
+                found, found_grads = gradients(learner, batches, kind)
+                assert len(batches.popleft().cache) == 0, "every cached state is used exactly once"
+                # The interleaved reference has empty micro-batches at the end.
+                for mine, theirs in zip(found, reports, strict=len(found) == len(reports)):
+                    for name, value in theirs.items():
+                        torch.testing.assert_close(mine[name], value, rtol=0, atol=0, msg=name)
+                for mine, theirs in zip(found_grads, grads, strict=True):
+                    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+                assert any(g.abs().max() > 0 for g in found_grads)
+    return lengths
+
+
+@pytest.fixture(scope="module")
+def pools():
+    with RankPool(1, 120) as one, RankPool(2, 120) as two, RankPool(4, 120) as four:
+        yield {1: one, 2: two, 4: four}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bit_equal_to_megatron_cores_schedules(pools, case):
+    """Two optimizer steps, the second scored ahead: reports of every micro-batch, and every gradient, bit by
+    bit in float32.
+    """
+    ranks, *arguments = CASES[case]
+    pools[ranks].run(compare, *arguments)
+
+
+@settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+)
+@given(request=requests(stages=(1, 2, 4)))
+def test_random_plans_run_for_real(pools, request):
+    """Random stages, chunks, micro-batches, teacher groups and limits on gloo, against plain autograd."""
+    results = pools[4].run(small_work.run_request, request)
+    expected = small_work.reference(request)
+    for rank, (grads, _) in enumerate(results):
+        stage = rank % request.stages
+        for chunk, gradient in enumerate(grads):
+            torch.testing.assert_close(
+                gradient, expected[chunk * request.stages + stage], rtol=1e-10, atol=1e-12
+            )
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------
+
+
+def broken_step(rank, what):
+    """One step with a plan that rank 1 (or everybody) holds in a broken form; the error of this rank."""
+    learner = _models.make_learner(DENSE, pp(2), schedule=dict(micro_batch_size=1))
+    driver, batches = learner.pipeline, planned(learner, "bubble_fill", (3, 3))
+    make = driver._planner.plan
+
+    def sabotage(request):
+        plan = make(request)
+        entries = list(plan.stages[1])
+        if what == "missing receive":
+            entries.remove(next(e for e in entries if isinstance(e, Receive)))
+        elif what == "unequal counts" and rank == 1:
+            entries.remove(next(e for e in entries if isinstance(e, StudentForward)))
+        elif what == "other plan" and rank == 1:
+            request = dataclasses.replace(request, kind="back_to_back")
+            return make_plan(request)
+        return dataclasses.replace(plan, stages=(plan.stages[0], tuple(entries)), _digest=[])
+
+    driver._planner.plan = sabotage
+    started = time.monotonic()
+    try:
+        gradients(learner, batches, "bubble_fill")
+    except (PlanError, ValueError) as error:
+        return str(error), time.monotonic() - started
+    return "", 0.0
+
+
+@pytest.mark.parametrize(
+    "what, expected",
+    [
+        ("missing receive", "has no receive at stage 1"),
+        ("unequal counts", "rank 1: the plan cannot be executed"),
+        ("other plan", "ranks [1] hold another plan"),
+    ],
+)
+def test_a_broken_plan_is_rejected_on_every_rank_before_the_step(pools, what, expected):
+    for text, seconds in pools[2].run(broken_step, what):
+        assert expected in text or "another plan" in text, text
+        assert seconds < 30
+
+
+def limits_error(rank, schedule):
+    learner = _models.make_learner(DENSE, pp(2, 2), schedule=dict(micro_batch_size=1) | schedule)
+    try:
+        gradients(learner, planned(learner, "bubble_fill", (4,)), "bubble_fill")
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "schedule, message",
+    [
+        (dict(max_activations=1), "limit activations=1 cannot be met by any plan: the smallest value that"),
+        (dict(max_cached_states=0), "limit cached_states=0 cannot be met by any plan: the smallest value"),
+    ],
+)
+def test_limits_that_no_plan_meets(pools, schedule, message):
+    assert all(message in text for text in pools[2].run(limits_error, schedule))
+
+
+def wait_for_the_dead(rank):
+    """Rank 1 never starts its list; rank 0's error."""
+    request = PlanRequest(
+        2, 2, CostModel.build(2, teacher_forward={"t0": 1.0}), groups=split_groups({"t0": 2})
+    )
+    group = small_work.pipeline_group(2)
+    channels = PipelineCommunicator(group, torch.device("cpu"), timeout=timedelta(seconds=1))
+    if rank == 1:
+        time.sleep(2)
+        return None
+    work = small_work.SmallWork(request, 0)
+    try:
+        execute(make_plan(request), 0, work, channels, Stopwatch(torch.device("cpu")))
+    except StageTimeout as error:
+        return "\n".join([str(error), *error.__notes__])
+
+
+def test_a_rank_that_stops_answering_is_named():
+    text = run_ranks(2, wait_for_the_dead)[0]
+    assert "no message from stage 1 (rank 1) on student_backward 1->0 within 1 s" in text
+    assert "on pipeline stage 0, at instruction" in text and "student backward micro-batch 0" in text
+
+
+def measured(rank):
+    """Recorded timelines of three steps, the driver's costs, and what the pipeline reports."""
+    learner = _models.make_learner(DENSE, pp(2), schedule=dict(micro_batch_size=1))
+    batches = planned(learner, "bubble_fill", (4, 4, 4))
+    for _ in range(3):
+        training_step.train_step(learner, batches)
+        batches.popleft()
+    driver = learner.pipeline
+    driver._exchange_costs()
+    return driver.timelines(2), driver.idle_shares(), driver._costs.model()
+
+
+def test_timelines_are_measured_on_every_rank_and_costs_follow(pools):
+    (timelines, shares, costs), (_, other_shares, other_costs) = pools[2].run(measured)
+    assert costs == other_costs and shares == other_shares
+    assert all(0 < cost < 30 for cost in (*costs.student_forward, *costs.student_backward))
+    for title, events in timelines.items():
+        assert {event.stage for event in events} == {0, 1}, title
+        assert (
+            sum(isinstance(event.instruction, OptimizerStep) for event in events) == 4 or "planned" in title
+        )
+        assert all(event.end >= event.start >= 0 for event in events)
+    assert len(shares) == 2 and all(0 <= share < 1 for share in shares)
+
+
+def test_there_is_a_driver_only_when_plans_are_executed(pools):
+    assert pools[1].run(has_driver, "megatron") == [False]
+
+
+def has_driver(rank, kind):
+    learner = _models.make_learner(DENSE, {}, schedule=dict(kind=kind))
+    assert dist.is_initialized()
+    return isinstance(learner.pipeline, PipelineDriver)
