@@ -95,7 +95,7 @@ class PipelineDriver:
         reach = self.look_ahead()
         steps = list(steps)[: None if reach is None else 1 + reach]
         self._exchange_costs()
-        plan = self.plan(steps)
+        plan = self.plan(steps, teachers)
         # All ranks have left the previous plan, or they would not have agreed on this one.
         self.communicator.flush()
         work = ModelWork(chunks, steps, self.groups, loss_function, teachers, at_optimizer_step)
@@ -112,13 +112,13 @@ class PipelineDriver:
         self.recent.append(Measured(plan, recording))
         self._unmeasured.append(recording)
 
-    def plan(self, steps: Sequence[StepInput]) -> Plan:
+    def plan(self, steps: Sequence[StepInput], teachers: Teachers | None = None) -> Plan:
         """The plan that every rank will execute. Raises on all ranks alike (`PlanError`, or `ValueError` for
         limits that cannot be met) when it cannot be executed or the ranks disagree.
         """
         plan, problem = None, None
         try:
-            request = self._request(steps)
+            request = self._request(steps, teachers)
             self._planner.effort = self._effort(request)
             plan = self._planner.plan(request)
             if plan.digest() not in self._checked:
@@ -131,7 +131,7 @@ class PipelineDriver:
         assert plan is not None
         return plan
 
-    def _request(self, steps: Sequence[StepInput]) -> PlanRequest:
+    def _request(self, steps: Sequence[StepInput], teachers: Teachers | None) -> PlanRequest:
         request = PlanRequest(
             stages=self.groups.pp_size,
             microbatches=len(steps[0].student),
@@ -143,6 +143,8 @@ class PipelineDriver:
         )
         # Head slots that a step has needed stay.
         heads = max(request.head_slots(), len(self._slots.get("resident_heads", ())))
+        if teachers is not None and self.groups.is_last_stage:
+            teachers.reserve_heads(heads)
         return replace(request, limits=replace(self.limits, resident_heads=heads), **self._slots)
 
     def _effort(self, request: PlanRequest) -> int:

@@ -59,6 +59,15 @@ class Teachers(Protocol):
     def config(self, name: str) -> TransformerConfig:
         """Its transformer configuration, resident or not."""
 
+    def prefetch(self, name: str, slot: int | None = None) -> None:
+        """Start the arrival of its layers."""
+
+    def prefetch_head(self, name: str, slot: int | None = None) -> None:
+        """Start the arrival of its output head; last stage."""
+
+    def reserve_heads(self, count: int) -> None:
+        """Have this many slots for output heads."""
+
     def make_resident(self, name: str) -> HiddenStateGPT:
         """The frozen stage of teacher `name`, with its weights."""
 
@@ -112,7 +121,9 @@ class ModelWork:
         return (length, rows, config.hidden_size), config.pipeline_dtype
 
     def load(self, entry: LoadTeacher | LoadHead) -> None:
-        """Weights are copied when they are first used."""
+        """Start a teacher's arrival in the slot that the plan has kept free for it."""
+        arrive = self._teachers.prefetch if isinstance(entry, LoadTeacher) else self._teachers.prefetch_head
+        arrive(entry.teacher, entry.slot)
 
     def teacher_forward(self, entry: TeacherForward, hidden: Tensor | None) -> Tensor | None:
         job = entry.job
