@@ -1,9 +1,8 @@
 """What the full-vocabulary loss costs beside the head's own matrix products: time, memory, TP traffic.
 
-    torchrun --nproc-per-node 2 benchmarks/divergence.py                           # CPU, TP2, one thread a
-    rank python benchmarks/divergence.py --device cuda --dtype bfloat16 --hidden 4096 --vocab 151936 --chunk
-    4096 torchrun --nproc-per-node 2 benchmarks/divergence.py --tokens 256 --vocab 4096 --hidden 128     #
-    seconds
+    torchrun --nproc-per-node 2 benchmarks/divergence.py                # CPU, TP2, one thread a rank
+    torchrun --nproc-per-node 2 benchmarks/divergence.py --tokens 256 --vocab 4096 --hidden 128   # seconds
+    python benchmarks/divergence.py --device cuda --dtype bfloat16 --hidden 4096 --vocab 151936 --chunk 4096
 
 Every method does forward and backward of reverse KL between two heads, to the gradients of the student's
 hidden states and weight:
@@ -25,6 +24,7 @@ import os
 import statistics
 import time
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -241,8 +241,15 @@ def timed(method, inputs, group, chunk, device):
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
+class Cost(NamedTuple):
+    wall: float  # relative to the bare GEMMs
+    cpu: float
+    memory: int  # bytes
+    forward_bytes: float  # a token
+
+
 def measure(tokens, methods, args, device, group, tp, rank):
-    """Print one table for `tokens` tokens and return {method name: (memory bytes, forward bytes a token)}."""
+    """Print one table for `tokens` tokens and return {method name: Cost}."""
     inputs = make_inputs(tokens, args, device, tp, rank)
     gradients = sum(x.numel() * x.element_size() for x in inputs[:2])
     times = {name: [] for name in methods}
@@ -262,12 +269,12 @@ def measure(tokens, methods, args, device, group, tp, rank):
         del loss
         inputs[0].grad = inputs[1].grad = None
         peak, _ = memory_use(partial(run_once, method, inputs, group, args.chunk), device)
-        results[name] = (peak - gradients, forward / tokens)
         wall, cpu = (statistics.median(sample[i] for sample in times[name]) for i in range(2))
         ratios = [
             statistics.median(mine[i] / bare[i] for mine, bare in zip(times[name], times["GEMMs"]))
             for i in range(2)
         ]
+        results[name] = Cost(*ratios, peak - gradients, forward / tokens)
         if rank == 0:
             print(
                 f"{tokens:6d} {name:8s}"
@@ -277,6 +284,23 @@ def measure(tokens, methods, args, device, group, tp, rank):
                 flush=True,
             )
     return results
+
+
+def print_targets(results, time_target):
+    """What was asked of `linear_kl`, and what it is, at the largest number of tokens measured."""
+    few, many = min(results), max(results)
+    cost = results[many]["ours"]
+    print(f"linear_kl at {many} tokens:")
+    print(f"  time over the GEMMs': {cost.wall:.2f} wall, {cost.cpu:.2f} cpu; target at most {time_target}")
+    if "unfused" in results[many]:
+        share = cost.memory / results[many]["unfused"].memory
+        print(f"  peak memory over unfused's: {share:.3f}; target at most 0.1")
+    if few < many:
+        growth = cost.memory / results[few]["ours"].memory
+        print(f"  peak memory over that at {few} tokens: {growth:.3f}; target 0.95 to 1.05")
+    print(
+        f"  TP bytes a token in the forward, beyond the head's: {cost.forward_bytes:.2f}; target at most 32"
+    )
 
 
 def main():
@@ -319,9 +343,8 @@ def main():
     for tokens in args.tokens:
         chosen = {k: v for k, v in methods.items() if k != "gather" or tokens <= args.gather_tokens}
         results[tokens] = measure(tokens, chosen, args, device, group, tp, rank)
-    if rank == 0 and len(args.tokens) > 1:
-        low, high = (results[t]["ours"][0] for t in (args.tokens[0], args.tokens[-1]))
-        print(f"memory of ours at {args.tokens[-1]} over {args.tokens[0]} tokens: {high / low:.3f} x")
+    if rank == 0:
+        print_targets(results, 1.15 if device.type == "cuda" else 1.25)
     if tp > 1:
         dist.destroy_process_group()
 
