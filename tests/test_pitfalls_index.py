@@ -1,0 +1,115 @@
+"""Bugs that distillation and pipeline frameworks have shipped, and the tests here that fail when one is put
+back.
+
+`GUARDS` is the index: the bug in one sentence -> tests, as "folder/file.py::function" below `tests/`.
+"""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+GUARDS = {
+    # Gradients
+    "An all-reduce that autograd does not know of inside a loss: value right, gradient wrong": (
+        "objectives/test_pitfalls.py::test_collectives_in_autograd_have_the_right_value_and_a_wrong_gradient",
+        "objectives/test_linear_kl.py::test_loss_and_gradients",
+        "objectives/test_divergence.py::test_value_and_gradient",
+    ),
+    "A gather whose backward adds up the ranks' equal losses: gradient as many times too large": (
+        "objectives/test_pitfalls.py::test_a_differentiable_all_gather_gives_tp_times_the_gradient",
+        "objectives/test_pitfalls.py::test_loss_and_gradient_do_not_depend_on_tp",
+    ),
+    "A detached divergence as the advantage of the sampled token: zero in expectation": (
+        "objectives/test_pitfalls.py::test_which_sampled_token_losses_have_the_gradient_of_the_divergence",
+        "objectives/test_pitfalls.py::test_the_per_token_divergence_cannot_be_differentiated",
+        "training/test_alarms.py::test_combinations_with_a_wrong_gradient_are_refused",
+    ),
+    "The sampled token's log-ratio back-propagated: a gradient without the teacher in it": (
+        "objectives/test_pitfalls.py::test_which_sampled_token_losses_have_the_gradient_of_the_divergence",
+        "training/test_alarms.py::test_combinations_with_a_wrong_gradient_are_refused",
+        "training/test_objectives.py::test_batch_equals_the_equations",
+    ),
+    "Hidden states compared with their own tokens instead of the next ones": (
+        "data/test_batching.py::test_a_hidden_state_predicts_the_token_after_it",
+    ),
+    "Student and teacher rounded differently: negative divergences": (
+        "objectives/test_bad_input.py::test_linear_kl",
+        "objectives/test_pitfalls.py::test_the_check_fails_wrong_inputs",
+    ),
+    "The textbook divergence turning negative where the models almost agree": (
+        "objectives/test_pitfalls.py::test_the_textbook_form_goes_negative_and_ours_does_not",
+        "objectives/test_linear_kl.py::test_near_convergence",
+    ),
+    # Normalisation
+    "A loss that depends on the micro-batch size, or is a mean of means": (
+        "training/test_parallel_invariance.py::test_loss_gradients_and_weights_do_not_depend_on_the_layout",
+        "training/test_parallel_invariance.py::test_named_reductions",
+    ),
+    "Padding, prompt tokens or padded vocabulary counted": (
+        "data/test_batching.py::test_neither_prompts_nor_padding_count",
+        "objectives/test_linear_kl.py::test_loss_and_gradients",
+        "objectives/test_diagnostics.py::test_against_direct_computation",
+    ),
+    "Vocabularies padded to different widths, so that shards hold different tokens": (
+        "objectives/test_bad_input.py::test_linear_kl",
+        "objectives/test_bad_input.py::test_ranks_that_disagree",
+    ),
+    "A temperature for the student only": (
+        "objectives/test_pitfalls.py::test_the_check_fails_wrong_inputs",
+        "objectives/test_linear_kl.py::test_loss_and_gradients",
+    ),
+    # Teachers
+    "The student's own checkpoint as teacher, or one of another model, unnoticed": (
+        "training/test_alarms.py::test_a_teacher_that_equals_the_student_at_the_first_step",
+        "training/test_alarms.py::test_a_teacher_that_has_nothing_in_common_with_the_student",
+    ),
+    "Gradient and optimizer memory for frozen teachers": (
+        "training/test_teachers_leave_no_trace.py::test_teachers_leave_no_trace",
+    ),
+    "Every teacher run on every sample, and most of it thrown away": (
+        # Its step asserts that each cached state is used exactly once.
+        "training/test_parallel_invariance.py::test_loss_gradients_and_weights_do_not_depend_on_the_layout",
+    ),
+    "As many heads on the device as there are teachers": (
+        "pipeline/test_plan.py::test_each_teacher_is_loaded_once_and_into_a_free_slot",
+        "pipeline/test_plan.py::test_a_micro_batch_with_three_teachers_gets_three_heads",
+    ),
+    # Pipelines and mixtures of experts
+    "Ranks that share a collective with different numbers of micro-batches": (
+        "data/test_batching.py::test_every_rank_gets_as_many_micro_batches",
+        "pipeline/test_plan.py::test_unequal_counts_are_named",
+    ),
+    "Expert counts or auxiliary losses of the student changed by a teacher's forward": (
+        "training/test_teachers_leave_no_trace.py::test_teachers_leave_no_trace",
+    ),
+    "Sequence parallelism left off after generation": (
+        "rollout/test_decoding_mode.py::test_switched_off_everywhere_and_restored_after_an_exception",
+        "rollout/test_decoding_mode.py::test_a_failing_rollout_leaves_a_model_that_trains",
+    ),
+    # Operation
+    "A verifier that gives every answer the same reward": (
+        "training/test_alarms.py::test_rewards_that_are_all_the_same",
+    ),
+    "Interrupted rollouts sampled anew, which favours short ones": (
+        # Sampled anew they are the same tokens: which ones are kept cannot depend on their length.
+        "rollout/test_megatron_engine.py::test_tokens_follow_from_seed_and_index_alone",
+    ),
+}
+
+
+@cache
+def _tests_of(file):
+    tree = ast.parse((HERE / file).read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("bug", GUARDS)
+def test_every_bug_has_its_guards(bug):
+    assert GUARDS[bug], "a bug without a test"
+    for guard in GUARDS[bug]:
+        file, name = guard.split("::")
+        assert name.startswith("test_") and name in _tests_of(file), f"{guard} does not exist"

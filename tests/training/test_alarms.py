@@ -1,0 +1,57 @@
+"""Runs that go wrong without an error: wrong checkpoints, rewards that say nothing; and combinations with a
+wrong gradient, which the configuration refuses."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_mopd.config import ConfigError, config_from_dict
+from megatron_mopd.teachers.routing import Routing
+from megatron_mopd.training.guards import first_step_alarms
+from megatron_mopd.training.monitors import FEWEST_VERDICTS, KL_CEILING, Alarms
+from tests._models import trajectory
+
+TEACHERS = [SimpleNamespace(name=name) for name in ("expert", "other")]
+ROUTING = Routing({"math": "expert", "code": {"expert": 0.5, "other": 0.5}}, TEACHERS)
+
+
+def test_a_teacher_that_equals_the_student_at_the_first_step():
+    assert first_step_alarms({"kl/math": 0.04, "kl/code": 0.2, "loss": 0.0}, ROUTING) == []
+    (alarm,) = first_step_alarms({"kl/math": 0.04, "kl/code": 1e-9}, ROUTING)
+    assert "expert + other" in alarm and "'code'" in alarm
+
+
+def test_a_teacher_that_has_nothing_in_common_with_the_student():
+    alarms = Alarms()
+    assert alarms.step({"kl/math": 0.2, "loss": 9.0}) == []
+    (alarm,) = Alarms().step({"kl/math": 2 * KL_CEILING})
+    assert "'math'" in alarm and "is its teacher the right one?" in alarm
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_rewards_that_are_all_the_same(value):
+    """A parser that understands no answer gives 0 to all of them, and nothing fails."""
+    batch = [trajectory(index, [1], [2], "math") for index in range(FEWEST_VERDICTS // 2 + 1)]
+    constant = {t.index: value for t in batch}
+    alarms = Alarms()
+    assert alarms.rollout(batch, constant, {}) == []
+    (alarm,) = alarms.rollout(batch, constant, {})
+    assert "'math'" in alarm and f"are all {value}" in alarm
+    mixed = constant | {0: 0.5}
+    assert alarms.rollout(batch, mixed, {}) == []
+
+
+@pytest.mark.parametrize(
+    "kind, apply_as, why",
+    [
+        ("full_vocab_kl", "advantage", "expected gradient of a divergence is zero"),
+        ("jsd", "advantage", "expected gradient of a divergence is zero"),
+        ("sampled_token", "loss", "does not depend on the teacher"),
+    ],
+)
+def test_combinations_with_a_wrong_gradient_are_refused(kind, apply_as, why):
+    with pytest.raises(ConfigError, match="objective.apply_as") as raised:
+        config_from_dict({"run_dir": "unused", "objective": {"kind": kind, "apply_as": apply_as}})
+    assert why in str(raised.value)
+    right = {"advantage": "loss", "loss": "advantage"}[apply_as]
+    config_from_dict({"run_dir": "unused", "objective": {"kind": kind, "apply_as": right}})
