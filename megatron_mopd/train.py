@@ -16,9 +16,11 @@ import sys
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
 
 import torch.distributed as dist
 
+from megatron_mopd.backend.failure import is_first_to_fail
 from megatron_mopd.config import Config, ConfigError, load_config, save_config
 from megatron_mopd.config.objectives import samples_per_prompt
 from megatron_mopd.data.prompts import PromptSampler
@@ -136,25 +138,24 @@ def _every(interval: int, iteration: int) -> bool:
     return interval > 0 and iteration % interval == 0
 
 
-def main() -> None:
-    """Command line; a user's mistake is one line on rank 0's terminal and exit status 2."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; a user's mistake is one line on the terminal and exit status 2."""
     parser = argparse.ArgumentParser(prog="megatron_mopd.train", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--debug", action="store_true", help="show stack traces of configuration errors")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
-        train(load_config(arguments.config, arguments.overrides))
-    except ConfigError as error:
-        if arguments.debug:
-            raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        _leave(2)
-    except Exception:
+        train(load_config(options.config, options.overrides))
+    except Exception as error:
         # One rank's failure ends the job: the others wait in a collective until the launcher stops them.
-        traceback.print_exc()
-        _leave(1)
+        is_mistake = isinstance(error, ConfigError)
+        message = f"error: {error}" if is_mistake else f"{type(error).__name__}: {error}"
+        if is_first_to_fail(message):
+            if options.debug or not is_mistake:
+                traceback.print_exc()
+            print(message, file=sys.stderr)
+        _leave(2 if is_mistake else 1)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -99,7 +99,7 @@ def resume(learner: Learner) -> int:
 
 
 def _check_manifest(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    for key in saved.keys() | current.keys():
+    for key in sorted(saved.keys() | current.keys()):  # the same one on every rank
         if saved.get(key) != current.get(key):
             raise ConfigError(
                 f"run_dir: {path} was written with other {key} ({saved.get(key)!r}, now "

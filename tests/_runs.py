@@ -1,0 +1,164 @@
+"""Whole runs for the tests: small inputs on disk, and the command line in forked ranks.
+
+`run_main(["--config", ...], 2)` runs `python -m megatron_mopd.train` on two ranks as torchrun would start
+them, without an interpreter start: the ranks are forked from this process and call `main`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_mopd import train
+from megatron_mopd.config.loading import config_from_dict, save_config
+from megatron_mopd.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_mopd.model.checkpoint import MODEL_FILE
+from tests import _distributed  # noqa: F401  (one thread before the fork)
+
+MODEL = dict(
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    ffn_hidden_size=48,
+    num_moe_experts=4,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=24,
+    make_vocab_size_divisible_by=8,
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the ranks of one command line left behind, rank 0 first."""
+
+    statuses: list[int]
+    stdout: list[str]
+    stderr: list[str]
+    failures: list[str | None]
+    """The message that each rank ended with, printed or not."""
+
+    @property
+    def printed(self) -> str:
+        return "\n".join(text for pair in zip(self.stdout, self.stderr) for text in pair if text)
+
+
+def run_main(arguments: list[str], world_size: int = 1, timeout: float = 120) -> Outcome:
+    """`python -m megatron_mopd.train ARGUMENTS` on `world_size` forked ranks."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as name:
+        directory, ports, processes = Path(name), context.SimpleQueue(), []
+        for rank in range(world_size):
+            process = context.Process(target=_rank, args=(rank, world_size, ports, directory, arguments))
+            process.start()
+            processes.append(process)
+        # Served by the parent, as torchrun's agent does, and only after the forks.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for _ in processes:
+            ports.put(store.port)
+        try:
+            for process in processes:
+                process.join(timeout)
+        finally:
+            hung = [process for process in processes if process.is_alive()]
+            for process in hung:
+                process.kill()
+                process.join()
+
+        def texts(kind: str) -> list[str]:
+            paths = [directory / f"{rank}.{kind}" for rank in range(world_size)]
+            return [path.read_text() if path.exists() else "" for path in paths]
+
+        outcome = Outcome(
+            [process.exitcode for process in processes],
+            texts("out"),
+            texts("err"),
+            [text or None for text in texts("failure")],
+        )
+    assert not hung, f"{len(hung)} ranks did not end within {timeout} s:\n{outcome.printed}"
+    return outcome
+
+
+def _rank(rank: int, world_size: int, ports, directory: Path, arguments: list[str]) -> None:
+    for stream, kind in (("stdout", "out"), ("stderr", "err")):
+        descriptor = os.open(directory / f"{rank}.{kind}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(descriptor, {"stdout": 1, "stderr": 2}[stream])
+        setattr(sys, stream, open(descriptor, "w", buffering=1))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports.get()), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", OMP_NUM_THREADS="1")
+    is_first_to_fail = train.is_first_to_fail
+
+    def recorded(message: str) -> bool:
+        (directory / f"{rank}.failure").write_text(message)
+        return is_first_to_fail(message)
+
+    train.is_first_to_fail = recorded
+    status = 1
+    try:
+        train.main(arguments)
+        status = 0
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
+
+
+def write_inputs(directory: Path) -> None:
+    """`tokenizer.model` and `prompts.jsonl` with the domains `add` and `copy`, 24 prompts with answers."""
+    words = "ab ba ca ac bc cb".split() * 2
+    lines = [
+        {"prompt": f"{a} + {b} =", "answer": str(a + b), "domain": "add"} for a in range(4) for b in range(3)
+    ] + [{"prompt": f"copy {word} :", "answer": word, "domain": "copy"} for word in words]
+    for number, line in enumerate(lines[18:]):
+        line["prompt"] = f"again {number} " + line["prompt"]
+    texts = [f"{line['prompt']} {line['answer']}" for line in lines]
+    train_sentencepiece(texts, directory / "tokenizer.model", 300)
+    (directory / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+
+def values(directory: Path, **sections) -> dict:
+    """A configuration on those inputs as nested dictionaries; `sections` are merged over it."""
+    merged = {
+        "run_dir": str(directory / "run"),
+        "device": "cpu",
+        "student": dict(MODEL),
+        "data": {
+            "tokenizer": str(directory / "tokenizer.model"),
+            "seq_length": 40,
+            "prompts": [{"path": str(directory / "prompts.jsonl")}],
+        },
+        "rollout": {"max_new_tokens": 6},
+        "objective": {"kind": "sft"},
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"train_iters": 2, "global_batch_size": 8, "micro_batch_size": 2},
+        "log": {"tensorboard": False, "report": False},
+    }
+    for name, section in sections.items():
+        merged[name] = merged.get(name, {}) | section if isinstance(section, dict) else section
+    return merged
+
+
+def write_config(path: Path, configuration: dict) -> list[str]:
+    """The command-line arguments for a valid configuration, written to `path`."""
+    save_config(config_from_dict(configuration), path)
+    return ["--config", str(path)]
+
+
+def describe_checkpoint(directory: Path, tokenizer: Path, **model) -> Path:
+    """A checkpoint's description without weights: enough for every check that comes before they are read."""
+    directory.mkdir(parents=True)
+    description = {
+        "model": MODEL | {"vocab_size": load_tokenizer(tokenizer).vocab_size} | model,
+        "tokenizer": load_tokenizer(tokenizer).fingerprint(),
+    }
+    (directory / MODEL_FILE).write_text(json.dumps(description))
+    return directory

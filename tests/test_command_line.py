@@ -1,0 +1,171 @@
+"""Mistakes at the command line: one line, before training, the same on every rank, and exit status 2."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_mopd.data.tokenizer import train_sentencepiece
+from tests import _runs
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Inputs with things wrong with them, beside good ones."""
+    directory = tmp_path_factory.mktemp("command_line")
+    _runs.write_inputs(directory)
+    good = (directory / "prompts.jsonl").read_text().splitlines()
+    (directory / "empty.jsonl").write_text("\n\n")
+    (directory / "broken.jsonl").write_text("\n".join([*good[:2], '{"prompt": "3 +', *good[2:]]))
+    (directory / "long.jsonl").write_text("\n".join([good[0], good[1].replace("=", "= 7 8 9" * 20)]))
+    train_sentencepiece(["other words, other pieces"] * 9, directory / "other.model", 280)
+    tokenizer = directory / "tokenizer.model"
+    _runs.describe_checkpoint(directory / "expert", tokenizer)
+    _runs.describe_checkpoint(directory / "wide", tokenizer, vocab_size=999)
+    _runs.describe_checkpoint(directory / "foreign", directory / "other.model", vocab_size=300)
+    (directory / "nothing_yet").mkdir()
+    return directory
+
+
+def mopd(teachers: dict, routing: dict) -> dict:
+    """Sections of a distillation run; `self` needs no checkpoint."""
+    entries = [{"name": name} | ({"load": load} if load else {}) for name, load in teachers.items()]
+    return {"objective": {"kind": "full_vocab_kl"}, "teachers": entries, "routing": routing}
+
+
+# name -> (sections of the configuration, ranks, parts of the message); "@" stands for the inputs' directory.
+CASES = {
+    "unknown key": ({"schedule": {"train_itres": 3}}, 2, ["'schedule.train_itres'", "'train_iters'"]),
+    "unknown section": ({"optimiser": {"lr": 1}}, 1, ["'optimiser'", "'optimizer'"]),
+    "unknown model key": ({"student": {"num_layer": 2}}, 1, ["'student.num_layer'", "'num_layers'"]),
+    "wrong type": (
+        {"schedule": {"train_iters": "many"}},
+        2,
+        ["train_iters: expected int", "'many'"],
+    ),
+    "float for int": ({"schedule": {"micro_batch_size": 2.5}}, 1, ["schedule.micro_batch_size", "2.5"]),
+    "owned elsewhere": ({"student": {"sequence_parallel": True}}, 1, ["set parallel.sequence_parallel"]),
+    "ranks": (
+        {"parallel": {"tensor_model_parallel_size": 3}},
+        2,
+        ["tensor_model_parallel_size", "3 x 1 x 1", "number of ranks, 2", "valid products: 1, 2"],
+    ),
+    "heads": (
+        {
+            "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            "student": {"num_attention_heads": 3, "num_query_groups": 3, "hidden_size": 33},
+        },
+        2,
+        ["tensor_model_parallel_size: 2", "num_attention_heads=3", "valid: 1, 3"],
+    ),
+    "experts": (
+        {"parallel": {"expert_model_parallel_size": 2}, "student": {"num_moe_experts": 3}},
+        2,
+        ["expert_model_parallel_size: 2", "num_moe_experts=3", "valid: 1, 3"],
+    ),
+    "layers": (
+        {"parallel": {"pipeline_model_parallel_size": 2}, "student": {"num_layers": 3}},
+        2,
+        ["pipeline_model_parallel_size: 2", "num_layers=3", "valid products: 1, 3"],
+    ),
+    "no teacher for a domain": (
+        mopd({"self": None}, {"add": "self"}),
+        2,
+        ["domain 'copy' has no teacher", "routing.default"],
+    ),
+    "unknown teacher": (mopd({"self": None}, {"default": "slef"}), 1, ["'slef'", "'self'"]),
+    "no such domain": (mopd({"self": None}, {"default": "self", "ad": "self"}), 1, ["routing.ad", "'add'"]),
+    "teacher's vocabulary": (
+        mopd({"wide": "@/wide"}, {"default": "wide"}),
+        2,
+        ["teachers.wide.load", "999 tokens", "300"],
+    ),
+    "teacher's tokenizer": (
+        mopd({"foreign": "@/foreign"}, {"default": "foreign"}),
+        2,
+        ["teachers.foreign.load", "@/foreign", "another tokenizer"],
+    ),
+    "teacher's checkpoint missing": (
+        mopd({"gone": "@/gone"}, {"default": "gone"}),
+        2,
+        ["teachers.gone.load", "not found", "@/gone"],
+    ),
+    "checkpoint missing": ({"student": {"load": "@/gone"}}, 2, ["student.load", "not found", "@/gone"]),
+    "checkpoint incomplete": (
+        {"student": {"load": "@/nothing_yet"}},
+        1,
+        ["student.load", "no complete checkpoint", "@/nothing_yet"],
+    ),
+    "checkpoint's tokenizer": ({"student": {"load": "@/foreign"}}, 1, ["data.tokenizer", "student.load"]),
+    "no prompts": (
+        {"data": {"prompts": [{"path": "@/empty.jsonl"}]}},
+        2,
+        ["@/empty.jsonl", "no prompts"],
+    ),
+    "malformed line": ({"data": {"prompts": [{"path": "@/broken.jsonl"}]}}, 2, ["@/broken.jsonl:3", "JSON"]),
+    "prompt too long": (
+        {"data": {"prompts": [{"path": "@/long.jsonl"}]}},
+        2,
+        ["@/long.jsonl:2", "tokens", "data.seq_length=40"],
+    ),
+    "prompt file missing": ({"data": {"prompts": [{"path": "@/no.jsonl"}]}}, 1, ["data.prompts[0].path"]),
+    "tokenizer missing": ({"data": {"tokenizer": "@/no.model"}}, 1, ["@/no.model"]),
+}
+
+
+def replaced(value, directory):
+    """`value` with the inputs' directory for every "@"."""
+    if isinstance(value, dict):
+        return {key: replaced(item, directory) for key, item in value.items()}
+    if isinstance(value, list):
+        return [replaced(item, directory) for item in value]
+    return value.replace("@", str(directory)) if isinstance(value, str) else value
+
+
+def check(outcome, world_size, parts):
+    """One line from one rank, all ranks with the same message and status 2, nothing else said."""
+    assert outcome.statuses == [2] * world_size, outcome.printed
+    (message,) = set(outcome.failures)
+    assert outcome.printed.splitlines() == [message]
+    assert message.startswith("error: ")
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_on_every_rank(inputs, tmp_path, case):
+    sections, world_size, parts = CASES[case]
+    configuration = _runs.values(inputs, **replaced(copy.deepcopy(sections), inputs))
+    configuration["run_dir"] = str(tmp_path / "run")
+    path = tmp_path / "config.yaml"
+    OmegaConf.save(OmegaConf.create(configuration), path)
+    check(_runs.run_main(["--config", str(path)], world_size), world_size, replaced(parts, inputs))
+    assert not list(tmp_path.rglob("metrics.jsonl")), "nothing was started"
+
+
+@pytest.mark.parametrize(
+    "text, arguments, parts",
+    [
+        (None, [], ["config file not found", "config.yaml"]),
+        ("schedule: [1", [], ["config.yaml", "not readable as YAML"]),
+        ("schedule: 3", [], ["schedule", "expected a section"]),
+        ("run_dir: x", ["schedule.train_iters"], ["'schedule.train_iters'", "section.key=value"]),
+        ("run_dir: x", ["schedule.train_iter=3"], ["'schedule.train_iter'", "'train_iters'"]),
+        ("run_dir: x", ["schedule=[1"], ["config.yaml"]),
+        ("seed: 1", [], ["run_dir: missing"]),
+    ],
+)
+def test_configuration_file_and_overrides(tmp_path, text, arguments, parts):
+    path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_text(text)
+    check(_runs.run_main(["--config", str(path), *arguments]), 1, parts)
+
+
+def test_debug_shows_the_stack(tmp_path):
+    outcome = _runs.run_main(["--debug", "--config", str(tmp_path / "none.yaml")], 2)
+    assert outcome.statuses == [2, 2]
+    assert "Traceback" in outcome.stderr[0] and outcome.stderr[0].endswith(f"{outcome.failures[0]}\n")
+    assert outcome.stderr[1] == ""
