@@ -27,13 +27,18 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times `tensor_model_parallel_size`, never sampled."""
     max_position_embeddings: int | None = None
-    """Longest sequence the rotary tables are made for; default: `data.seq_length`."""
+    """Longest sequence the model was made for, as its checkpoint says; nothing here limits it."""
     position_embedding_type: str = "rope"
     """`rope` or `none`."""
-    rotary_base: int = 10000
+    rotary_base: float = 10000.0
     """Base period of the rotary embedding."""
     rotary_percent: float = 1.0
     """Share of each head's channels that is rotated."""
+    rope_scaling: dict[str, Any] | None = None
+    """Stretches the rotary embedding: `rope_type` (`linear`, `llama3` or `yarn`), `factor` and what else that
+    type needs, under the names of Hugging Face's `rope_parameters`."""
+    attention_output_bias: bool = False
+    """A bias on the attention's output projection alone (`add_bias_linear` puts one on every linear)."""
     share_embeddings_and_output_weights: bool = False
     """Tie the output head to the input embedding."""
     transformer: dict[str, Any] = field(default_factory=dict)

@@ -12,7 +12,6 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_mopd.model.packing import PackedDocuments
+from megatron_mopd.model.rotary import rotate
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -154,7 +154,7 @@ class _GatherSequence(torch.autograd.Function):
 
 
 class CachedSelfAttention(SelfAttention):
-    """megatron-core's self attention whose KV cache holds keys that are already rotated.
+    """megatron-core's self attention with rotary angles per token, and a KV cache of keys already rotated.
 
     The stock static cache stores unrotated keys and rotates the whole cache again at every decoded token.
     Here a key is rotated once, with its own row's position, so prompts of different lengths share a batch and
@@ -164,12 +164,11 @@ class CachedSelfAttention(SelfAttention):
     def _adjust_key_value_for_inference(
         self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
     ):
-        if inference_context is None:
-            return query, key, value, rotary_pos_emb, self.attn_mask_type, None
         if rotary_pos_emb is not None:
-            q_positions, k_positions = rotary_pos_emb
-            cp_group = self.pg_collection.cp
-            query = apply_rotary_pos_emb(query, q_positions, config=self.config, cp_group=cp_group)
-            key = apply_rotary_pos_emb(key, k_positions, config=self.config, cp_group=cp_group)
+            angles = rotary_pos_emb[0]  # megatron-core passes them twice, for queries and for keys
+            query = rotate(query, angles, self.config.rotary_interleaved)
+            key = rotate(key, angles, self.config.rotary_interleaved)
+        if inference_context is None:
+            return query, key, value, None, self.attn_mask_type, None
         key, value = inference_context.append(self.layer_number, key, value)
         return query, key, value, None, AttnMaskType.no_mask, None

@@ -13,6 +13,7 @@ from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_mopd.model.gpt import HiddenStateGPT
 from megatron_mopd.model.initialize import initialize_weights
+from megatron_mopd.model.rotary import RotaryAngles, check_scaling
 from megatron_mopd.model.specs import block_spec, uses_transformer_engine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -112,6 +113,10 @@ def transformer_config(
         raise ConfigError(
             f"{where}.normalization: only RMSNorm is supported, found {values['normalization']!r}"
         )
+    if problem := check_scaling(model.rope_scaling):
+        raise ConfigError(f"{where}.rope_scaling: {problem}")
+    if values.get("multi_latent_attention"):
+        values |= _latent_attention_scale(model, where)
     cls = MLATransformerConfig if values.get("multi_latent_attention") else TransformerConfig
     try:
         return cls(**values)
@@ -121,8 +126,32 @@ def transformer_config(
         ) from None
 
 
+def _latent_attention_scale(model: ModelConfig, where: str) -> dict[str, Any]:
+    """The fields from which megatron-core derives YaRN's softmax scale (DeepSeek-V3); angles are our own."""
+    owned = {"rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim", "rotary_base", "rotary_percent"}
+    if named := sorted(owned & model.transformer.keys()):
+        raise ConfigError(f"{where}.{named[0]}: set rope_scaling, rotary_base or rotary_percent instead")
+    scaling = model.rope_scaling or {"rope_type": "default"}
+    is_yarn = scaling["rope_type"] == "yarn"
+    return dict(
+        rope_type="rope",
+        rotary_scaling_factor=scaling["factor"] if is_yarn else 1.0,
+        mscale_all_dim=(scaling.get("mscale_all_dim") or 0.0) if is_yarn else 0.0,
+    )
+
+
 def _leave_as_is(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
+
+
+def _rotary_angles(model: ModelConfig, config: TransformerConfig) -> RotaryAngles | None:
+    if model.position_embedding_type == "none":
+        return None
+    if config.multi_latent_attention:
+        channels = config.qk_pos_emb_head_dim
+    else:
+        channels = int(config.kv_channels * model.rotary_percent)
+    return RotaryAngles(channels, model.rotary_base, model.rope_scaling)
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
@@ -157,17 +186,21 @@ def build_model(
         chunks.append(
             HiddenStateGPT(
                 config=config,
-                transformer_layer_spec=block_spec(config, groups.device.type, vp_stage, groups.pp.rank()),
+                transformer_layer_spec=block_spec(
+                    config,
+                    groups.device.type,
+                    vp_stage,
+                    groups.pp.rank(),
+                    attention_output_bias=model.attention_output_bias,
+                ),
                 vocab_size=padded_vocab_size(
                     model.vocab_size, model.make_vocab_size_divisible_by, groups.tp_size
                 ),
-                max_sequence_length=max(max_sequence_length, model.max_position_embeddings or 0),
+                max_sequence_length=max_sequence_length,
                 pre_process=groups.is_first_stage and chunk == 0,
                 post_process=groups.is_last_stage and chunk == num_chunks - 1,
                 share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-                position_embedding_type=model.position_embedding_type,
-                rotary_percent=model.rotary_percent,
-                rotary_base=model.rotary_base,
+                rotary=_rotary_angles(model, config),
                 pg_collection=groups.collection,
                 vp_stage=vp_stage,
             ).to(groups.device)

@@ -7,6 +7,8 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_mopd.model.rotary import RotaryAngles
+
 
 class HiddenStateGPT(GPTModel):
     """One pipeline stage (or virtual chunk) of a GPT model.
@@ -20,12 +22,17 @@ class HiddenStateGPT(GPTModel):
     all use the positions 0, 1, 2, ... of their own document.
     """
 
+    def __init__(self, *args, rotary: RotaryAngles | None, **kwargs):
+        # megatron-core's own tables count positions from the start of the row.
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        self._rotary = rotary
+
     def _preprocess(self, input_ids, position_ids, *args, padding_mask: Tensor | None = None, **kwargs):
         outputs = list(
             super()._preprocess(input_ids, position_ids, *args, padding_mask=padding_mask, **kwargs)
         )
-        if self.position_embedding_type == "rope" and not self.config.multi_latent_attention:
-            outputs[1] = self._rotary_embedding(position_ids)
+        if self._rotary is not None:
+            outputs[1] = self._rotary(position_ids, self.config.params_dtype)
         if padding_mask is not None and not self.pre_process and self.config.sequence_parallel:
             # The stock model scatters the mask on the first stage only, where it scatters the embeddings.
             scattered = tensor_parallel.scatter_to_sequence_parallel_region(
@@ -33,14 +40,6 @@ class HiddenStateGPT(GPTModel):
             )
             outputs[5] = scattered.transpose(0, 1).contiguous()
         return tuple(outputs)
-
-    def _rotary_embedding(self, position_ids: Tensor) -> Tensor:
-        """Angles for every token, [s, b or 1, 1, rotary channels]."""
-        table = self.rotary_pos_emb_cache.get("table")
-        if table is None:
-            table = self.rotary_pos_emb.get_emb(self.max_sequence_length).squeeze(2).squeeze(1)
-            self.rotary_pos_emb_cache["table"] = table
-        return table[position_ids.transpose(0, 1)].unsqueeze(2)
 
     def _postprocess(self, hidden_states: Tensor, **_unused) -> Tensor:
         return hidden_states

@@ -11,12 +11,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_mopd.model.attention import CachedSelfAttention, ScaledDotProductAttention
+from megatron_mopd.model.latent_attention import LatentSelfAttention
 from megatron_mopd.model.norm import RMSNorm
 
 
@@ -25,13 +27,22 @@ def uses_transformer_engine(device_type: str) -> bool:
     return HAVE_TE and device_type == "cuda"
 
 
-def block_spec(config: TransformerConfig, device_type: str, vp_stage: int | None, pp_rank: int):
+def block_spec(
+    config: TransformerConfig,
+    device_type: str,
+    vp_stage: int | None,
+    pp_rank: int,
+    *,
+    attention_output_bias: bool = False,
+):
     """Submodules of the layers that this pipeline stage (and virtual chunk) holds.
 
     The attention core is ours on either spec: rollout and training must mask alike, and packed documents
     travel in our own form. Returns megatron-core's TransformerBlockSubmodules.
     """
-    layers = [_layer_spec(config, is_moe, device_type) for is_moe in moe_layer_pattern(config)]
+    layers = [
+        _layer_spec(config, is_moe, device_type, attention_output_bias) for is_moe in moe_layer_pattern(config)
+    ]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     final_norm = RMSNorm
@@ -50,7 +61,9 @@ def moe_layer_pattern(config: TransformerConfig) -> list[bool]:
     return [bool(flag) for flag in frequency]
 
 
-def _layer_spec(config: TransformerConfig, is_moe: bool, device_type: str) -> ModuleSpec:
+def _layer_spec(
+    config: TransformerConfig, is_moe: bool, device_type: str, attention_output_bias: bool
+) -> ModuleSpec:
     kwargs = dict(
         num_experts=config.num_moe_experts if is_moe else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
@@ -71,13 +84,37 @@ def _layer_spec(config: TransformerConfig, is_moe: bool, device_type: str) -> Mo
         for name in norms:
             if getattr(spec.submodules.self_attention.submodules, name) is not IdentityOp:
                 setattr(spec.submodules.self_attention.submodules, name, RMSNorm)
-        # The canonical names of a checkpoint are the TE spec's, which fuses the norm into the linear after
-        # it; in a mixture-of-experts layer there is no such linear and the norm keeps its own name.
-        spec.submodules.sharded_state_dict_keys_map = {
-            "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
-        } | ({} if is_moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"})
+        spec.submodules.sharded_state_dict_keys_map = _canonical_names(config, is_moe)
     attention = spec.submodules.self_attention
     attention.submodules.core_attention = ScaledDotProductAttention
-    if attention.module is SelfAttention:
-        attention.module = CachedSelfAttention
+    attention.module = {SelfAttention: CachedSelfAttention, MLASelfAttention: LatentSelfAttention}[
+        attention.module
+    ]
+    if attention_output_bias:
+        attention.submodules.linear_proj = _with_bias(attention.submodules.linear_proj)
     return spec
+
+
+def _canonical_names(config: TransformerConfig, is_moe: bool) -> dict[str, str]:
+    """Renames the local spec's norms to what they are called in a checkpoint.
+
+    The canonical names are the TE spec's, which fuses a norm into the linear after it. Where there is no such
+    linear (the experts, the two down projections of latent attention) the norm keeps its own name.
+    """
+    names = {} if is_moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    if not config.multi_latent_attention:
+        return names | {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return names | {
+        "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+        "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+    }
+
+
+def _with_bias(linear: type) -> type:
+    """The same row-parallel linear with a bias whatever it is asked for."""
+
+    class WithBias(linear):
+        def __init__(self, *args, bias: bool = False, **kwargs):
+            super().__init__(*args, bias=True, **kwargs)
+
+    return WithBias

@@ -1,0 +1,127 @@
+"""Rotary position embedding: frequencies of every kind in use, angles per token, and the rotation itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What a `rope_scaling` mapping may hold, by its `rope_type`: (needed, optional).
+SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
+    ),
+}
+
+
+def check_scaling(scaling: Mapping[str, Any] | None) -> str | None:
+    """What is wrong with a `rope_scaling` mapping, in a few words; `None` when nothing is."""
+    if scaling is None:
+        return None
+    kind = scaling.get("rope_type")
+    if kind not in SCALING_KEYS:
+        return f"rope_type {kind!r} is not one of {', '.join(SCALING_KEYS)}"
+    needed, optional = SCALING_KEYS[kind]
+    if missing := [key for key in needed if scaling.get(key) is None]:
+        return f"rope_type {kind!r} needs {', '.join(missing)}"
+    if unknown := sorted(scaling.keys() - {"rope_type", *needed, *optional}):
+        return f"rope_type {kind!r} does not know {', '.join(unknown)}"
+    return None
+
+
+def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's attention temperature as a factor on queries and keys: 0.1 m ln(s) + 1 (arXiv 2309.00071, 3.4)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def inverse_frequencies(channels: int, base: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
+    """Radians per position of each pair of channels, [channels / 2] fp32.
+
+    `linear` divides all by `factor`; `llama3` only those whose wavelength exceeds the original context, with
+    a smooth passage (Llama 3.1); `yarn` blends by the number of turns within the original context (arXiv
+    2309.00071, 3.2).
+    """
+    exponents = torch.arange(0, channels, 2, dtype=torch.int64).to(torch.float32) / channels
+    periods = base**exponents  # in positions per radian
+    kind = scaling["rope_type"] if scaling else "default"
+    if kind == "default":
+        return 1.0 / periods
+    factor = scaling["factor"]
+    if kind == "linear":
+        return 1.0 / periods / factor
+    original = scaling["original_max_position_embeddings"]
+    if kind == "llama3":
+        frequencies = 1.0 / periods
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        wavelength = 2 * math.pi / frequencies
+        keep = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+        blended = (1 - keep) * frequencies / factor + keep * frequencies
+        return torch.where(keep == 1, frequencies, torch.where(keep == 0, frequencies / factor, blended))
+    first, last = (
+        channels * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+        for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
+    )
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, channels - 1)
+    last += 0.001 if first == last else 0
+    ramp = ((torch.arange(channels // 2, dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
+    keep = 1 - ramp
+    return 1.0 / (factor * periods) * (1 - keep) + 1.0 / periods * keep
+
+
+def attention_factor(scaling: Mapping[str, Any] | None) -> float:
+    """What YaRN multiplies the rotated channels of queries and keys by; 1 for all other kinds."""
+    if not scaling or scaling["rope_type"] != "yarn":
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    mscale, all_channels = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if mscale and all_channels:
+        return yarn_magnitude(scaling["factor"], mscale) / yarn_magnitude(scaling["factor"], all_channels)
+    return yarn_magnitude(scaling["factor"])
+
+
+class RotaryAngles:
+    """Cosines and sines for tokens at any positions, made anew for every forward pass.
+
+    A table over all positions would be larger than what a batch needs, and would set a longest sequence.
+    """
+
+    def __init__(self, channels: int, base: float, scaling: Mapping[str, Any] | None = None):
+        self._frequencies = inverse_frequencies(channels, base, scaling)
+        self._factor = attention_factor(scaling)
+
+    def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Positions [b or 1, s] -> (cosines, sines) stacked, [2, s, b or 1, 1, channels / 2].
+
+        Computed in fp32 like every published implementation, then rounded to `dtype`.
+        """
+        if self._frequencies.device != position_ids.device:
+            self._frequencies = self._frequencies.to(position_ids.device)
+        angles = position_ids.transpose(0, 1).float().unsqueeze(-1) * self._frequencies
+        return (torch.stack((angles.cos(), angles.sin())) * self._factor).to(dtype).unsqueeze(3)
+
+
+def rotate(x: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate the first channels of x [s, b, heads, d] by `angles` [2, s, b or 1, 1, c / 2]; the rest passes.
+
+    Channel i is paired with channel i + c/2, or with its neighbour when `interleaved` (the rotated pairs then
+    come out in the former order: queries and keys agree on it, which is all that attention needs).
+    """
+    cosines, sines = angles.unbind(0)
+    width = 2 * cosines.size(-1)
+    rotated, passed = x[..., :width], x[..., width:]
+    if interleaved:
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
+    else:
+        first, second = rotated.chunk(2, dim=-1)
+    pieces = [first * cosines - second * sines, second * cosines + first * sines]
+    return torch.cat(pieces if passed.size(-1) == 0 else [*pieces, passed], dim=-1)
