@@ -8,6 +8,7 @@ import inspect
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils, router
 from megatron.core.transformer.moe.router import TopKRouter
 
@@ -26,6 +27,10 @@ def install() -> None:
         # 0.16.1 without transformer-engine: the router's GEMM looks the name up before deciding not to use
         # it.
         moe_utils.te_general_gemm = None
+    if multi_latent_attention.HAVE_TE and not isinstance(multi_latent_attention.TELinear, type):
+        # 0.16.1 without transformer-engine: latent attention tests its layers against a class that is not
+        # there.
+        multi_latent_attention.HAVE_TE = False
     if hasattr(TopKRouter, "_apply_expert_bias"):
         TopKRouter._apply_expert_bias = _with_column_mask(TopKRouter._apply_expert_bias)
     router.get_tokens_per_expert_and_token_count = _at_least_one_token(

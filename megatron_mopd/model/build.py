@@ -128,7 +128,14 @@ def transformer_config(
 
 def _latent_attention_scale(model: ModelConfig, where: str) -> dict[str, Any]:
     """The fields from which megatron-core derives YaRN's softmax scale (DeepSeek-V3); angles are our own."""
-    owned = {"rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim", "rotary_base", "rotary_percent"}
+    owned = {
+        "rope_type",
+        "rotary_scaling_factor",
+        "mscale",
+        "mscale_all_dim",
+        "rotary_base",
+        "rotary_percent",
+    }
     if named := sorted(owned & model.transformer.keys()):
         raise ConfigError(f"{where}.{named[0]}: set rope_scaling, rotary_base or rotary_percent instead")
     scaling = model.rope_scaling or {"rope_type": "default"}

@@ -5,6 +5,7 @@
       iter_0000010/                          torch_dist files, under megatron-core's canonical keys
         model.json                           architecture and tokenizer fingerprint
         tokenizer/                           the tokenizer that the model speaks
+        hugging_face/                        what came with a Hugging Face model and goes back out with it
 
 A directory named `iter_*` is always complete: it is written under another name and renamed at the end.
 """
@@ -25,10 +26,15 @@ from megatron.core import dist_checkpointing
 
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import ConfigError, ModelConfig, model_config_from_dict, to_dict
+from megatron_mopd.data.tokenizer import load_tokenizer
+from megatron_mopd.model.companions import take_over_companions
+from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint, is_hugging_face, read_config
+from megatron_mopd.model.initialize import sharded_tensors
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_FILE = "model.json"
 TOKENIZER_DIRECTORY = "tokenizer"
+HUGGING_FACE_DIRECTORY = "hugging_face"
 
 
 def iteration_directory(directory: str | Path, iteration: int) -> Path:
@@ -37,12 +43,12 @@ def iteration_directory(directory: str | Path, iteration: int) -> Path:
 
 
 def find_checkpoint(path: str | Path, where: str) -> Path:
-    """The newest complete checkpoint under `path`, or `path` itself when it is one.
+    """The newest complete checkpoint under `path`, or `path` itself when it is one, or a Hugging Face model.
 
     `where` is the configuration key shown in the `ConfigError` raised when there is none.
     """
     path = Path(path)
-    if (path / MODEL_FILE).exists():
+    if (path / MODEL_FILE).exists() or is_hugging_face(path):
         return path
     if not path.is_dir():
         raise ConfigError(f"{where}: checkpoint directory not found: {path}")
@@ -67,10 +73,26 @@ def latest_iteration(directory: str | Path) -> int | None:
 
 
 def read_model_config(checkpoint: Path, where: str) -> tuple[ModelConfig, str]:
-    """Architecture and tokenizer fingerprint of a checkpoint; `ConfigError` when damaged."""
+    """Architecture and tokenizer fingerprint of a checkpoint (ours or Hugging Face's); `ConfigError` when
+    damaged or not supported.
+    """
+    if (checkpoint / MODEL_FILE).exists():
+        return read_architecture(checkpoint, where), _description(checkpoint, where)["tokenizer"]
+    return read_architecture(checkpoint, where), load_tokenizer(checkpoint).fingerprint()
+
+
+def read_architecture(checkpoint: Path, where: str) -> ModelConfig:
+    """Architecture of a checkpoint (ours or Hugging Face's); `ConfigError` when damaged or not supported."""
+    if (checkpoint / MODEL_FILE).exists():
+        return model_config_from_dict(_description(checkpoint, where)["model"], where)
+    family, config = read_config(checkpoint, where)
+    return family.model_config(config, where)
+
+
+def _description(checkpoint: Path, where: str) -> dict[str, Any]:
     try:
         description = json.loads((checkpoint / MODEL_FILE).read_text())
-        return model_config_from_dict(description["model"], where), description["tokenizer"]
+        return {"model": dict(description["model"]), "tokenizer": str(description["tokenizer"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{where}: {checkpoint / MODEL_FILE} is not readable: {error}") from None
 
@@ -84,11 +106,19 @@ def model_state(chunks: list[torch.nn.Module], groups: ParallelGroups) -> dict[s
 def load_weights(chunks: list[torch.nn.Module], checkpoint: Path, groups: ParallelGroups, where: str) -> None:
     """Load a checkpoint's weights into this rank's chunks, whatever layout it was saved at.
 
-    Collective over all ranks. Raises `ConfigError` (prefix `where`) when tensors are missing or of another
-    shape.
+    `checkpoint` is what `find_checkpoint` returned: one of ours, or a Hugging Face model, of which each rank
+    reads its own slices. Collective over all ranks. Raises `ConfigError` (prefix `where`) when tensors are
+    missing or of another shape.
     """
+    if not (checkpoint / MODEL_FILE).exists():
+        load_hugging_face_weights(chunks, checkpoint, where)
+        return
+    state = model_state(chunks, groups)
+    for part in state.values():  # Transformer Engine's FP8 statistics, which the local spec does not have
+        for name in [name for name in part if name.endswith("_extra_state")]:
+            del part[name]
     try:
-        loaded = dist_checkpointing.load(model_state(chunks, groups), str(checkpoint))
+        loaded = dist_checkpointing.load(state, str(checkpoint))
     except (
         dist_checkpointing.core.CheckpointingException,
         OSError,
@@ -99,7 +129,46 @@ def load_weights(chunks: list[torch.nn.Module], checkpoint: Path, groups: Parall
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{where}: cannot load {checkpoint}: {first_line}") from None
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{i}"], strict=True)
+        missing, unexpected = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
+        missing = [name for name in missing if not name.endswith("_extra_state")]
+        assert not missing and not unexpected, f"{where}: {missing} missing, {unexpected} unexpected"
+        _clear_padding(chunk, read_architecture(checkpoint, where).vocab_size)
+
+
+def load_hugging_face_weights(chunks: list[torch.nn.Module], directory: Path, where: str) -> None:
+    """Fill this rank's chunks from a Hugging Face directory, reading only this rank's slices.
+
+    No collectives. Raises `ConfigError` (prefix `where`) for everything that `HuggingFaceCheckpoint.open`
+    refuses, and for a model of another shape.
+    """
+    source = HuggingFaceCheckpoint.open(directory, where)
+    weights = {(weight.key, weight.offsets): weight for weight in source.weights}
+    for chunk in chunks:
+        for sharded in sharded_tensors(chunk.sharded_state_dict()):
+            outer = sharded.prepend_axis_num
+            weight = weights.get((sharded.key, sharded.global_offset[:outer]))
+            if weight is None:
+                raise ConfigError(f"{where}: {directory} has nothing for {sharded.key}")
+            shape, offset = sharded.global_shape[outer:], sharded.global_offset[outer:]
+            size = tuple(sharded.data.shape)
+            if weight.rule.kind == "vocabulary":  # padded here, not there
+                size = (max(0, min(size[0], weight.shape[0] - offset[0])), *size[1:])
+            elif shape != weight.shape:
+                raise ConfigError(
+                    f"{where}: {sharded.key} has shape {list(shape)} in this layout, {list(weight.shape)} in "
+                    f"{directory}; tensor_model_parallel_size must divide the number of query groups"
+                )
+            with torch.no_grad():
+                sharded.data[: size[0]].copy_(source.slice_of(weight, offset, size))
+        _clear_padding(chunk, source.model.vocab_size)
+
+
+@torch.no_grad()
+def _clear_padding(chunk: torch.nn.Module, vocab_size: int) -> None:
+    """Zeros in the rows that pad the vocabulary: what lies in fresh memory there may be NaN."""
+    for sharded in sharded_tensors(chunk.sharded_state_dict()):
+        if sharded.key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            sharded.data[max(0, vocab_size - sharded.global_offset[0]) :].zero_()
 
 
 def write_checkpoint(
@@ -113,6 +182,28 @@ def write_checkpoint(
     """Write `state` (a sharded state dict) as `iter_*` and point the tracker at it. Collective over all
     ranks.
 
+    What travels with a Hugging Face model is taken over from the run's last checkpoint, or from the one that
+    the model was loaded from.
+    """
+    directory = Path(directory)
+
+    def write(partial: Path) -> None:
+        dist_checkpointing.save(state, str(partial))
+        take_over_companions(_companion_places(directory, model), partial / HUGGING_FACE_DIRECTORY)
+
+    return publish_checkpoint(directory, iteration, write, model, tokenizer_fingerprint, save_tokenizer)
+
+
+def publish_checkpoint(
+    directory: str | Path,
+    iteration: int,
+    write: Callable[[Path], None],
+    model: ModelConfig,
+    tokenizer_fingerprint: str,
+    save_tokenizer: Callable[[Path], None] | None,
+) -> Path:
+    """Let `write` fill a directory, complete it, and point the tracker at it. Collective over all ranks.
+
     The directory appears under its name only when it is complete and on disk; a crash at any moment leaves
     the previous checkpoint as the newest one.
     """
@@ -123,10 +214,11 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(state, str(partial))
+    write(partial)
     dist.barrier()
     if dist.get_rank() == 0:
-        save_tokenizer(partial / TOKENIZER_DIRECTORY)
+        if save_tokenizer is not None:
+            save_tokenizer(partial / TOKENIZER_DIRECTORY)
         architecture = {key: value for key, value in to_dict(model).items() if key != "load"}
         description = {"model": architecture, "tokenizer": tokenizer_fingerprint}
         (partial / MODEL_FILE).write_text(json.dumps(description, indent=2))
@@ -139,6 +231,17 @@ def write_checkpoint(
         _sync(directory)
     dist.barrier()
     return final
+
+
+def _companion_places(directory: Path, model: ModelConfig) -> list[Path]:
+    """Where to look for what travels with a Hugging Face model: the run's last checkpoint, then its start."""
+    places = []
+    for root in (directory, model.load):
+        if root is not None and (newest := latest_iteration(root)) is not None:
+            places.append(iteration_directory(root, newest) / HUGGING_FACE_DIRECTORY)
+    if model.load is not None:
+        places += [Path(model.load) / HUGGING_FACE_DIRECTORY, Path(model.load)]
+    return places
 
 
 def _flush_to_disk(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, 2.1) for padded, packed and cached sequences."""
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) for padded, packed and cached sequences."""
 
 from __future__ import annotations
 
@@ -32,9 +32,15 @@ class LatentSelfAttention(MLASelfAttention):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         del self.rotary_pos_emb  # angles arrive with every forward pass
-        for name in ("q_layernorm", "kv_layernorm"):
+        # The norms are modules of their own, or Transformer Engine's fused into the projections after them.
+        for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
             if hasattr(norm := getattr(self, name, None), "eps"):
                 norm.eps = LATENT_NORM_EPSILON
+
+    def _resolve_qk_norm_config(self, submodules) -> dict[str, type]:
+        """The layer spec's own choice. 0.19 would put a norm on an uncompressed query, which has none."""
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
 
     def forward(
         self,
@@ -97,4 +103,6 @@ class LatentSelfAttention(MLASelfAttention):
 
     def _scattered(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Back to this rank's part of the sequence, which a column-parallel projection had gathered."""
-        return x if x.size(0) == hidden.size(0) else scatter_to_sequence_parallel_region(x, group=self.tp_group)
+        return (
+            x if x.size(0) == hidden.size(0) else scatter_to_sequence_parallel_region(x, group=self.tp_group)
+        )

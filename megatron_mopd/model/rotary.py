@@ -37,7 +37,7 @@ def check_scaling(scaling: Mapping[str, Any] | None) -> str | None:
 
 
 def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's attention temperature as a factor on queries and keys: 0.1 m ln(s) + 1 (arXiv 2309.00071, 3.4)."""
+    """YaRN's temperature as a factor on queries and keys: 0.1 m ln(s) + 1 (arXiv 2309.00071, 3.4)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

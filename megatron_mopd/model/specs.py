@@ -41,7 +41,8 @@ def block_spec(
     travel in our own form. Returns megatron-core's TransformerBlockSubmodules.
     """
     layers = [
-        _layer_spec(config, is_moe, device_type, attention_output_bias) for is_moe in moe_layer_pattern(config)
+        _layer_spec(config, is_moe, device_type, attention_output_bias)
+        for is_moe in moe_layer_pattern(config)
     ]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
@@ -84,6 +85,8 @@ def _layer_spec(
         for name in norms:
             if getattr(spec.submodules.self_attention.submodules, name) is not IdentityOp:
                 setattr(spec.submodules.self_attention.submodules, name, RMSNorm)
+        if config.multi_latent_attention and config.q_lora_rank is None:
+            spec.submodules.self_attention.submodules.q_layernorm = IdentityOp  # 0.19 refuses an unused one
         spec.submodules.sharded_state_dict_keys_map = _canonical_names(config, is_moe)
     attention = spec.submodules.self_attention
     attention.submodules.core_attention = ScaledDotProductAttention

@@ -1,0 +1,214 @@
+"""Safetensors files read slice by slice and written tensor by tensor, never a whole file in memory.
+
+The format: eight bytes with the header's length, the header (JSON: name -> dtype, shape, bytes), the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_mopd.config import ConfigError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+_MAPPED_BYTES = 1 << 28
+"""A file is opened anew after this many bytes, so that pages already read do not count as our memory."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor on disk."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: Path, where: str) -> tuple[str, dict[str, TensorInfo]]:
+    """A file's header as it stands, and its tensors in the order of their data.
+
+    Raises `ConfigError` (prefix `where`) naming a file that is missing, truncated or not of this format.
+    """
+    try:
+        with open(path, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > path.stat().st_size:
+                raise ConfigError(f"{where}: {path} is truncated, or not a safetensors file")
+            text = stream.read(length).decode()
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+        infos = {
+            name: TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), path.name)
+            for name, entry in ordered
+        }
+        end = ordered[-1][1]["data_offsets"][1] if ordered else 0
+    except FileNotFoundError:
+        raise ConfigError(f"{where}: {path} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"{where}: {path} is truncated, or not a safetensors file ({type(error).__name__})"
+        ) from None
+    expected, found = 8 + length + end, path.stat().st_size
+    if found != expected:
+        raise ConfigError(f"{where}: {path} is truncated: {found} bytes of {expected}")
+    return text, infos
+
+
+class SliceReader:
+    """Reads slices of the tensors of a directory; keeps one file open."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._name: str | None = None
+        self._file = None
+        self._read = 0
+
+    def read(self, file: str, name: str, index: tuple[slice, ...]) -> Tensor:
+        """A copy of `tensor[index]`."""
+        if file != self._name or self._read > _MAPPED_BYTES:
+            self.close()
+            try:
+                self._file = safe_open(self._directory / file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(f"{self._directory / file} is not readable: {error}") from None
+            self._name, self._read = file, 0
+        part = self._file.get_slice(name)[index if index else ...].clone()
+        self._read += part.nbytes
+        return part
+
+    def close(self) -> None:
+        self._file = self._name = None
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file to write: its header, and where each tensor's bytes begin."""
+
+    name: str
+    header: bytes
+    offsets: dict[str, int]
+    infos: dict[str, TensorInfo]
+    size: int
+
+    @classmethod
+    def from_header(cls, name: str, text: str) -> FilePlan:
+        """The plan of a file with exactly this header."""
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        header = text.encode()
+        header = struct.pack("<Q", len(header)) + header
+        offsets = {tensor: len(header) + entry["data_offsets"][0] for tensor, entry in entries.items()}
+        infos = {
+            tensor: TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), name)
+            for tensor, entry in entries.items()
+        }
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        return cls(name, header, offsets, infos, len(header) + end)
+
+    @classmethod
+    def of(cls, name: str, tensors: Mapping[str, TensorInfo]) -> FilePlan:
+        """The plan of a file with these tensors, laid out as the safetensors library does it."""
+        ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for tensor, info in ordered:
+            start, end = end, end + info.nbytes
+            entries[tensor] = {
+                "dtype": DTYPE_NAMES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(entries, separators=(",", ":"))
+        return cls.from_header(name, text + " " * (-len(text.encode()) % 8))
+
+
+class FileWriter:
+    """Writes tensors into planned files at their places; any rank may write any tensor of any file."""
+
+    def __init__(self, directory: Path, plans: Iterable[FilePlan]):
+        self._directory = directory
+        self._plans = {plan.name: plan for plan in plans}
+        self._place = {tensor: plan for plan in self._plans.values() for tensor in plan.infos}
+        self._descriptors: dict[str, int] = {}
+
+    def create(self) -> None:
+        """Make all files, headers written and data still zero. One rank calls this before any `write`."""
+        for plan in self._plans.values():
+            with open(self._directory / plan.name, "wb") as stream:
+                stream.write(plan.header)
+                stream.truncate(plan.size)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one whole tensor, cast to its planned dtype."""
+        plan = self._place[name]
+        info = plan.infos[name]
+        assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} is not {info.shape}"
+        if plan.name not in self._descriptors:
+            self._descriptors[plan.name] = os.open(self._directory / plan.name, os.O_WRONLY)
+        data = tensor.detach().to("cpu", info.dtype).contiguous().flatten().view(torch.uint8).numpy()
+        view, offset = memoryview(data), plan.offsets[name]
+        while view:  # one call writes at most 2 GiB
+            written = os.pwrite(self._descriptors[plan.name], view, offset)
+            view, offset = view[written:], offset + written
+
+    def close(self) -> None:
+        """Everything on disk."""
+        for descriptor in self._descriptors.values():
+            os.fsync(descriptor)
+            os.close(descriptor)
+        self._descriptors = {}
+
+
+def named_dtype(name: str | None, flag: str = "--dtype") -> torch.dtype | None:
+    """`float32` or `bfloat16` (or `None`) as a dtype; `ConfigError` for any other name."""
+    if name not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"{flag}: {name!r} is not one of float32, bfloat16")
+    return getattr(torch, name) if name else None
+
+
+def parse_size(text: str | None, flag: str = "--max-shard-size") -> int | None:
+    """`5GB`, `500MB`, `1.5GiB` or a number, in bytes; `ConfigError` for anything else."""
+    if text is None:
+        return None
+    number = text.strip().upper()
+    unit = next((unit for unit in sorted(_SIZE_UNITS, key=len, reverse=True) if number.endswith(unit)), None)
+    try:
+        size = float(number.removesuffix(unit) if unit else number) * _SIZE_UNITS.get(unit, 1)
+    except ValueError:
+        size = 0
+    if not 1 <= size < float("inf"):
+        raise ConfigError(f"{flag}: {text!r} is not a size such as 5GB or 500MB")
+    return int(size)

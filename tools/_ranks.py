@@ -1,0 +1,44 @@
+"""What the tools that run alone or under torchrun share."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from megatron_mopd.backend.parallel import start_ranks
+from megatron_mopd.config import ConfigError
+
+
+def run_on_ranks(work: Callable[[], None]) -> None:
+    """Start torch.distributed on the CPU (one rank without torchrun) and do `work` on every rank.
+
+    A user's mistake is one line on rank 0's terminal and exit status 2; any other failure ends the job at
+    once, so that no rank waits for one that is gone.
+    """
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    try:
+        start_ranks(torch.device("cpu"), timeout_minutes=10)
+        work()
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    dist.destroy_process_group()
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)

@@ -1,0 +1,44 @@
+"""Convert a Hugging Face model directory to a Megatron distributed checkpoint.
+
+    python tools/convert_hf_to_megatron.py --hf DIR --output DIR
+    torchrun --nproc-per-node N tools/convert_hf_to_megatron.py --hf DIR --output DIR
+
+The result loads at any parallel layout: name it as `student.load` or as a teacher's `load`. Under torchrun
+the ranks share layers and experts; no rank holds more than a few tensors. Only safetensors are read, no code
+of the directory is executed. (A training run can also name the Hugging Face directory itself.)
+"""
+
+import argparse
+from pathlib import Path
+
+from _ranks import run_on_ranks, say
+
+from megatron_mopd.model.convert import require_empty, write_megatron
+from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint
+from megatron_mopd.model.safetensors_files import named_dtype
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hf", required=True, help="Hugging Face model directory")
+    parser.add_argument("--output", required=True, help="checkpoint directory to make")
+    parser.add_argument("--dtype", help="float32 or bfloat16; default: as they are")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
+    arguments = parser.parse_args()
+
+    def work() -> None:
+        output = Path(arguments.output)
+        require_empty(output, arguments.overwrite)
+        dtype = named_dtype(arguments.dtype)
+        source = HuggingFaceCheckpoint.open(arguments.hf, "--hf")
+        if left := len(source.companions.untrained):
+            say(f"{left} tensors are not trained here (multi-token prediction): kept for the way back")
+        say(f"wrote {write_megatron(source, output, dtype=dtype)} ({source.family.architecture})")
+
+    run_on_ranks(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Convert a Megatron distributed checkpoint to a Hugging Face model directory.
+
+    python tools/convert_megatron_to_hf.py --checkpoint DIR --output DIR
+    torchrun --nproc-per-node N tools/convert_megatron_to_hf.py --checkpoint DIR --output DIR
+
+A model that came from Hugging Face goes back into files of the same names, dtypes and order, with its
+configuration, tokenizer, chat template and generation configuration, unless `--dtype` or `--max-shard-size`
+ask for others. Any other model becomes the first supported architecture that can express it.
+"""
+
+import argparse
+from pathlib import Path
+
+from _ranks import run_on_ranks, say
+
+from megatron_mopd.config import ConfigError
+from megatron_mopd.model.checkpoint import find_checkpoint
+from megatron_mopd.model.convert import MegatronCheckpoint, require_empty, write_hugging_face
+from megatron_mopd.model.hugging_face import is_hugging_face
+from megatron_mopd.model.safetensors_files import named_dtype, parse_size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, help="checkpoint directory, or one iter_* of it")
+    parser.add_argument("--output", required=True, help="Hugging Face directory to make")
+    parser.add_argument("--dtype", help="float32 or bfloat16; default: as they are")
+    parser.add_argument("--max-shard-size", help="largest weight file, for example 5GB or 500MB")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
+    arguments = parser.parse_args()
+
+    def work() -> None:
+        output = Path(arguments.output)
+        require_empty(output, arguments.overwrite)
+        dtype, size = named_dtype(arguments.dtype), parse_size(arguments.max_shard_size)
+        path = find_checkpoint(arguments.checkpoint, "--checkpoint")
+        if is_hugging_face(path):
+            raise ConfigError(f"--checkpoint: {path} is a Hugging Face model already")
+        source = MegatronCheckpoint(path, "--checkpoint")
+        write_hugging_face(source, output, dtype=dtype, max_shard_size=size)
+        say(f"wrote {output} ({source.family.architecture})")
+
+    run_on_ranks(work)
+
+
+if __name__ == "__main__":
+    main()
