@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from megatron_mopd.config import ConfigError, ModelConfig
@@ -40,8 +41,8 @@ def matching_family(model: ModelConfig, where: str) -> Family:
             config = AutoConfig.for_model(**family.hugging_face_config(model))
             if computes(family.model_config(config, where)) == computes(model):
                 return family
-        except (ValueError, TypeError, ZeroDivisionError):  # this family has no words for such a model
-            continue
+        except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError):
+            continue  # this family has no words for such a model
     raise ConfigError(
         f"{where}: no supported Hugging Face architecture computes this model (tried {', '.join(FAMILIES)})"
     )

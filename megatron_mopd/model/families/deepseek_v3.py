@@ -22,6 +22,7 @@ def _to_hugging_face(model):
             rope_interleave=True,
             num_key_value_heads=get("num_attention_heads"),
             head_dim=get("qk_pos_emb_head_dim"),
+            q_lora_rank=get("q_lora_rank"),
             num_nextn_predict_layers=0,
         )
     )

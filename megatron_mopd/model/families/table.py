@@ -224,7 +224,9 @@ class Family:
         """`config.json` of a model of this family; the inverse of `model_config`."""
         own = {field.name: getattr(model, field.name) for field in dataclasses.fields(ModelConfig)}
         values = own.pop("transformer") | own
-        config = {theirs: values.get(ours) for theirs, ours in self.fields.items()}
+        config = {
+            theirs: values[ours] for theirs, ours in self.fields.items() if values.get(ours) is not None
+        }
         config |= self.to_hugging_face(model)
         return {"architectures": [self.architecture], "model_type": self.model_type} | config
 
