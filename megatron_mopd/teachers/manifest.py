@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_mopd.config import Config, to_dict
 from megatron_mopd.model.checkpoint import MODEL_FILE, find_checkpoint
+from megatron_mopd.model.hugging_face import CONFIG
 
 _SAMPLE = 1 << 20
 
@@ -19,8 +20,9 @@ def checkpoint_fingerprint(path: Path) -> str:
 
     Cheap enough for hundreds of gigabytes, and another training run changes every one of the sampled blocks.
     """
-    digest = hashlib.sha256((path / MODEL_FILE).read_bytes())
-    for file in sorted(path.glob("*.distcp")):
+    description = path / MODEL_FILE
+    digest = hashlib.sha256((description if description.exists() else path / CONFIG).read_bytes())
+    for file in sorted((*path.glob("*.distcp"), *path.glob("*.safetensors"))):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as stream:

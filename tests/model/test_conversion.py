@@ -144,7 +144,7 @@ def may_start_processes():
 
 
 def train_twice(rank, directory, parallel, first, second):
-    """What training does: load, save as a checkpoint of its own; then another run from that one, two saves."""
+    """What training does: load, save as a checkpoint of its own; then another run from there, two saves."""
     groups, model, chunks = _running.load(directory, parallel, "float32", frozen=False)
     with may_start_processes():
         for start, output, iteration in ((directory, first, 1), (first, second, 1), (first, second, 2)):
