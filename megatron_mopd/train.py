@@ -29,6 +29,7 @@ from megatron_mopd.observe.metrics import MetricsWriter
 from megatron_mopd.observe.progress import StepLine, say
 from megatron_mopd.observe.report import draw_report
 from megatron_mopd.rollout.engine import SamplingParams
+from megatron_mopd.rollout.routing import RoutingRecords
 from megatron_mopd.training.checkpoint import resume, save
 from megatron_mopd.training.evaluate import evaluate
 from megatron_mopd.training.guards import first_step_alarms
@@ -56,8 +57,8 @@ def train(config: Config) -> dict[str, float]:
     for iteration in range(first, config.schedule.train_iters):
         started = time.perf_counter()
         if not batches:
-            trajectories = sample(run, sampler, iteration)
-            batches += plan_steps(run.learner, trajectories, run.rewarder.start(trajectories))
+            trajectories, routing = sample(run, sampler, iteration)
+            batches += plan_steps(run.learner, trajectories, run.rewarder.start(trajectories), routing)
         sampled = time.perf_counter()
         metrics = train_step(run.learner, batches)
         batch = batches.popleft()
@@ -91,9 +92,11 @@ def train(config: Config) -> dict[str, float]:
     return metrics
 
 
-def sample(run: Run, sampler: PromptSampler, iteration: int) -> list[Trajectory]:
+def sample(
+    run: Run, sampler: PromptSampler, iteration: int
+) -> tuple[list[Trajectory], RoutingRecords | None]:
     """The trajectories of the next `steps_per_rollout` iterations, the same list on every rank: the student's
-    own, or the data's answers.
+    own, or the data's answers; with routing replay also the experts that their tokens went to.
     """
     config = run.config
     number, rest = divmod(iteration, config.schedule.steps_per_rollout)

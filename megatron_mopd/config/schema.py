@@ -152,6 +152,8 @@ class RolloutConfig:
     """Keep only the k most likely tokens; 0 keeps all."""
     stop_token_ids: list[int] = field(default_factory=list)
     """Tokens that end a response, besides the tokenizer's end-of-sequence token."""
+    routing_replay: bool = False
+    """Train with the experts that each token went to while it was sampled (a mixture-of-experts student)."""
     max_batch_size: int = 256
     """Most sequences decoded at once on one data-parallel rank (bounds the KV cache)."""
 

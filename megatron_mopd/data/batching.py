@@ -8,7 +8,8 @@ micro-batches, of the same shape where a pipeline needs it: missing ones are emp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,15 +83,18 @@ class MicroBatch:
     """[n] the response token that each of those positions predicts."""
     loss_counts: tuple[int, ...]
     """Entries of `loss_index` that belong to each trajectory, in order."""
+    experts: Tensor | None = None
+    """[layers of this stage, s/cp, b, k] experts that each token went to while it was sampled, -1 where it
+    was not; only of the student, with routing replay."""
 
     def to(self, device: torch.device) -> MicroBatch:
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("tokens", "position_ids", "padding_mask", "loss_index", "target_ids")
         }
-        return MicroBatch(
-            self.trajectories, **moved, document_lengths=self.document_lengths, loss_counts=self.loss_counts
-        )
+        if self.experts is not None:
+            moved["experts"] = self.experts.to(device, non_blocking=True)
+        return dataclasses.replace(self, **moved)
 
 
 def split_over_ranks(
@@ -136,9 +140,11 @@ def equalize(per_rank: list[list[list[Trajectory]]]) -> list[list[list[Trajector
     return [groups + [[] for _ in range(most - len(groups))] for groups in per_rank]
 
 
-def collate(trajectories: Sequence[Trajectory], shape: BatchShape) -> MicroBatch:
+def collate(
+    trajectories: Sequence[Trajectory], shape: BatchShape, routing: Mapping[int, Tensor] | None = None
+) -> MicroBatch:
     """Tensors of one micro-batch for this context-parallel rank, on the CPU. An empty list gives one of
-    padding only.
+    padding only. `routing` has the expert choices [tokens - 1, layers, k] of sampled trajectories, by index.
     """
     if shape.max_tokens is None:
         rows = shape.micro_batch_size if shape.fixed else max(1, len(trajectories))
@@ -161,6 +167,10 @@ def collate(trajectories: Sequence[Trajectory], shape: BatchShape) -> MicroBatch
     positions = np.zeros((rows, row_length), dtype=np.int64)
     padding = np.ones((rows, row_length), dtype=bool)
     loss_index, targets, counts = [], [], []
+    experts = None
+    if routing:
+        some = next(iter(routing.values()))
+        experts = torch.full((rows, row_length, *some.shape[1:]), -1, dtype=torch.int16)
     for number, (row, start, length) in enumerate(documents):
         order = _zigzag(length, shape.cp_size, shape.cp_rank)
         local = slice(start, start + len(order))
@@ -177,6 +187,10 @@ def collate(trajectories: Sequence[Trajectory], shape: BatchShape) -> MicroBatch
         loss_index.append((start + chosen) * rows + row)
         targets.append(ids[order[chosen] + 1])
         counts.append(len(chosen))
+        if experts is not None and trajectory.index in routing:
+            sampled = order < len(trajectory) - 1  # the last token never went through the model
+            places = torch.from_numpy(start + np.flatnonzero(sampled))
+            experts[row, places] = routing[trajectory.index][torch.from_numpy(order[sampled])].to(torch.int16)
     packed = shape.max_tokens is not None
     return MicroBatch(
         trajectories=tuple(trajectories),
@@ -187,6 +201,7 @@ def collate(trajectories: Sequence[Trajectory], shape: BatchShape) -> MicroBatch
         loss_index=torch.from_numpy(np.concatenate(loss_index or [np.zeros(0, np.int64)])),
         target_ids=torch.from_numpy(np.concatenate(targets or [np.zeros(0, np.int64)])),
         loss_counts=tuple(counts),
+        experts=None if experts is None else experts.permute(2, 1, 0, 3).contiguous(),
     )
 
 

@@ -23,6 +23,7 @@ from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.data.batching import BatchShape, MicroBatch, collate
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.packing import PackedDocuments
+from megatron_mopd.model.router_replay import replaying
 
 LossFunction = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
 """(micro-batch, last-stage hidden states [s/cp(/tp), b, h]) -> (summed loss, number of tokens, things to
@@ -117,10 +118,11 @@ def forward(chunk: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
             list(micro_batch.document_lengths), micro_batch.tokens.device
         )
     is_moe = unwrap(chunk).config.num_moe_experts is not None
-    return chunk(
-        micro_batch.tokens,
-        micro_batch.position_ids,
-        None,
-        packed_seq_params=documents,
-        padding_mask=micro_batch.padding_mask if is_moe else None,
-    )
+    with replaying(chunk, micro_batch.experts):
+        return chunk(
+            micro_batch.tokens,
+            micro_batch.position_ids,
+            None,
+            packed_seq_params=documents,
+            padding_mask=micro_batch.padding_mask if is_moe else None,
+        )

@@ -36,6 +36,9 @@ class Response:
     logprobs: tuple[float, ...]
     finished: bool
     """Ended by a stop token."""
+    routing: Tensor | None = None
+    """[prompt + response - 1, layers of this stage, k] experts of every token that went through the model, in
+    host memory; where `SamplingParams.keep_routing` asks for them."""
 
 
 def split_evenly(requests: Sequence[Request], most_rows: int, lanes: int) -> list[Sequence[Request]]:
@@ -78,6 +81,7 @@ class DecodingBatch:
         self._limits = per_row([request.limit for request in requests])
         self._prompt_lengths = per_row([len(prompt) for prompt in prompts])
         self._indices = per_row([request.index for request in requests])
+        self._routing: list[tuple[int, Tensor, Tensor]] = []  # forward pass, its rows' slots, their experts
         # Of all requests, finished or not.
         steps = max(request.limit for request in requests)
         self._tokens = torch.zeros((len(requests), steps), dtype=torch.long, device=device)
@@ -158,8 +162,48 @@ class DecodingBatch:
         self._slots, self._alive, self._limits = self._slots[keep], self._alive[keep], self._limits[keep]
         return tokens[keep]
 
+    def keep_routing(self, experts: Tensor) -> None:
+        """Take down what one forward pass of one model chunk chose: [layers, new x rows, k]."""
+        shaped = experts.unflatten(1, (self.input_ids.size(1), self.rows))
+        self._routing.append((self.position, self._slots, shaped))
+
     def responses(self) -> list[Response]:
         """What every request got, in the order of `requests`."""
         lengths, stopped = self._lengths.tolist(), self._stopped.tolist()
-        rows = zip(self._tokens.tolist(), self._logprobs.tolist(), lengths, stopped, strict=True)
-        return [Response(tuple(ids[:n]), tuple(logprobs[:n]), end) for ids, logprobs, n, end in rows]
+        rows = zip(
+            self._tokens.tolist(),
+            self._logprobs.tolist(),
+            lengths,
+            stopped,
+            self._routes(lengths),
+            strict=True,
+        )
+        return [
+            Response(tuple(ids[:n]), tuple(logprobs[:n]), end, routing)
+            for ids, logprobs, n, end, routing in rows
+        ]
+
+    def _routes(self, lengths: list[int]) -> list[Tensor | None]:
+        """`Response.routing` of every request, from the records of all forward passes and chunks."""
+        if not self._routing:
+            return [None] * len(self.requests)
+        prefill = torch.cat(
+            [experts for step, _, experts in self._routing if step == 0]
+        )  # [L, new, prompts, k]
+        layers, longest, _, k = prefill.shape
+        steps = max(lengths)
+        decoded = prefill.new_zeros((len(self.requests), max(steps - 1, 0), layers, k))
+        layer_of = dict.fromkeys(range(1, steps), 0)  # chunks come in order within a forward pass
+        for step, slots, experts in self._routing:
+            if step == 0:
+                continue
+            first = layer_of[step]
+            layer_of[step] = last = first + len(experts)
+            decoded[slots, step - 1, first:last] = experts.squeeze(1).transpose(0, 1)
+        prefill, decoded = prefill.cpu(), decoded.cpu()
+        row_of = {prompt: i for i, prompt in enumerate(dict.fromkeys(r.token_ids for r in self.requests))}
+        routes = []
+        for i, (request, length) in enumerate(zip(self.requests, lengths)):
+            prompt = prefill[:, longest - len(request.token_ids) :, row_of[request.token_ids]]
+            routes.append(torch.cat([prompt.transpose(0, 1), decoded[i, : length - 1]]))
+        return routes

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.model.gpt import HiddenStateGPT
 from megatron_mopd.model.kv_cache import KeyValueCache
+from megatron_mopd.model.router_replay import compact_dtype, routing_choices
 from megatron_mopd.objectives.vocab_shard import VocabShard
 from megatron_mopd.rollout.batches import DecodingBatch, Request, Response
 from megatron_mopd.rollout.engine import SamplingParams
@@ -99,9 +100,15 @@ class Decoder:
                 self._dummy_forward(self._chunks[piece // self._size])
             return None
         chunk = self._chunks[piece // self._size]
+        choices = routing_choices(chunk) if self._sampling.keep_routing else []
+        for choice in choices:
+            choice.record()
         hidden = _forward(
             chunk, incoming, batch.input_ids, batch.position_ids, batch.attention_mask(), batch.cache
         )
+        if choices:
+            compact = compact_dtype(chunk.config.num_moe_experts)
+            batch.keep_routing(torch.stack([choice.take() for choice in choices]).to(compact))
         if piece < self._stages - 1:
             return hidden.contiguous()
         weight = chunk.head_weight()

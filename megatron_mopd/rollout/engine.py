@@ -9,6 +9,7 @@ from typing import Protocol
 from megatron_mopd.config import RolloutConfig
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.rollout.routing import RoutingRecords
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class SamplingParams:
     """Keep the k most likely tokens; 0 keeps all."""
     stop_token_ids: tuple[int, ...] = ()
     """A response ends with the first of these; none means that every response runs to its length limit."""
+    keep_routing: bool = False
+    """Take down which experts every token goes to (`RolloutEngine.routing`)."""
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -47,6 +50,7 @@ class SamplingParams:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             stop_token_ids=tuple(sorted({eos_id, *rollout.stop_token_ids})),
+            keep_routing=rollout.routing_replay,
         )
 
     @property
@@ -57,6 +61,9 @@ class SamplingParams:
 
 class RolloutEngine(Protocol):
     """Samples responses from the student's current weights."""
+
+    routing: RoutingRecords | None
+    """Expert choices of the last `generate` with `keep_routing`, as far as this rank made them."""
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, samples_per_prompt: int = 1

@@ -11,10 +11,12 @@ from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.gpt import unwrap
+from megatron_mopd.model.router_replay import compact_dtype, routing_choices
 from megatron_mopd.rollout.batches import Request, Response, split_evenly
 from megatron_mopd.rollout.decoder import Decoder
 from megatron_mopd.rollout.decoding_mode import decoding_mode
 from megatron_mopd.rollout.engine import SamplingParams
+from megatron_mopd.rollout.routing import RoutingRecords
 
 
 class MegatronEngine:
@@ -44,6 +46,7 @@ class MegatronEngine:
         self._vocab_size = vocab_size
         self._max_sequence_length = max_sequence_length
         self._max_batch_size = max_batch_size
+        self.routing: RoutingRecords | None = None
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, samples_per_prompt: int = 1
@@ -73,11 +76,29 @@ class MegatronEngine:
         with decoding_mode(self._chunks):
             decoded = Decoder(self._chunks, groups, self._vocab_size, sampling, seed).run(batches)
         by_index = {request.index: response for request, response in decoded}
+        self.routing = self._routing_records(by_index, requests) if sampling.keep_routing else None
         responses = self._gather([by_index[request.index] for request in shares[groups.dp.rank()]], shares)
+        if self.routing is not None:
+            self.routing.tokens |= {
+                i: len(requests[i].token_ids) + len(r.token_ids) for i, r in responses.items()
+            }
         return [
             Trajectory(prompts[i // samples_per_prompt], r.token_ids, i, r.logprobs, r.finished)
             for i, r in sorted(responses.items())
         ]
+
+    def _routing_records(
+        self, by_index: dict[int, Response], requests: Sequence[Request]
+    ) -> RoutingRecords | None:
+        """This rank's expert choices; `None` on a stage without mixture-of-experts layers."""
+        layers = sum(len(routing_choices(chunk)) for chunk in self._chunks)
+        if layers == 0:
+            return None
+        config = self._chunks[0].config
+        records = {index: response.routing for index, response in by_index.items()}
+        return RoutingRecords(
+            records, {}, (layers, config.moe_router_topk), compact_dtype(config.num_moe_experts)
+        )
 
     def _requests(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, samples_per_prompt: int

@@ -10,6 +10,7 @@ from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.tokenizer import Tokenizer
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.rollout.engine import RolloutEngine, SamplingParams
+from megatron_mopd.rollout.routing import RoutingRecords
 
 
 def draw_trajectories(
@@ -21,27 +22,28 @@ def draw_trajectories(
     *,
     samples_per_prompt: int,
     seed: int,
-) -> list[Trajectory]:
+) -> tuple[list[Trajectory], RoutingRecords | None]:
     """`samples_per_prompt` trajectories for each prompt, the same list on every rank, ordered by index.
 
     Prompts of a domain that learns by `sft` get their `answer`, as often as the others get samples, so that
     every prompt has the same number of trajectories. Index: position of the prompt x samples_per_prompt +
-    sample.
+    sample. With routing replay also the expert choices of the sampled ones, under the same indices.
     """
     samples = samples_per_prompt
     given = [objectives.of(prompt.domain).kind == "sft" for prompt in prompts]
     asked = [position for position, is_given in enumerate(given) if not is_given]
-    trajectories = []
+    trajectories, routing = [], None
     if asked:
         sampling = SamplingParams.from_config(rollout, tokenizer.eos_id)
         drawn = engine.generate(
             [prompts[position] for position in asked], sampling, seed=seed, samples_per_prompt=samples
         )
-        for trajectory in drawn:
-            place, sample = divmod(trajectory.index, samples)
-            trajectories.append(dataclasses.replace(trajectory, index=asked[place] * samples + sample))
+        index_of = {t.index: asked[t.index // samples] * samples + t.index % samples for t in drawn}
+        trajectories = [dataclasses.replace(t, index=index_of[t.index]) for t in drawn]
+        if engine.routing is not None:
+            routing = engine.routing.renumbered(index_of, {t.index: len(t) for t in trajectories})
     for position, prompt in enumerate(prompts):
         if given[position]:
             response = (*tokenizer.encode(prompt.answer), tokenizer.eos_id)
             trajectories += [Trajectory(prompt, response, position * samples + i) for i in range(samples)]
-    return sorted(trajectories, key=lambda trajectory: trajectory.index)
+    return sorted(trajectories, key=lambda trajectory: trajectory.index), routing

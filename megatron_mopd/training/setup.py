@@ -23,6 +23,7 @@ from megatron_mopd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mopd.data.verifiers import has_verdict
 from megatron_mopd.model.build import build_model
 from megatron_mopd.model.checkpoint import find_checkpoint, load_weights, read_model_config
+from megatron_mopd.model.router_replay import install_routing_replay
 from megatron_mopd.rollout.engine import RolloutEngine
 from megatron_mopd.rollout.megatron_engine import MegatronEngine
 from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
@@ -80,6 +81,8 @@ def build_run(config: Config) -> Run:
     )
     if student.load is not None:
         load_weights(chunks, find_checkpoint(student.load, "student.load"), groups, "student.load")
+    if config.rollout.routing_replay:
+        install_routing_replay(chunks)
     bank = None
     if is_distillation:
         bank = TeacherBank(

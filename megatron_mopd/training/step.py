@@ -32,6 +32,7 @@ from megatron_mopd.objectives.reduction import token_weights
 from megatron_mopd.pipeline.driver import PipelineDriver
 from megatron_mopd.pipeline.megatron_schedules import run_student, run_teacher
 from megatron_mopd.pipeline.problem import Limits, TeacherGroup
+from megatron_mopd.rollout.routing import RoutingRecords
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.hidden_cache import HiddenCache
 from megatron_mopd.teachers.routing import Mixture, Routing
@@ -114,7 +115,10 @@ class StepBatch:
 
 
 def plan_steps(
-    learner: Learner, rollout: Sequence[Trajectory], rewards: PendingRewards = NO_REWARDS
+    learner: Learner,
+    rollout: Sequence[Trajectory],
+    rewards: PendingRewards = NO_REWARDS,
+    routing: RoutingRecords | None = None,
 ) -> list[StepBatch]:
     """The optimizer steps that a rollout batch feeds: `global_batch_size` trajectories each, in order.
 
@@ -123,7 +127,8 @@ def plan_steps(
     """
     size = learner.config.schedule.global_batch_size
     batches = [
-        plan_step(learner, rollout[start : start + size], rewards) for start in range(0, len(rollout), size)
+        plan_step(learner, rollout[start : start + size], rewards, routing)
+        for start in range(0, len(rollout), size)
     ]
     if len(batches) > 1 and learner.objectives.any(needs_old_policy, learner.domains):
         for batch in batches:
@@ -140,9 +145,15 @@ def plan_steps(
 
 
 def plan_step(
-    learner: Learner, trajectories: Sequence[Trajectory], rewards: PendingRewards = NO_REWARDS
+    learner: Learner,
+    trajectories: Sequence[Trajectory],
+    rewards: PendingRewards = NO_REWARDS,
+    routing: RoutingRecords | None = None,
 ) -> StepBatch:
-    """Split the batch over DP ranks, ordered by teacher, and cut it into micro-batches. No collectives."""
+    """Split the batch over DP ranks, ordered by teacher, and cut it into micro-batches.
+
+    Collectives: only with routing replay, `RoutingRecords.exchange` over DP.
+    """
     groups, schedule = learner.groups, learner.config.schedule
     shape = BatchShape.for_batch(
         trajectories,
@@ -167,8 +178,15 @@ def plan_step(
     def cut(selected: list[list[Trajectory]]) -> list[list[list[Trajectory]]]:
         return equalize([group_micro_batches(share, shape) for share in selected])
 
-    def mine(per_rank: list[list[list[Trajectory]]]) -> list[MicroBatch]:
-        return [collate(group, shape) for group in per_rank[groups.dp.rank()]]
+    experts = None
+    if routing is not None:
+        wanted = [[t.index for t in share] for share in per_rank]
+        experts = routing.exchange(wanted, groups.dp, groups.device)
+
+    def mine(
+        per_rank: list[list[list[Trajectory]]], experts: Mapping[int, torch.Tensor] | None = None
+    ) -> list[MicroBatch]:
+        return [collate(group, shape, experts) for group in per_rank[groups.dp.rank()]]
 
     student = cut(per_rank)
     teachers, uses = {}, []
@@ -179,7 +197,9 @@ def plan_step(
             teachers[name] = mine(scored)
             uses.append(teacher_group(name, scored, student))
     cache = HiddenCache(groups.device)
-    return StepBatch(groups, trajectories, shape, mine(student), teachers, tuple(uses), cache, rewards)
+    return StepBatch(
+        groups, trajectories, shape, mine(student, experts), teachers, tuple(uses), cache, rewards
+    )
 
 
 def teacher_group(
