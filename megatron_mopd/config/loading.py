@@ -14,39 +14,62 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from megatron_mopd.config.objectives import GLOBAL_KEYS, check_objectives
+from megatron_mopd.config.recipes import with_recipe
 from megatron_mopd.config.schema import Config, ConfigError, ModelConfig, ObjectiveConfig, ParallelConfig
 
 
 def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``a.b=c`` overrides and return the checked configuration.
 
+    From the bottom up: the `recipe`, files that it includes (`include: FILE`), the file, the overrides.
+
     Raises `ConfigError` naming the file and the key for anything that is not a known key of the right type.
     """
-    try:
-        raw = OmegaConf.load(path) if path is not None else OmegaConf.create({})
-    except FileNotFoundError:
-        raise ConfigError(f"config file not found: {path}") from None
-    except (OSError, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    raw = _read(Path(path)) if path is not None else OmegaConf.create({})
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
     try:
         raw = OmegaConf.merge(raw, OmegaConf.from_dotlist(list(overrides)))
+        raw = _with_included(raw, Path(path).parent if path is not None else Path())
         merged = OmegaConf.to_container(raw, resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     return config_from_dict(merged)
 
 
+def _read(path: Path) -> DictConfig:
+    try:
+        raw = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"config file not found: {path}") from None
+    except (OSError, YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, DictConfig):
+        raise ConfigError(f"{path}: expected sections with keys")
+    return raw
+
+
+def _with_included(raw: DictConfig, directory: Path) -> DictConfig:
+    """`include: FILE` (relative to the including file) puts that file's keys underneath."""
+    seen: set[Path] = set()
+    while (name := raw.pop("include", None)) is not None:
+        path = (directory / str(name)).resolve()
+        if path in seen:
+            raise ConfigError(f"include: {path} includes itself")
+        seen.add(path)
+        raw, directory = OmegaConf.merge(_read(path), raw), path.parent
+    return raw
+
+
 def config_from_dict(values: dict[str, Any]) -> Config:
     """Build and check a `Config` from nested plain dictionaries; `ConfigError` names the offending key."""
-    config = _build(Config, values, "")
+    config = _build(Config, with_recipe(values), "")
     _check(config)
     return config
 
@@ -100,7 +123,8 @@ _CHOICES = {
 }
 _AT_LEAST_ONE = """
     objective.chunk_size schedule.global_batch_size schedule.micro_batch_size schedule.steps_per_rollout
-    data.seq_length rollout.samples_per_prompt rollout.max_new_tokens rollout.max_batch_size
+    data.seq_length rollout.samples_per_prompt rollout.max_new_tokens
+    rollout.repetition_max_period rollout.max_batch_size
     log.log_interval rewards.workers parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size
     parallel.context_parallel_size parallel.expert_model_parallel_size
     student.make_vocab_size_divisible_by
@@ -123,6 +147,10 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{dotted}: {value} is not a multiple of schedule.steps_per_rollout={steps}")
     if config.rollout.temperature < 0 or not 0 < config.rollout.top_p <= 1 or config.rollout.top_k < 0:
         raise ConfigError("rollout: needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+    if config.rollout.repetition_stop == 1 or config.rollout.repetition_stop < 0:
+        raise ConfigError(
+            "rollout.repetition_stop: every token is a pattern once; needs at least 2, or 0 for never"
+        )
     check_objectives(config)
     if not config.rewards.timeout_seconds > 0:
         raise ConfigError(f"rewards.timeout_seconds: must be above 0, found {config.rewards.timeout_seconds}")

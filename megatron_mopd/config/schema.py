@@ -154,6 +154,10 @@ class RolloutConfig:
     """Tokens that end a response, besides the tokenizer's end-of-sequence token."""
     routing_replay: bool = False
     """Train with the experts that each token went to while it was sampled (a mixture-of-experts student)."""
+    repetition_stop: int = 0
+    """End a response, unfinished, when its last tokens are one pattern this many times in a row; 0: never."""
+    repetition_max_period: int = 16
+    """Longest pattern, in tokens, that `repetition_stop` looks for."""
     max_batch_size: int = 256
     """Most sequences decoded at once on one data-parallel rank (bounds the KV cache)."""
 
@@ -262,6 +266,10 @@ class OptimizerConfig:
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass runs."""
+    freeze_router: bool = False
+    """Leave the routers of a mixture-of-experts student as they are, auxiliary losses included."""
+    freeze_expert_bias: bool = False
+    """Leave the routers' load-balancing bias as it is."""
 
 
 @dataclass(frozen=True)
@@ -322,6 +330,9 @@ class LogConfig:
 class Config:
     """A whole run."""
 
+    recipe: str | None = None
+    """Known system whose published hyperparameters fill in what is not set here: `mimo_v2_flash`, `glm5`,
+    `nemotron_cascade2` or `deepseek_v4`."""
     run_dir: str = ""
     """Everything the run writes goes here."""
     seed: int = 1234

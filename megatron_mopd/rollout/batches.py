@@ -138,7 +138,7 @@ class DecodingBatch:
         stops = alive & torch.isin(tokens, self._stop)
         self._stopped[self._slots] |= stops
         self.position += 1
-        self._alive = alive & ~stops & (self._limits > self.position)
+        self._alive = alive & ~stops & ~self._repeating() & (self._limits > self.position)
         count = int(self._alive.sum())
         if count == 0:
             self.cache = None
@@ -152,6 +152,18 @@ class DecodingBatch:
         self.position_ids = position.unsqueeze(1)
         self.rows = len(tokens)
         return False
+
+    def _repeating(self) -> Tensor:
+        """Rows [b] whose last tokens are one pattern `repetition_stop` times in a row."""
+        times, have = self._sampling.repetition_stop, self.position
+        repeating = torch.zeros_like(self._alive)
+        longest = min(self._sampling.repetition_max_period, have // times) if times > 1 else 0
+        if longest:
+            last = self._tokens[self._slots, have - longest * times : have]
+        for period in range(1, longest + 1):
+            window = last[:, (longest - period) * times :]
+            repeating |= (window[:, period:] == window[:, :-period]).all(dim=1)
+        return repeating
 
     def _keep(self, tokens: Tensor, source: Tensor | None) -> Tensor:
         """Drop finished rows; after the prefill, `source` [b] is the row of each response's prompt."""

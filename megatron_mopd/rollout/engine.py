@@ -29,6 +29,10 @@ class SamplingParams:
     """Keep the k most likely tokens; 0 keeps all."""
     stop_token_ids: tuple[int, ...] = ()
     """A response ends with the first of these; none means that every response runs to its length limit."""
+    repetition_stop: int = 0
+    """A response also ends, unfinished, when its last tokens are one pattern this many times in a row."""
+    repetition_max_period: int = 16
+    """Longest such pattern in tokens."""
     keep_routing: bool = False
     """Take down which experts every token goes to (`RolloutEngine.routing`)."""
 
@@ -50,6 +54,8 @@ class SamplingParams:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             stop_token_ids=tuple(sorted({eos_id, *rollout.stop_token_ids})),
+            repetition_stop=rollout.repetition_stop,
+            repetition_max_period=rollout.repetition_max_period,
             keep_routing=rollout.routing_replay,
         )
 

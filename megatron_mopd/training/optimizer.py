@@ -11,11 +11,37 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_mopd.backend.parallel import ParallelGroups
-from megatron_mopd.config import Config
+from megatron_mopd.config import Config, ConfigError
 from megatron_mopd.model.build import DTYPES
 from megatron_mopd.model.gpt import HiddenStateGPT
+
+
+def freeze_routing(chunks: list[HiddenStateGPT], config: Config) -> None:
+    """Take the routers out of training, before gradient buffers are made, as the configuration asks.
+
+    A frozen router gets no auxiliary or z-loss either: it could only push the hidden states around. Raises
+    `ConfigError` for a student without experts.
+    """
+    settings = config.optimizer
+    if not (settings.freeze_router or settings.freeze_expert_bias):
+        return
+    for chunk in chunks:
+        model = chunk.config  # the student's own, shared by its layers
+        if not model.num_moe_experts:
+            key = "freeze_router" if settings.freeze_router else "freeze_expert_bias"
+            raise ConfigError(f"optimizer.{key}: the student has no experts (student.num_moe_experts)")
+        if settings.freeze_expert_bias:
+            model.moe_router_bias_update_rate = 0.0
+        if settings.freeze_router:
+            coefficient = model.moe_aux_loss_coeff
+            model.moe_aux_loss_coeff = [0.0] * len(coefficient) if isinstance(coefficient, list) else 0.0
+            model.moe_z_loss_coeff = None
+            for module in chunk.modules():
+                if isinstance(module, TopKRouter):
+                    module.requires_grad_(False)
 
 
 def wrap_data_parallel(
@@ -24,6 +50,7 @@ def wrap_data_parallel(
     """Student chunks with gradient buffers; gradients are summed over data-parallel ranks, then divided by
     tokens.
     """
+    freeze_routing(chunks, config)
     settings = DistributedDataParallelConfig(
         # bf16 gradients lose small contributions when they are summed over many ranks and micro-batches.
         grad_reduce_in_fp32=config.params_dtype == "bfloat16",

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Iterated multi-teacher on-policy distillation: two rounds of student -> experts retrained from it -> student.
+#
+#     launch/iterated_mopd.sh [START] [OUTPUT] [ROUNDS]     # after: make demo
+#
+# Every stage is an ordinary run with its own directory. Stop it anywhere and start it again: a stage that is
+# complete only repeats its evaluation, one that was interrupted goes on from its newest checkpoint.
+set -euo pipefail
+start=${1:-runs/demo/base/checkpoints}
+output=${2:-runs/iterated}
+rounds=${3:-2}
+recipes=$(dirname "$0")/recipes
+
+declare -A tasks=(
+  [chain_sum]='{min_terms: 3, max_terms: 3, max_digits: 1}'
+  [leg_counting]='{min_animals: 2, max_animals: 2, max_instances: 3}'
+  [number_filtering]='{min_numbers: 3, max_numbers: 3, max_decimals: 0, min_value: 0, max_value: 9}'
+  [rotate_matrix]='{min_n: 2, max_n: 2}'
+)
+
+student=$start
+for ((round = 1; round <= rounds; round++)); do
+  directory=$output/round_$round
+  for task in "${!tasks[@]}"; do
+    echo "== round $round: expert for $task, from $student"
+    python -m megatron_mopd.train --config "$recipes/iterated_expert.yaml" \
+      "run_dir=$directory/experts/$task" "student.load=$student" \
+      "data.prompts=[{task: $task, params: ${tasks[$task]}, size: 12000, seed: $((20 + round))}]"
+  done
+  echo "== round $round: distillation into $student"
+  python -m megatron_mopd.train --config "$recipes/iterated_mopd.yaml" \
+    "run_dir=$directory/mopd" "student.load=$student"
+  student=$directory/mopd/checkpoints
+done
+echo "the student of round $rounds: $student"
