@@ -16,8 +16,10 @@ from megatron_mopd.backend.parallel import start_ranks
 from megatron_mopd.config import ConfigError
 
 
-def run_on_ranks(work: Callable[[], None]) -> None:
-    """Start torch.distributed on the CPU (one rank without torchrun) and do `work` on every rank.
+def run_on_ranks(
+    work: Callable[[], None], device: Callable[[], torch.device] = lambda: torch.device("cpu")
+) -> None:
+    """Start torch.distributed for `device` (one rank without torchrun) and do `work` on every rank.
 
     A user's mistake is one line on rank 0's terminal and exit status 2; any other failure ends the job at
     once, so that no rank waits for one that is gone.
@@ -25,7 +27,7 @@ def run_on_ranks(work: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     try:
-        start_ranks(torch.device("cpu"), timeout_minutes=10)
+        start_ranks(device(), timeout_minutes=10)
         work()
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":

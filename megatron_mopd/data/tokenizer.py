@@ -55,6 +55,8 @@ class Tokenizer(Protocol):
     """Fills unused positions; the end-of-sequence token where the tokenizer has no padding token."""
     bos_id: int | None
     """The token that begins a prompt; `None` where the tokenizer has none or does not use it."""
+    has_chat_template: bool
+    """Messages go through a template of the tokenizer's own."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` alone: nothing is added before or after."""
@@ -96,6 +98,7 @@ class SentencePieceTokenizer:
         pad_id, bos_id = self._processor.pad_id(), self._processor.bos_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
         self.bos_id = bos_id if bos_id >= 0 else None
+        self.has_chat_template = False
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -138,6 +141,7 @@ class HuggingFaceTokenizer:
         # Many tokenizers name a beginning-of-sequence token that they never put before a text.
         uses_bos = bos_id is not None and self._tokenizer("a")["input_ids"][:1] == [bos_id]
         self.bos_id = bos_id if uses_bos else None
+        self.has_chat_template = self._tokenizer.chat_template is not None
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)

@@ -89,6 +89,11 @@ def read_architecture(checkpoint: Path, where: str) -> ModelConfig:
     return family.model_config(config, where)
 
 
+def tokenizer_directory(checkpoint: Path) -> Path:
+    """Where a checkpoint's tokenizer is, if it has one."""
+    return checkpoint / TOKENIZER_DIRECTORY if (checkpoint / MODEL_FILE).exists() else checkpoint
+
+
 def _description(checkpoint: Path, where: str) -> dict[str, Any]:
     try:
         description = json.loads((checkpoint / MODEL_FILE).read_text())

@@ -22,7 +22,9 @@ from megatron_mopd.config import ConfigError
 from megatron_mopd.data.tokenizer import load_tokenizer
 from megatron_mopd.model.checkpoint import (
     HUGGING_FACE_DIRECTORY,
+    MODEL_FILE,
     TOKENIZER_DIRECTORY,
+    find_checkpoint,
     publish_checkpoint,
     read_architecture,
 )
@@ -33,7 +35,7 @@ from megatron_mopd.model.companions import (
     write_untrained,
 )
 from megatron_mopd.model.families import Weight, matching_family
-from megatron_mopd.model.hugging_face import CONFIG, INDEX, SINGLE_FILE
+from megatron_mopd.model.hugging_face import CONFIG, INDEX, SINGLE_FILE, HuggingFaceCheckpoint
 from megatron_mopd.model.safetensors_files import FilePlan, FileWriter, TensorInfo
 from megatron_mopd.model.streamed_checkpoint import Chunk, ChunkReader, share_of, write_chunks
 from megatron_mopd.model.weight_source import Companions, WeightSource
@@ -116,6 +118,15 @@ class MegatronCheckpoint(WeightSource):
     def tokenizer_directory(self) -> Path | None:
         directory = self.path / TOKENIZER_DIRECTORY
         return directory if directory.is_dir() else None
+
+
+def open_checkpoint(path: str | Path, where: str) -> WeightSource:
+    """A model on disk, in either format; `ConfigError` (prefix `where`) when there is none or it is
+    damaged."""
+    found = find_checkpoint(path, where)
+    if (found / MODEL_FILE).exists():
+        return MegatronCheckpoint(found, where)
+    return HuggingFaceCheckpoint.open(found, where)
 
 
 def write_hugging_face(

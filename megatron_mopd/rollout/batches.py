@@ -124,6 +124,10 @@ class DecodingBatch:
         """Tokens that the current step samples."""
         return len(self._slots)
 
+    def new_tokens(self, tokens: Tensor) -> list[tuple[int, int]]:
+        """(`Trajectory.index`, token) of every row that is not finished, given the step's tokens [b]."""
+        return list(zip(self.trajectories[self._alive].tolist(), tokens[self._alive].tolist(), strict=True))
+
     def advance(self, tokens: Tensor, logprobs: Tensor) -> bool:
         """Take the sampled tokens and fp64 log-probs [b]; True when every response is complete.
 

@@ -4,7 +4,7 @@ complete."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,10 @@ from megatron_mopd.objectives.vocab_shard import VocabShard
 from megatron_mopd.rollout.batches import DecodingBatch, Request, Response
 from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.sampling import sample_tokens
+
+OnToken = Callable[[int, int], None]
+"""Is told `Trajectory.index` and token id of every sampled token, as it is sampled, on every rank of the
+pipeline."""
 
 
 class Decoder:
@@ -37,7 +41,9 @@ class Decoder:
         vocab_size: int,
         sampling: SamplingParams,
         seed: int,
+        on_token: OnToken | None = None,
     ):
+        self._on_token = on_token
         self._chunks, self._groups = chunks, groups
         self._sampling, self._seed, self._vocab_size = sampling, seed, vocab_size
         self._rank, self._size = groups.pp.rank(), groups.pp_size
@@ -69,6 +75,9 @@ class Decoder:
             if sampled is not None:
                 lane = (tick + 1) % self._stages
                 batch = self._lanes[lane]
+                if self._on_token is not None:
+                    for index, token in batch.new_tokens(sampled[0]):
+                        self._on_token(index, token)
                 if batch.advance(*sampled):
                     done += zip(batch.requests, batch.responses(), strict=True)
                     self._lanes[lane] = None

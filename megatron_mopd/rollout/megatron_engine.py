@@ -13,7 +13,7 @@ from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.router_replay import compact_dtype, routing_choices
 from megatron_mopd.rollout.batches import Request, Response, split_evenly
-from megatron_mopd.rollout.decoder import Decoder
+from megatron_mopd.rollout.decoder import Decoder, OnToken
 from megatron_mopd.rollout.decoding_mode import decoding_mode
 from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.routing import RoutingRecords
@@ -49,10 +49,18 @@ class MegatronEngine:
         self.routing: RoutingRecords | None = None
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, samples_per_prompt: int = 1
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        samples_per_prompt: int = 1,
+        on_token: OnToken | None = None,
     ) -> list[Trajectory]:
-        """See `RolloutEngine.generate`. Sampling never changes the model: training mode, sequence parallelism
-        and every gradient are as before, also after an exception.
+        """See `RolloutEngine.generate`; `on_token` watches this data-parallel rank's tokens as they come.
+
+        Sampling never changes the model: training mode, sequence parallelism and every gradient are as
+        before, also after an exception.
 
         Collectives: those of the model's layers; per token those of `sample_tokens`, and in a pipeline the
         hidden states to the next stage (b x h elements) and 16 bytes a row from the last stage to every
@@ -74,7 +82,7 @@ class MegatronEngine:
         rows_per_lane = max(1, self._max_batch_size // groups.pp_size)
         batches = split_evenly(shares[groups.dp.rank()], rows_per_lane, groups.pp_size)
         with decoding_mode(self._chunks):
-            decoded = Decoder(self._chunks, groups, self._vocab_size, sampling, seed).run(batches)
+            decoded = Decoder(self._chunks, groups, self._vocab_size, sampling, seed, on_token).run(batches)
         by_index = {request.index: response for request, response in decoded}
         self.routing = self._routing_records(by_index, requests) if sampling.keep_routing else None
         responses = self._gather([by_index[request.index] for request in shares[groups.dp.rank()]], shares)
