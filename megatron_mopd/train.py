@@ -54,10 +54,13 @@ def train(config: Config) -> dict[str, float]:
     alarms = Alarms()
     metrics: dict[str, float] = {}
     batches: deque[StepBatch] = deque()  # optimizer steps whose samples are there
+    sampled_for = first
     for iteration in range(first, config.schedule.train_iters):
         started = time.perf_counter()
-        if not batches:
-            trajectories, routing = sample(run, sampler, iteration)
+        reach = iteration + config.rollout.batches_ahead * config.schedule.steps_per_rollout
+        while sampled_for <= min(reach, config.schedule.train_iters - 1):
+            trajectories, routing = sample(run, sampler, sampled_for)
+            sampled_for += config.schedule.steps_per_rollout
             batches += plan_steps(run.learner, trajectories, run.rewarder.start(trajectories), routing)
         sampled = time.perf_counter()
         metrics = train_step(run.learner, batches)
@@ -87,8 +90,11 @@ def train(config: Config) -> dict[str, float]:
         writer.log(first, metrics)
     writer.close()
     run.rewarder.close()
-    if config.log.report and run.groups.rank == 0:
-        draw_report(config.run_dir)
+    if config.log.report:
+        if run.learner.pipeline is not None:
+            run.learner.pipeline.draw(run_directory(config), config.schedule.steps_per_rollout)
+        if run.groups.rank == 0:
+            draw_report(config.run_dir)
     return metrics
 
 

@@ -257,5 +257,11 @@ def build_parallel_groups(parallel: ParallelConfig, device: torch.device, seed: 
 
 
 def destroy_parallel_groups() -> None:
-    """Forget the groups (tests build several layouts in one process)."""
+    """Destroy every group but the world (tests build several layouts in one process).
+
+    Collective over all ranks. Forgetting them is not enough: each gloo group has threads that poll.
+    """
+    dist.barrier()
     parallel_state.destroy_model_parallel()
+    for group in [group for group in dist.distributed_c10d._world.pg_map if group != dist.group.WORLD]:
+        dist.destroy_process_group(group)

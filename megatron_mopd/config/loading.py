@@ -145,6 +145,8 @@ def _check(config: Config) -> None:
         # A run resumes with a fresh rollout batch, so it may only stop where one ends.
         if (value := attrgetter(dotted)(config)) % steps:
             raise ConfigError(f"{dotted}: {value} is not a multiple of schedule.steps_per_rollout={steps}")
+    if config.rollout.batches_ahead < 0:
+        raise ConfigError(f"rollout.batches_ahead: must be at least 0, found {config.rollout.batches_ahead}")
     if config.rollout.temperature < 0 or not 0 < config.rollout.top_p <= 1 or config.rollout.top_k < 0:
         raise ConfigError("rollout: needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
     if config.rollout.repetition_stop == 1 or config.rollout.repetition_stop < 0:

@@ -158,6 +158,10 @@ class RolloutConfig:
     """End a response, unfinished, when its last tokens are one pattern this many times in a row; 0: never."""
     repetition_max_period: int = 16
     """Longest pattern, in tokens, that `repetition_stop` looks for."""
+    batches_ahead: int = 0
+    """Rollout batches sampled before the one that is being trained on is used up: their samples come from
+    weights that many batches older, and teachers can score them in the pipeline's bubbles. After a resume
+    they are sampled anew, from the restored weights."""
     max_batch_size: int = 256
     """Most sequences decoded at once on one data-parallel rank (bounds the KV cache)."""
 

@@ -8,8 +8,10 @@ only, so a receive that was posted early can hold back nothing but later receive
 
 NCCL: point-to-point operations of one group run in order on that group's own stream, beside the computation.
 A send starts when the work enqueued before it is done; a receive's buffer is safe once `Receive.wait` has
-made the compute stream wait for it. The host waits in neither. gloo: the host waits in `Receive.wait`, with a
-timeout.
+made the compute stream wait for it. The host waits in neither.
+
+gloo: messages with different tags pass each other, so one group and a tag a message are enough (every gloo
+group has threads that poll). The host waits in `Receive.wait`, with a timeout.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from torch import Tensor
 
 from megatron_mopd.pipeline.instructions import Channel, Lane
 
+_TAGS_PER_KIND = 1 << 20
+"""More messages than are ever under way on one channel."""
+
 
 class StageTimeout(RuntimeError):
     """A stage waited for a message that did not come: its peer has stopped, died, or runs another plan."""
@@ -35,9 +40,11 @@ def is_way_back(channel: Channel) -> bool:
     return channel.destination != channel.source + step
 
 
-def channel_kind(channel: Channel) -> tuple[Lane, int]:
-    """Which process group serves a channel: its lane, and its source's parity (2 for the way back)."""
-    return channel.lane, 2 if is_way_back(channel) else channel.source % 2
+def channel_kind(channel: Channel) -> int:
+    """Which process group serves a channel: one of nine, by lane and by its source's parity (or the way
+    back).
+    """
+    return 3 * list(Lane).index(channel.lane) + (2 if is_way_back(channel) else channel.source % 2)
 
 
 def all_channels(stages: int, virtual_stages: int) -> list[Channel]:
@@ -93,10 +100,12 @@ class PipelineCommunicator:
         self.device, self.timeout = device, timeout
         self.ranks = dist.get_process_group_ranks(pipeline)
         self.stage = pipeline.rank()
-        self._groups: dict[tuple[Lane, int], dist.ProcessGroup] = {}
+        self._groups: dict[int, dist.ProcessGroup] = {}
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
         self._numbers: dict[Channel, int] = {}
         kinds = sorted({channel_kind(channel) for channel in all_channels(len(self.ranks), virtual_stages)})
+        if device.type == "cpu":
+            kinds = kinds[:1]
         # Groups are made by every rank of the run in the same order, also those that others will use.
         for ranks in _all_pipelines(self.ranks) if kinds else ():
             for kind in kinds:
@@ -115,9 +124,7 @@ class PipelineCommunicator:
         buffer = torch.empty(tuple(shape), dtype=dtype, device=self.device)
         peer = self.ranks[channel.source]
         try:
-            work = dist.irecv(
-                buffer, src=peer, group=self._groups[channel_kind(channel)], tag=self._tag(channel)
-            )
+            work = dist.irecv(buffer, src=peer, group=self._group(channel), tag=self._tag(channel))
         except RuntimeError as error:
             raise _lost(channel, channel.source, peer, error) from error
         return Receive(channel, peer, buffer, work, self.timeout)
@@ -127,9 +134,7 @@ class PipelineCommunicator:
         message = message.detach().contiguous()
         peer = self.ranks[channel.destination]
         try:
-            work = dist.isend(
-                message, dst=peer, group=self._groups[channel_kind(channel)], tag=self._tag(channel)
-            )
+            work = dist.isend(message, dst=peer, group=self._group(channel), tag=self._tag(channel))
         except RuntimeError as error:
             raise _lost(channel, channel.destination, peer, error) from error
         self._sent.append((work, message))
@@ -142,11 +147,17 @@ class PipelineCommunicator:
             work, _ = self._sent.popleft()
             work.wait()
 
+    def _group(self, channel: Channel) -> dist.ProcessGroup:
+        if self.device.type == "cpu":
+            (group,) = self._groups.values()
+            return group
+        return self._groups[channel_kind(channel)]
+
     def _tag(self, channel: Channel) -> int:
         """Both ends count the messages of a channel alike; NCCL has no tags and keeps the order."""
         number = self._numbers.get(channel, 0)
-        self._numbers[channel] = number + 1
-        return number & 0xFFFFF
+        self._numbers[channel] = (number + 1) % _TAGS_PER_KIND
+        return channel_kind(channel) * _TAGS_PER_KIND + number
 
 
 def _lost(channel: Channel, stage: int, peer: int, error: Exception) -> StageTimeout:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from megatron_mopd.pipeline.plan import Planner, bubble_free_time
 from megatron_mopd.pipeline.problem import CostModel, Limits, PlanRequest, TeacherGroup
 from megatron_mopd.pipeline.runtime import Recording, Stopwatch, execute
 from megatron_mopd.pipeline.simulate import Event, PlanError, simulate
-from megatron_mopd.pipeline.timeline import idle_share, without_waiting
+from megatron_mopd.pipeline.timeline import draw_timeline, idle_share, without_waiting, write_chrome_trace
 
 PLANNING_SHARE = 0.01
 """Share of a step's time that planning it may take."""
@@ -70,6 +71,9 @@ class PipelineDriver:
         self._costs = MeasuredCosts(CostModel.build(p, v, teacher_forward=teachers), p)
         self._slots: dict[str, tuple[str, ...]] = {}
         self._checked: set[str] = set()
+        self.idle_shares: list[float] = []
+        """Per stage, the share of a step in which it computed nothing, averaged over the steps between two
+        exchanges of measured costs; empty before the first and with a single stage."""
         self._steps = 0
         self._unmeasured: list[Recording] = []
         self.recent: deque[Measured] = deque(maxlen=8)
@@ -167,28 +171,23 @@ class PipelineDriver:
             return
         if self._steps > 3 and self._steps % _MEASURED_EVERY:
             return
-        keys = cost_keys(self._costs.model(), self.groups.pp_size)
-        sums = torch.zeros(2, len(keys), dtype=torch.float64)
+        p, keys = self.groups.pp_size, cost_keys(self._costs.model(), self.groups.pp_size)
+        sums = torch.zeros(2, len(keys) + p, dtype=torch.float64)
         places = {key: number for number, key in enumerate(keys)}
-        events = [event for recording in self._unmeasured for event in recording.events()]
+        recorded = [recording.events() for recording in self._unmeasured]
         self._unmeasured.clear()
-        for key, seconds, count in summarize(events):
+        for key, seconds, count in summarize(event for events in recorded for event in events):
             if key in places:
                 sums[0, places[key]] += seconds * count
                 sums[1, places[key]] += count
+        sums[0, len(keys) + self.groups.pp.rank()] = sum(map(idle_share, recorded))
+        sums[1, len(keys) + self.groups.pp.rank()] = len(recorded)
         sums = sums.to(self.groups.device)
         dist.all_reduce(sums)
         totals, counts = sums.tolist()
-        self._costs.fold([[Mean(key, total / n, int(n)) for key, total, n in zip(keys, totals, counts) if n]])
-
-    def idle_shares(self) -> list[float]:
-        """Per stage, the share of the last executed plan in which it computed nothing. One all-reduce over
-        the pipeline of p float64; waits for the device.
-        """
-        shares = torch.zeros(self.groups.pp_size, dtype=torch.float64, device=self.groups.device)
-        shares[self.groups.pp.rank()] = idle_share(self.recent[-1].recording.events())
-        dist.all_reduce(shares, group=self.groups.pp)
-        return shares.tolist()
+        means = [total / count if count else 0.0 for total, count in zip(totals, counts)]
+        self._costs.fold([[Mean(key, mean, int(n)) for key, mean, n in zip(keys, means, counts) if n]])
+        self.idle_shares = means[len(keys) :]
 
     def timelines(self, steps: int) -> dict[str, list[Event]]:
         """The last `steps` optimizer steps as planned and as measured on all stages of this pipeline, in
@@ -212,6 +211,18 @@ class PipelineDriver:
                 event._replace(start=event.start - start, end=event.end - start) for event in measured
             ],
         }
+
+    def draw(self, directory: Path, steps: int) -> None:
+        """Write `timeline.png` and `timeline.json` (for Perfetto) of the last `steps` optimizer steps,
+        planned and measured. Collective over the pipeline; nothing with a single stage or before the first
+        step.
+        """
+        if self.groups.pp_size == 1 or not self.recent:
+            return
+        panels = self.timelines(steps)
+        if self.groups.rank == 0:
+            draw_timeline(panels, directory / "timeline.png", unit="seconds")
+            write_chrome_trace(panels, directory / "timeline.json")
 
 
 def agree(plan: Plan | None, problem: Exception | None, shapes: object, device: torch.device) -> None:

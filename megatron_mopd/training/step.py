@@ -239,6 +239,8 @@ def train_step(learner: Learner, batches: Sequence[StepBatch]) -> dict[str, floa
 
     if learner.pipeline is not None:
         learner.pipeline.run(learner.chunks, batches, loss, learner.bank, update)
+        shares = learner.pipeline.idle_shares
+        metrics |= {f"idle/stage_{stage}": share for stage, share in enumerate(shares)}
     else:
         names = list(batch.teachers)
         for number, (name, micro_batches) in enumerate(batch.teachers.items()):

@@ -14,9 +14,14 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 
-from megatron_mopd.pipeline.communicator import PipelineCommunicator, StageTimeout
+from megatron_mopd.pipeline.communicator import (
+    PipelineCommunicator,
+    StageTimeout,
+    all_channels,
+    channel_kind,
+)
 from megatron_mopd.pipeline.driver import PipelineDriver
-from megatron_mopd.pipeline.instructions import OptimizerStep, Receive, StudentForward
+from megatron_mopd.pipeline.instructions import Channel, OptimizerStep, Receive, StudentForward
 from megatron_mopd.pipeline.megatron_schedules import run_student, run_teacher
 from megatron_mopd.pipeline.plan import make_plan
 from megatron_mopd.pipeline.problem import CostModel, PlanRequest, split_groups
@@ -129,6 +134,13 @@ def pools():
         yield {1: one, 2: two, 4: four}
 
 
+@pytest.fixture(scope="module")
+def four_ranks():
+    """Their groups live as long as the pool: no model is built on them."""
+    with RankPool(4, 120) as four:
+        yield four
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bit_equal_to_megatron_cores_schedules(pools, case):
     """Two optimizer steps, the second scored ahead: reports of every micro-batch, and every gradient, bit by
@@ -142,9 +154,9 @@ def test_bit_equal_to_megatron_cores_schedules(pools, case):
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
 @given(request=requests(stages=(1, 2, 4)))
-def test_random_plans_run_for_real(pools, request):
+def test_random_plans_run_for_real(four_ranks, request):
     """Random stages, chunks, micro-batches, teacher groups and limits on gloo, against plain autograd."""
-    results = pools[4].run(small_work.run_request, request)
+    results = four_ranks.run(small_work.run_request, request)
     expected = small_work.reference(request)
     for rank, (grads, _) in enumerate(results):
         stage = rank % request.stages
@@ -152,6 +164,26 @@ def test_random_plans_run_for_real(pools, request):
             torch.testing.assert_close(
                 gradient, expected[chunk * request.stages + stage], rtol=1e-10, atol=1e-12
             )
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 5, 8])
+def test_every_rank_uses_a_communicator_in_one_direction_with_one_peer(stages):
+    """So that on NCCL an early receive cannot hold back a send."""
+    used: dict[tuple[int, int], Channel] = {}
+    for channel in all_channels(stages, 2):
+        for stage in (channel.source, channel.destination):
+            assert used.setdefault((stage, channel_kind(channel)), channel) == channel
+    needed = {
+        e.channel
+        for entries in make_plan(
+            PlanRequest(
+                stages, 4, CostModel.build(stages, 2, teacher_forward={"t": 1.0}), 2, split_groups({"t": 4})
+            )
+        ).stages
+        for e in entries
+        if isinstance(e, Receive)
+    }
+    assert needed == set(all_channels(stages, 2))
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------
@@ -249,7 +281,7 @@ def measured(rank):
         batches.popleft()
     driver = learner.pipeline
     driver._exchange_costs()
-    return driver.timelines(2), driver.idle_shares(), driver._costs.model()
+    return driver.timelines(2), driver.idle_shares, driver._costs.model()
 
 
 def test_timelines_are_measured_on_every_rank_and_costs_follow(pools):
