@@ -136,13 +136,10 @@ def sleeping_workload(options, stages: int) -> Workload:
     return Workload(stages, m, costs, counts, options.virtual_stages)
 
 
-def sleep_rank(rank: int, options, stages: int):
+def sleep_rank(rank: int, options, stages: int, kinds: dict):
     """Seconds per optimizer step of every kind and repetition, and one timeline of each kind."""
     device = torch.device("cpu")
-    work = sleeping_workload(options, stages)
     channels = PipelineCommunicator(dist.group.WORLD, device, virtual_stages=options.virtual_stages)
-    planner = Planner()
-    kinds = {kind: rollout_batch(planner, work, kind, options.steps)[0] for kind in KINDS}
     measured: dict[str, list[float]] = {kind: [] for kind in KINDS}
     timelines = {}
     for _ in range(options.repeats):
@@ -187,10 +184,11 @@ def sleep_part(options) -> bool:
     for stages in options.stages:
         work = sleeping_workload(options, stages)
         free = work.bubble_free() * options.unit
-        measured, timelines = run_ranks(stages, sleep_rank, options, stages)
+        kinds = {kind: rollout_batch(Planner(), work, kind, options.steps) for kind in KINDS}
+        plans = {kind: pair[0] for kind, pair in kinds.items()}
+        measured, timelines = run_ranks(stages, sleep_rank, options, stages, plans)
         panels = {}
-        for kind in KINDS:
-            plans, result = rollout_batch(Planner(), work, kind, options.steps)
+        for kind, (_, result) in kinds.items():
             simulated = result.optimizer_steps[-1] * options.unit / options.steps
             median = statistics.median(measured[kind])
             worst = max(worst, abs(median / simulated - 1))
@@ -199,7 +197,7 @@ def sleep_part(options) -> bool:
                 f"{median / simulated:.3f} | {median / free:.3f} |",
                 flush=True,
             )
-            planned = simulate(plans, record=True).events
+            planned = simulate(plans[kind], record=True).events
             panels[f"p={stages} {kind}, simulated"] = [
                 e._replace(start=e.start * options.unit, end=e.end * options.unit) for e in planned
             ]

@@ -16,7 +16,7 @@ from megatron_mopd.backend.parallel import (
     start_ranks,
     validate_layout,
 )
-from megatron_mopd.config import Config, ConfigError, DomainObjectives, ModelConfig
+from megatron_mopd.config import Config, ConfigError, DomainObjectives, ModelConfig, ParallelConfig
 from megatron_mopd.config.objectives import needs_rewards, needs_teachers, samples_per_prompt
 from megatron_mopd.data.prompts import PromptSet, load_prompts, require_answers
 from megatron_mopd.data.tokenizer import Tokenizer, load_tokenizer
@@ -60,8 +60,11 @@ def build_run(config: Config) -> Run:
     student = resolve_student(config, tokenizer)
     is_distillation = any(needs_teachers(objective) for objective in objectives.all())
     teachers, routing = _resolve_teachers(config, student, tokenizer) if is_distillation else ([], None)
-    for model in [student, *(source.model for source in teachers)]:
-        _check_layout(config, model)
+    _check_layout(config.parallel, student)
+    # Teachers have no virtual stages: their layers are split over the stages alone.
+    without_chunks = dataclasses.replace(config.parallel, virtual_pipeline_model_parallel_size=None)
+    for source in teachers:
+        _check_layout(without_chunks, source.model)
     _check_batch(config)
 
     prompts = load_prompts(config.data.prompts, tokenizer, config.data.seq_length)
@@ -173,7 +176,7 @@ def _resolve_teachers(
     return sources, Routing(config.routing, config.teachers)
 
 
-def _check_layout(config: Config, model: ModelConfig) -> None:
+def _check_layout(parallel: ParallelConfig, model: ModelConfig) -> None:
     architecture = model.transformer
     for key in ("num_layers", "hidden_size", "num_attention_heads"):
         if key not in architecture:
@@ -181,7 +184,7 @@ def _check_layout(config: Config, model: ModelConfig) -> None:
                 f"student.{key}: missing; name it, or start from a checkpoint with student.load"
             )
     validate_layout(
-        config.parallel,
+        parallel,
         num_layers=architecture["num_layers"],
         num_moe_experts=architecture.get("num_moe_experts"),
         num_attention_heads=architecture["num_attention_heads"],
