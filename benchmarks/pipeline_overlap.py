@@ -40,7 +40,7 @@ from megatron_mopd.pipeline.problem import KINDS, CostModel
 from megatron_mopd.pipeline.runtime import Stopwatch, execute
 from megatron_mopd.pipeline.scenarios import Workload, rollout_batch
 from megatron_mopd.pipeline.simulate import simulate
-from megatron_mopd.pipeline.timeline import draw_timeline, write_chrome_trace
+from megatron_mopd.pipeline.timeline import draw_timeline, without_waiting, write_chrome_trace
 from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
 from megatron_mopd.teachers.routing import Routing
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
@@ -157,15 +157,20 @@ def sleep_rank(rank: int, options, stages: int, kinds: dict):
                 )
                 for plan in plans
             ]
-            events = [event for recording in recordings for event in recording.events()]
+            steps = [recording.events() for recording in recordings]
+            events = [event for step in steps for event in step]
             # As in the simulation: until the last optimizer step is complete.
             end = max(event.end for event in events if isinstance(event.instruction, OptimizerStep))
             seconds = torch.tensor([end])
             dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
             measured[kind].append(seconds.item() / options.steps)
             gathered = [None] * stages
-            dist.all_gather_object(gathered, events)
-            timelines[kind] = [event for part in gathered for event in part]
+            dist.all_gather_object(gathered, steps)
+            timelines[kind] = [
+                event
+                for parts in zip(*gathered)
+                for event in without_waiting([event for part in parts for event in part])
+            ]
     return measured, timelines
 
 

@@ -74,12 +74,14 @@ def batch(count: int = 16, seed: int = 0, longest: int = 20) -> list[Trajectory]
     return result
 
 
-def groups_for(parallel: dict, seed: int = 1) -> ParallelGroups:
-    """Groups of one layout inside a test rank; earlier ones in the same process are forgotten."""
+def groups_for(parallel: dict, seed: int = 1, only: bool = False) -> ParallelGroups:
+    """Groups of one layout inside a test rank; earlier ones in the same process are forgotten, or destroyed
+    when these are to be the `only` ones.
+    """
     config = config_from_dict({"run_dir": "unused", "parallel": parallel})
     device = select_device("cpu")
     if parallel_state.model_parallel_is_initialized():
-        destroy_parallel_groups()
+        destroy_parallel_groups(keep_models_working=not only)
     return build_parallel_groups(config.parallel, device, seed)
 
 

@@ -256,12 +256,15 @@ def build_parallel_groups(parallel: ParallelConfig, device: torch.device, seed: 
     return ParallelGroups(ProcessGroupCollection.use_mpu_process_groups(), parallel, device)
 
 
-def destroy_parallel_groups() -> None:
-    """Destroy every group but the world (tests build several layouts in one process).
+def destroy_parallel_groups(keep_models_working: bool = True) -> None:
+    """Forget the groups (tests build several layouts in one process).
 
-    Collective over all ranks. Forgetting them is not enough: each gloo group has threads that poll.
+    Models built on them go on working unless told otherwise: then every group but the world is destroyed,
+    because each gloo group has threads that poll. That is collective over all ranks.
     """
-    dist.barrier()
     parallel_state.destroy_model_parallel()
+    if keep_models_working:
+        return
+    dist.barrier()
     for group in [group for group in dist.distributed_c10d._world.pg_map if group != dist.group.WORLD]:
         dist.destroy_process_group(group)
