@@ -110,7 +110,7 @@ def make_learner(
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
     config: Config = config_from_dict(values)
-    groups = groups_for(values["parallel"])
+    groups = groups_for(values["parallel"], only=True)
     student = model_config(transformer, **(model or {}))
     chunks = build_model(student, groups, config.params_dtype, max_sequence_length=64, seed=seed)
     bank = routing = None
