@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 
+from megatron_mopd.backend.parallel import validate_layout
+from megatron_mopd.config import ConfigError
 from megatron_mopd.pipeline.communicator import (
     PipelineCommunicator,
     StageTimeout,
@@ -247,6 +249,25 @@ def limits_error(rank, schedule):
 )
 def test_limits_that_no_plan_meets(pools, schedule, message):
     assert all(message in text for text in pools[2].run(limits_error, schedule))
+
+
+def layout_error(rank, parallel, layers):
+    config = _models.config_from_dict({"run_dir": "unused", "parallel": parallel})
+    try:
+        validate_layout(config.parallel, num_layers=layers, num_moe_experts=None, num_attention_heads=4)
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "parallel, layers, message",
+    [
+        (pp(2), 1, "2 stages x 1 virtual chunks do not divide num_layers=1; valid products: 1"),
+        (pp(2, 3), 4, "2 stages x 3 virtual chunks do not divide num_layers=4; valid products: 1, 2, 4"),
+    ],
+)
+def test_stages_and_chunks_that_do_not_divide_the_layers(pools, parallel, layers, message):
+    assert all(message in text for text in pools[2].run(layout_error, parallel, layers))
 
 
 def wait_for_the_dead(rank):

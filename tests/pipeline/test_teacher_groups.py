@@ -1,0 +1,50 @@
+"""A teacher's micro-batches are cut separately from the student's: what the plan is told about both."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from megatron_mopd.data.batching import BatchShape, equalize, group_micro_batches, split_over_ranks
+from megatron_mopd.pipeline.problem import TeacherGroup
+from megatron_mopd.training.step import teacher_group
+from tests import _models
+
+
+@pytest.mark.parametrize("dp_size", [1, 3])
+@pytest.mark.parametrize("max_tokens", [None, 40])
+@pytest.mark.parametrize("seed", range(5))
+def test_first_uses_increase_and_cover_every_sample(seed, max_tokens, dp_size):
+    rng = random.Random(seed)
+    samples = _models.batch(rng.randint(1, 60), seed=seed)
+    teachers = {t.index: rng.sample(["a", "b", "c"], rng.randint(1, 2)) for t in samples}
+    shape = BatchShape.for_batch(
+        samples, micro_batch_size=3, max_tokens=max_tokens, tp_size=1, cp_size=1, cp_rank=0, fixed=True
+    )
+    shares = split_over_ranks(samples, dp_size, lambda t: tuple(sorted(teachers[t.index])))
+
+    def cut(selected):
+        return equalize([group_micro_batches(share, shape) for share in selected])
+
+    student = cut(shares)
+    for name in "abc":
+        selected = [[t for t in share if name in teachers[t.index]] for share in shares]
+        if not any(selected):
+            continue
+        scored = cut(selected)
+        group = teacher_group(name, scored, student)
+        assert list(group.microbatches) == sorted(set(group.microbatches)), "each forward has its own name"
+        assert len(group.microbatches) == len(scored[0])
+        for mine, students in zip(scored, student):
+            for (first, last), members in zip(group.uses(), mine):
+                wanted = {t.index for t in members}
+                used_by = [i for i, ms in enumerate(students) if wanted & {t.index for t in ms}]
+                assert not used_by or (first <= used_by[0] and used_by[-1] <= last)
+
+
+def test_last_uses_must_match():
+    with pytest.raises(ValueError, match="does not match first uses"):
+        TeacherGroup("a", (0, 2), last_uses=(1, 1))
+    with pytest.raises(ValueError, match="does not match first uses"):
+        TeacherGroup("a", (0, 2), last_uses=(1,))
