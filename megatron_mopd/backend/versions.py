@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import queue
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer import multi_latent_attention
@@ -31,6 +33,10 @@ def install() -> None:
         # 0.16.1 without transformer-engine: latent attention tests its layers against a class that is not
         # there.
         multi_latent_attention.HAVE_TE = False
+    if getattr(filesystem_async, "_results_queue", 0) is None:
+        # The checkpoint writer passes results through a manager process, which imports everything again
+        # (6 s), so that a writer in another process could reach it. Ours runs in this one.
+        filesystem_async._results_queue = queue.Queue()
     if hasattr(TopKRouter, "_apply_expert_bias"):
         TopKRouter._apply_expert_bias = _with_column_mask(TopKRouter._apply_expert_bias)
     router.get_tokens_per_expert_and_token_count = _at_least_one_token(

@@ -225,14 +225,16 @@ def train_sentencepiece(
     *,
     model_type: str = "bpe",
     num_threads: int = 1,
+    whole_pieces: Sequence[str] = (),
 ) -> SentencePieceTokenizer:
     """Train a SentencePiece model on `texts`, write it to `output_path` and return it.
 
     Text survives a round trip unchanged, runs of spaces and newlines included (the one exception is U+2581,
     which SentencePiece itself uses for a space). Digits are single tokens, characters never seen are written
-    as bytes, and ids 0 to 3 are padding, unknown, beginning and end of sequence. The same texts in the same
-    order give the same file; with `unigram` that needs one thread. The vocabulary has at most `vocab_size`
-    ids (fewer when the texts are too few). Raises `ConfigError` when `vocab_size` is too small for the
+    as bytes, and ids 0 to 3 are padding, unknown, beginning and end of sequence. `whole_pieces` are texts of
+    any length that become one token each wherever they stand. The same texts in the same order give the same
+    file; with `unigram` that needs one thread. The vocabulary has at most `vocab_size` ids, `whole_pieces`
+    included (fewer when the texts are too few). Raises `ConfigError` when `vocab_size` is too small for the
     alphabet, the 256 bytes and the special tokens.
     """
     model = io.BytesIO()
@@ -253,7 +255,10 @@ def train_sentencepiece(
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n"],
+            # SentencePiece writes a space as U+2581, in user-defined symbols too.
+            user_defined_symbols=list(
+                dict.fromkeys(["\n", *(p.replace(" ", "\u2581") for p in whole_pieces)])
+            ),
             pad_id=0,
             unk_id=1,
             bos_id=2,
