@@ -126,6 +126,8 @@ def _rank_main(rank, world_size, connection, parents_ends, timeout, inherited_ta
     for inherited in parents_ends:
         inherited.close()  # so that the parent's death, however it comes, reads as end-of-file here
     torch.set_num_threads(1)
+    # megatron-core's checkpoint writer starts processes, which children of a daemon may not.
+    multiprocessing.current_process()._config["daemon"] = False
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
