@@ -41,7 +41,7 @@ from megatron_mopd.observe.progress import format_seconds, progress
 from megatron_mopd.observe.report import draw_seesaw
 from megatron_mopd.observe.tables import seesaw_table
 
-# Task -> parameters. Small enough for a model of a million weights, with thousands of different prompts each.
+# Task -> parameters: small enough for a model of a million weights, with many hundreds of prompts each.
 EXPERTS: dict[str, dict[str, Any]] = {
     "basic_arithmetic": dict(
         min_terms=2,
@@ -53,35 +53,25 @@ EXPERTS: dict[str, dict[str, Any]] = {
         allow_negation=False,
     ),
     "complex_arithmetic": dict(
-        min_real=0, max_real=4, min_imag=0, max_imag=4, operations=["+", "-"], operations_weights=[0.5, 0.5]
+        min_real=0, max_real=3, min_imag=0, max_imag=3, operations=["+", "-"], operations_weights=[0.5, 0.5]
     ),
     "simple_equations": dict(
         min_terms=2, max_terms=2, max_value=9, operators=["+", "-"], operators_weights=[0.5, 0.5]
     ),
+    "gcd": dict(max_value=30),
     "leg_counting": dict(min_animals=2, max_animals=2, max_instances=3),
     "number_sorting": dict(min_numbers=4, max_numbers=4, max_decimals=0, min_value=0, max_value=19),
-    "number_filtering": dict(min_numbers=2, max_numbers=2, max_decimals=0, min_value=0, max_value=9),
     "rotate_matrix": dict(min_n=2, max_n=2),
+    "spiral_matrix": dict(min_n=2, max_n=3),
     "string_insertion": dict(min_string_length=5, max_string_length=10),
     "palindrome_generation": dict(min_length=3, max_length=4),
     "calendar_arithmetic": dict(tasks=["is_leap_year"], leap_year_range=400),
     "syllogism": dict(),
-    "aiw": dict(),
 }
 # No expert for this one: its teacher is `self`.
 GENERAL: dict[str, dict[str, Any]] = {"isomorphic_strings": dict(min_string_length=4, max_string_length=5)}
-# Merging takes more samples where there is more to learn.
-MOPD_WEIGHT = dict.fromkeys(
-    (
-        "basic_arithmetic",
-        "complex_arithmetic",
-        "simple_equations",
-        "leg_counting",
-        "number_filtering",
-        "palindrome_generation",
-    ),
-    2.5,
-)
+# The base sees little of what is learned quickly, and merging takes more samples of what is learned slowly.
+QUICK = {"spiral_matrix", "string_insertion", "calendar_arithmetic", "syllogism"}
 TASKS = EXPERTS | GENERAL
 
 MODEL = dict(
@@ -103,8 +93,14 @@ HELD_OUT = 200
 HELD_OUT_SEED, TOKENIZER_SEED, BASE_SEED, EXPERT_SEED, MOPD_SEED = range(5)
 
 
-def sources(tasks: Iterable[str], seed: int, size: int) -> list[dict[str, Any]]:
-    return [dict(task=task, params=TASKS[task], seed=seed, size=size) for task in tasks]
+def sources(tasks: Iterable[str], seed: int, size: int, quick_weight: float = 1.0) -> list[dict[str, Any]]:
+    """Entries of `data.prompts`; tasks that are learned quickly get `quick_weight` of the others' share."""
+    return [
+        dict(
+            task=task, params=TASKS[task], seed=seed, size=size, weight=quick_weight if task in QUICK else 1.0
+        )
+        for task in tasks
+    ]
 
 
 class Demo:
@@ -122,7 +118,7 @@ class Demo:
             data=dict(
                 tokenizer=str(self.tokenizer),
                 seq_length=128,
-                prompts=sources(train_tasks, 10 * self.seed + prompt_seed, size),
+                prompts=sources(train_tasks, 10 * self.seed + prompt_seed, size, quick_weight=0.4),
                 eval=sources(TASKS, 10 * self.seed + HELD_OUT_SEED, HELD_OUT),
             ),
             rollout=dict(max_new_tokens=24, max_batch_size=1024),
@@ -150,17 +146,14 @@ class Demo:
         teachers = [
             dict(name=task, load=str(self.run_dir / f"experts/{task}/checkpoints")) for task in EXPERTS
         ]
-        config = self.common("mopd", TASKS, MOPD_SEED, 8000)
-        for source in config["data"]["prompts"]:
-            source["weight"] = MOPD_WEIGHT.get(source["task"], 1.0)
-        return config | dict(
+        return self.common("mopd", TASKS, MOPD_SEED, 8000) | dict(
             student=dict(load=str(self.run_dir / "base/checkpoints")),
             teachers=[*teachers, dict(name="self")],
             routing={task: task for task in EXPERTS} | dict(default="self"),
             objective=dict(kind="full_vocab_kl"),
-            optimizer=optimizer(1e-3, warmup=10),
+            optimizer=optimizer(1.2e-3, warmup=10),
             schedule=dict(
-                train_iters=320, global_batch_size=416, steps_per_rollout=4, max_tokens_per_micro_batch=4096
+                train_iters=480, global_batch_size=416, steps_per_rollout=4, max_tokens_per_micro_batch=4096
             ),
             checkpoint=dict(save_interval=40),
         )
