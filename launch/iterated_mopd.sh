@@ -12,10 +12,10 @@ rounds=${3:-2}
 recipes=$(dirname "$0")/recipes
 
 declare -A tasks=(
-  [chain_sum]='{min_terms: 3, max_terms: 3, max_digits: 1}'
   [leg_counting]='{min_animals: 2, max_animals: 2, max_instances: 3}'
   [number_filtering]='{min_numbers: 3, max_numbers: 3, max_decimals: 0, min_value: 0, max_value: 9}'
-  [rotate_matrix]='{min_n: 2, max_n: 2}'
+  [number_sorting]='{min_numbers: 3, max_numbers: 3, max_decimals: 0, min_value: 0, max_value: 19}'
+  [palindrome_generation]='{min_length: 3, max_length: 5}'
 )
 
 student=$start
