@@ -102,6 +102,7 @@ class PipelineCommunicator:
         self.stage = pipeline.rank()
         self._groups: dict[int, dist.ProcessGroup] = {}
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+        self._sent_before: deque[tuple[dist.Work, Tensor]] = deque()
         self._numbers: dict[Channel, int] = {}
         kinds = sorted({channel_kind(channel) for channel in all_channels(len(self.ranks), virtual_stages)})
         if device.type == "cpu":
@@ -141,11 +142,23 @@ class PipelineCommunicator:
         if message.is_cuda:
             self._sent = deque(item for item in self._sent if not item[0].is_completed())
 
-    def flush(self) -> None:
-        """Let go of what has been sent. Call it when the peers are known to have received everything."""
-        while self._sent:
-            work, _ = self._sent.popleft()
+    def begin_plan(self) -> None:
+        """From here on messages belong to the next plan."""
+        self.finish_last_plan()
+        self._sent_before, self._sent = self._sent, deque()
+
+    def finish_last_plan(self) -> None:
+        """Let go of what was sent before `begin_plan`. Call it when all stages have reached this plan's
+        optimizer step: they have received everything that belongs to earlier plans.
+        """
+        while self._sent_before:
+            work, _ = self._sent_before.popleft()
             work.wait()
+
+    def flush(self) -> None:
+        """Let go of everything. Call it when the peers are known to have received all of it."""
+        self.begin_plan()
+        self.finish_last_plan()
 
     def _group(self, channel: Channel) -> dist.ProcessGroup:
         if self.device.type == "cpu":

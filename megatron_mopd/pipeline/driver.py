@@ -66,17 +66,18 @@ class PipelineDriver:
         p, v = groups.pp_size, groups.vpp_size
         self.communicator = PipelineCommunicator(groups.pp, groups.device, virtual_stages=v, timeout=timeout)
         dist.barrier(group=groups.pp)
-        self._zero = time.perf_counter()
-        self._planner = Planner(effort=0)
+        self._stopwatch = Stopwatch(groups.device, zero=time.perf_counter())
+        self._planner = Planner(capacity=4, effort=0)
         self._costs = MeasuredCosts(CostModel.build(p, v, teacher_forward=teachers), p)
         self._slots: dict[str, tuple[str, ...]] = {}
         self._checked: set[str] = set()
         self.idle_shares: list[float] = []
         """Per stage, the share of a step in which it computed nothing, averaged over the steps between two
         exchanges of measured costs; empty before the first and with a single stage."""
+        self._agreed: tuple[PlanRequest, Plan] | None = None
         self._steps = 0
         self._unmeasured: list[Recording] = []
-        self.recent: deque[Measured] = deque(maxlen=8)
+        self.recent: deque[Measured] = deque(maxlen=4)
 
     def look_ahead(self) -> int | None:
         """How many optimizer steps beyond the current one a plan may score for; `None`: all there are."""
@@ -94,17 +95,44 @@ class PipelineDriver:
     ) -> None:
         """Score and train on `steps[0]`; score later steps as far as the kind of schedule looks ahead.
 
+        The next step is planned and agreed on at this one's optimizer step, where all stages meet anyway:
+        teacher forwards that come after it then run into the next plan without another meeting.
         Collectives beyond the plan's own: see `agree` and `_exchange_costs`.
         """
         reach = self.look_ahead()
-        steps = list(steps)[: None if reach is None else 1 + reach]
+        offered = None if reach is None else 1 + reach
+        steps = list(steps)
+        current = steps[:offered]
+        plan = self._agreed_plan(current, teachers)
+        self.communicator.begin_plan()
+
+        def optimizer_step(reports: list[dict[str, Any]]) -> None:
+            at_optimizer_step(reports)
+            self.communicator.finish_last_plan()
+            self._take_over(plan, current)
+            if len(steps) > 1:
+                self._exchange_costs()
+                following = steps[1:][:offered]
+                self._agreed = self._request(following, teachers), self.plan(following, teachers)
+
+        work = ModelWork(chunks, current, self.groups, loss_function, teachers, optimizer_step)
+        recording = execute(plan, self.groups.pp.rank(), work, self.communicator, self._stopwatch)
+        self._steps += 1
+        self.recent.append(Measured(plan, recording))
+        self._unmeasured.append(recording)
+
+    def _agreed_plan(self, steps: Sequence[StepInput], teachers: Teachers | None) -> Plan:
+        """The plan agreed on during the last step, unless the request has changed since (samples have
+        arrived, limits are others).
+        """
+        agreed, self._agreed = self._agreed, None
+        if agreed is not None and agreed[0] == self._request(steps, teachers):
+            return agreed[1]
         self._exchange_costs()
-        plan = self.plan(steps, teachers)
-        # All ranks have left the previous plan, or they would not have agreed on this one.
-        self.communicator.flush()
-        work = ModelWork(chunks, steps, self.groups, loss_function, teachers, at_optimizer_step)
-        stopwatch = Stopwatch(self.groups.device, self._zero)
-        recording = execute(plan, self.groups.pp.rank(), work, self.communicator, stopwatch)
+        return self.plan(steps, teachers)
+
+    def _take_over(self, plan: Plan, steps: Sequence[StepInput]) -> None:
+        """What the plan leaves to the next one: occupied slots, and what is scored of later steps."""
         self._slots = {"resident": plan.resident, "resident_heads": plan.resident_heads}
         ahead: dict[int, list[TeacherGroup]] = {}
         for group in plan.next_groups():
@@ -112,9 +140,6 @@ class PipelineDriver:
         for number, step in enumerate(steps):
             if number:
                 step.groups = tuple(ahead.get(number, ()))
-        self._steps += 1
-        self.recent.append(Measured(plan, recording))
-        self._unmeasured.append(recording)
 
     def plan(self, steps: Sequence[StepInput], teachers: Teachers | None = None) -> Plan:
         """The plan that every rank will execute. Raises on all ranks alike (`PlanError`, or `ValueError` for
@@ -131,7 +156,7 @@ class PipelineDriver:
         except ValueError as error:
             problem = error
         shapes = [(s.shape.micro_batch_size, s.shape.max_tokens, s.shape.seq_length) for s in steps]
-        agree(plan, problem, shapes, self.groups.device)
+        agree(plan, problem, shapes)
         assert plan is not None
         return plan
 
@@ -159,9 +184,9 @@ class PipelineDriver:
         return min(_PLACEMENTS_PER_SECOND, int(PLANNING_SHARE * seconds * _PLACEMENTS_PER_SECOND))
 
     def _exchange_costs(self) -> None:
-        """Average what all ranks measured since the last time. One all-reduce over all ranks of two float64
-        per stage and kind of instruction, every few steps; none with a single stage, whose plans need no
-        costs.
+        """Average what all ranks measured since the last time. One all-reduce over all ranks (their hosts) of
+        two float64 per stage and kind of instruction, every few steps; none with a single stage, whose plans
+        need no costs.
         """
         if self.groups.pp_size == 1 or not self._unmeasured:
             self._unmeasured.clear()
@@ -182,7 +207,6 @@ class PipelineDriver:
                 sums[1, places[key]] += count
         sums[0, len(keys) + self.groups.pp.rank()] = sum(map(idle_share, recorded))
         sums[1, len(keys) + self.groups.pp.rank()] = len(recorded)
-        sums = sums.to(self.groups.device)
         dist.all_reduce(sums)
         totals, counts = sums.tolist()
         means = [total / count if count else 0.0 for total, count in zip(totals, counts)]
@@ -225,16 +249,17 @@ class PipelineDriver:
             write_chrome_trace(panels, directory / "timeline.json")
 
 
-def agree(plan: Plan | None, problem: Exception | None, shapes: object, device: torch.device) -> None:
+def agree(plan: Plan | None, problem: Exception | None, shapes: object) -> None:
     """Raise on every rank when any rank has found a problem or holds another plan (or batch shape) than the
     rest.
 
-    Collectives over all ranks: an all-reduce of 8 integers; if they differ, an all-gather of a line of text.
+    Collectives over all ranks, of the hosts (gloo), so that no device waits: an all-reduce of 8 integers; if
+    they differ, an all-gather of a line of text.
     """
     mine = f"{problem}" if plan is None else plan.digest()
     digest = hashlib.sha256(f"{mine} {shapes}".encode()).digest()
     words = torch.tensor(
-        [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 16, 4)], dtype=torch.int64, device=device
+        [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 16, 4)], dtype=torch.int64
     )
     both = torch.cat([words, -words])
     dist.all_reduce(both, op=dist.ReduceOp.MAX)

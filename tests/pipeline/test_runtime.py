@@ -132,14 +132,14 @@ def compare(rank, transformer, parallel, step_counts, kinds, sections):
 
 @pytest.fixture(scope="module")
 def pools():
-    with RankPool(1, 120) as one, RankPool(2, 120) as two, RankPool(4, 120) as four:
+    with RankPool(1, 300) as one, RankPool(2, 300) as two, RankPool(4, 300) as four:
         yield {1: one, 2: two, 4: four}
 
 
 @pytest.fixture(scope="module")
 def four_ranks():
     """Their groups live as long as the pool: no model is built on them."""
-    with RankPool(4, 120) as four:
+    with RankPool(4, 300) as four:
         yield four
 
 
@@ -297,10 +297,19 @@ def measured(rank):
     """Recorded timelines of three steps, the driver's costs, and what the pipeline reports."""
     learner = _models.make_learner(DENSE, pp(2), schedule=dict(micro_batch_size=1))
     batches = planned(learner, "bubble_fill", (4, 4, 4))
+    agreements, plan = 0, learner.pipeline.plan
+
+    def counted(*arguments):
+        nonlocal agreements
+        agreements += 1
+        return plan(*arguments)
+
+    learner.pipeline.plan = counted
     for _ in range(3):
         training_step.train_step(learner, batches)
         batches.popleft()
     driver = learner.pipeline
+    assert agreements == 3, "each later step was agreed on during the one before it"
     driver._exchange_costs()
     return driver.timelines(2), driver.idle_shares, driver._costs.model()
 

@@ -198,7 +198,7 @@ def requests(draw, stages=(1, 2, 3, 4, 5, 6)):
     return request
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(requests())
 def test_random_requests_complete_within_their_limits(request):
     """Completes, cannot deadlock, respects every limit, takes no less than the work of the busiest stage."""
