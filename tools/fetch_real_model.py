@@ -30,7 +30,7 @@ def main() -> None:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         str(source), gguf_file=FILE, dtype=torch.float32
     )
-    # A model read from GGUF counts as quantized and refuses to be saved, although its weights are float32 now.
+    # A model read from GGUF counts as quantized and refuses to be saved, although its weights are float32.
     config = loaded.config.to_dict()
     config.pop("quantization_config", None)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))

@@ -69,7 +69,8 @@ class ScaledDotProductAttention(MegatronModule):
         packed_seq_params: PackedDocuments | None = None,
     ) -> Tensor:
         if attention_mask is not None:  # decoding: [b, 1, sq, sk], True = masked, megatron-core's convention
-            output = self._attend(*map(_to_bhsd, (query, key, value)), mask=~attention_mask)
+            attend = self._decode if query.size(0) == 1 else self._attend
+            output = attend(*map(_to_bhsd, (query, key, value)), mask=~attention_mask)
         elif self.cp_group.size() > 1:
             output = self._context_parallel(query, key, value, packed_seq_params)
         elif packed_seq_params is not None:
@@ -88,6 +89,15 @@ class ScaledDotProductAttention(MegatronModule):
             return F.scaled_dot_product_attention(q, k, v, **kwargs)
         with get_cuda_rng_tracker().fork():
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **kwargs)
+
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """One query a row: [b, heads, 1, d] x [b, groups, sk, d] -> [b, heads, 1, d_v].
+
+        The heads of a group take the place of queries of one head, so keys and values are read once for all
+        of them and never repeated.
+        """
+        grouped = q.unflatten(1, (k.size(1), -1)).squeeze(3)  # [b, groups, heads per group, d]
+        return self._attend(grouped, k, v, mask=mask).flatten(1, 2).unsqueeze(2)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments) -> Tensor:
         """Gather each bucket's documents into rows, attend causally, scatter back. All inputs [T, 1, heads,

@@ -161,7 +161,7 @@ def load_hugging_face_weights(chunks: list[torch.nn.Module], directory: Path, wh
             elif shape != weight.shape:
                 raise ConfigError(
                     f"{where}: {sharded.key} has shape {list(shape)} in this layout, {list(weight.shape)} in "
-                    f"{directory}; tensor_model_parallel_size must divide the number of query groups"
+                    f"{directory}"
                 )
             with torch.no_grad():
                 sharded.data[: size[0]].copy_(source.slice_of(weight, offset, size))

@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 class KeyValueCache(StaticInferenceContext):
-    """Keys and values of every local layer, [max_sequence_length, batch, groups/tp, d] each.
+    """Keys and values of every local layer, kept as [batch, groups/tp, max_sequence_length, d] each.
 
-    All rows share one write position, `sequence_len_offset`; prompts are padded on the left, and the
+    Of one row and group, all positions lie together: that is how attention reads them, once per decoded
+    token. All rows share one write position, `sequence_len_offset`; prompts are padded on the left, and the
     attention mask hides the padding. It is megatron-core's static context, so its modules accept it; storage
     and row handling are ours.
     """
@@ -21,19 +22,23 @@ class KeyValueCache(StaticInferenceContext):
 
     def append(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens' key and value [new, b, g, d] and return all stored ones, [offset + new, b, g,
-        d].
+        d] (views of the cache).
         """
         if layer_number not in self._layers:
             self._layers[layer_number] = tuple(
-                torch.empty((self.max_sequence_length, *x.shape[1:]), dtype=x.dtype, device=x.device)
+                torch.empty(
+                    (x.size(1), x.size(2), self.max_sequence_length, x.size(3)),
+                    dtype=x.dtype,
+                    device=x.device,
+                )
                 for x in (key, value)
             )
         keys, values = self._layers[layer_number]
         end = self.sequence_len_offset + key.size(0)
         assert end <= self.max_sequence_length, f"KV cache of {self.max_sequence_length} positions is full"
-        keys[self.sequence_len_offset : end] = key
-        values[self.sequence_len_offset : end] = value
-        return keys[:end], values[:end]
+        keys[:, :, self.sequence_len_offset : end] = key.permute(1, 2, 0, 3)
+        values[:, :, self.sequence_len_offset : end] = value.permute(1, 2, 0, 3)
+        return keys[:, :, :end].permute(2, 0, 1, 3), values[:, :, :end].permute(2, 0, 1, 3)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Keep only these batch rows [n], in this order and possibly repeated; the others' memory is freed.
@@ -45,9 +50,7 @@ class KeyValueCache(StaticInferenceContext):
         self.max_batch_size = len(rows)
 
     def _select(self, stored: Tensor, rows: Tensor) -> Tensor:
-        kept = torch.empty(
-            (stored.size(0), len(rows), *stored.shape[2:]), dtype=stored.dtype, device=stored.device
-        )
-        written = slice(0, self.sequence_len_offset)
-        torch.index_select(stored[written], 1, rows, out=kept[written])
+        kept = torch.empty((len(rows), *stored.shape[1:]), dtype=stored.dtype, device=stored.device)
+        written = self.sequence_len_offset
+        kept[:, :, :written] = stored[rows, :, :written]
         return kept

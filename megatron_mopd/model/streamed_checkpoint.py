@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -72,11 +73,16 @@ def share_of(sizes: Sequence[int], rank: int, ranks: int) -> range:
 def write_chunks(directory: Path, chunks: Sequence[Chunk]) -> None:
     """Write a `torch_dist` checkpoint of these chunks, which every rank lists alike; each makes its share.
 
-    Collective over all ranks: PyTorch gathers the plans, a few hundred bytes a chunk.
+    Collective over all ranks: PyTorch gathers the plans, a few hundred bytes a chunk. Raises `RuntimeError`
+    on every rank when one could not write.
     """
     mine = share_of([chunk.nbytes for chunk in chunks], dist.get_rank(), dist.get_world_size())
     planner = _ProducingPlanner([chunks[index] for index in mine])
-    dcp.save({}, storage_writer=dcp.FileSystemWriter(str(directory)), planner=planner)
+    try:
+        dcp.save({}, storage_writer=dcp.FileSystemWriter(str(directory)), planner=planner)
+    except CheckpointException as error:  # derives from BaseException, so that no handler would see it
+        rank, (problem, _) = next(iter(error.failures.items()))
+        raise RuntimeError(f"rank {rank} could not write {directory}: {problem}") from problem
     if dist.get_rank() == 0:
         torch.save({}, directory / COMMON_STATE_FNAME)
         save_config(CheckpointingConfig("torch_dist", 1), str(directory))

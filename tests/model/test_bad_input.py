@@ -22,7 +22,7 @@ from megatron_mopd.model.convert import (
 from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint
 from megatron_mopd.model.safetensors_files import named_dtype, parse_size
 from tests._distributed import RankError, run_ranks
-from tests.model import _families, _running
+from tests.model import _families
 from tests.model.test_conversion import add_tokenizer, same_files
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -258,18 +258,6 @@ def test_damaged_checkpoints_of_ours(original, tmp_path):
     assert ".metadata is not readable" in spoiled(".metadata", b"no pickle")
     assert "layout.json is not readable" in spoiled("hugging_face/layout.json", b"[]")
     assert "is damaged" in spoiled("__0_0.distcp", b"")
-
-
-def too_many_ranks(rank, directory):
-    try:
-        _running.load(directory, dict(tensor_model_parallel_size=4), "float32")
-    except ConfigError as error:
-        return str(error)
-
-
-def test_more_tensor_parallel_ranks_than_query_groups(original):
-    for message in run_ranks(4, too_many_ranks, original):
-        assert "must divide the number of query groups" in message
 
 
 def test_sizes_and_dtypes():

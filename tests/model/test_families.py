@@ -35,6 +35,7 @@ GRID = [
     (4, "llama-mha-biases-llama3", tp(4)),
     (2, "qwen2", cp(2)),
     (2, "qwen3", tp(2)),
+    (4, "qwen3", tp(4)),  # more ranks than query groups
     (4, "qwen3-tied-biases-yarn", tp(2) | pp(2)),
     (2, "qwen3-moe", ep(2)),
     (4, "qwen3-moe-dense-layers-plain-topk", tp(2) | ep(2)),
