@@ -138,13 +138,13 @@ CASES: dict[str, tuple[str, dict]] = {
 }
 
 
-def make(name: str, directory, dtype=torch.float32, **save) -> None:
+def make(name: str, directory, dtype=torch.float32, seed: int = 0, **save) -> None:
     """Write the random model of a case as `save_pretrained` does; biases and norms are random too."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model_type, values = CASES[name]
     config = AutoConfig.for_model(model_type, **values)
-    torch.manual_seed(hash_of(name))
+    torch.manual_seed(hash_of(name) + seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
