@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from megatron_mopd.training.step import learn, plan_step, score
+from megatron_mopd.training.step import plan_step, train_step
 from tests import _models
 from tests._distributed import run_ranks
 from tests.model.test_families import cp, pp, tp
@@ -31,9 +31,7 @@ def first_gradients(rank, transformer, parallel, schedule):
     learner = _models.make_learner(
         transformer, parallel, kind="sft", model=dict(rope_scaling=YARN), schedule=schedule
     )
-    batch = plan_step(learner, _models.batch(8))
-    score(learner, batch)
-    metrics = learn(learner, batch)
+    metrics = train_step(learner, [plan_step(learner, _models.batch(8))])
     return metrics["loss"], metrics["grad_norm"], _models.pieces(learner, gradients=True)
 
 
