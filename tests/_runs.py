@@ -51,7 +51,7 @@ class Outcome:
         return "\n".join(text for pair in zip(self.stdout, self.stderr) for text in pair if text)
 
 
-def run_main(arguments: list[str], world_size: int = 1, timeout: float = 120) -> Outcome:
+def run_main(arguments: list[str], world_size: int = 1, timeout: float = 280) -> Outcome:
     """`python -m megatron_mopd.train ARGUMENTS` on `world_size` forked ranks."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:

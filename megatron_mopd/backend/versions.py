@@ -9,6 +9,7 @@ import queue
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.enums import ModelType
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils, router
@@ -39,9 +40,28 @@ def install() -> None:
         filesystem_async._results_queue = queue.Queue()
     if hasattr(TopKRouter, "_apply_expert_bias"):
         TopKRouter._apply_expert_bias = _with_column_mask(TopKRouter._apply_expert_bias)
+    DistributedOptimizer._set_main_param_and_optimizer_states = _with_step(
+        DistributedOptimizer._set_main_param_and_optimizer_states
+    )
     router.get_tokens_per_expert_and_token_count = _at_least_one_token(
         router.get_tokens_per_expert_and_token_count
     )
+
+
+def _with_step(original):
+    """Loading copies every entry of a parameter's state from the checkpoint, and the step of torch's Adam is
+    not among them there: it is stored once and was set before.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self, model_param, tensors):
+        group, place = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
+        if "step" in state and "step" not in tensors:
+            tensors = tensors | {"step": state["step"].clone()}
+        return original(self, model_param, tensors)
+
+    return wrapper
 
 
 def _at_least_one_token(original):

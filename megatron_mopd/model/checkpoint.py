@@ -66,10 +66,14 @@ def latest_iteration(directory: str | Path) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
-        # A foreign or damaged tracker; complete directories speak for themselves.
-        names = [re.fullmatch(r"iter_(\d{7})", entry.name) for entry in directory.iterdir()]
-        return max((int(match[1]) for match in names if match), default=None)
-    return iteration if (iteration_directory(directory, iteration) / MODEL_FILE).exists() else None
+        iteration = None
+    if iteration is not None and (iteration_directory(directory, iteration) / MODEL_FILE).exists():
+        return iteration
+    # A damaged tracker, or a crash while its checkpoint was replaced: complete directories speak for
+    # themselves.
+    names = [re.fullmatch(r"iter_(\d{7})", entry.name) for entry in directory.iterdir()]
+    complete = [int(match[1]) for match in names if match and (directory / match[0] / MODEL_FILE).exists()]
+    return max(complete, default=None)
 
 
 def read_model_config(checkpoint: Path, where: str) -> tuple[ModelConfig, str]:

@@ -17,6 +17,7 @@ from megatron_mopd.model.checkpoint import (
     write_checkpoint,
 )
 from megatron_mopd.model.gpt import unwrap
+from megatron_mopd.training.optimizer import allocate_state, separate_steps
 from megatron_mopd.training.step import Learner
 
 # Optimizer state in the shape of the parameters it belongs to: the only form that any other layout can load.
@@ -90,10 +91,12 @@ def resume(learner: Learner) -> int:
             "name it as student.load of a new run, or set checkpoint.resume=false"
         )
     _check_manifest(common["manifest"], learner.manifest, path)
+    allocate_state(learner.optimizer)
     state = dist_checkpointing.load(_state(learner, 0, with_optimizer=True, is_loading=True), str(path))
     for number, chunk in enumerate(learner.chunks):
         unwrap(chunk).load_state_dict(state[f"model{number}"], strict=True)
     learner.optimizer.load_state_dict(state["optimizer"])
+    separate_steps(learner.optimizer)
     learner.scheduler.load_state_dict(state["scheduler"])
     return state["iteration"]
 

@@ -126,3 +126,31 @@ def build_optimizer(
         lr_wsd_decay_style="linear",
     )
     return optimizer, scheduler
+
+
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """The optimizer's state as it is before its first step, so that a checkpoint can be loaded into it.
+
+    megatron-core allocates the moments itself, but with torch's Adam it also asks for the step of a state
+    that is not there yet.
+    """
+    for part, adam in _torch_adams(optimizer):
+        part.init_state_fn(adam, part.config)
+        for state in adam.state.values():
+            state.setdefault("step", torch.zeros((), dtype=torch.float32))
+
+
+def separate_steps(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter a step count of its own after loading.
+
+    megatron-core hands one tensor to all of them, which torch's Adam then increments once per parameter.
+    """
+    for _, adam in _torch_adams(optimizer):
+        for state in adam.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _torch_adams(optimizer: MegatronOptimizer) -> list[tuple[MegatronOptimizer, torch.optim.Optimizer]]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    adams = (torch.optim.Adam, torch.optim.AdamW)
+    return [(part, part.optimizer) for part in parts if isinstance(part.optimizer, adams)]

@@ -1,0 +1,175 @@
+"""Starting the ranks and laying groups over them: who is missing, which sizes fit, what is patched where."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe import moe_utils, router
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from megatron_mopd.backend import failure, parallel, versions
+from megatron_mopd.config import ConfigError, ParallelConfig
+from tests import _models
+from tests._distributed import RankPool, run_ranks
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """A rendezvous that an agent serves, as under torchrun; this process is rank 1 of three."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in dict(
+        RANK="1",
+        WORLD_SIZE="3",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(server.port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    ).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    return server
+
+
+def test_missing_ranks_are_named(store, monkeypatch):
+    begun = time.monotonic()
+    message = r"only 1 of 3 ranks started within 0.01 minutes; missing: 0, 2\. .*distributed_timeout_minutes"
+    with pytest.raises(ConfigError, match=message):
+        parallel.start_ranks(CPU, 0.01)
+    assert time.monotonic() - begun < 30
+    assert not dist.is_initialized()
+    # Rank 0 of the same attempt arrived; a rank of the attempt before does not count.
+    store.set("megatron_mopd/0/arrived/0", "yes")
+    with pytest.raises(ConfigError, match="only 2 of 3 ranks started .* missing: 2. "):
+        parallel.start_ranks(CPU, 0.01)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(ConfigError, match="only 1 of 3 ranks"):
+        parallel.start_ranks(CPU, 0.01)
+
+
+def test_no_rendezvous(store, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(ConfigError, match="rank 1 could not reach the rendezvous at 127.0.0.1:1 within 0.02"):
+        parallel.start_ranks(CPU, 0.02)
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(
+        ConfigError, match="'MASTER_ADDR' is not set although WORLD_SIZE=3; start with torchrun"
+    ):
+        parallel.start_ranks(CPU, 0.02)
+
+
+def test_no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device: 'cuda' .* device=cpu"):
+        parallel.select_device("cuda")
+
+
+MODEL = dict(num_layers=6, num_moe_experts=None, num_attention_heads=12, num_query_groups=4)
+EXPERTS = MODEL | dict(num_moe_experts=6)
+LAYOUTS = [
+    ({"tensor_model_parallel_size": 3}, MODEL, "3 x 1 x 1 = 3 does not divide .* 4; valid products: 1, 2, 4"),
+    ({"context_parallel_size": 8}, MODEL, "1 x 1 x 8 = 8 does not divide the number of ranks, 4"),
+    (
+        {"tensor_model_parallel_size": 4},
+        MODEL | {"num_attention_heads": 6},
+        "num_attention_heads=6; valid: 1, 2, 3, 6",
+    ),
+    (
+        {"tensor_model_parallel_size": 4},
+        MODEL | {"num_query_groups": 6},
+        "num_query_groups=6; valid: 1, 2, 3, 6",
+    ),
+    (
+        {"pipeline_model_parallel_size": 4},
+        MODEL,
+        "4 stages x 1 .*num_layers=6; valid products: 1, 2, 3, 6",
+    ),
+    (
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        MODEL,
+        "2 stages x 2 virtual chunks do not divide num_layers=6",
+    ),
+    ({"virtual_pipeline_model_parallel_size": 2}, MODEL, "needs pipeline_model_parallel_size of at least 2"),
+    ({"expert_model_parallel_size": 2}, MODEL, "above 1, but the model has no num_moe_experts"),
+    ({"expert_model_parallel_size": 4}, EXPERTS, "4 does not divide num_moe_experts=6; valid: 1, 2, 3, 6"),
+    (
+        {"expert_model_parallel_size": 4, "pipeline_model_parallel_size": 2},
+        EXPERTS,
+        r"expert_model_parallel_size: 4 .* pipeline 2\) does not divide the number of ranks, 4; valid: 1, 2",
+    ),
+    ({"sequence_parallel": True}, MODEL, "sequence_parallel: needs tensor_model_parallel_size of at least 2"),
+    ({"tensor_model_parallel_size": 2}, EXPERTS, "sequence_parallel: must be true for a mixture-of-experts"),
+]
+
+
+@pytest.mark.parametrize("layout, model, message", LAYOUTS)
+def test_sizes_that_do_not_fit_are_named_with_those_that_do(monkeypatch, layout, model, message):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    with pytest.raises(ConfigError, match=message):
+        parallel.validate_layout(ParallelConfig(**layout), **model)
+
+
+def test_sizes_that_fit(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 12)
+    fits = dict(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=3)
+    parallel.validate_layout(ParallelConfig(**fits, virtual_pipeline_model_parallel_size=2), **MODEL)
+    parallel.validate_layout(ParallelConfig(**fits, expert_model_parallel_size=2), **EXPERTS)
+    # More tensor-parallel ranks than query groups: each group is on several of them.
+    few = MODEL | dict(num_query_groups=2)
+    parallel.validate_layout(ParallelConfig(tensor_model_parallel_size=4), **few)
+
+
+def layout_facts(rank, layout):
+    groups = _models.groups_for(layout)
+    sizes = (groups.tp_size, groups.pp_size, groups.cp_size, groups.dp_size, groups.vpp_size)
+    return sizes, groups.is_first_stage, groups.is_last_stage, groups.last_stage_rank, groups.rank
+
+
+def test_groups():
+    with RankPool(4) as pool:
+        layout = dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+        assert pool.run(layout_facts, layout) == [
+            ((2, 2, 1, 1, 1), True, False, 2, 0),
+            ((2, 2, 1, 1, 1), True, False, 3, 1),
+            ((2, 2, 1, 1, 1), False, True, 2, 2),
+            ((2, 2, 1, 1, 1), False, True, 3, 3),
+        ]
+        layout = dict(context_parallel_size=2, expert_model_parallel_size=2)
+        for rank, facts in enumerate(pool.run(layout_facts, layout)):
+            assert facts == ((1, 1, 2, 2, 1), True, True, rank, rank)
+
+
+def who_speaks(rank, reports):
+    os.environ["TORCHELASTIC_ERROR_FILE"] = f"{reports}/{rank}.json"
+    if rank == 1:
+        return failure.is_first_to_fail("rank 1 ran out of luck")
+    time.sleep(0.3)  # the consequence comes after the cause
+    return failure.is_first_to_fail("rank 1 has gone")
+
+
+def test_only_the_first_failing_rank_speaks(tmp_path):
+    assert run_ranks(3, who_speaks, str(tmp_path)) == [False, True, False]
+    (report,) = tmp_path.iterdir()
+    assert report.name == "1.json"
+    failed = ProcessFailure(local_rank=1, pid=1, exitcode=1, error_file=str(report))
+    assert failed.message["message"] == "rank 1 ran out of luck", "as torchrun reads it"
+    assert abs(failed.timestamp - time.time()) < 300
+
+
+def test_before_ranks_are_connected_rank_0_speaks(monkeypatch):
+    monkeypatch.setattr(failure, "_LET_THE_FIRST_SPEAK", 0.0)
+    for rank, speaks in (("0", True), ("3", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert failure.is_first_to_fail("no such file") is speaks
+
+
+def test_version_repairs_are_idempotent():
+    versions.install()
+    once = router.get_tokens_per_expert_and_token_count
+    versions.install()
+    assert router.get_tokens_per_expert_and_token_count is once
+    assert hasattr(moe_utils, "te_general_gemm")

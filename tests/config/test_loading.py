@@ -1,0 +1,168 @@
+"""Reading a configuration: types, unknown keys and the nearest known one, overrides, YAML that is none."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from megatron_mopd.config import Config, ConfigError, load_config, save_config
+from megatron_mopd.config.loading import config_from_dict, to_dict
+
+FULL = """
+run_dir: run
+params_dtype: bfloat16
+student:
+  num_layers: 4
+  hidden_size: 64
+  num_attention_heads: 4
+  num_moe_experts: 8
+  moe_layer_freq: [0, 1, 1, 1]
+teachers:
+  - {name: math, load: /experts/math}
+  - {name: self}
+routing:
+  math: {math: 0.7, self: 0.3}
+  default: self
+data:
+  prompts:
+    - {path: a.jsonl, weight: 2}
+    - {task: gcd, params: {max_num: 30}}
+rollout: {stop_token_ids: [7, 8]}
+objective:
+  per_domain:
+    math: {kind: forward_kl}
+    code: sampled_token
+optimizer: {lr: 1e-4, clip_grad: 1}
+parallel: {tensor_model_parallel_size: 2, sequence_parallel: true}
+"""
+
+
+def load(tmp_path, text, *overrides):
+    (tmp_path / "c.yaml").write_text(text)
+    return load_config(tmp_path / "c.yaml", overrides)
+
+
+def test_every_kind_of_value(tmp_path):
+    config = load(tmp_path, FULL)
+    assert config.student.transformer == dict(
+        num_layers=4, hidden_size=64, num_attention_heads=4, num_moe_experts=8, moe_layer_freq=[0, 1, 1, 1]
+    )
+    assert [(t.name, t.load) for t in config.teachers] == [("math", "/experts/math"), ("self", None)]
+    assert config.routing == {"math": {"math": 0.7, "self": 0.3}, "default": "self"}
+    assert [(p.path, p.task, p.weight) for p in config.data.prompts] == [
+        ("a.jsonl", None, 2.0),
+        (None, "gcd", 1),
+    ]
+    assert config.objective.per_domain == {"math": {"kind": "forward_kl"}, "code": {"kind": "sampled_token"}}
+    assert config.optimizer.lr == 1e-4, "YAML 1.1 reads 1e-4 as text"
+    assert isinstance(config.optimizer.clip_grad, float) and isinstance(config.data.prompts[0].weight, float)
+    assert config.rollout.stop_token_ids == [7, 8]
+    assert config.parallel.sequence_parallel is True
+    assert config.schedule == Config().schedule, "sections that are not named have their defaults"
+
+
+def test_saved_and_read_again_it_is_the_same(tmp_path):
+    config = load(tmp_path, FULL, "seed=5", "teacher_storage.mode=mmap")
+    save_config(config, tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml") == config
+    assert to_dict(config_from_dict(to_dict(config))) == to_dict(config)
+
+
+def test_overrides(tmp_path):
+    config = load(
+        tmp_path,
+        FULL,
+        "optimizer.lr=3",
+        "student.num_layers=8",
+        "rollout.stop_token_ids=[1]",
+        "objective.per_domain.math.kind=jsd",
+        "data.eval=[{task: lcm, size: 3}]",
+        "student.load=null",
+        "run_dir=a=b",
+    )
+    assert config.optimizer.lr == 3.0 and config.student.transformer["num_layers"] == 8
+    assert config.rollout.stop_token_ids == [1]
+    assert config.objective.per_domain["math"]["kind"] == "jsd"
+    assert config.data.eval[0].task == "lcm" and config.data.eval[0].size == 3
+    assert config.student.load is None and config.run_dir == "a=b"
+    assert load_config(None, ["run_dir=x"]).run_dir == "x"
+
+
+def test_read_only():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 3
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({"optimizer": {"learning_rate": 1}}, "unknown key 'optimizer.learning_rate'"),
+        ({"optimizer": {"weight_decai": 1}}, "'optimizer.weight_decai'; did you mean 'weight_decay'?"),
+        ({"paralel": {}}, "'paralel'; did you mean 'parallel'?"),
+        ({"teachers": [{"name": "a", "lod": "x"}]}, "'teachers[0].lod'; did you mean 'load'?"),
+        ({"data": {"prompts": [{}, {"pth": "x"}]}}, "'data.prompts[1].pth'; did you mean 'path'?"),
+        ({"student": {"moe_router_top_k": 2}}, "'student.moe_router_top_k'; did you mean 'moe_router_topk'?"),
+        ({"student": {"transformer": {"num_layers": 2}}}, "unknown key 'student.transformer'"),
+        ({"student": {"tensor_model_parallel_size": 2}}, "set parallel.tensor_model_parallel_size instead"),
+        ({"student": {"bf16": True}}, "student.bf16: set params_dtype instead"),
+        (
+            {"objective": {"per_domain": {"a": {"kid": "jsd"}}}},
+            "'objective.per_domain.a.kid'; did you mean 'kind'?",
+        ),
+        ({"objective": {"per_domain": {"a": {"reduction": "token_mean"}}}}, "set objective.reduction"),
+        ({"seed": "one"}, "seed: expected int, found 'one'"),
+        ({"seed": 1.0}, "seed: expected int, found 1.0"),
+        ({"seed": True}, "seed: expected int, found True"),
+        ({"seed": None}, "seed: expected int, found None"),
+        ({"optimizer": {"lr": "fast"}}, "optimizer.lr: expected float, found 'fast'"),
+        ({"optimizer": {"lr": True}}, "optimizer.lr: expected float, found True"),
+        ({"log": {"report": 1}}, "log.report: expected bool, found 1"),
+        ({"log": {"report": "yes"}}, "log.report: expected bool, found 'yes'"),
+        ({"run_dir": 3}, "run_dir: expected str, found 3"),
+        ({"teachers": {"name": "a"}}, "teachers: expected a list"),
+        ({"teachers": ["a"]}, "teachers[0]: expected a section with keys, found 'a'"),
+        ({"routing": ["a"]}, "routing: expected a mapping"),
+        ({"schedule": 3}, "schedule: expected a section with keys, found 3"),
+        ({"rollout": {"stop_token_ids": [1, "a"]}}, "rollout.stop_token_ids[1]: expected int, found 'a'"),
+        ({"device": "tpu"}, "device: 'tpu' is not one of auto, cpu, cuda"),
+        ({"schedule": {"micro_batch_size": 0}}, "schedule.micro_batch_size: must be at least 1, found 0"),
+        ({"schedule": {"steps_per_rollout": 3}}, "schedule.train_iters: 100 is not a multiple of"),
+        ({"rollout": {"top_p": 0.0}}, "0 < top_p <= 1"),
+        ({"params_dtype": "float64"}, "use_distributed_optimizer=false"),
+        ({"run_dir": ""}, "run_dir: missing"),
+    ],
+)
+def test_mistakes_name_the_key(section, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
+        config_from_dict({"run_dir": "x"} | section)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text, overrides, message",
+    [
+        ("a: [1", (), "not readable as YAML"),
+        ("a: b: c", (), "not readable as YAML"),
+        ("seed: 1\nseed: 2", (), "not readable as YAML"),
+        ("\tseed: 1", (), "not readable as YAML"),
+        ("- 1\n- 2", (), "c.yaml"),
+        ("seed: ${nowhere}", (), "nowhere"),
+        ("run_dir: x", ("seed",), "'seed' is not of the form section.key=value"),
+        ("run_dir: x", ("sed=1",), "'sed'; did you mean 'seed'?"),
+        ("run_dir: x", ("seed=[1",), "c.yaml"),
+    ],
+)
+def test_mistakes_in_files_and_overrides(tmp_path, text, overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
+        load(tmp_path, text, *overrides)
+    assert "\n" not in str(raised.value)
+
+
+def test_files_that_are_no_text(tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00seed")
+    for path in (tmp_path / "c.yaml", tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(ConfigError, match=re.escape(str(path))) as raised:
+            load_config(path)
+        assert "\n" not in str(raised.value)
