@@ -1,13 +1,13 @@
 """Off-policy stress: training on rollouts that are 0 to 4 optimizer steps old, with and without correction.
 
-    python benchmarks/stale_rollouts.py                      # after `make demo`; about a minute per line
+    python benchmarks/stale_rollouts.py                      # after `make demo`
     python benchmarks/stale_rollouts.py --steps 40 --staleness 0 4 --corrections none icepop
 
 Every iteration trains on the batch that was sampled `staleness` optimizer steps earlier (the first ones on
 batches of the initial weights). The student, experts, samples and steps are those of
 `launch/recipes/demo_tiny.yaml`. Printed for each setting: held-out accuracy, the mean KL per token to the
 teachers over a fresh rollout of the final student (one-sample estimate for `sampled_token`, exact for
-`full_vocab_kl`), and the mean distance of theta / mu from 1 in the last quarter of the run.
+`full_vocab_kl`), and the share of tokens whose theta / mu is outside the band in the last quarter of the run.
 """
 
 from __future__ import annotations
