@@ -53,6 +53,10 @@ class TeacherConfig:
     """Unique name, used in `routing` and in every metric. `self` is the student as it was at the start."""
     load: str | None = None
     """Checkpoint directory of the expert; must be left out for `self` and given for every other teacher."""
+    kl_floor: float = 1e-6
+    """Mean KL per token at the first step below which an alarm says that the teacher equals the student."""
+    kl_ceiling: float = 5.0
+    """Mean KL per token at the first step above which an alarm says that the teacher does not fit."""
 
 
 @dataclass(frozen=True)

@@ -1,40 +1,83 @@
-"""Last-layer hidden states of the teachers: all that is kept of their forward pass."""
+"""What is kept of the teachers' forward passes until the loss: last-layer hidden states or log-probs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
 
 class HiddenCache:
     """Teacher hidden states [response tokens of this CP rank, h_teacher], keyed by (trajectory index, teacher
-    name).
+    name), on the last pipeline stage.
 
-    They live on the last pipeline stage, in host memory when the run is on CUDA, so that the number of
-    micro-batches does not bound device memory; each is released when the loss has used it.
+    They wait in page-locked host memory (`placement` "host") or on the device, each until the loss has used
+    it. Kept in the precision of the model unless `dtype` says otherwise: in bfloat16 for a bfloat16 model,
+    and rounding to fewer bits is something the user asks for. Where they wait changes no result.
+
+    `budget`: most bytes held at once; more is an error here, because the plan of a step (which see) keeps to
+    it by scoring and learning in parts.
+
+    Objectives that compare sampled tokens only keep log-probs [n] instead (`put_log_probs`), a few bytes a
+    token.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(
+        self,
+        device: torch.device,
+        placement: str = "host",
+        dtype: str | None = None,
+        budget: int | None = None,
+    ):
         self.device = device
-        self._states: dict[tuple[int, str], Tensor] = {}
-        self.peak_bytes = 0
+        self._home = device if placement == "device" else torch.device("cpu")
+        self._dtype = DTYPES[dtype] if dtype else None
+        self._budget = budget
+        self._states: dict[tuple[str, int, str], tuple[Tensor, torch.dtype]] = {}
         self._bytes = 0
+        self.peak_bytes = 0
 
     def put(self, index: int, teacher: str, hidden: Tensor) -> None:
-        """Keep a detached host copy of `hidden` [n, h]; the device's copy is free to go."""
-        key = (index, teacher)
-        assert key not in self._states, f"trajectory {index} was scored twice by teacher {teacher!r}"
-        kept = torch.empty(hidden.shape, dtype=hidden.dtype, device="cpu", pin_memory=hidden.is_cuda)
-        kept.copy_(hidden.detach(), non_blocking=True)
-        self._states[key] = kept
-        self._bytes += kept.numel() * kept.element_size()
-        self.peak_bytes = max(self.peak_bytes, self._bytes)
+        """Keep a detached copy of `hidden` [n, h]; the original is free to go."""
+        self._keep(("hidden", index, teacher), hidden, self._dtype or hidden.dtype)
 
     def pop(self, index: int, teacher: str) -> Tensor:
-        """The states of one trajectory on the run's device, released from the cache."""
-        kept = self._states.pop((index, teacher))
+        """The states of one trajectory on the run's device in their original precision, released here."""
+        return self._release(("hidden", index, teacher))
+
+    def put_log_probs(self, index: int, teacher: str, log_probs: Tensor) -> None:
+        """Keep a teacher's log-probs [n] of a trajectory's sampled tokens, in their own precision."""
+        self._keep(("log_probs", index, teacher), log_probs, log_probs.dtype)
+
+    def pop_log_probs(self, index: int, teacher: str) -> Tensor:
+        """The log-probs of one trajectory on the run's device, released here."""
+        return self._release(("log_probs", index, teacher))
+
+    def _keep(self, key: tuple[str, int, str], values: Tensor, dtype: torch.dtype) -> None:
+        kind, index, teacher = key
+        assert key not in self._states, f"{kind} of trajectory {index}, teacher {teacher!r}: scored twice"
+        pin = values.is_cuda and self._home.type == "cpu"
+        kept = torch.empty(values.shape, dtype=dtype, device=self._home, pin_memory=pin)
+        kept.copy_(values.detach(), non_blocking=True)
+        self._states[key] = kept, values.dtype
+        self._bytes += kept.numel() * kept.element_size()
+        if self._budget is not None and self._bytes > self._budget:
+            raise RuntimeError(
+                f"hidden states of {self._bytes} bytes are waiting for the loss, and "
+                f"teacher_storage.hidden_cache_bytes is {self._budget}"
+            )
+        self.peak_bytes = max(self.peak_bytes, self._bytes)
+
+    def _release(self, key: tuple[str, int, str]) -> Tensor:
+        kept, dtype = self._states.pop(key)
         self._bytes -= kept.numel() * kept.element_size()
-        return kept.to(self.device, non_blocking=True)
+        return kept.to(self.device, non_blocking=True).to(dtype)
 
     def __len__(self) -> int:
         return len(self._states)

@@ -1,8 +1,21 @@
-"""Domain -> weighted teachers."""
+"""Domain -> weighted teachers.
+
+    routing:
+      math: math_expert                                  # one teacher
+      code/python: {code_expert: 0.8, self: 0.2}         # several, weighted
+      code/*: {code_expert: 1}                           # every other domain that begins with code/
+      chat: {chat_expert: {0: 1.0, 200: 0.5}, self: {0: 0.0, 200: 0.5}}   # changing with the iteration
+      default: self                                      # every domain not listed
+
+A domain takes its own entry, else the wildcard entry with the most literal characters, else `default`.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any
 
 from megatron_mopd.config import ConfigError, TeacherConfig, nearest
@@ -11,67 +24,115 @@ from megatron_mopd.config import ConfigError, TeacherConfig, nearest
 Mixture = tuple[tuple[str, float], ...]
 
 SELF = "self"
+DEFAULT = "default"
+
+_Schedule = tuple[tuple[int, float], ...]
+"""(iteration, weight), iterations increasing: linear between them, constant before and after."""
 
 
 class Routing:
-    """Which teachers score a domain, and with which weights.
+    """Which teachers score a domain, and with which weights, at one iteration (`at`; 0 to begin with).
 
     The loss of a sample is sum_k w_k KL(student || teacher_k) (DeepSeek-V4, 5.1.2); weights are used as
-    given.
+    given. Weights depend on the iteration and on nothing else, so a resumed run continues exactly. A teacher
+    of weight 0 does not score.
     """
 
     def __init__(self, routing: Mapping[str, Any], teachers: Iterable[TeacherConfig]):
         self.teacher_names = [teacher.name for teacher in teachers]
-        self._mixtures = {domain: self._parse(domain, entry) for domain, entry in routing.items()}
+        self._entries = {str(domain): self._parse(str(domain), entry) for domain, entry in routing.items()}
+        # Most literal characters first; of equal ones the first in the configuration.
+        patterns = [name for name in self._entries if _is_pattern(name)]
+        self._patterns = sorted(patterns, key=lambda name: -sum(char not in "*?" for char in name))
+        self._iteration = 0
 
-    def _parse(self, domain: str, entry: Any) -> Mixture:
+    def at(self, iteration: int) -> Routing:
+        """The same routing with the weights of `iteration` (optimizer steps done)."""
+        other = copy.copy(self)
+        other._iteration = iteration
+        return other
+
+    def mixture(self, domain: str) -> Mixture:
+        """The teachers of `domain` with their weights; `ConfigError` when it has no entry."""
+        entry = self._entry_of(domain)
+        if entry is None:
+            raise ConfigError(f"routing: domain {domain!r} has no teacher and there is no routing.{DEFAULT}")
+        weights = ((name, _weight_at(schedule, self._iteration)) for name, schedule in self._entries[entry])
+        return tuple((name, weight) for name, weight in weights if weight > 0)
+
+    @property
+    def max_teachers(self) -> int:
+        """Most teachers of one sample, at any iteration."""
+        return max(map(len, self._entries.values()), default=1)
+
+    def check(self, domains: Iterable[str], scored: Iterable[str] | None = None) -> None:
+        """Every domain that teachers score (default: all) has one and every entry serves a domain that
+        exists; else `ConfigError`."""
+        domains = set(domains)
+        for domain in sorted(domains if scored is None else scored):
+            self.mixture(domain)
+        for entry in self._entries:
+            if entry == DEFAULT or entry in domains:
+                continue
+            if not _is_pattern(entry):
+                raise ConfigError(f"routing.{entry}: no prompt has this domain{nearest(entry, domains)}")
+            if not any(fnmatchcase(domain, entry) for domain in domains):
+                raise ConfigError(
+                    f"routing.{entry}: matches no domain of the prompts ({', '.join(sorted(domains))})"
+                )
+
+    def _entry_of(self, domain: str) -> str | None:
+        if domain in self._entries:
+            return domain
+        matching = (pattern for pattern in self._patterns if fnmatchcase(domain, pattern))
+        return next(matching, DEFAULT if DEFAULT in self._entries else None)
+
+    def _parse(self, domain: str, entry: Any) -> tuple[tuple[str, _Schedule], ...]:
+        where = f"routing.{domain}"
         if isinstance(entry, str):
             entry = {entry: 1.0}
         if not isinstance(entry, Mapping) or not entry:
             raise ConfigError(
-                f"routing.{domain}: expected a teacher's name or a mapping name -> weight, found {entry!r}"
+                f"{where}: expected a teacher's name or a mapping name -> weight, found {entry!r}"
             )
+        schedules: dict[str, _Schedule] = {}
         for name, weight in entry.items():
             if name not in self.teacher_names:
                 raise ConfigError(
-                    f"routing.{domain}: unknown teacher {name!r}{nearest(name, self.teacher_names)}"
+                    f"{where}: unknown teacher {name!r}{nearest(str(name), self.teacher_names)}"
                 )
-            if (
-                isinstance(weight, bool)
-                or not isinstance(weight, (int, float))
-                or not 0 <= weight < float("inf")
-            ):
+            schedules[name] = _parse_schedule(weight, f"{where}.{name}")
+        used = {name: schedule for name, schedule in schedules.items() if any(w > 0 for _, w in schedule)}
+        for iteration in sorted({i for schedule in schedules.values() for i, _ in schedule}):
+            # Weights are linear in between, so their sum can only vanish where it does at a given iteration.
+            if not any(_weight_at(schedule, iteration) > 0 for schedule in used.values()):
+                when = f" at iteration {iteration}" if used else ""
                 raise ConfigError(
-                    f"routing.{domain}.{name}: expected a weight of at least 0, found {weight!r}"
+                    f"{where}: all weights are zero{when}; give at least one teacher a weight above 0"
                 )
-        mixture = tuple(sorted((str(name), float(weight)) for name, weight in entry.items() if weight > 0))
-        if not mixture:
+        return tuple(sorted(used.items()))
+
+
+def _parse_schedule(weight: Any, where: str) -> _Schedule:
+    if not isinstance(weight, Mapping):
+        return ((0, _parse_weight(weight, where)),)
+    points = {}
+    for iteration, value in weight.items():
+        if not str(iteration).isdigit():
             raise ConfigError(
-                f"routing.{domain}: all weights are zero; give at least one teacher a weight above 0"
+                f"{where}: expected a weight or a mapping iteration -> weight, found {iteration!r}"
             )
-        return mixture
+        points[int(iteration)] = _parse_weight(value, f"{where}.{iteration}")
+    if not points:
+        raise ConfigError(f"{where}: expected at least one iteration -> weight")
+    return tuple(sorted(points.items()))
 
-    @property
-    def max_teachers(self) -> int:
-        """Most teachers of one sample."""
-        return max((len(mixture) for mixture in self._mixtures.values()), default=1)
 
-    def mixture(self, domain: str) -> Mixture:
-        """The teachers of `domain`, or the default's; `ConfigError` when there is neither."""
-        mixture = self._mixtures.get(domain) or self._mixtures.get("default")
-        if mixture is None:
-            raise ConfigError(f"routing: domain {domain!r} has no teacher and there is no routing.default")
-        return mixture
-
-    def check(self, domains: Iterable[str], scored: Iterable[str] | None = None) -> None:
-        """Every domain that teachers score (default: all) has one, and every entry names a domain that
-        exists; `ConfigError` otherwise."""
-        domains = set(domains)
-        for domain in domains if scored is None else scored:
-            self.mixture(domain)
-        for domain in self._mixtures:
-            if domain not in domains | {"default"}:
-                raise ConfigError(f"routing.{domain}: no prompt has this domain{nearest(domain, domains)}")
+def _parse_weight(weight: Any, where: str) -> float:
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not is_number or not 0 <= weight < float("inf"):
+        raise ConfigError(f"{where}: expected a weight of at least 0, found {weight!r}")
+    return float(weight)
 
 
 def check_teachers(teachers: list[TeacherConfig]) -> None:
@@ -88,4 +149,9 @@ def check_teachers(teachers: list[TeacherConfig]) -> None:
         if teacher.name != SELF and teacher.load is None:
             raise ConfigError(
                 f"teachers[{number}].load: missing; name the checkpoint directory of {teacher.name!r}"
+            )
+        if not 0 <= teacher.kl_floor < teacher.kl_ceiling:
+            raise ConfigError(
+                f"teachers[{number}]: needs 0 <= kl_floor < kl_ceiling, found {teacher.kl_floor} and "
+                f"{teacher.kl_ceiling}"
             )
