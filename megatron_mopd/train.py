@@ -74,7 +74,7 @@ def train(config: Config) -> dict[str, float]:
             metrics
         )
         if iteration == 0 and run.learner.routing is not None:
-            messages += first_step_alarms(metrics, run.learner.routing)
+            messages += first_step_alarms(metrics, run.learner.routing, config.teachers)
         for message in messages:
             say(f"ALARM: {message}")
         if done == config.schedule.train_iters or _every(config.schedule.eval_interval, done):
@@ -152,8 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="megatron_mopd.train", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--debug", action="store_true", help="show stack traces of configuration errors")
+    parser.add_argument(
+        "--allow-teacher-change",
+        action="store_true",
+        help="resume although teachers are others than those the checkpoint was written with",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args(arguments)
+    if options.allow_teacher_change:
+        options.overrides.append("checkpoint.allow_teacher_change=true")
     try:
         train(load_config(options.config, options.overrides))
     except Exception as error:

@@ -320,6 +320,9 @@ class CheckpointConfig:
     """Keep optimizer state in the checkpoints, so that the run can resume."""
     resume: bool = True
     """Continue from the newest checkpoint of `run_dir` when there is one."""
+    allow_teacher_change: bool = False
+    """Continue although teachers are others than those the checkpoint was written with
+    (`--allow-teacher-change`)."""
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,13 @@ def transformer_config(
     vpp = parallel.virtual_pipeline_model_parallel_size
     on_cuda = device_type == "cuda"
     values = _ARCHITECTURE_DEFAULTS | model.transformer
+    # A dense model may run beside a mixture of experts whose layout has expert parallelism.
+    expert_parallel = parallel.expert_model_parallel_size if values.get("num_moe_experts") else 1
     values |= dict(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 and not frozen else None,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_model_parallel_size=expert_parallel,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size
         or parallel.tensor_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,

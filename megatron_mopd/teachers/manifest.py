@@ -1,4 +1,4 @@
-"""What a run is made of, in a form that a resumed run can compare."""
+"""What a run is made of, in a form that a resumed run can compare; and checks that need only fingerprints."""
 
 from __future__ import annotations
 
@@ -7,43 +7,105 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_mopd.config import Config, to_dict
-from megatron_mopd.model.checkpoint import MODEL_FILE, find_checkpoint
-from megatron_mopd.model.hugging_face import CONFIG
+import torch.distributed as dist
 
-_SAMPLE = 1 << 20
+from megatron_mopd.config import Config, ConfigError, ModelConfig, to_dict
+from megatron_mopd.model.checkpoint import find_checkpoint
+from megatron_mopd.teachers.fingerprint import checkpoint_fingerprints
+from megatron_mopd.teachers.routing import SELF
+
+Fingerprints = dict[str, str]
+"""`architecture`, `tokenizer` (with its chat template) and `weights`, each a SHA-256 or, without a
+checkpoint, a text that says where the weights come from."""
 
 
-def checkpoint_fingerprint(path: Path) -> str:
-    """SHA-256 over a checkpoint's description, and of every weight file its name, size, first and last
-    mebibyte.
+def model_fingerprints(config: Config, student: ModelConfig, tokenizer: str) -> dict[str, Fingerprints]:
+    """Fingerprints of the student as it starts ("") and of every teacher, by name.
 
-    Cheap enough for hundreds of gigabytes, and another training run changes every one of the sampled blocks.
+    Rank 0 reads, all ranks get the same answer: one broadcast of a few hundred bytes a teacher. Raises
+    `ConfigError` on all ranks alike.
     """
-    description = path / MODEL_FILE
-    digest = hashlib.sha256((description if description.exists() else path / CONFIG).read_bytes())
-    for file in sorted((*path.glob("*.distcp"), *path.glob("*.safetensors"))):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as stream:
-            digest.update(stream.read(_SAMPLE))
-            stream.seek(max(0, size - _SAMPLE))
-            digest.update(stream.read(_SAMPLE))
-    return digest.hexdigest()
+    result: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            result[0] = _read_fingerprints(config, student, tokenizer)
+        except ConfigError as error:
+            result[0] = error
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], ConfigError):
+        raise result[0]
+    return result[0]
 
 
-def run_manifest(config: Config, tokenizer_fingerprint: str) -> dict[str, Any]:
-    """Tokenizer, objective, routing and teachers of a run; stored in its checkpoints."""
-    teachers = {}
+def _read_fingerprints(config: Config, student: ModelConfig, tokenizer: str) -> dict[str, Fingerprints]:
+    places = {"": ("student.load", config.student.load)}
     for teacher in config.teachers:
-        source = teacher.load or config.student.load
-        where = f"teachers.{teacher.name}.load"
-        teachers[teacher.name] = (
-            checkpoint_fingerprint(find_checkpoint(source, where)) if source else "initial weights"
-        )
+        load = config.student.load if teacher.name == SELF else teacher.load
+        places[teacher.name] = (f"teachers.{teacher.name}.load", load)
+    result, read = {}, {}
+    for name, (where, load) in places.items():
+        if load is None:
+            architecture = json.dumps(to_dict(student), sort_keys=True, default=str)
+            result[name] = {
+                "architecture": hashlib.sha256(architecture.encode()).hexdigest(),
+                "weights": f"drawn from seed {config.seed}",
+            }
+        else:
+            path = find_checkpoint(load, where)
+            if path not in read:
+                read[path] = _fingerprints_of(path, where)
+            result[name] = dict(read[path])
+        result[name]["tokenizer"] = tokenizer
+    return result
+
+
+def _fingerprints_of(path: Path, where: str) -> Fingerprints:
+    try:
+        return checkpoint_fingerprints(path)
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot read {error.filename}: {error.strerror}") from None
+
+
+def run_manifest(config: Config, tokenizer: str, fingerprints: dict[str, Fingerprints]) -> dict[str, Any]:
+    """Tokenizer, objective, routing and teachers of a run; stored in its checkpoints."""
     return {
-        "tokenizer": tokenizer_fingerprint,
+        "tokenizer": tokenizer,
         "objective": json.dumps(to_dict(config.objective), sort_keys=True),
         "routing": json.dumps(to_dict(config.routing), sort_keys=True),
-        "teachers": teachers,
+        "teachers": {name: prints for name, prints in fingerprints.items() if name},
     }
+
+
+def changed_teachers(saved: dict[str, Fingerprints], current: dict[str, Fingerprints]) -> list[str]:
+    """One phrase for every teacher that is not what the saved run had: `math (weights)`, `code (new)`."""
+    phrases = []
+    for name in sorted(saved.keys() | current.keys()):
+        if name not in saved:
+            phrases.append(f"{name} (new)")
+        elif name not in current:
+            phrases.append(f"{name} (no longer there)")
+        else:
+            before, now = saved[name], current[name]
+            parts = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+            if parts:
+                phrases.append(f"{name} ({', '.join(parts)})")
+    return phrases
+
+
+def start_alarms(fingerprints: dict[str, Fingerprints]) -> list[str]:
+    """Messages about teachers whose checkpoint is the student's, or another teacher's.
+
+    `self` is meant to be the student.
+    """
+    alarms, seen = [], {}
+    student = fingerprints.get("", {}).get("weights")
+    for name, prints in fingerprints.items():
+        if name in ("", SELF):
+            continue
+        weights = prints["weights"]
+        if weights == student:
+            alarms.append(f"teacher {name!r} equals the student: it has the weights of student.load")
+        elif weights in seen:
+            alarms.append(f"teachers {seen[weights]!r} and {name!r} have the same weights")
+        seen.setdefault(weights, name)
+    return alarms

@@ -135,6 +135,17 @@ def _parse_weight(weight: Any, where: str) -> float:
     return float(weight)
 
 
+def _weight_at(schedule: _Schedule, iteration: int) -> float:
+    for (start, before), (end, after) in pairwise(schedule):
+        if start <= iteration < end:
+            return before + (after - before) * (iteration - start) / (end - start)
+    return schedule[0][1] if iteration < schedule[0][0] else schedule[-1][1]
+
+
+def _is_pattern(name: str) -> bool:
+    return "*" in name or "?" in name
+
+
 def check_teachers(teachers: list[TeacherConfig]) -> None:
     """Names are there and unique; every teacher but `self` names a checkpoint."""
     seen: set[str] = set()

@@ -17,6 +17,8 @@ from megatron_mopd.model.checkpoint import (
     write_checkpoint,
 )
 from megatron_mopd.model.gpt import unwrap
+from megatron_mopd.observe.progress import say
+from megatron_mopd.teachers.manifest import changed_teachers
 from megatron_mopd.training.optimizer import allocate_state, separate_steps
 from megatron_mopd.training.step import Learner
 
@@ -90,7 +92,9 @@ def resume(learner: Learner) -> int:
             f"run_dir: {path} has no optimizer state to continue from (checkpoint.save_optimizer was false); "
             "name it as student.load of a new run, or set checkpoint.resume=false"
         )
-    _check_manifest(common["manifest"], learner.manifest, path)
+    _check_manifest(
+        common["manifest"], learner.manifest, path, learner.config.checkpoint.allow_teacher_change
+    )
     allocate_state(learner.optimizer)
     state = dist_checkpointing.load(_state(learner, 0, with_optimizer=True, is_loading=True), str(path))
     for number, chunk in enumerate(learner.chunks):
@@ -101,9 +105,20 @@ def resume(learner: Learner) -> int:
     return state["iteration"]
 
 
-def _check_manifest(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+def _check_manifest(
+    saved: dict[str, Any], current: dict[str, Any], path: Path, allow_teacher_change: bool
+) -> None:
     for key in sorted(saved.keys() | current.keys()):  # the same one on every rank
-        if saved.get(key) != current.get(key):
+        if key == "teachers":
+            changed = changed_teachers(saved.get(key, {}), current.get(key, {}))
+            if changed and not allow_teacher_change:
+                raise ConfigError(
+                    f"teachers: not those that {path} was written with: {', '.join(changed)}; put them back, "
+                    "or continue with --allow-teacher-change"
+                )
+            if changed:
+                say(f"teachers changed since {path}: {', '.join(changed)}")
+        elif saved.get(key) != current.get(key):
             raise ConfigError(
                 f"run_dir: {path} was written with other {key} ({saved.get(key)!r}, now "
                 f"{current.get(key)!r}); start a new run_dir or put the old value back"

@@ -1,24 +1,40 @@
-"""Alarms: things that are not errors yet, said while there is still time."""
+"""Alarms about teachers: things that are not errors yet, said while there is still time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+from megatron_mopd.config import TeacherConfig
 from megatron_mopd.teachers.routing import SELF, Routing
 
-TEACHER_EQUALS_STUDENT = 1e-6
-"""Mean KL per token at the first step below which teacher and student are the same model."""
 
+def first_step_alarms(
+    metrics: Mapping[str, float], routing: Routing, teachers: Iterable[TeacherConfig]
+) -> list[str]:
+    """Messages about teachers whose KL at the first step is outside [kl_floor, kl_ceiling].
 
-def first_step_alarms(metrics: dict[str, float], routing: Routing) -> list[str]:
-    """Messages about teachers whose KL at the first step says that the wrong checkpoint was loaded."""
+    Below: the teacher is the student. Above: another tokenizer's ids or a wrong checkpoint. `metrics` has a
+    mean per token for each domain (`kl/math`); of several weighted teachers it is the weighted sum, which is
+    compared with the least floor and the greatest ceiling among them. `self` starts at 0 and has no floor.
+    """
+    limits = {teacher.name: teacher for teacher in teachers}
     alarms = []
     for key, value in metrics.items():
         if not key.startswith("kl/"):
             continue
         domain = key.removeprefix("kl/")
-        experts = [name for name, _ in routing.mixture(domain) if name != SELF]
-        if experts and value < TEACHER_EQUALS_STUDENT:
+        mixture = routing.mixture(domain)
+        value /= sum(weight for _, weight in mixture)
+        names = [name for name, _ in mixture]
+        experts = [name for name in names if name != SELF]
+        if experts and abs(value) < min(limits[name].kl_floor for name in experts):
             alarms.append(
-                f"teacher {' + '.join(experts)} equals the student on domain {domain!r} (KL {value:.1e} "
-                "at the first step): is its checkpoint the right one?"
+                f"teacher {' + '.join(experts)} equals the student on domain {domain!r} (KL {value:.1e} at "
+                "the first step): is its checkpoint the right one?"
+            )
+        if value > max(limits[name].kl_ceiling for name in names):
+            alarms.append(
+                f"teacher {' + '.join(names)} is far from the student on domain {domain!r} (KL {value:.2f} "
+                "at the first step): is it the right checkpoint, with the same tokenizer and chat template?"
             )
     return alarms

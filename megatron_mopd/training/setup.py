@@ -6,7 +6,7 @@ Every rank runs the same checks on the same inputs, so a mistake ends all of the
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_mopd.backend.parallel import (
@@ -24,10 +24,11 @@ from megatron_mopd.data.verifiers import has_verdict
 from megatron_mopd.model.build import build_model
 from megatron_mopd.model.checkpoint import find_checkpoint, load_weights, read_model_config
 from megatron_mopd.model.router_replay import install_routing_replay
+from megatron_mopd.observe.progress import say
 from megatron_mopd.rollout.engine import RolloutEngine
 from megatron_mopd.rollout.megatron_engine import MegatronEngine
 from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
-from megatron_mopd.teachers.manifest import run_manifest
+from megatron_mopd.teachers.manifest import model_fingerprints, run_manifest, start_alarms
 from megatron_mopd.teachers.routing import Routing, check_teachers
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_mopd.training.rewards import Rewarder
@@ -60,11 +61,7 @@ def build_run(config: Config) -> Run:
     student = resolve_student(config, tokenizer)
     is_distillation = any(needs_teachers(objective) for objective in objectives.all())
     teachers, routing = _resolve_teachers(config, student, tokenizer) if is_distillation else ([], None)
-    _check_layout(config.parallel, student)
-    # Teachers have no virtual stages: their layers are split over the stages alone.
-    without_chunks = dataclasses.replace(config.parallel, virtual_pipeline_model_parallel_size=None)
-    for source in teachers:
-        _check_layout(without_chunks, source.model)
+    _check_layout(config, student, teachers)
     _check_batch(config)
 
     prompts = load_prompts(config.data.prompts, tokenizer, config.data.seq_length)
@@ -86,10 +83,13 @@ def build_run(config: Config) -> Run:
         load_weights(chunks, find_checkpoint(student.load, "student.load"), groups, "student.load")
     if config.rollout.routing_replay:
         install_routing_replay(chunks)
-    bank = None
+    bank, fingerprints = None, {}
     if is_distillation:
+        fingerprints = model_fingerprints(config, student, tokenizer.fingerprint())
+        for alarm in start_alarms(fingerprints):
+            say(f"ALARM: {alarm}")
         bank = TeacherBank(
-            teachers,
+            [replace(source, fingerprint=fingerprints[source.name]["weights"]) for source in teachers],
             groups,
             config.params_dtype,
             config.data.seq_length,
@@ -106,7 +106,8 @@ def build_run(config: Config) -> Run:
         optimizer=optimizer,
         scheduler=scheduler,
         model=student,
-        manifest=run_manifest(config, tokenizer.fingerprint()) | {"prompts": prompts.fingerprint()},
+        manifest=run_manifest(config, tokenizer.fingerprint(), fingerprints)
+        | {"prompts": prompts.fingerprint()},
         domains=sorted(prompts.domains),
         routing=routing,
         bank=bank,
@@ -138,9 +139,9 @@ def resolve_student(config: Config, tokenizer: Tokenizer) -> ModelConfig:
             if getattr(student, f.name) != getattr(defaults, f.name)
         }
         explicit["transformer"] = loaded.transformer | student.transformer
-        student = dataclasses.replace(loaded, **explicit)
+        student = replace(loaded, **explicit)
     if student.vocab_size is None:
-        student = dataclasses.replace(student, vocab_size=tokenizer.vocab_size)
+        student = replace(student, vocab_size=tokenizer.vocab_size)
     if student.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
             f"student.vocab_size: {student.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
@@ -170,26 +171,41 @@ def _resolve_teachers(
             )
         if fingerprint != tokenizer.fingerprint():
             raise ConfigError(f"{where}: {teacher.load} speaks another tokenizer than data.tokenizer")
-        sources.append(
-            TeacherSource(teacher.name, dataclasses.replace(model, load=teacher.load), config.seed)
-        )
+        # Vocabularies are padded alike, so that their columns are divided alike over tensor-parallel ranks.
+        padding = student.make_vocab_size_divisible_by
+        model = replace(model, load=teacher.load, make_vocab_size_divisible_by=padding)
+        sources.append(TeacherSource(teacher.name, model, config.seed))
     return sources, Routing(config.routing, config.teachers)
 
 
-def _check_layout(parallel: ParallelConfig, model: ModelConfig) -> None:
-    architecture = model.transformer
-    for key in ("num_layers", "hidden_size", "num_attention_heads"):
-        if key not in architecture:
-            raise ConfigError(
-                f"student.{key}: missing; name it, or start from a checkpoint with student.load"
+def _check_layout(config: Config, student: ModelConfig, teachers: list[TeacherSource]) -> None:
+    """Every model fits the parallel layout; `ConfigError` names the teacher that does not."""
+    models = {"student": student} | {f"teachers.{source.name}": source.model for source in teachers}
+    has_experts = any(model.transformer.get("num_moe_experts") for model in models.values())
+    for where, model in models.items():
+        architecture, parallel = model.transformer, config.parallel
+        for key in ("num_layers", "hidden_size", "num_attention_heads"):
+            if key not in architecture:
+                raise ConfigError(
+                    f"{where}.{key}: missing; name it, or start from a checkpoint with {where}.load"
+                )
+        if where != "student":  # teachers have no virtual stages
+            parallel = replace(parallel, virtual_pipeline_model_parallel_size=None)
+        if has_experts and not architecture.get("num_moe_experts"):
+            # A dense model beside a mixture of experts: its ranks replicate what the others' experts divide.
+            parallel = replace(parallel, expert_model_parallel_size=1, expert_tensor_parallel_size=None)
+        try:
+            validate_layout(
+                parallel,
+                num_layers=architecture["num_layers"],
+                num_moe_experts=architecture.get("num_moe_experts"),
+                num_attention_heads=architecture["num_attention_heads"],
+                num_query_groups=architecture.get("num_query_groups"),
             )
-    validate_layout(
-        parallel,
-        num_layers=architecture["num_layers"],
-        num_moe_experts=architecture.get("num_moe_experts"),
-        num_attention_heads=architecture["num_attention_heads"],
-        num_query_groups=architecture.get("num_query_groups"),
-    )
+        except ConfigError as error:
+            if where == "student":
+                raise
+            raise ConfigError(f"{where} does not fit the layout: {error}") from None
 
 
 def _check_prompts(
