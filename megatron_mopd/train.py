@@ -60,8 +60,9 @@ def train(config: Config) -> dict[str, float]:
         reach = iteration + config.rollout.batches_ahead * config.schedule.steps_per_rollout
         while sampled_for <= min(reach, config.schedule.train_iters - 1):
             trajectories, routing = sample(run, sampler, sampled_for)
+            rewards = run.rewarder.start(trajectories)
+            batches += plan_steps(run.learner, trajectories, rewards, routing, sampled_for)
             sampled_for += config.schedule.steps_per_rollout
-            batches += plan_steps(run.learner, trajectories, run.rewarder.start(trajectories), routing)
         sampled = time.perf_counter()
         metrics = train_step(run.learner, batches)
         batch = batches.popleft()

@@ -95,9 +95,13 @@ def make_learner(
     model: dict | None = None,
     seed: int = 7,
     teacher_directory: str = "unused",
+    sources: list[TeacherSource] | None = None,
     **sections,
 ) -> Learner:
-    """A learner on this rank's layout; weights follow from seeds alone, so every layout has the same ones."""
+    """A learner on this rank's layout; weights follow from seeds alone, so every layout has the same ones.
+
+    `sources`: teachers of architectures of their own, with `routing` as a section.
+    """
     values = {
         "run_dir": "unused",
         "parallel": parallel or {},
@@ -117,12 +121,18 @@ def make_learner(
     if kind != "sft":
         seeds = TEACHERS if teachers is None else teachers
         frozen = model_config(teacher_transformer or transformer, **(model or {}))
-        sources = [TeacherSource(name, frozen, number) for name, number in seeds.items()]
+        table = ROUTING if teachers is None else dict.fromkeys(["default"], next(iter(seeds)))
+        if sources is None:
+            sources = [TeacherSource(name, frozen, number) for name, number in seeds.items()]
+        routing = Routing(values.get("routing", table), sources)
         bank = TeacherBank(
-            sources, groups, config.params_dtype, 64, config.teacher_storage, directory=teacher_directory
-        )
-        routing = Routing(
-            ROUTING if teachers is None else dict.fromkeys(["default"], next(iter(seeds))), sources
+            sources,
+            groups,
+            config.params_dtype,
+            64,
+            config.teacher_storage,
+            directory=teacher_directory,
+            max_mixture=routing.max_teachers,
         )
     wrapped = wrap_data_parallel(chunks, config, groups)
     optimizer, scheduler = build_optimizer(wrapped, config, groups)

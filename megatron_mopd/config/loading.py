@@ -158,6 +158,11 @@ def _check(config: Config) -> None:
         raise ConfigError(f"rewards.timeout_seconds: must be above 0, found {config.rewards.timeout_seconds}")
     if config.params_dtype == "float64" and config.optimizer.use_distributed_optimizer:
         raise ConfigError("params_dtype: float64 needs optimizer.use_distributed_optimizer=false")
+    if config.teacher_storage.hidden_cache_bytes is not None and config.schedule.kind == "megatron":
+        raise ConfigError(
+            "teacher_storage.hidden_cache_bytes: megatron-core's schedules score a whole batch before they "
+            "train on it; take another schedule.kind (bubble_fill, back_to_back), or no budget"
+        )
     if not config.run_dir:
         raise ConfigError("run_dir: missing; name the directory that the run writes into")
 

@@ -214,10 +214,6 @@ class TeacherBank:
     def names(self) -> list[str]:
         return list(self._skeleton_of)
 
-    def config(self, name: str) -> TransformerConfig:
-        """The transformer configuration of teacher `name`, resident or not."""
-        return self._skeleton_of[name].chunk.config
-
     def prefetch(self, name: str, slot: int | None = None) -> None:
         """Start teacher `name`'s arrival and return at once; nothing happens when it is there or on its way.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_mopd.config import ConfigError
+
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -21,8 +23,8 @@ class HiddenCache:
     it. Kept in the precision of the model unless `dtype` says otherwise: in bfloat16 for a bfloat16 model,
     and rounding to fewer bits is something the user asks for. Where they wait changes no result.
 
-    `budget`: most bytes held at once; more is an error here, because the plan of a step (which see) keeps to
-    it by scoring and learning in parts.
+    `budget`: most bytes held at once; more is an error here, because the plan of a step keeps to it by
+    scoring and learning in parts (`states_within`).
 
     Objectives that compare sampled tokens only keep log-probs [n] instead (`put_log_probs`), a few bytes a
     token.
@@ -42,6 +44,10 @@ class HiddenCache:
         self._states: dict[tuple[str, int, str], tuple[Tensor, torch.dtype]] = {}
         self._bytes = 0
         self.peak_bytes = 0
+
+    def itemsize(self, params_dtype: str) -> int:
+        """Bytes of one number of a model that computes in `params_dtype`."""
+        return (self._dtype or DTYPES[params_dtype]).itemsize
 
     def put(self, index: int, teacher: str, hidden: Tensor) -> None:
         """Keep a detached copy of `hidden` [n, h]; the original is free to go."""
@@ -81,3 +87,16 @@ class HiddenCache:
 
     def __len__(self) -> int:
         return len(self._states)
+
+
+def states_within(budget: int, largest: int) -> int:
+    """How many scored micro-batches of at most `largest` bytes each fit into `budget` bytes.
+
+    `ConfigError` when not even one does.
+    """
+    if largest > budget:
+        raise ConfigError(
+            f"teacher_storage.hidden_cache_bytes: {budget} cannot hold the hidden states of one micro-batch, "
+            f"which take {largest} bytes; raise it, or make micro-batches smaller"
+        )
+    return budget // max(largest, 1)

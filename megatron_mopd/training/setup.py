@@ -16,7 +16,7 @@ from megatron_mopd.backend.parallel import (
     start_ranks,
     validate_layout,
 )
-from megatron_mopd.config import Config, ConfigError, DomainObjectives, ModelConfig, ParallelConfig
+from megatron_mopd.config import Config, ConfigError, DomainObjectives, ModelConfig
 from megatron_mopd.config.objectives import needs_rewards, needs_teachers, samples_per_prompt
 from megatron_mopd.data.prompts import PromptSet, load_prompts, require_answers
 from megatron_mopd.data.tokenizer import Tokenizer, load_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property, partial
 from typing import Any
@@ -34,13 +34,14 @@ from megatron_mopd.pipeline.megatron_schedules import run_student, run_teacher
 from megatron_mopd.pipeline.problem import Limits, TeacherGroup
 from megatron_mopd.rollout.routing import RoutingRecords
 from megatron_mopd.teachers.bank import TeacherBank
-from megatron_mopd.teachers.hidden_cache import HiddenCache
+from megatron_mopd.teachers.hidden_cache import HiddenCache, states_within
 from megatron_mopd.teachers.routing import Mixture, Routing
 from megatron_mopd.training.batch_facts import BatchFacts, outcome_advantages
 from megatron_mopd.training.losses import METRICS, BatchLoss, named_metrics
 from megatron_mopd.training.old_policy import proximal_logprobs
 from megatron_mopd.training.response_tokens import response_hidden
 from megatron_mopd.training.rewards import NO_REWARDS, PendingRewards
+from megatron_mopd.training.teacher_metrics import cost_of_teachers, divergence_by_teacher, scoring_seconds
 
 
 @dataclass
@@ -82,9 +83,11 @@ class Learner:
         """The objective of every domain."""
         return DomainObjectives(self.config.objective)
 
-    def mixture(self, domain: str) -> Mixture:
+    def mixture(self, domain: str, iteration: int = 0) -> Mixture:
         """The teachers that a domain's objective compares the student with; none for `sft` and `grpo`."""
-        return self.routing.mixture(domain) if needs_teachers(self.objectives.of(domain)) else ()
+        if not needs_teachers(self.objectives.of(domain)):
+            return ()
+        return self.routing.at(iteration).mixture(domain)
 
 
 @dataclass
@@ -102,6 +105,10 @@ class StepBatch:
     """Which student micro-batches need each of the teachers' micro-batches, and how many are scored."""
     cache: HiddenCache
     rewards: PendingRewards
+    iteration: int = 0
+    """Optimizer steps done before this one; routing weights follow it."""
+    state_bytes: int = 0
+    """Most bytes that one scored micro-batch leaves in the cache of any rank."""
     proximal: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Trajectory index -> log-probs at the start of the rollout batch, on the last stage (`BatchFacts`)."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -119,16 +126,18 @@ def plan_steps(
     rollout: Sequence[Trajectory],
     rewards: PendingRewards = NO_REWARDS,
     routing: RoutingRecords | None = None,
+    iteration: int = 0,
 ) -> list[StepBatch]:
-    """The optimizer steps that a rollout batch feeds: `global_batch_size` trajectories each, in order.
+    """The optimizer steps that a rollout batch feeds, from `iteration` on: `global_batch_size` trajectories
+    each, in order.
 
     Where PPO's clipping needs the policy at the start of a rollout batch of several steps, one forward pass
     of the student over the whole batch takes down its log-probs.
     """
     size = learner.config.schedule.global_batch_size
     batches = [
-        plan_step(learner, rollout[start : start + size], rewards, routing)
-        for start in range(0, len(rollout), size)
+        plan_step(learner, rollout[start : start + size], rewards, routing, iteration + number)
+        for number, start in enumerate(range(0, len(rollout), size))
     ]
     if len(batches) > 1 and learner.objectives.any(needs_old_policy, learner.domains):
         for batch in batches:
@@ -149,6 +158,7 @@ def plan_step(
     trajectories: Sequence[Trajectory],
     rewards: PendingRewards = NO_REWARDS,
     routing: RoutingRecords | None = None,
+    iteration: int = 0,
 ) -> StepBatch:
     """Split the batch over DP ranks, ordered by teacher, and cut it into micro-batches.
 
@@ -166,7 +176,7 @@ def plan_step(
     )
 
     def mixture(trajectory: Trajectory) -> Mixture:
-        return learner.mixture(trajectory.domain)
+        return learner.mixture(trajectory.domain, iteration)
 
     # Ordered by teacher and objective, so that a micro-batch's loss has few parts.
     per_rank = split_over_ranks(
@@ -189,16 +199,24 @@ def plan_step(
         return [collate(group, shape, experts) for group in per_rank[groups.dp.rank()]]
 
     student = cut(per_rank)
-    teachers, uses = {}, []
+    storage = learner.config.teacher_storage
+    cache = HiddenCache(
+        groups.device, storage.hidden_cache_device, storage.hidden_cache_dtype, storage.hidden_cache_bytes
+    )
+    teachers, uses, largest = {}, [], 0
     for name in learner.bank.names if learner.bank else ():
         selected = [[t for t in share if any(name == n for n, _ in mixture(t))] for share in per_rank]
         if any(selected):
             scored = cut(selected)
             teachers[name] = mine(scored)
             uses.append(teacher_group(name, scored, student))
-    cache = HiddenCache(groups.device)
+            # Under context parallelism one rank may hold a whole response.
+            rows = max(sum(len(t.response_ids) for t in part) for share in scored for part in share)
+            width = learner.bank.config(name).hidden_size
+            largest = max(largest, rows * width * cache.itemsize(learner.config.params_dtype))
+    micro_batches = mine(student, experts)
     return StepBatch(
-        groups, trajectories, shape, mine(student, experts), teachers, tuple(uses), cache, rewards
+        groups, trajectories, shape, micro_batches, teachers, tuple(uses), cache, rewards, iteration, largest
     )
 
 
@@ -235,33 +253,50 @@ def train_step(learner: Learner, batches: Sequence[StepBatch]) -> dict[str, floa
         learner.bank.check_files(learner.bank.names)
 
     def update(reports: list[dict[str, torch.Tensor]]) -> None:
-        metrics.update(_update(learner, reports))
+        metrics.update(_update(learner, batch, reports))
 
+    seconds: dict[str, float] = {}
     if learner.pipeline is not None:
+        _limit_cache(learner, batches)
         learner.pipeline.run(learner.chunks, batches, loss, learner.bank, update)
         shares = learner.pipeline.idle_shares
         metrics |= {f"idle/stage_{stage}": share for stage, share in enumerate(shares)}
+        seconds = scoring_seconds(learner.pipeline.recent[-1].recording.events())
     else:
         names = list(batch.teachers)
         for number, (name, micro_batches) in enumerate(batch.teachers.items()):
             teacher = learner.bank.make_resident(name)
             # After the last comes the first: the next step begins with it.
             learner.bank.prefetch(names[(number + 1) % len(names)])
+            begun = time.perf_counter()
             run_teacher(teacher, micro_batches, batch.shape, learner.groups, partial(batch.keep, name))
+            seconds[name] = time.perf_counter() - begun
         batch.seconds["score"] = time.perf_counter() - started
         update(run_student(learner.chunks, batch.student, batch.shape, learner.groups, loss))
     batch.seconds["train"] = time.perf_counter() - started - batch.seconds.get("score", 0.0)
+    if learner.bank is not None:
+        metrics |= cost_of_teachers(learner.bank, batch.cache, seconds, learner.groups)
     return metrics
 
 
-def _update(learner: Learner, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+def _limit_cache(learner: Learner, batches: Sequence[StepBatch]) -> None:
+    """Let the plan score and learn in parts of as many micro-batches as the cache's budget holds."""
+    budget = learner.config.teacher_storage.hidden_cache_bytes
+    if budget is not None:
+        states = states_within(budget, max(batch.state_bytes for batch in batches))
+        if learner.config.schedule.max_cached_states is not None:
+            states = min(states, learner.config.schedule.max_cached_states)
+        learner.pipeline.limits = replace(learner.pipeline.limits, cached_states=states)
+
+
+def _update(learner: Learner, batch: StepBatch, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Metrics of the step, and the optimizer step when the loss is finite.
 
     Collectives beyond megatron-core's: one all-reduce over DP x CP and one broadcast over PP of 14 x domains
     + 2 float64 values. Raises `FloatingPointError` on every rank alike, before the weights change, when the
     loss is not finite.
     """
-    metrics = _reduce(learner, reports)
+    metrics = _reduce(learner, batch, reports)
     if not math.isfinite(metrics["loss"]):
         raise FloatingPointError(
             f"the loss is {metrics['loss']}: {metrics}; the weights are those of the last step"
@@ -294,13 +329,13 @@ def _build_loss(learner: Learner, batch: StepBatch) -> BatchLoss:
         unwrap(learner.chunks[-1]),
         facts,
         rollout_temperature=learner.config.rollout.temperature,
-        routing=learner.routing,
+        routing=learner.routing.at(batch.iteration) if learner.routing else None,
         bank=learner.bank,
         cache=batch.cache,
     )
 
 
-def _reduce(learner: Learner, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+def _reduce(learner: Learner, batch: StepBatch, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Sums over micro-batches, DP and CP, from the last stage to all; named per domain."""
     groups = learner.groups
     shape = (len(learner.domains), len(METRICS), 2)
@@ -315,4 +350,8 @@ def _reduce(learner: Learner, reports: list[dict[str, torch.Tensor]]) -> dict[st
     sums = sums.cpu()
     loss, tokens = sums[-2:].tolist()
     metrics = {"loss": loss / max(tokens, 1.0), "tokens": tokens}
-    return metrics | named_metrics(sums[:-2].view(shape), learner.domains)
+    sums = sums[:-2].view(shape)
+    by_teacher = divergence_by_teacher(
+        sums[:, METRICS.index("kl")], learner.domains, lambda name: learner.mixture(name, batch.iteration)
+    )
+    return metrics | named_metrics(sums, learner.domains) | by_teacher

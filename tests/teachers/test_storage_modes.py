@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: F401  (before forking)
 
-from megatron_mopd.training.step import learn, plan_step, score
+from megatron_mopd.pipeline.problem import CostModel, PlanRequest
+from megatron_mopd.training.step import plan_step, train_step
 from tests import _models
 from tests._distributed import RankPool
 from tests._models import GQA, MOE
@@ -15,62 +17,83 @@ from tests._models import GQA, MOE
 TP2_PP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2)
 EP2_PP2 = dict(expert_model_parallel_size=2, pipeline_model_parallel_size=2)
 EP2_CP2 = dict(expert_model_parallel_size=2, context_parallel_size=2)
-# The first layout's replicas of dense weights, of experts, or both are more than one rank in some row.
-CASES = [(GQA, TP2_PP2), (MOE, EP2_PP2), (MOE, EP2_CP2), (MOE, {})]
+SHARDED, FILES, PARTS = dict(mode="host_sharded"), dict(mode="mmap"), dict(hidden_cache_bytes="least")
+ON_DEVICE = dict(hidden_cache_device="device")
+CASES = {
+    # The second start with files finds them written.
+    "tp2-pp2": (GQA, TP2_PP2, [SHARDED, FILES, FILES, PARTS]),
+    "ep2-pp2": (MOE, EP2_PP2, [SHARDED | PARTS, FILES]),
+    "ep2-cp2": (MOE, EP2_CP2, [SHARDED | ON_DEVICE]),
+    "dp4": (MOE, {}, [SHARDED, FILES | ON_DEVICE]),
+}
 
 
-def two_steps(rank, transformer, parallel, storage, directory):
-    """(losses, digest of the weights after two steps, host bytes by mode, host, device and disk bytes)."""
+def two_steps(transformer, parallel, storage, directory):
+    """Losses, digest of this rank's weights after two steps, bytes of teachers and of the cache."""
+    sizes = {key: value for key, value in storage.items() if key != "hidden_cache_bytes"}
     learner = _models.make_learner(
         transformer,
         parallel,
         teacher_directory=directory,
-        teacher_storage=storage,
-        schedule=dict(micro_batch_size=2),
+        teacher_storage=sizes,
+        schedule=dict(micro_batch_size=1),
         params_dtype="float32",
     )
-    losses = []
-    for step in range(2):
-        batch = plan_step(learner, _models.batch(12, seed=step))
-        score(learner, batch)
-        losses.append(learn(learner, batch)["loss"])
+    trajectories = [_models.batch(10, seed=step) for step in range(2)]
+    if "hidden_cache_bytes" in storage:
+        budget = least_budget([plan_step(learner, batch) for batch in trajectories])
+        smaller = replace(learner.config.teacher_storage, hidden_cache_bytes=budget)
+        learner.config = replace(learner.config, teacher_storage=smaller)
+    losses, peak = [], 0
+    for batch in trajectories:
+        batch = plan_step(learner, batch)
+        losses.append(train_step(learner, [batch])["loss"])
+        peak = max(peak, batch.cache.peak_bytes)
+        assert len(batch.cache) == 0
     digest = hashlib.sha256()
     for chunk in learner.chunks:
         for parameter in chunk.parameters():
             digest.update(parameter.detach().numpy().tobytes())
     bank = learner.bank
-    by_mode = bank.host_bytes_by_mode()
-    return losses, digest.hexdigest(), by_mode, bank.host_bytes(), bank.device_bytes(), bank.disk_bytes()
+    sizes = bank.host_bytes_by_mode(), bank.host_bytes(), bank.device_bytes(), bank.disk_bytes(), peak
+    return losses, digest.hexdigest(), sizes
+
+
+def least_budget(batches):
+    """The smallest cache with which these steps can be done; their states do not fit into it together."""
+    least = 0
+    for batch in batches:
+        costs = CostModel.build(1, teacher_forward=dict.fromkeys(batch.teachers, 1.0))
+        request = PlanRequest(1, len(batch.student), costs, groups=batch.groups)
+        assert request.smallest_cache() < sum(len(group.microbatches) for group in batch.groups)
+        least = max(least, request.smallest_cache() * batch.state_bytes)
+    return least
+
+
+def all_variants(rank, case, directory):
+    transformer, parallel, variants = CASES[case]
+    return [two_steps(transformer, parallel, storage, directory) for storage in [{}, *variants]]
 
 
 @pytest.fixture(scope="module")
 def pool():
-    with RankPool(4, timeout=120) as ranks:
+    with RankPool(4, timeout=240) as ranks:
         yield ranks
 
 
-@pytest.mark.parametrize("transformer, parallel", CASES, ids=["tp2-pp2", "ep2-pp2", "ep2-cp2", "dp4"])
-def test_results_are_bitwise_equal(pool, tmp_path, transformer, parallel):
-    plain = pool.run(two_steps, transformer, parallel, {}, "unused")
-    for storage in (dict(mode="host_sharded"), dict(mode="mmap")):
-        found = pool.run(two_steps, transformer, parallel, storage, str(tmp_path))
-        for (losses, weights, by_mode, host, device, disk), expected in zip(found, plain):
-            assert losses == expected[0]
-            assert weights == expected[1]
-            assert by_mode == expected[2] and expected[3] == by_mode["host"]
-            assert host == by_mode[storage["mode"]]
-            assert device == expected[4]
-            if storage["mode"] == "mmap":
-                assert host == 0 and disk == by_mode["host"]
-    # The files of the first start serve the second one.
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.weights")}
-    pool.run(two_steps, transformer, parallel, dict(mode="mmap"), str(tmp_path))
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.weights")}
+@pytest.mark.parametrize("case", CASES)
+def test_results_are_bitwise_equal(pool, tmp_path, case):
+    for plain, *found in pool.run(all_variants, case, str(tmp_path)):
+        losses, weights, (by_mode, host, device, _, _) = plain
+        assert host == by_mode["host"]
+        for storage, (other_losses, other_weights, sizes) in zip(CASES[case][2], found):
+            assert other_losses == losses, storage
+            assert other_weights == weights, storage
+            assert sizes[0] == by_mode
+            assert sizes[1] == by_mode[storage.get("mode", "host")]
+            assert sizes[2] == device
+            assert sizes[3] == (by_mode["host"] if storage.get("mode") == "mmap" else 0)
+        if case == "dp4":  # replicas share everything but the heads
+            heads = 3 * 88 * 32 * 4  # three teachers, 83 columns padded to 88, width 32, float32
+            assert by_mode["host_sharded"] == (by_mode["host"] - heads) / 4 + heads
     assert not list(tmp_path.rglob("*.incomplete"))
-
-
-def test_sharded_bytes_are_the_replicas_share(pool):
-    """Four replicas keep a quarter of everything but the heads."""
-    by_mode = pool.run(two_steps, MOE, {}, {}, "unused")[0][2]
-    heads = 3 * 88 * 32 * 4  # three teachers, 83 columns padded to 88, width 32, float32
-    assert by_mode["host_sharded"] == (by_mode["host"] - heads) / 4 + heads

@@ -1,0 +1,161 @@
+"""Twelve teachers of four architectures, weighted routing: loss and gradients equal the naive computation.
+
+The oracle runs every teacher on every sample, alone, in one process and in float64, and lets autograd
+differentiate sum_k w_k KL(p || q_k) from log-softmaxes; teachers that a domain does not have weigh 0.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: F401  (before forking)
+
+from megatron_mopd.model.build import build_model
+from megatron_mopd.model.gpt import unwrap
+from megatron_mopd.teachers.bank import TeacherSource
+from megatron_mopd.training.step import plan_step, train_step
+from tests import _models
+from tests._distributed import RankPool
+from tests._models import DENSE, MOE, SHARED
+
+DEEP_NARROW = DENSE | dict(num_layers=6, hidden_size=16, num_attention_heads=2, num_query_groups=2)
+WIDE_MOE = MOE | dict(num_layers=2, hidden_size=48, num_attention_heads=6, num_query_groups=2)
+TIED = DENSE | dict(num_layers=2, qk_layernorm=True)
+
+ARCHITECTURES = {
+    "narrow": DEEP_NARROW,
+    "moe": WIDE_MOE,
+    "tied": TIED,
+    "shared": SHARED | dict(num_layers=2, moe_layer_freq=[0, 1]),
+}
+NAMES = [f"{architecture}{number}" for architecture in ARCHITECTURES for number in range(3)]
+ROUTING = {
+    "arith": {"narrow0": 0.5, "moe0": 1.5},
+    "te*": {"tied0": 0.7, "shared0": 0.2, "moe1": 0.1},
+    "default": "shared1",
+    "d0": "narrow1",
+    "d1": {"narrow2": {0: 1.0, 10: 0.0}, "moe2": {0: 0.0, 10: 1.0}},
+    "d2": "tied1",
+    "d3": {"tied2": 1.0, "shared2": 0.3},
+}
+DOMAINS = ["arith", "text", "other", "d0", "d1", "d2", "d3"]
+ITERATION = 4
+WEIGHTS_OF_D1 = {"narrow2": 0.6, "moe2": 0.4}
+
+TP2_PP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2)
+EP2_PP2 = dict(expert_model_parallel_size=2, pipeline_model_parallel_size=2)
+
+
+def sources():
+    result = []
+    for number, name in enumerate(NAMES):
+        architecture = name[:-1]
+        model = _models.model_config(
+            ARCHITECTURES[architecture], share_embeddings_and_output_weights=architecture == "tied"
+        )
+        result.append(TeacherSource(name, model, 100 + number))
+    return result
+
+
+def learner_for(parallel, **sections):
+    learner = _models.make_learner(MOE, parallel, sources=sources(), routing=ROUTING, **sections)
+    learner.domains = sorted(DOMAINS)
+    return learner
+
+
+def trajectories():
+    batch = _models.batch(14, seed=3)
+    return [
+        _models.trajectory(t.index, list(t.prompt.token_ids), list(t.response_ids), DOMAINS[t.index % 7])
+        for t in batch
+    ]
+
+
+def weight_of(domain, name):
+    entry = {"text": ROUTING["te*"], "other": {"shared1": 1.0}, "d1": WEIGHTS_OF_D1}.get(domain)
+    entry = ROUTING[domain] if entry is None else entry
+    return {entry: 1.0}.get(name, 0.0) if isinstance(entry, str) else entry.get(name, 0.0)
+
+
+def log_probs(model, head, trajectory):
+    ids = torch.tensor([trajectory.token_ids])
+    hidden = model(ids, torch.arange(ids.size(1))[None], None)[:, 0]
+    first = len(trajectory.prompt.token_ids) - 1
+    return (hidden[first:-1] @ head.t()[:, : _models.VOCAB]).log_softmax(-1)
+
+
+def naive(rank):
+    """(loss, gradients) of the mean over response tokens."""
+    torch.set_grad_enabled(True)
+    learner = learner_for({})
+    student = unwrap(learner.chunks[0]).train()
+    batch = trajectories()
+    own = {t.index: log_probs(student, student.head_weight(), t) for t in batch}
+    loss = torch.zeros((), dtype=torch.float64)
+    for source in sources():
+        (teacher,) = build_model(
+            source.model, learner.groups, "float64", max_sequence_length=64, seed=source.seed, frozen=True
+        )
+        for t in batch:
+            with torch.no_grad():
+                other = log_probs(teacher, teacher.head_weight(), t)
+            p = own[t.index]
+            loss = loss + weight_of(t.domain, source.name) * (p.exp() * (p - other)).sum()
+    loss = loss / sum(len(t.response_ids) for t in batch)
+    parameters = list(student.parameters())
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+        parameter.main_grad.copy_(gradient)
+    return loss.item(), _models.pieces(learner, gradients=True)
+
+
+def step(rank, parallel, schedule, storage):
+    learner = learner_for(parallel, schedule=schedule, teacher_storage=storage)
+    batch = plan_step(learner, trajectories(), iteration=ITERATION)
+    metrics = train_step(learner, [batch])
+    assert len(batch.cache) == 0
+    return metrics, _models.pieces(learner, gradients=True), batch.state_bytes, batch.cache.peak_bytes
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    with RankPool(1, timeout=120) as pool:
+        ((loss, pieces),) = pool.run(naive)
+    return loss, _models.assemble([pieces])
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(4, timeout=180) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize(
+    "parallel, schedule, storage",
+    [
+        (TP2_PP2, dict(micro_batch_size=2), {}),
+        (EP2_PP2, dict(max_tokens_per_micro_batch=40), dict(mode="host_sharded")),
+        (EP2_PP2 | dict(virtual_pipeline_model_parallel_size=2), dict(micro_batch_size=3), {}),
+        (dict(context_parallel_size=2), dict(micro_batch_size=2, kind="megatron"), dict(mode="host_sharded")),
+    ],
+    ids=["tp2-pp2", "ep2-pp2", "ep2-pp2-vpp2", "cp2-megatron"],
+)
+def test_twelve_teachers_equal_the_naive_computation(pool, oracle, parallel, schedule, storage):
+    loss, gradients = oracle
+    results = pool.run(step, parallel, schedule, storage)
+    for metrics, *_ in results:
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
+    found = _models.assemble([pieces for _, pieces, *_ in results])
+    assert found.keys() == gradients.keys()
+    # megatron-core computes sigmoid routing scores (the `shared` teachers') in float32.
+    scale = max(value.abs().max().item() for value in gradients.values())
+    for key, value in gradients.items():
+        torch.testing.assert_close(
+            found[key], value, rtol=0, atol=1e-6 * scale, msg=lambda m, key=key: f"{key}: {m}"
+        )
+    metrics = results[0][0]
+    alone = {"shared1", "narrow1", "tied1"}
+    mixtures = {"moe0+narrow0", "moe1+shared0+tied0", "moe2+narrow2", "shared2+tied2"}
+    assert {key.split("/")[1] for key in metrics if key.endswith("/kl")} == alone | mixtures
+    tokens = sum(value for key, value in metrics.items() if key.startswith("teacher/") and "/tokens" in key)
+    assert tokens == metrics["tokens"]
+    assert {key.split("/")[1] for key in metrics if key.endswith("/score_seconds")} == set(NAMES)
