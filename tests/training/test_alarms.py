@@ -1,24 +1,34 @@
 """Runs that go wrong without an error: wrong checkpoints, rewards that say nothing; and combinations with a
 wrong gradient, which the configuration refuses."""
 
-from types import SimpleNamespace
-
 import pytest
 
-from megatron_mopd.config import ConfigError, config_from_dict
+from megatron_mopd.config import ConfigError, TeacherConfig, config_from_dict
 from megatron_mopd.teachers.routing import Routing
 from megatron_mopd.training.guards import first_step_alarms
 from megatron_mopd.training.monitors import FEWEST_VERDICTS, KL_CEILING, Alarms
 from tests._models import trajectory
 
-TEACHERS = [SimpleNamespace(name=name) for name in ("expert", "other")]
+TEACHERS = [TeacherConfig("expert", "e"), TeacherConfig("other", "o", kl_floor=0.01, kl_ceiling=9.0)]
 ROUTING = Routing({"math": "expert", "code": {"expert": 0.5, "other": 0.5}}, TEACHERS)
 
 
 def test_a_teacher_that_equals_the_student_at_the_first_step():
-    assert first_step_alarms({"kl/math": 0.04, "kl/code": 0.2, "loss": 0.0}, ROUTING) == []
-    (alarm,) = first_step_alarms({"kl/math": 0.04, "kl/code": 1e-9}, ROUTING)
+    assert first_step_alarms({"kl/math": 0.04, "kl/code": 0.2, "loss": 0.0}, ROUTING, TEACHERS) == []
+    (alarm,) = first_step_alarms({"kl/math": 0.04, "kl/code": 1e-9}, ROUTING, TEACHERS)
     assert "expert + other" in alarm and "'code'" in alarm
+
+
+def test_the_limits_are_each_teachers_own_and_apply_to_a_mean_over_weights():
+    routing = Routing(
+        {"math": {"other": 2.0}, "code": "expert", "chat": "self"}, [*TEACHERS, TeacherConfig("self")]
+    )
+    limits = [*TEACHERS, TeacherConfig("self")]
+    assert first_step_alarms({"kl/math": 17.0, "kl/code": 4.9, "kl/chat": 0.0}, routing, limits) == []
+    (alarm,) = first_step_alarms({"kl/math": 0.015}, routing, limits)
+    assert "other equals the student" in alarm
+    (alarm,) = first_step_alarms({"kl/code": 5.1}, routing, limits)
+    assert "expert is far from the student" in alarm
 
 
 def test_a_teacher_that_has_nothing_in_common_with_the_student():

@@ -1,0 +1,178 @@
+"""What the twelfth teacher costs: step time, device bytes and host bytes with 1, 2, 4 and 12 teachers.
+
+    python benchmarks/teacher_scaling.py [--mode host|mmap] [--steps 12]
+    torchrun --nproc-per-node 2 benchmarks/teacher_scaling.py --mode host_sharded
+    python benchmarks/teacher_scaling.py --slow-store       # load time hidden behind scoring time
+
+The same trajectories, in as many domains as the largest count, are scored by 1, 2, 4 or 12 teachers; the
+number of scored tokens does not change. Medians over interleaved steps, so that what else the machine does
+falls on all counts alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_mopd.backend.parallel import build_parallel_groups, select_device, start_ranks
+from megatron_mopd.config import ModelConfig, config_from_dict
+from megatron_mopd.data.prompt import Prompt
+from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.model.build import build_model
+from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
+from megatron_mopd.teachers.layout import DENSE
+from megatron_mopd.teachers.routing import Routing
+from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_mopd.training.step import Learner, plan_step, train_step
+
+VOCAB, SEQUENCE_LENGTH, DOMAINS = 2000, 64, 12
+MODEL = dict(
+    num_layers=4,
+    hidden_size=128,
+    num_attention_heads=4,
+    num_query_groups=2,
+    ffn_hidden_size=256,
+    num_moe_experts=8,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=64,
+    moe_aux_loss_coeff=0.0,
+)
+
+
+class SlowStore:
+    """A store whose bodies take `seconds` longer to arrive (a head is a small part of a real model);
+    everything else is the store it wraps."""
+
+    def __init__(self, store, seconds: float):
+        self._store, self._seconds = store, seconds
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def begin(self, key, destination):
+        rest = self._store.begin(key, destination)
+        if key[1] != DENSE:
+            return rest
+
+        def slowly() -> None:
+            time.sleep(self._seconds)
+            rest()
+
+        return slowly
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mode", default="host", help="host, host_sharded or mmap")
+    parser.add_argument("--dtype", default=None, help="resting form: int8 or fp8")
+    parser.add_argument("--teachers", type=int, nargs="+", default=[1, 2, 4, 12])
+    parser.add_argument("--steps", type=int, default=12, help="measured steps for each number of teachers")
+    parser.add_argument("--slow-store", action="store_true", help="make arrivals slow instead")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        config = config_from_dict(
+            {
+                "run_dir": directory,
+                "schedule": {"global_batch_size": 48, "micro_batch_size": 4},
+                "teacher_storage": {"mode": options.mode, "dtype": options.dtype},
+                "optimizer": {"use_distributed_optimizer": False},
+            }
+        )
+        device = select_device("auto")
+        start_ranks(device, 10)
+        groups = build_parallel_groups(config.parallel, device, seed=1)
+        learners = {n: learner(config, groups, n, Path(directory) / str(n)) for n in options.teachers}
+        if options.slow_store:
+            slow_store(learners[max(learners)])
+        else:
+            scaling(learners, options)
+    dist.destroy_process_group()
+
+
+def learner(config, groups, teachers: int, directory: Path) -> Learner:
+    model = ModelConfig(vocab_size=VOCAB, transformer=MODEL)
+    chunks = build_model(model, groups, config.params_dtype, max_sequence_length=SEQUENCE_LENGTH, seed=1)
+    sources = [TeacherSource(f"teacher{k}", model, 10 + k, f"{k}") for k in range(teachers)]
+    routing = Routing({f"domain{d:02d}": f"teacher{d % teachers}" for d in range(DOMAINS)}, sources)
+    wrapped = wrap_data_parallel(chunks, config, groups)
+    optimizer, scheduler = build_optimizer(wrapped, config, groups)
+    bank = TeacherBank(
+        sources, groups, config.params_dtype, SEQUENCE_LENGTH, config.teacher_storage, directory=directory
+    )
+    domains = [f"domain{d:02d}" for d in range(DOMAINS)]
+    return Learner(config, groups, wrapped, optimizer, scheduler, model, {}, domains, routing, bank)
+
+
+def trajectories(seed: int) -> list[Trajectory]:
+    """48 trajectories of 48 tokens, half of them response, four in each of twelve domains."""
+    rng = random.Random(seed)
+    result = []
+    for index in range(48):
+        ids = [rng.randrange(VOCAB) for _ in range(48)]
+        prompt = Prompt("", tuple(ids[:24]), f"domain{index % 12:02d}", None, "exact_match", None, index, "")
+        result.append(Trajectory(prompt, tuple(ids[24:]), index))
+    return result
+
+
+def one_step(item: Learner, seed: int) -> tuple[float, dict[str, float]]:
+    batch = plan_step(item, trajectories(seed))
+    dist.barrier()
+    started = time.perf_counter()
+    metrics = train_step(item, [batch])
+    return time.perf_counter() - started, metrics
+
+
+def scaling(learners: dict[int, Learner], options) -> None:
+    times: dict[int, list[float]] = {n: [] for n in learners}
+    metrics: dict[int, dict[str, float]] = {}
+    for step in range(options.steps + 2):
+        for n, item in learners.items():
+            seconds, metrics[n] = one_step(item, step)
+            if step >= 2:  # the first steps build tables and caches
+                times[n].append(seconds)
+    if dist.get_rank() == 0:
+        first = min(learners)
+        print(f"{options.mode}, {options.dtype or 'float32'}, {dist.get_world_size()} ranks")
+        print("teachers  step (ms)  ratio  device bytes  host bytes  predicted  loads/step")
+        for n, item in learners.items():
+            # Paired ratios: the two steps of a pair ran one after the other.
+            ratio = statistics.median(a / b for a, b in zip(times[n], times[first]))
+            loads = sum(value for key, value in metrics[n].items() if key.endswith("/loads"))
+            predicted = item.bank.host_bytes_by_mode()[options.mode]
+            step, bank = 1e3 * statistics.median(times[n]), item.bank
+            sizes = f"{bank.device_bytes():12d}  {bank.host_bytes():10d}  {predicted:9d}"
+            print(f"{n:8d}  {step:9.1f}  {ratio:5.3f}  {sizes}  {loads:10.0f}")
+
+
+def slow_store(item: Learner) -> None:
+    """Arrivals of 0.25, 0.5, 0.8 and 1.5 times what a teacher's scoring takes."""
+    plain = item.bank.store
+    for _ in range(2):
+        _, metrics = one_step(item, 0)
+    scoring = statistics.mean(v for key, v in metrics.items() if key.endswith("/score_seconds"))
+    base = statistics.median(one_step(item, step)[0] for step in range(6))
+    print(f"scoring {1e3 * scoring:.1f} ms a teacher, step {1e3 * base:.0f} ms")
+    print("body arrival / scoring  step (ms)  hidden share of loading")
+    for share in (0.25, 0.5, 0.8, 1.5):
+        item.bank.store = SlowStore(plain, share * scoring)
+        runs = [one_step(item, step) for step in range(6)]
+        hidden = statistics.mean(
+            value for _, metrics in runs[1:] for key, value in metrics.items() if key.endswith("/load_hidden")
+        )
+        step = statistics.median(seconds for seconds, _ in runs[1:])
+        print(f"{share:22.2f}  {1e3 * step:9.0f}  {hidden:23.2f}")
+    item.bank.store = plain
+
+
+if __name__ == "__main__":
+    main()
