@@ -60,7 +60,7 @@ def build_run(config: Config) -> Run:
     objectives = DomainObjectives(config.objective)
     student = resolve_student(config, tokenizer)
     is_distillation = any(needs_teachers(objective) for objective in objectives.all())
-    teachers, routing = _resolve_teachers(config, student, tokenizer) if is_distillation else ([], None)
+    teachers, routing = resolve_teachers(config, student, tokenizer) if is_distillation else ([], None)
     _check_layout(config, student, teachers)
     _check_batch(config)
 
@@ -149,7 +149,7 @@ def resolve_student(config: Config, tokenizer: Tokenizer) -> ModelConfig:
     return student
 
 
-def _resolve_teachers(
+def resolve_teachers(
     config: Config, student: ModelConfig, tokenizer: Tokenizer
 ) -> tuple[list[TeacherSource], Routing]:
     """Sources of all teachers and the routing over them; vocabulary and tokenizer must be the student's."""

@@ -1,0 +1,121 @@
+"""What one real step of a run allocates on this rank, by the components of `memory.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import weakref
+
+import torch
+from torch import Tensor
+
+from megatron_mopd.config import Config
+from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.model.gpt import unwrap
+from megatron_mopd.training.setup import Run, build_run
+from megatron_mopd.training.step import Learner, plan_step, train_step
+
+
+def measure(config: Config) -> dict[str, int]:
+    """Bytes by component after one step on responses of full length. Collective over all ranks.
+
+    Activations are the tensors that autograd keeps for the backward pass, at their peak; parameters, and
+    what the loss keeps of the head, are not among them.
+    """
+    run = build_run(config)
+    learner = run.learner
+    batch = plan_step(learner, longest_trajectories(run))
+    saved = SavedBytes(learner)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+        train_step(learner, [batch])
+    found = {
+        "student weights": sum(_bytes(p) for chunk in learner.chunks for p in chunk.parameters()),
+        "gradients": sum(
+            _bytes(buffer.grad_data)
+            for chunk in learner.chunks
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+        ),
+        "optimizer": _optimizer_bytes(learner.optimizer),
+        "activations": saved.peak,
+        "hidden cache": batch.cache.peak_bytes,
+    }
+    if learner.bank is not None:
+        found |= {
+            "teacher slots": learner.bank.device_bytes(),
+            "teacher storage": learner.bank.host_bytes(),
+        }
+    run.rewarder.close()
+    return found
+
+
+def longest_trajectories(run: Run) -> list[Trajectory]:
+    """A batch of random tokens, every prompt and response as long as the configuration allows."""
+    config, rng = run.config, random.Random(0)
+    prompts, vocabulary = list(run.prompts), run.tokenizer.vocab_size
+    result = []
+    for index in range(config.schedule.global_batch_size):
+        ids = [rng.randrange(vocabulary) for _ in range(config.data.seq_length)]
+        length = config.data.seq_length - config.rollout.max_new_tokens
+        prompt = dataclasses.replace(prompts[index % len(prompts)], token_ids=tuple(ids[:length]))
+        logprobs = (0.0,) * config.rollout.max_new_tokens
+        result.append(Trajectory(prompt, tuple(ids[length:]), index, logprobs))
+    return result
+
+
+class SavedBytes:
+    """Hooks that count the memory which autograd keeps, each piece of storage once."""
+
+    def __init__(self, learner: Learner):
+        parameters = [p for chunk in learner.chunks for p in chunk.parameters()]
+        self._known = {p.untyped_storage().data_ptr() for p in parameters}
+        self._head_bytes = 0
+        if learner.groups.is_last_stage:
+            self._head_bytes = _bytes(unwrap(learner.chunks[-1]).head_weight())
+        self._held: dict[int, int] = {}
+        self._now = 0
+        self.peak = 0
+
+    def pack(self, tensor: Tensor):
+        storage = tensor.untyped_storage()
+        pointer, size = storage.data_ptr(), storage.nbytes()
+        holder = _Holder(tensor)
+        if pointer not in self._known and size and size != self._head_bytes:
+            if not self._held.get(pointer):
+                self._now += size
+                self.peak = max(self.peak, self._now)
+            self._held[pointer] = self._held.get(pointer, 0) + 1
+            weakref.finalize(holder, self._release, pointer, size)
+        return holder
+
+    def unpack(self, holder: _Holder) -> Tensor:
+        return holder.tensor
+
+    def _release(self, pointer: int, size: int) -> None:
+        self._held[pointer] -= 1
+        if not self._held[pointer]:
+            self._now -= size
+
+
+class _Holder:
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+def _optimizer_bytes(optimizer) -> int:
+    """Moments and main copies of all the optimizers inside."""
+    total, seen = 0, set()
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        tensors = [t for state in single.optimizer.state.values() for t in state.values()]
+        for groups in getattr(single, "shard_fp32_from_float16_groups", []):
+            tensors += groups
+        for groups in getattr(single, "fp32_from_float16_groups", []):
+            tensors += groups
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.numel() > 1 and tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                total += _bytes(tensor)
+    return total
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
