@@ -30,12 +30,12 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
 
-    groups = start()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(arguments.hf, dtype=torch.float32).eval()
+    groups = start()  # after the other model: it changes what `torch` does on the CPU
     tokenizer = load_tokenizer(arguments.hf)
     asked = prompts(max(arguments.batch_size), tokenizer)
     longest = max(len(prompt.token_ids) for prompt in asked) + arguments.new_tokens
     ours = OurModel(arguments.hf, groups, longest)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(arguments.hf, dtype=torch.float32).eval()
     sampling = SamplingParams(arguments.new_tokens, temperature=0.0)
 
     print(f"{torch.get_num_threads()} threads, {arguments.new_tokens} new tokens a prompt, float32")
