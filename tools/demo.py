@@ -53,12 +53,12 @@ EXPERTS: dict[str, dict[str, Any]] = {
         allow_negation=False,
     ),
     "complex_arithmetic": dict(
-        min_real=0, max_real=3, min_imag=0, max_imag=3, operations=["+", "-"], operations_weights=[0.5, 0.5]
+        min_real=0, max_real=6, min_imag=0, max_imag=6, operations=["+", "-"], operations_weights=[0.5, 0.5]
     ),
     "simple_equations": dict(
         min_terms=2, max_terms=2, max_value=9, operators=["+", "-"], operators_weights=[0.5, 0.5]
     ),
-    "gcd": dict(max_value=30),
+    "gcd": dict(max_value=40),
     "leg_counting": dict(min_animals=2, max_animals=2, max_instances=3),
     "number_sorting": dict(min_numbers=4, max_numbers=4, max_decimals=0, min_value=0, max_value=19),
     "rotate_matrix": dict(min_n=2, max_n=2),
@@ -69,7 +69,9 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "syllogism": dict(),
 }
 # No expert for this one: its teacher is `self`.
-GENERAL: dict[str, dict[str, Any]] = {"isomorphic_strings": dict(min_string_length=4, max_string_length=5)}
+GENERAL: dict[str, dict[str, Any]] = {
+    "number_filtering": dict(min_numbers=2, max_numbers=2, max_decimals=0, min_value=0, max_value=9)
+}
 # The base sees little of what is learned quickly, and merging takes more samples of what is learned slowly.
 QUICK = {"spiral_matrix", "string_insertion", "calendar_arithmetic", "syllogism"}
 TASKS = EXPERTS | GENERAL
@@ -134,7 +136,7 @@ class Demo:
         )
 
     def expert(self, task: str) -> dict[str, Any]:
-        return self.common(f"experts/{task}", [task], EXPERT_SEED, 4000) | dict(
+        return self.common(f"experts/{task}", [task], EXPERT_SEED, 6000) | dict(
             student=dict(load=str(self.run_dir / "base/checkpoints")),
             objective=dict(kind="sft"),
             optimizer=optimizer(2e-3, warmup=5),
