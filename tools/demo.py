@@ -186,8 +186,10 @@ class Stages:
         self.configs, self.logs = run_dir / "configs", run_dir / "logs"
         for directory in (self.configs, self.logs):
             directory.mkdir(parents=True, exist_ok=True)
-        # One thread a process: there are as many processes as cores.
-        self.environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        # One thread a process: there are as many processes as cores. Libraries' deprecations are not the
+        # reader's concern.
+        quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
+        self.environment = os.environ | {"OMP_NUM_THREADS": "1"} | quiet
 
     def prepare(self, config: dict[str, Any]) -> Path | None:
         """Write a stage's configuration; `None` when its run is complete. What another configuration left

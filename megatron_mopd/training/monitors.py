@@ -12,8 +12,8 @@ KL_CEILING = 5.0
 a wrong checkpoint). Same-origin teachers start near 0.04, foreign ones near 0.2 (arXiv 2606.30406)."""
 KL_GROWTH = 3.0
 """A domain's KL this many times above the lowest it has had means that the student is moving away."""
-KL_NOISE = 0.02
-"""KL below which growth means nothing."""
+KL_NOISE = 0.1
+"""KL below which growth means nothing: small batches move it that much."""
 ENTROPY_COLLAPSE = 0.1
 """Share of the first batch's entropy below which sampling has become deterministic."""
 ALWAYS_CUT = 0.9
@@ -44,7 +44,9 @@ def rollout_metrics(
 
 
 class Alarms:
-    """Messages about a run that is going wrong, each once per domain until it has been fine again."""
+    """Messages about a run that is going wrong, each once per domain: what a batch may cross and recross by
+    chance (entropy, growth of the KL) once per run, the rest until it has been fine again.
+    """
 
     def __init__(self):
         self._raised: set[str] = set()
@@ -95,6 +97,7 @@ class Alarms:
                     f"entropy {domain}",
                     entropy < ENTROPY_COLLAPSE * first,
                     f"the entropy of domain {domain!r} fell from {first:.3g} to {entropy:.3g} nats per token",
+                    again=False,
                 )
         return alarms
 
@@ -117,12 +120,15 @@ class Alarms:
                 value > KL_GROWTH * max(lowest, KL_NOISE),
                 f"the KL of domain {domain!r} has grown from {lowest:.3g} to {value:.3g}: a smaller "
                 "optimizer.lr, or rollout_correction when rollouts are stale, may help",
+                again=False,
             )
         return alarms
 
-    def _once(self, key: str, holds: bool, message: str) -> list[str]:
+    def _once(self, key: str, holds: bool, message: str, again: bool = True) -> list[str]:
+        """`message` when `holds` begins to be true; with `again` also after it was false in between."""
         if not holds:
-            self._raised.discard(key)
+            if again:
+                self._raised.discard(key)
             return []
         if key in self._raised:
             return []
