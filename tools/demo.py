@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,12 @@ EXPERTS: dict[str, dict[str, Any]] = {
         allow_negation=False,
     ),
     "complex_arithmetic": dict(
-        min_real=0, max_real=6, min_imag=0, max_imag=6, operations=["+", "-"], operations_weights=[0.5, 0.5]
+        min_real=0, max_real=3, min_imag=0, max_imag=3, operations=["+", "-"], operations_weights=[0.5, 0.5]
     ),
     "simple_equations": dict(
         min_terms=2, max_terms=2, max_value=9, operators=["+", "-"], operators_weights=[0.5, 0.5]
     ),
-    "gcd": dict(max_value=40),
+    "gcd": dict(max_value=30),
     "leg_counting": dict(min_animals=2, max_animals=2, max_instances=3),
     "number_sorting": dict(min_numbers=4, max_numbers=4, max_decimals=0, min_value=0, max_value=19),
     "rotate_matrix": dict(min_n=2, max_n=2),
@@ -69,11 +69,11 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "syllogism": dict(),
 }
 # No expert for this one: its teacher is `self`.
-GENERAL: dict[str, dict[str, Any]] = {
-    "number_filtering": dict(min_numbers=2, max_numbers=2, max_decimals=0, min_value=0, max_value=9)
-}
-# The base sees little of what is learned quickly, and merging takes more samples of what is learned slowly.
-QUICK = {"spiral_matrix", "string_insertion", "calendar_arithmetic", "syllogism"}
+GENERAL: dict[str, dict[str, Any]] = {"isomorphic_strings": dict(min_string_length=4, max_string_length=5)}
+# Shares of the prompts, 1 where none is given. The base sees little of what is learned quickly, so that every
+# expert has something to add; where nothing is to be learned, merging needs few samples.
+BASE_WEIGHT = dict.fromkeys(("spiral_matrix", "string_insertion", "calendar_arithmetic", "syllogism"), 0.4)
+MOPD_WEIGHT = dict.fromkeys(GENERAL, 0.3)
 TASKS = EXPERTS | GENERAL
 
 MODEL = dict(
@@ -95,12 +95,13 @@ HELD_OUT = 200
 HELD_OUT_SEED, TOKENIZER_SEED, BASE_SEED, EXPERT_SEED, MOPD_SEED = range(5)
 
 
-def sources(tasks: Iterable[str], seed: int, size: int, quick_weight: float = 1.0) -> list[dict[str, Any]]:
-    """Entries of `data.prompts`; tasks that are learned quickly get `quick_weight` of the others' share."""
+def sources(
+    tasks: Iterable[str], seed: int, size: int, weights: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Entries of `data.prompts`, `size` prompts a task."""
+    weights = weights or {}
     return [
-        dict(
-            task=task, params=TASKS[task], seed=seed, size=size, weight=quick_weight if task in QUICK else 1.0
-        )
+        dict(task=task, params=TASKS[task], seed=seed, size=size, weight=weights.get(task, 1.0))
         for task in tasks
     ]
 
@@ -112,7 +113,12 @@ class Demo:
         self.run_dir, self.seed, self.processes = run_dir, seed, processes
         self.tokenizer = run_dir / "tokenizer.model"
 
-    def common(self, name: str, train_tasks: Iterable[str], prompt_seed: int, size: int) -> dict[str, Any]:
+    def prompts(
+        self, tasks: Iterable[str], stage_seed: int, size: int, weights: Mapping[str, float] | None = None
+    ) -> list[dict[str, Any]]:
+        return sources(tasks, 10 * self.seed + stage_seed, size, weights)
+
+    def common(self, name: str, prompts: list[dict[str, Any]]) -> dict[str, Any]:
         """What every training stage shares. Stages draw different prompts, and none that is held out."""
         return dict(
             run_dir=str(self.run_dir / name),
@@ -120,15 +126,15 @@ class Demo:
             data=dict(
                 tokenizer=str(self.tokenizer),
                 seq_length=128,
-                prompts=sources(train_tasks, 10 * self.seed + prompt_seed, size, quick_weight=0.4),
-                eval=sources(TASKS, 10 * self.seed + HELD_OUT_SEED, HELD_OUT),
+                prompts=prompts,
+                eval=self.prompts(TASKS, HELD_OUT_SEED, HELD_OUT),
             ),
             rollout=dict(max_new_tokens=24, max_batch_size=1024),
             log=dict(log_interval=10, tensorboard=False),
         )
 
     def base(self) -> dict[str, Any]:
-        return self.common("base", TASKS, BASE_SEED, 4000) | dict(
+        return self.common("base", self.prompts(TASKS, BASE_SEED, 4000, BASE_WEIGHT)) | dict(
             student=MODEL,
             objective=dict(kind="sft"),
             optimizer=optimizer(3e-3, warmup=20),
@@ -136,7 +142,7 @@ class Demo:
         )
 
     def expert(self, task: str) -> dict[str, Any]:
-        return self.common(f"experts/{task}", [task], EXPERT_SEED, 6000) | dict(
+        return self.common(f"experts/{task}", self.prompts([task], EXPERT_SEED, 4000, BASE_WEIGHT)) | dict(
             student=dict(load=str(self.run_dir / "base/checkpoints")),
             objective=dict(kind="sft"),
             optimizer=optimizer(2e-3, warmup=5),
@@ -148,20 +154,20 @@ class Demo:
         teachers = [
             dict(name=task, load=str(self.run_dir / f"experts/{task}/checkpoints")) for task in EXPERTS
         ]
-        return self.common("mopd", TASKS, MOPD_SEED, 8000) | dict(
+        return self.common("mopd", self.prompts(TASKS, MOPD_SEED, 8000, MOPD_WEIGHT)) | dict(
             student=dict(load=str(self.run_dir / "base/checkpoints")),
             teachers=[*teachers, dict(name="self")],
             routing={task: task for task in EXPERTS} | dict(default="self"),
             objective=dict(kind="full_vocab_kl"),
             optimizer=optimizer(1.2e-3, warmup=10),
             schedule=dict(
-                train_iters=480, global_batch_size=416, steps_per_rollout=4, max_tokens_per_micro_batch=4096
+                train_iters=440, global_batch_size=416, steps_per_rollout=4, max_tokens_per_micro_batch=4096
             ),
             checkpoint=dict(save_interval=40),
         )
 
     def average(self) -> dict[str, Any]:
-        return self.common("average", TASKS, BASE_SEED, 4000) | dict(
+        return self.common("average", self.prompts(TASKS, BASE_SEED, 4000, BASE_WEIGHT)) | dict(
             student=dict(load=str(self.run_dir / "average/weights")),
             objective=dict(kind="sft"),
             schedule=dict(train_iters=0),
