@@ -53,12 +53,11 @@ EXPERTS: dict[str, dict[str, Any]] = {
         allow_negation=False,
     ),
     "complex_arithmetic": dict(
-        min_real=0, max_real=3, min_imag=0, max_imag=3, operations=["+", "-"], operations_weights=[0.5, 0.5]
+        min_real=0, max_real=6, min_imag=0, max_imag=6, operations=["+", "-"], operations_weights=[0.5, 0.5]
     ),
     "simple_equations": dict(
         min_terms=2, max_terms=2, max_value=9, operators=["+", "-"], operators_weights=[0.5, 0.5]
     ),
-    "gcd": dict(max_value=30),
     "leg_counting": dict(min_animals=2, max_animals=2, max_instances=3),
     "number_sorting": dict(min_numbers=4, max_numbers=4, max_decimals=0, min_value=0, max_value=19),
     "rotate_matrix": dict(min_n=2, max_n=2),
@@ -67,13 +66,14 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "palindrome_generation": dict(min_length=3, max_length=4),
     "calendar_arithmetic": dict(tasks=["is_leap_year"], leap_year_range=400),
     "syllogism": dict(),
+    "aiw": dict(),
 }
 # No expert for this one: its teacher is `self`.
-GENERAL: dict[str, dict[str, Any]] = {"isomorphic_strings": dict(min_string_length=4, max_string_length=5)}
+GENERAL: dict[str, dict[str, Any]] = {"gcd": dict(max_value=40)}
 # Shares of the prompts, 1 where none is given. The base sees little of what is learned quickly, so that every
 # expert has something to add; where nothing is to be learned, merging needs few samples.
-BASE_WEIGHT = dict.fromkeys(("spiral_matrix", "string_insertion", "calendar_arithmetic", "syllogism"), 0.4)
-MOPD_WEIGHT = dict.fromkeys(GENERAL, 0.3)
+BASE_WEIGHT = dict(spiral_matrix=0.4, string_insertion=0.4, calendar_arithmetic=0.4, syllogism=0.4, aiw=0.15)
+MOPD_WEIGHT = dict(gcd=0.3, aiw=0.3, syllogism=0.5)
 TASKS = EXPERTS | GENERAL
 
 MODEL = dict(
@@ -142,11 +142,11 @@ class Demo:
         )
 
     def expert(self, task: str) -> dict[str, Any]:
-        return self.common(f"experts/{task}", self.prompts([task], EXPERT_SEED, 4000, BASE_WEIGHT)) | dict(
+        return self.common(f"experts/{task}", self.prompts([task], EXPERT_SEED, 6000)) | dict(
             student=dict(load=str(self.run_dir / "base/checkpoints")),
             objective=dict(kind="sft"),
             optimizer=optimizer(2e-3, warmup=5),
-            schedule=dict(train_iters=80, global_batch_size=128, max_tokens_per_micro_batch=4096),
+            schedule=dict(train_iters=56, global_batch_size=128, max_tokens_per_micro_batch=4096),
             checkpoint=dict(save_optimizer=False),
         )
 
@@ -161,7 +161,7 @@ class Demo:
             objective=dict(kind="full_vocab_kl"),
             optimizer=optimizer(1.2e-3, warmup=10),
             schedule=dict(
-                train_iters=440, global_batch_size=416, steps_per_rollout=4, max_tokens_per_micro_batch=4096
+                train_iters=480, global_batch_size=416, steps_per_rollout=4, max_tokens_per_micro_batch=4096
             ),
             checkpoint=dict(save_interval=40),
         )
