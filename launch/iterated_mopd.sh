@@ -13,9 +13,9 @@ recipes=$(dirname "$0")/recipes
 
 declare -A tasks=(
   [leg_counting]='{min_animals: 2, max_animals: 2, max_instances: 3}'
-  [number_filtering]='{min_numbers: 3, max_numbers: 3, max_decimals: 0, min_value: 0, max_value: 9}'
-  [number_sorting]='{min_numbers: 3, max_numbers: 3, max_decimals: 0, min_value: 0, max_value: 19}'
-  [palindrome_generation]='{min_length: 3, max_length: 5}'
+  [simple_equations]='{min_terms: 2, max_terms: 2, max_value: 9, operators: ["+", "-"], operators_weights: [0.5, 0.5]}'
+  [spiral_matrix]='{min_n: 2, max_n: 3}'
+  [palindrome_generation]='{min_length: 3, max_length: 4}'
 )
 
 student=$start
