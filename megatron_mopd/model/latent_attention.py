@@ -36,6 +36,11 @@ class LatentSelfAttention(MLASelfAttention):
         for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
             if hasattr(norm := getattr(self, name, None), "eps"):
                 norm.eps = LATENT_NORM_EPSILON
+        if hasattr(self, "q_layernorm") and not self.config.sequence_parallel:
+            # megatron-core sums gradients of "q_layernorm" over TP, as of a norm on each rank's own heads. This
+            # one sees the whole compressed query on every rank: the mean of equal gradients is right.
+            for parameter in self.q_layernorm.parameters():
+                parameter.average_gradients_across_tp_domain = True
 
     def _resolve_qk_norm_config(self, submodules) -> dict[str, type]:
         """The layer spec's own choice. 0.19 would put a norm on an uncompressed query, which has none."""
