@@ -37,7 +37,7 @@ class LatentSelfAttention(MLASelfAttention):
             if hasattr(norm := getattr(self, name, None), "eps"):
                 norm.eps = LATENT_NORM_EPSILON
         if hasattr(self, "q_layernorm") and not self.config.sequence_parallel:
-            # megatron-core sums gradients of "q_layernorm" over TP, as of a norm on each rank's own heads. This
+            # megatron-core sums gradients of "q_layernorm" over TP, as of a norm on each rank's heads. This
             # one sees the whole compressed query on every rank: the mean of equal gradients is right.
             for parameter in self.q_layernorm.parameters():
                 parameter.average_gradients_across_tp_domain = True
