@@ -11,6 +11,7 @@ and the student is pulled towards those teachers by reverse KL over the full voc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -21,6 +22,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from megatron_mopd.backend.failure import is_first_to_fail
+from megatron_mopd.backend.parallel import seed_model_parallel
+from megatron_mopd.backend.watchdog import Watchdog
 from megatron_mopd.config import Config, ConfigError, load_config, save_config
 from megatron_mopd.config.objectives import samples_per_prompt
 from megatron_mopd.data.prompts import PromptSampler
@@ -30,10 +33,11 @@ from megatron_mopd.observe.progress import StepLine, say
 from megatron_mopd.observe.report import draw_report
 from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.routing import RoutingRecords
-from megatron_mopd.training.checkpoint import resume, save
+from megatron_mopd.training.checkpoint import check_space, resume, save
 from megatron_mopd.training.evaluate import evaluate
 from megatron_mopd.training.guards import first_step_alarms
 from megatron_mopd.training.monitors import Alarms, rollout_metrics
+from megatron_mopd.training.preemption import PREEMPTED_STATUS, Preempted, StopRequest
 from megatron_mopd.training.sampling import draw_trajectories
 from megatron_mopd.training.setup import Run, build_run, run_directory
 from megatron_mopd.training.step import StepBatch, plan_steps, train_step
@@ -42,54 +46,19 @@ from megatron_mopd.training.step import StepBatch, plan_steps, train_step
 def train(config: Config) -> dict[str, float]:
     """The whole run: build, then for each iteration sample -> score -> learn -> save. Returns the last
     metrics.
+
+    Raises `Preempted` on every rank when the run was asked to stop and has saved.
     """
     run = build_run(config)
-    first = resume(run.learner)
+    alarms = Alarms()
+    first = resume(run.learner, alarms)
+    check_space(run.learner)
     if run.groups.rank == 0:
         save_config(config, run_directory(config) / "config.yaml")
     writer = MetricsWriter(config.run_dir, config.log.tensorboard, resumed_iteration=first or None)
-    line = StepLine(config.schedule.train_iters, first_iteration=first)
-    sampler = PromptSampler(run.prompts, config.seed)
-
-    alarms = Alarms()
-    metrics: dict[str, float] = {}
-    batches: deque[StepBatch] = deque()  # optimizer steps whose samples are there
-    sampled_for = first
-    for iteration in range(first, config.schedule.train_iters):
-        started = time.perf_counter()
-        reach = iteration + config.rollout.batches_ahead * config.schedule.steps_per_rollout
-        while sampled_for <= min(reach, config.schedule.train_iters - 1):
-            trajectories, routing = sample(run, sampler, sampled_for)
-            rewards = run.rewarder.start(trajectories)
-            batches += plan_steps(run.learner, trajectories, rewards, routing, sampled_for)
-            sampled_for += config.schedule.steps_per_rollout
-        sampled = time.perf_counter()
-        metrics = train_step(run.learner, batches)
-        batch = batches.popleft()
-        metrics |= _timing(batch, sampled - started, time.perf_counter() - started)
-        observed = rollout_metrics(batch.trajectories, batch.rewards.collect())
-        metrics |= observed
-
-        done = iteration + 1
-        messages = alarms.rollout(batch.trajectories, batch.rewards.collect(), observed) + alarms.step(
-            metrics
-        )
-        if iteration == 0 and run.learner.routing is not None:
-            messages += first_step_alarms(metrics, run.learner.routing, config.teachers)
-        for message in messages:
-            say(f"ALARM: {message}")
-        if done == config.schedule.train_iters or _every(config.schedule.eval_interval, done):
-            metrics |= evaluation(run)
-        writer.log(done, metrics)
-        if done == config.schedule.train_iters or _every(config.log.log_interval, done):
-            line.show(done, metrics)
-        if done == config.schedule.train_iters or _every(config.checkpoint.save_interval, done):
-            save(run.learner, done, run.tokenizer)
-
-    if first >= config.schedule.train_iters:
-        metrics = evaluation(run)
-        writer.log(first, metrics)
-    writer.close()
+    watchdog = Watchdog(60 * config.guard.hang_timeout_minutes, run_directory(config) / "stacks")
+    with contextlib.closing(writer), watchdog, StopRequest(run.groups) as stop:
+        metrics = iterate(run, first, alarms, writer, watchdog, stop)
     run.rewarder.close()
     if config.log.report:
         if run.learner.pipeline is not None:
@@ -97,6 +66,77 @@ def train(config: Config) -> dict[str, float]:
         if run.groups.rank == 0:
             draw_report(config.run_dir)
     return metrics
+
+
+def iterate(
+    run: Run, first: int, alarms: Alarms, writer: MetricsWriter, watchdog: Watchdog, stop: StopRequest
+) -> dict[str, float]:
+    """Every iteration from `first` on; the last one's metrics."""
+    config, last = run.config, run.config.schedule.train_iters
+    line = StepLine(last, first_iteration=first)
+    sampler = PromptSampler(run.prompts, config.seed)
+    metrics: dict[str, float] = {}
+    batches: deque[StepBatch] = deque()  # optimizer steps whose samples are there
+    sampled_for = first
+    for iteration in range(first, last):
+        started = time.perf_counter()
+        reach = iteration + config.rollout.batches_ahead * config.schedule.steps_per_rollout
+        while sampled_for <= min(reach, last - 1):
+            watchdog.begin(f"rollout for iteration {sampled_for + 1}")
+            trajectories, routing = sample(run, sampler, sampled_for)
+            rewards = run.rewarder.start(trajectories)
+            batches += plan_steps(run.learner, trajectories, rewards, routing, sampled_for)
+            sampled_for += config.schedule.steps_per_rollout
+        sampled = time.perf_counter()
+        watchdog.begin(f"optimizer step {iteration + 1}")
+        # Dropout of every step has a stream of its own, so that a resumed run draws the same.
+        seed_model_parallel(config.seed + 1_000_003 * iteration)
+        metrics = train_step(run.learner, batches)
+        batch = batches.popleft()
+        metrics |= _timing(batch, sampled - started, time.perf_counter() - started)
+        observed = rollout_metrics(batch.trajectories, batch.rewards.collect())
+        metrics |= observed
+
+        done = iteration + 1
+        for message in _alarms(run, alarms, iteration, batch, metrics, observed):
+            say(f"ALARM: {message}")
+        if done == last or _every(config.schedule.eval_interval, done):
+            watchdog.begin(f"evaluation after iteration {done}")
+            metrics |= evaluation(run)
+        writer.log(done, metrics)
+        if done == last or _every(config.log.log_interval, done):
+            line.show(done, metrics)
+        # Between two steps of one rollout batch nothing can be saved: its samples are in memory alone.
+        is_between = done % config.schedule.steps_per_rollout == 0
+        is_asked = is_between and stop.agreed() and done < last
+        if done == last or is_asked or _every(config.checkpoint.save_interval, done):
+            watchdog.begin(f"checkpoint of iteration {done}")
+            keep = True if is_asked else None  # whoever is asked to stop is to go on later
+            save(run.learner, done, run.tokenizer, alarms, with_optimizer=keep)
+        if is_asked:
+            raise Preempted(done)
+    if first >= last:
+        metrics = evaluation(run)
+        writer.log(first, metrics)
+    return metrics
+
+
+def _alarms(
+    run: Run,
+    alarms: Alarms,
+    iteration: int,
+    batch: StepBatch,
+    metrics: dict[str, float],
+    observed: dict[str, float],
+) -> list[str]:
+    messages = alarms.rollout(batch.trajectories, batch.rewards.collect(), observed)
+    if run.learner.skipped.in_a_row:
+        left_out = f"step {iteration + 1} was left out: its loss or a gradient is not finite (see evidence/)"
+        return [*messages, left_out]
+    messages += alarms.step(metrics)
+    if iteration == 0 and run.learner.routing is not None:
+        messages += first_step_alarms(metrics, run.learner.routing, run.config.teachers)
+    return messages
 
 
 def sample(
@@ -149,7 +189,9 @@ def _every(interval: int, iteration: int) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; a user's mistake is one line on the terminal and exit status 2."""
+    """Command line; a user's mistake is one line on the terminal and exit status 2. A run that was asked to
+    stop and saved has status 75 on every rank.
+    """
     parser = argparse.ArgumentParser(prog="megatron_mopd.train", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--debug", action="store_true", help="show stack traces of configuration errors")
@@ -164,6 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.overrides.append("checkpoint.allow_teacher_change=true")
     try:
         train(load_config(options.config, options.overrides))
+    except Preempted as request:
+        say(f"{request} (exit status {PREEMPTED_STATUS})")
+        dist.barrier()  # the launcher stops everybody at the first exit
+        _leave(PREEMPTED_STATUS)
     except Exception as error:
         # One rank's failure ends the job: the others wait in a collective until the launcher stops them.
         is_mistake = isinstance(error, ConfigError)

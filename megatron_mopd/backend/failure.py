@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+FIRST_FAILURE = "megatron_mopd/first_failure"
+"""Key of the store under which the first failing rank puts its number."""
 _LET_THE_FIRST_SPEAK = 1.0
 """Seconds that other ranks wait before they end too: the launcher stops the whole job at the first exit."""
 
@@ -25,7 +27,7 @@ def is_first_to_fail(message: str) -> bool:
     if dist.is_initialized():
         try:
             store = dist.distributed_c10d._get_default_store()
-            first = store.compare_set("megatron_mopd/first_failure", "", rank).decode() == rank
+            first = store.compare_set(FIRST_FAILURE, "", rank).decode() == rank
         except (dist.DistError, RuntimeError):
             first = True  # whoever kept the store is gone: better told twice than not at all
     if not first:

@@ -252,8 +252,13 @@ def build_parallel_groups(parallel: ParallelConfig, device: torch.device, seed: 
         distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
         create_gloo_process_groups=device.type != "cpu",
     )
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    seed_model_parallel(seed)
     return ParallelGroups(ProcessGroupCollection.use_mpu_process_groups(), parallel, device)
+
+
+def seed_model_parallel(seed: int) -> None:
+    """Start megatron-core's random-number streams (dropout, router jitter) anew. No collectives."""
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def destroy_parallel_groups(keep_models_working: bool = True) -> None:

@@ -153,6 +153,15 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "rollout.repetition_stop: every token is a pattern once; needs at least 2, or 0 for never"
         )
+    for dotted in (
+        "checkpoint.save_interval",
+        "checkpoint.keep_last",
+        "checkpoint.keep_every",
+        "guard.max_skipped_steps",
+        "guard.hang_timeout_minutes",
+    ):
+        if not (value := attrgetter(dotted)(config)) >= 0:  # NaN is not either
+            raise ConfigError(f"{dotted}: must be at least 0, found {value}")
     check_objectives(config)
     if not config.rewards.timeout_seconds > 0:
         raise ConfigError(f"rewards.timeout_seconds: must be above 0, found {config.rewards.timeout_seconds}")

@@ -319,10 +319,26 @@ class CheckpointConfig:
     save_optimizer: bool = True
     """Keep optimizer state in the checkpoints, so that the run can resume."""
     resume: bool = True
-    """Continue from the newest checkpoint of `run_dir` when there is one."""
+    """Continue from the newest undamaged checkpoint of `run_dir` when there is one."""
     allow_teacher_change: bool = False
     """Continue although teachers are others than those the checkpoint was written with
     (`--allow-teacher-change`)."""
+    keep_last: int = 0
+    """So many of the newest checkpoints stay, older ones are removed; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints whose iteration is a multiple of this stay all the same; 0: none."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What ends a run that cannot go on, and what does not."""
+
+    max_skipped_steps: int = 3
+    """Optimizer steps in a row that may be left out because the loss or a gradient is not finite; one more
+    ends the run."""
+    hang_timeout_minutes: float = 60.0
+    """A rank that has not begun a new phase (sampling, an optimizer step, evaluation, saving) for so long
+    ends the job, and every rank says where it stands. Longer than the longest phase; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -365,4 +381,5 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -4,6 +4,7 @@
       latest_checkpointed_iteration.txt      the newest complete iteration
       iter_0000010/                          torch_dist files, under megatron-core's canonical keys
         model.json                           architecture and tokenizer fingerprint
+        checksums.json                       size and SHA-256 of every file, compared before loading
         tokenizer/                           the tokenizer that the model speaks
         hugging_face/                        what came with a Hugging Face model and goes back out with it
 
@@ -27,6 +28,7 @@ from megatron.core import dist_checkpointing
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import ConfigError, ModelConfig, model_config_from_dict, to_dict
 from megatron_mopd.data.tokenizer import load_tokenizer
+from megatron_mopd.model.checksums import verify_checksums, write_checksums
 from megatron_mopd.model.companions import take_over_companions
 from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint, is_hugging_face, read_config
 from megatron_mopd.model.initialize import sharded_tensors
@@ -71,9 +73,17 @@ def latest_iteration(directory: str | Path) -> int | None:
         return iteration
     # A damaged tracker, or a crash while its checkpoint was replaced: complete directories speak for
     # themselves.
-    names = [re.fullmatch(r"iter_(\d{7})", entry.name) for entry in directory.iterdir()]
-    complete = [int(match[1]) for match in names if match and (directory / match[0] / MODEL_FILE).exists()]
-    return max(complete, default=None)
+    return next(iter(complete_iterations(directory)), None)
+
+
+def complete_iterations(directory: str | Path) -> list[int]:
+    """The iterations of every complete checkpoint under `directory`, newest first."""
+    try:
+        names = [re.fullmatch(r"iter_(\d{7,})", entry.name) for entry in Path(directory).iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    complete = [m for m in names if m and (Path(directory) / m[0] / MODEL_FILE).exists()]
+    return sorted((int(match[1]) for match in complete), reverse=True)
 
 
 def read_model_config(checkpoint: Path, where: str) -> tuple[ModelConfig, str]:
@@ -122,6 +132,7 @@ def load_weights(chunks: list[torch.nn.Module], checkpoint: Path, groups: Parall
     if not (checkpoint / MODEL_FILE).exists():
         load_hugging_face_weights(chunks, checkpoint, where)
         return
+    verify_checksums(checkpoint, where)
     state = model_state(chunks, groups)
     for part in state.values():  # Transformer Engine's FP8 statistics, which the local spec does not have
         for name in [name for name in part if name.endswith("_extra_state")]:
@@ -231,8 +242,11 @@ def publish_checkpoint(
         architecture = {key: value for key, value in to_dict(model).items() if key != "load"}
         description = {"model": architecture, "tokenizer": tokenizer_fingerprint}
         (partial / MODEL_FILE).write_text(json.dumps(description, indent=2))
+    dist.barrier()
+    write_checksums(partial)
+    if dist.get_rank() == 0:
         _flush_to_disk(partial)
-        shutil.rmtree(final, ignore_errors=True)
+        remove_checkpoint(final)
         partial.rename(final)
         tracker = directory / TRACKER
         tracker.with_suffix(".tmp").write_text(str(iteration))
@@ -240,6 +254,15 @@ def publish_checkpoint(
         _sync(directory)
     dist.barrier()
     return final
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint so that no moment shows an incomplete directory under its name. One rank alone."""
+    leaving = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(leaving, ignore_errors=True)
+    if path.exists():
+        path.rename(leaving)
+        shutil.rmtree(leaving, ignore_errors=True)
 
 
 def _companion_places(directory: Path, model: ModelConfig) -> list[Path]:

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from megatron_mopd.config import ConfigError
 from megatron_mopd.data.tokenizer import Tokenizer
 from megatron_mopd.model.checkpoint import (
-    find_checkpoint,
+    MODEL_FILE,
+    complete_iterations,
+    iteration_directory,
     latest_iteration,
     model_state,
     read_model_config,
+    remove_checkpoint,
     write_checkpoint,
 )
+from megatron_mopd.model.checksums import verify_checksums
 from megatron_mopd.model.gpt import unwrap
+from megatron_mopd.model.initialize import sharded_tensors
 from megatron_mopd.observe.progress import say
 from megatron_mopd.teachers.manifest import changed_teachers
+from megatron_mopd.training.monitors import Alarms
 from megatron_mopd.training.optimizer import allocate_state, separate_steps
 from megatron_mopd.training.step import Learner
 
@@ -35,6 +47,10 @@ def checkpoints_directory(run_dir: str) -> Path:
     return Path(run_dir) / "checkpoints"
 
 
+_SPACE_MARGIN = 1.1
+"""Free space asked for, relative to the tensors' size: metadata, tokenizer, the list of checksums."""
+
+
 def _state(learner: Learner, iteration: int, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
     state = model_state([unwrap(chunk) for chunk in learner.chunks], learner.groups)
     if with_optimizer:
@@ -46,34 +62,121 @@ def _state(learner: Learner, iteration: int, with_optimizer: bool, is_loading: b
         state["scheduler"] = learner.scheduler.state_dict()
         state["iteration"] = iteration
         state["manifest"] = learner.manifest
+        state["skipped"] = learner.skipped.state_dict()
     return state
 
 
-def save(learner: Learner, iteration: int, tokenizer: Tokenizer) -> Path:
-    """Write the checkpoint of `iteration` (optimizer steps done). Collective over all ranks."""
-    return write_checkpoint(
-        checkpoints_directory(learner.config.run_dir),
-        iteration,
-        _state(learner, iteration, learner.config.checkpoint.save_optimizer, is_loading=False),
-        learner.model,
-        tokenizer.fingerprint(),
-        tokenizer.save,
+def save(
+    learner: Learner,
+    iteration: int,
+    tokenizer: Tokenizer,
+    alarms: Alarms | None = None,
+    *,
+    with_optimizer: bool | None = None,
+) -> Path:
+    """Write the checkpoint of `iteration` (steps done), then remove those that need not be kept.
+
+    with_optimizer: default, what `checkpoint.save_optimizer` says. Collective over all ranks. Raises
+    `OSError` on every rank alike when the disk cannot take another checkpoint; the last one stays.
+    """
+    settings = learner.config.checkpoint
+    if with_optimizer is None:
+        with_optimizer = settings.save_optimizer
+    if problem := _lack_of_space(learner, with_optimizer):
+        raise OSError(errno.ENOSPC, f"iteration {iteration} cannot be saved: {problem}")
+    state = _state(learner, iteration, with_optimizer, is_loading=False)
+    if with_optimizer and alarms is not None:
+        state["alarms"] = alarms.state_dict()
+    directory = checkpoints_directory(learner.config.run_dir)
+    path = write_checkpoint(
+        directory, iteration, state, learner.model, tokenizer.fingerprint(), tokenizer.save
+    )
+    if settings.keep_last and dist.get_rank() == 0:
+        # Later ones, which resuming passed over because they are damaged, are overwritten when the run gets
+        # there.
+        older = [i for i in complete_iterations(directory) if i <= iteration][settings.keep_last :]
+        for number in older:
+            if not (settings.keep_every and number % settings.keep_every == 0):
+                remove_checkpoint(iteration_directory(directory, number))
+    return path
+
+
+def check_space(learner: Learner) -> None:
+    """`ConfigError` on every rank alike when the run's disk has no room for one checkpoint. Collective."""
+    if problem := _lack_of_space(learner, learner.config.checkpoint.save_optimizer):
+        raise ConfigError(f"run_dir: {problem}")
+
+
+def _lack_of_space(learner: Learner, with_optimizer: bool) -> str | None:
+    """What is missing for a checkpoint, or `None`. Collectives: one all-reduce of one float64 over all ranks
+    and a broadcast of rank 0's view of the disk.
+    """
+    size = torch.zeros(1, dtype=torch.float64, device=learner.groups.device)
+    for tensor in sharded_tensors(model_state([unwrap(c) for c in learner.chunks], learner.groups)):
+        if tensor.data is not None and is_main_replica(tensor.replica_id):
+            # Two moments, and a master copy where the weights are of lower precision, in at least float32.
+            width = tensor.data.element_size()
+            moments = (2 + (width < 4)) * max(4, width) if with_optimizer else 0
+            size += tensor.data.numel() * (width + moments)
+    dist.all_reduce(size)
+    needed = size.item() * _SPACE_MARGIN
+    directory = Path(learner.config.run_dir)
+    free: list[float | None] = [None]
+    if dist.get_rank() == 0:
+        existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
+        free = [shutil.disk_usage(existing).free]
+    dist.broadcast_object_list(free, src=0)
+    if free[0] >= needed:
+        return None
+    return (
+        f"a checkpoint takes about {needed / 1e9:.3g} GB, {directory} has {free[0] / 1e9:.3g} GB left; make "
+        "room, or keep fewer with checkpoint.keep_last"
     )
 
 
-def resume(learner: Learner) -> int:
-    """Continue from the newest checkpoint of the run directory; returns the iterations already done (0:
-    none).
+def resume(learner: Learner, alarms: Alarms | None = None) -> int:
+    """Continue from the newest undamaged checkpoint of the run directory; returns the iterations already done
+    (0: none).
 
-    Collective over all ranks. The checkpoint may have been saved at any parallel layout. Refuses
-    (`ConfigError`) a checkpoint whose architecture, tokenizer, teachers or objective are not this run's, or
-    without optimizer state.
+    Collective over all ranks. The checkpoint may have been saved at any parallel layout. Says which it
+    passed over and why; when all are damaged, the newest's `ConfigError` is raised. Refuses (`ConfigError`) a
+    checkpoint whose architecture, tokenizer, teachers or objective are not this run's, or without optimizer
+    state.
     """
-    directory = checkpoints_directory(learner.config.run_dir)
-    newest = latest_iteration(directory)
-    if newest is None or not learner.config.checkpoint.resume:
+    if not learner.config.checkpoint.resume:
         return 0
-    path = find_checkpoint(directory, "run_dir")
+    directory = checkpoints_directory(learner.config.run_dir)
+    candidates = complete_iterations(directory)
+    _say_incomplete(directory)
+    newest = latest_iteration(directory)
+    first_error = None
+    for iteration in candidates:
+        if newest is not None and iteration > newest:
+            continue  # the tracker was turned back by hand
+        path = iteration_directory(directory, iteration)
+        try:
+            verify_checksums(path, "run_dir")
+        except ConfigError as error:
+            say(f"resume: passed over {path.name}: {error}")
+            first_error = first_error or error
+            continue
+        return _load(learner, path, iteration, alarms)
+    if first_error is not None:
+        raise first_error
+    return 0
+
+
+def _say_incomplete(directory: Path) -> None:
+    if not directory.is_dir():
+        return
+    for entry in sorted(os.listdir(directory)):
+        if entry.endswith(".incomplete"):
+            say(f"resume: passed over {entry}: the run ended while it was written")
+        elif entry.startswith("iter_") and not (directory / entry / MODEL_FILE).exists():
+            say(f"resume: passed over {entry}: no {MODEL_FILE}, so it is not complete")
+
+
+def _load(learner: Learner, path: Path, newest: int, alarms: Alarms | None) -> int:
     model, fingerprint = read_model_config(path, "run_dir")
     if model.transformer != learner.model.transformer:
         changed = sorted(
@@ -95,6 +198,12 @@ def resume(learner: Learner) -> int:
     _check_manifest(
         common["manifest"], learner.manifest, path, learner.config.checkpoint.allow_teacher_change
     )
+    steps = learner.config.schedule.steps_per_rollout
+    if newest % steps:
+        raise ConfigError(
+            f"schedule.steps_per_rollout: {path} is of iteration {newest}, in the middle of a rollout batch "
+            f"of {steps} steps, whose samples are gone; put the old value back or start a new run_dir"
+        )
     allocate_state(learner.optimizer)
     state = dist_checkpointing.load(_state(learner, 0, with_optimizer=True, is_loading=True), str(path))
     for number, chunk in enumerate(learner.chunks):
@@ -102,6 +211,10 @@ def resume(learner: Learner) -> int:
     learner.optimizer.load_state_dict(state["optimizer"])
     separate_steps(learner.optimizer)
     learner.scheduler.load_state_dict(state["scheduler"])
+    if "skipped" in common:
+        learner.skipped.load_state_dict(common["skipped"])
+    if alarms is not None and "alarms" in common:
+        alarms.load_state_dict(common["alarms"])
     return state["iteration"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_mopd.data.trajectory import Trajectory
 
@@ -54,6 +55,24 @@ class Alarms:
         self._first_entropy: dict[str, float] = {}
         self._equal: dict[str, tuple[float, int]] = {}
         self._failed: dict[str, int] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been seen so far, in plain containers: a resumed run raises the same alarms."""
+        return {
+            "raised": sorted(self._raised),
+            "lowest_kl": dict(self._lowest_kl),
+            "first_entropy": dict(self._first_entropy),
+            "equal": {domain: list(seen) for domain, seen in self._equal.items()},
+            "failed": dict(self._failed),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self._raised = set(state["raised"])
+        self._lowest_kl = dict(state["lowest_kl"])
+        self._first_entropy = dict(state["first_entropy"])
+        self._equal = {domain: (value, count) for domain, (value, count) in state["equal"].items()}
+        self._failed = dict(state["failed"])
 
     def rollout(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from megatron_mopd.teachers.hidden_cache import HiddenCache, states_within
 from megatron_mopd.teachers.routing import Mixture, Routing
 from megatron_mopd.training.batch_facts import BatchFacts, outcome_advantages
 from megatron_mopd.training.losses import METRICS, BatchLoss, named_metrics
+from megatron_mopd.training.nonfinite import SkippedSteps, all_finite, save_evidence
 from megatron_mopd.training.old_policy import proximal_logprobs
 from megatron_mopd.training.response_tokens import response_hidden
 from megatron_mopd.training.rewards import NO_REWARDS, PendingRewards
@@ -63,6 +65,7 @@ class Learner:
     routing: Routing | None = None
     """`None` when no domain's objective has teachers."""
     bank: TeacherBank | None = None
+    skipped: SkippedSteps = field(default_factory=SkippedSteps)
     pipeline: PipelineDriver | None = field(init=False, default=None)
     """`None` when megatron-core's own schedules are used."""
 
@@ -290,24 +293,46 @@ def _limit_cache(learner: Learner, batches: Sequence[StepBatch]) -> None:
 
 
 def _update(learner: Learner, batch: StepBatch, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Metrics of the step, and the optimizer step when the loss is finite.
+    """Metrics of the step, and the optimizer step when loss and gradients are finite on every rank.
 
     Collectives beyond megatron-core's: one all-reduce over DP x CP and one broadcast over PP of 14 x domains
-    + 2 float64 values. Raises `FloatingPointError` on every rank alike, before the weights change, when the
-    loss is not finite.
+    + 2 float64 values, and one all-reduce of one float over all ranks. Raises `FloatingPointError` on every
+    rank alike, before the weights change, when too many steps in a row were not finite.
     """
     metrics = _reduce(learner, batch, reports)
-    if not math.isfinite(metrics["loss"]):
-        raise FloatingPointError(
-            f"the loss is {metrics['loss']}: {metrics}; the weights are those of the last step"
-        )
+    if not all_finite(metrics["loss"], learner.chunks, learner.groups):
+        return metrics | _skip(learner, batch, metrics)
     _, grad_norm, _ = learner.optimizer.step()
     if grad_norm is not None and not math.isfinite(grad_norm):
         raise FloatingPointError(f"the gradient norm is {grad_norm}; resume from the last checkpoint")
+    learner.skipped.in_a_row = 0
     learner.scheduler.step(increment=1)
     metrics["grad_norm"] = float(grad_norm) if grad_norm is not None else 0.0
     metrics["lr"] = max(group["lr"] for group in learner.optimizer.param_groups)
     return metrics
+
+
+def _skip(learner: Learner, batch: StepBatch, metrics: dict[str, float]) -> dict[str, float]:
+    """Leave the optimizer step out: neither weights nor learning-rate schedule move."""
+    iteration = learner.scheduler.num_steps + learner.skipped.total + 1
+    directory = Path(learner.config.run_dir) / "evidence"
+    evidence = save_evidence(
+        directory, iteration, learner.chunks, batch.trajectories, metrics, learner.groups
+    )
+    learner.skipped.total += 1
+    learner.skipped.in_a_row += 1
+    limit = learner.config.guard.max_skipped_steps
+    if learner.skipped.in_a_row > limit:
+        raise FloatingPointError(
+            f"loss or gradient not finite in {learner.skipped.in_a_row} steps in a row "
+            f"(guard.max_skipped_steps={limit}; loss {metrics['loss']}); the weights are those of the last "
+            f"finite step; see {evidence}"
+        )
+    return {
+        "skipped_steps": learner.skipped.total,
+        "grad_norm": math.nan,
+        "lr": max(group["lr"] for group in learner.optimizer.param_groups),
+    }
 
 
 def _build_loss(learner: Learner, batch: StepBatch) -> BatchLoss:

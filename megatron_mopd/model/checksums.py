@@ -1,0 +1,87 @@
+"""Checksums of a checkpoint's files: a list of SHA-256 sums that is written last and compared before loading.
+
+Every rank reads its share of the files, so the time is that of one shared file system, not of one process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_mopd.config import ConfigError
+
+CHECKSUM_FILE = "checksums.json"
+
+
+def write_checksums(directory: Path) -> None:
+    """Sum up every file below `directory` into `checksums.json`. Collective over all ranks.
+
+    Collectives: one all-gather of about 100 bytes a file.
+    """
+    sums = {name: {"bytes": (directory / name).stat().st_size} for name in _share(_files(directory))}
+    for name, entry in sums.items():
+        entry["sha256"] = _sha256(directory / name)
+    gathered = _gather(sums)
+    if _rank() == 0:
+        everything = {name: entry for part in gathered for name, entry in part.items()}
+        (directory / CHECKSUM_FILE).write_text(json.dumps(dict(sorted(everything.items())), indent=1))
+
+
+def verify_checksums(directory: Path, where: str) -> None:
+    """Compare every file with `checksums.json`; `ConfigError` on every rank alike names what is damaged.
+
+    A checkpoint without the list (of another program) passes. Collective over all ranks: one all-gather of
+    the names of damaged files.
+    """
+    try:
+        sums = json.loads((directory / CHECKSUM_FILE).read_text())
+        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in sums.items()}
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: {directory / CHECKSUM_FILE} is damaged: {error}") from None
+    mine = [problem for name in _share(sorted(expected)) if (problem := _problem(directory, name, expected))]
+    problems = sorted(problem for part in _gather(mine) for problem in part)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"{where}: checkpoint {directory} is damaged: {problems[0]}{more}")
+
+
+def _problem(directory: Path, name: str, expected: dict[str, tuple[int, str]]) -> str | None:
+    size, digest = expected[name]
+    try:
+        found = (directory / name).stat().st_size
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+        return None if _sha256(directory / name) == digest else f"{name} differs from its checksum"
+    except OSError as error:
+        return f"{name}: {error.strerror}"
+
+
+def _files(directory: Path) -> list[str]:
+    paths = [path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUM_FILE]
+    return sorted(str(path.relative_to(directory)) for path in paths)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _share(names: list[str]) -> list[str]:
+    return names[_rank() :: dist.get_world_size()] if dist.is_initialized() else names
+
+
+def _gather(value) -> list:
+    if not dist.is_initialized():
+        return [value]
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

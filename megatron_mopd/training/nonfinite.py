@@ -1,0 +1,85 @@
+"""Steps whose loss or gradient is not finite: left out on all ranks alike, counted, with evidence on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.data.trajectory import Trajectory
+
+
+@dataclass
+class SkippedSteps:
+    """How many optimizer steps were left out; part of a checkpoint."""
+
+    total: int = 0
+    in_a_row: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.total, self.in_a_row = state["total"], state["in_a_row"]
+
+
+def all_finite(loss: float, chunks: Sequence[torch.nn.Module], groups: ParallelGroups) -> bool:
+    """Whether the loss and every gradient of every rank is finite; the same answer on all ranks.
+
+    Reads the gradient buffers once. Collectives: one all-reduce of one float over all ranks.
+    """
+    bad = torch.full((1,), float(not math.isfinite(loss)), device=groups.device)
+    for chunk in chunks:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            if buffer.grad_data.numel():
+                # The largest magnitude is NaN or infinite when one element is, and needs no copy of them all.
+                largest = torch.linalg.vector_norm(buffer.grad_data, math.inf)
+                bad += (~torch.isfinite(largest)).float()
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return not bad.item()
+
+
+def save_evidence(
+    directory: Path,
+    iteration: int,
+    chunks: Sequence[torch.nn.Module],
+    trajectories: Sequence[Trajectory],
+    metrics: dict[str, float],
+    groups: ParallelGroups,
+) -> Path:
+    """Write what went into a step that was left out, and where its gradients were not finite.
+
+    `directory/iter_0000010/batch.json` (rank 0): metrics and the global batch. `rank_3.json` (each rank that
+    has any): names of parameters whose gradients are not finite, and how many elements. Collectives: none.
+    """
+    path = directory / f"iter_{iteration:07d}"
+    path.mkdir(parents=True, exist_ok=True)
+    names = {}
+    for number, chunk in enumerate(chunks):
+        for name, parameter in chunk.named_parameters():
+            gradient = getattr(parameter, "main_grad", None)
+            if gradient is not None and (count := int((~torch.isfinite(gradient)).sum())):
+                names[f"chunk {number}: {name}"] = {"not_finite": count, "elements": gradient.numel()}
+    if names:
+        (path / f"rank_{groups.rank}.json").write_text(json.dumps(names, indent=1))
+    if groups.rank == 0:
+        batch = [
+            {
+                "index": t.index,
+                "domain": t.domain,
+                "origin": t.prompt.origin,
+                "prompt_ids": list(t.prompt.token_ids),
+                "response_ids": list(t.response_ids),
+                "logprobs": None if t.logprobs is None else [repr(float(p)) for p in t.logprobs],
+            }
+            for t in trajectories
+        ]
+        said = {name: repr(value) for name, value in metrics.items()}  # JSON has no NaN
+        (path / "batch.json").write_text(json.dumps({"metrics": said, "batch": batch}))
+    return path

@@ -1,0 +1,274 @@
+"""Whole runs on forked ranks, with something going wrong at a chosen point.
+
+`Job(arguments, 2, fault).wait()` starts `python -m megatron_mopd.train ARGUMENTS` on two ranks as torchrun
+would, calls `fault(rank)` in each before it begins (to plant what goes wrong), and collects what they left.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_mopd import train
+from megatron_mopd.model.checksums import CHECKSUM_FILE
+from megatron_mopd.observe.metrics import read_metrics
+from megatron_mopd.training import step
+from tests import _runs
+
+RANKS = 2
+PATIENCE = float(os.environ.get("FAULT_PATIENCE", "120"))
+"""Seconds that a run may take, and that the other ranks may take to end after the first one has."""
+
+
+class Job:
+    """One start of a run. `statuses` and `texts` are there after `wait`."""
+
+    def __init__(
+        self,
+        arguments: list[str],
+        fault: Callable[[int], None] | None = None,
+        ranks: int = RANKS,
+        as_launcher: bool = False,
+    ):
+        """as_launcher: SIGTERM to the other ranks at the first failure, as torchrun does."""
+        self._as_launcher = as_launcher
+        context = multiprocessing.get_context("fork")
+        self._directory = tempfile.TemporaryDirectory()
+        ports = context.SimpleQueue()
+        self.processes = [
+            context.Process(target=_rank, args=(rank, ranks, ports, self._directory.name, arguments, fault))
+            for rank in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for _ in self.processes:
+            ports.put(self._store.port)
+
+    def wait(self, timeout: float = 2 * PATIENCE) -> Job:
+        """Until all ranks have ended. Fails when some are still there long after the first."""
+        deadline = time.monotonic() + timeout
+        first_end = None
+        while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
+            time.sleep(0.02)
+            if first_end is None and not all(process.is_alive() for process in self.processes):
+                first_end = time.monotonic()
+                deadline = min(deadline, first_end + PATIENCE)
+                if self._as_launcher and any(process.exitcode for process in self.processes):
+                    for process in self.processes:
+                        process.terminate()
+        hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.statuses = [process.exitcode for process in self.processes]
+        self.seconds_to_end = time.monotonic() - first_end if first_end else timeout
+        directory = Path(self._directory.name)
+        self.stdout, self.stderr = (
+            [(directory / f"{rank}.{kind}").read_text() for rank in range(len(self.processes))]
+            for kind in ("out", "err")
+        )
+        assert not hung, f"ranks {hung} did not end:\n{self.printed}"
+        return self
+
+    @property
+    def printed(self) -> str:
+        return "\n".join(text for pair in zip(self.stdout, self.stderr) for text in pair if text)
+
+
+def _rank(rank, ranks, ports, directory, arguments, fault) -> None:
+    if fault is not None:
+        fault(rank)
+    _runs._rank(rank, ranks, ports, Path(directory), arguments)
+
+
+def configuration(directory: Path, name: str, **sections) -> dict:
+    """A run with everything that has to survive: sampling, a teacher, dropout, rollout batches of two steps,
+    a learning rate that moves. `name`: its run directory below `directory`.
+    """
+    values = {
+        "run_dir": str(directory / name),
+        "student": {"hidden_dropout": 0.1, "attention_dropout": 0.1, "num_layers": 1},
+        "teachers": [{"name": "self"}],
+        "routing": {"default": "self"},
+        "objective": {"kind": "full_vocab_kl", "per_domain": {"add": "sft"}},
+        "optimizer": {"lr": 1e-3, "lr_decay_style": "linear", "lr_warmup_iters": 3},
+        "schedule": {
+            "train_iters": 6,
+            "steps_per_rollout": 2,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+        },
+        "checkpoint": {"save_interval": 2},
+    }
+    for section, keys in sections.items():
+        values[section] = values.get(section, {}) | keys if isinstance(keys, dict) else keys
+    values["student"] = dict(_runs.MODEL) | values["student"]
+    return _runs.values(directory, **values)
+
+
+def arguments(directory: Path, name: str, **sections) -> list[str]:
+    """The command line of `configuration`."""
+    return _runs.write_config(directory / f"{name}.yaml", configuration(directory, name, **sections))
+
+
+def comparable(run_dir: Path) -> list[dict]:
+    """The run's metrics without what clocks say, and without the teachers' loads: after a start the bank is
+    empty.
+    """
+    clocks = ("time/", "tokens_per_second", "idle/")
+    loads = ("/loads", "/load_seconds", "/load_hidden", "/score_seconds")
+    return [
+        {k: v for k, v in line.items() if not k.startswith(clocks) and not k.endswith(loads)}
+        for line in read_metrics(run_dir)
+    ]
+
+
+def fingerprint(run_dir: Path, iteration: int = 6) -> dict[str, str]:
+    """SHA-256 of every tensor file of a checkpoint: weights and optimizer state, to the bit."""
+    path = run_dir / "checkpoints" / f"iter_{iteration:07d}" / CHECKSUM_FILE
+    return {
+        name: entry["sha256"]
+        for name, entry in json.loads(path.read_text()).items()
+        if name.endswith(".distcp")
+    }
+
+
+# Faults: what `fault(rank)` plants. `train` looks its functions up at the call, so they can be replaced.
+
+
+def before(name: str, number: int, victim: int, act: Callable[[], None]) -> Callable[[int], None]:
+    """Call `act` on rank `victim` when `train.NAME` is called for the `number`-th time (from 1)."""
+
+    def fault(rank: int) -> None:
+        if rank != victim:
+            return
+        original, calls = getattr(train, name), [0]
+
+        def wrapped(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == number:
+                act()
+            return original(*args, **kwargs)
+
+        setattr(train, name, wrapped)
+
+    return fault
+
+
+def kill_after(seconds: float) -> Callable[[], None]:
+    """`kill -9` of this process after so long, wherever it is then."""
+
+    def act() -> None:
+        def die() -> None:
+            time.sleep(seconds)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=die, daemon=True).start()
+
+    return act
+
+
+def random_kill(rng: random.Random, last_call: int) -> tuple[str, Callable[[int], None]]:
+    """A random rank dies at a random moment of a random phase; with a description."""
+    name = rng.choice(["build_run", "sample", "train_step", "save", "save"])
+    number = 1 if name == "build_run" else rng.randint(1, last_call)
+    victim, seconds = rng.randrange(RANKS), rng.uniform(0, 0.5)
+    description = f"rank {victim}, {seconds:.2f} s into call {number} of {name}"
+    return description, before(name, number, victim, kill_after(seconds))
+
+
+def broken_gradients(steps: set[int], victim: int = 1, value: float = float("nan")) -> Callable[[int], None]:
+    """On rank `victim` one gradient element is `value` in the given optimizer steps (from 1)."""
+
+    def fault(rank: int) -> None:
+        if rank != victim:
+            return
+        original, calls = step.all_finite, [0]
+
+        def wrapped(loss, chunks, groups):
+            calls[0] += 1
+            if calls[0] in steps:
+                dict(chunks[0].named_parameters())["module.decoder.final_layernorm.weight"].main_grad[3] = (
+                    value
+                )
+            return original(loss, chunks, groups)
+
+        step.all_finite = wrapped
+
+    return fault
+
+
+def hang(number: int, victim: int, timeout: float) -> Callable[[int], None]:
+    """Rank `victim` sleeps in its `number`-th optimizer step; from then on its watchdog waits `timeout`
+    seconds only (so that a slow machine's start does not count).
+    """
+
+    def fault(rank: int) -> None:
+        made = []
+
+        class Recorded(train.Watchdog):
+            def __init__(self, *args):
+                super().__init__(*args)
+                made.append(self)
+
+        def act() -> None:
+            made[0]._timeout = timeout
+            time.sleep(600)
+
+        train.Watchdog = Recorded
+        before("train_step", number, victim, act)(rank)
+
+    return fault
+
+
+def no_room(size: int) -> Callable[[], None]:
+    """From now on this process cannot write files beyond `size` bytes, as on a full disk."""
+
+    def act() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return act
+
+
+def flip_bit(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def survive(directory: Path, name: str, kills: int, rng: random.Random, say=lambda text: None) -> int:
+    """Start the run `name` again after each of `kills` random deaths, then let it finish.
+
+    Returns how many deaths happened before the run was over by itself.
+    """
+    command = arguments(directory, name)
+    died = 0
+    for _ in range(kills):
+        description, fault = random_kill(rng, last_call=2)
+        job = Job(command, fault, as_launcher=True).wait()
+        happened = -signal.SIGKILL in job.statuses
+        died += happened
+        outcome = f"died, {job.seconds_to_end:.1f} s to the end" if happened else "was over before"
+        say(f"{name}: {description}: {outcome}")
+        assert happened or job.statuses == [0] * RANKS, job.printed
+    job = Job(command).wait()
+    assert job.statuses == [0] * RANKS, job.printed
+    return died
+
+
+def write_inputs(directory: Path) -> None:
+    torch.set_num_threads(1)
+    _runs.write_inputs(directory)

@@ -1,0 +1,49 @@
+"""Kills a tiny run on two ranks at many random points, and compares it with one that nothing happened to.
+
+    python -m tests.faults.kill_points [--kills 100] [--seed 0] [--kills-per-run 5] [--directory DIR]
+
+Each death is `kill -9` of a random rank at a random moment of start-up, sampling, training or saving; the run
+is then started again, and again after the next death, until it ends by itself. Its metrics and every byte of
+its last checkpoint's tensors have to be those of the undisturbed run. Prints the tally; exit status 1 when a
+run differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.faults import harness
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills-per-run", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--directory", help="default: a temporary one")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(options.directory or temporary)
+        harness.write_inputs(directory)
+        job = harness.Job(harness.arguments(directory, "reference")).wait()
+        assert job.statuses == [0] * harness.RANKS, job.printed
+        rng, died, runs, equal = random.Random(options.seed), 0, 0, 0
+        while died < options.kills:
+            name = f"run_{runs}"
+            kills = min(options.kills_per_run, options.kills - died)
+            died += harness.survive(directory, name, kills, rng, say=lambda text: print(text, flush=True))
+            runs += 1
+            same = harness.comparable(directory / name) == harness.comparable(directory / "reference")
+            same &= harness.fingerprint(directory / name) == harness.fingerprint(directory / "reference")
+            equal += same
+            verdict = "equal" if same else "DIFFERENT"
+            print(f"{name}: {verdict}; {died} deaths so far, {equal} of {runs} runs equal", flush=True)
+    sys.exit(0 if equal == runs else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""A run that is killed, asked to stop, starved or poisoned loses nothing and says what happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+
+from megatron_mopd import train
+from megatron_mopd.observe.metrics import read_metrics
+from megatron_mopd.training.preemption import PREEMPTED_STATUS
+from tests.faults import harness
+from tests.faults.harness import RANKS, Job, before, comparable, fingerprint
+
+DONE = [0] * RANKS
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("faults")
+    harness.write_inputs(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def reference(directory):
+    """The run that nothing happens to."""
+    job = Job(harness.arguments(directory, "reference")).wait()
+    assert job.statuses == DONE, job.printed
+    metrics = comparable(directory / "reference")
+    assert [line["iteration"] for line in metrics] == list(range(1, 7))
+    assert metrics[-1]["loss"] != metrics[-3]["loss"] and metrics[-1]["kl/copy"] > 0, "nothing to compare"
+    return directory / "reference"
+
+
+def assert_equal(run_dir, reference):
+    assert comparable(run_dir) == comparable(reference)
+    assert fingerprint(run_dir) == fingerprint(reference), "weights and optimizer state, to the bit"
+
+
+def test_asked_to_stop(directory, reference):
+    """One rank gets the signal in the middle of a rollout batch: all save at its end, and leave with 75."""
+    command = harness.arguments(
+        directory, "stopped", checkpoint={"save_interval": 0, "save_optimizer": False}
+    )
+    job = Job(command, before("train_step", 3, 1, lambda: os.kill(os.getpid(), signal.SIGUSR1))).wait()
+    assert job.statuses == [PREEMPTED_STATUS] * RANKS, job.printed
+    assert "saved iteration 4" in job.stdout[0] and not any(job.stderr)
+    assert [path.name for path in (directory / "stopped" / "checkpoints").glob("iter_*")] == ["iter_0000004"]
+    job = Job(harness.arguments(directory, "stopped")).wait()
+    assert job.statuses == DONE, job.printed
+    assert_equal(directory / "stopped", reference)
+
+
+def test_damaged_checkpoints(directory, reference):
+    """A flipped bit and a torn file are found; the newest undamaged checkpoint is used, and said so."""
+    run_dir = directory / "damaged"
+    shutil.copytree(reference, run_dir)
+    checkpoints = run_dir / "checkpoints"
+    newest = max((checkpoints / "iter_0000006").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    harness.flip_bit(newest, newest.stat().st_size // 2)
+    second = next((checkpoints / "iter_0000004").glob("*.distcp"))
+    os.truncate(second, second.stat().st_size - 1)
+    (checkpoints / ".iter_0000010.incomplete").mkdir()
+    settings = {"keep_last": 1, "keep_every": 4, "save_interval": 2}
+    job = Job(harness.arguments(directory, "damaged", checkpoint=settings)).wait()
+    assert job.statuses == DONE, job.printed
+    said = job.stdout[0]
+    assert f"{newest.name} differs from its checksum" in said and f"{second.name} has" in said
+    assert ".iter_0000010.incomplete" in said and "step 3/6" in said and "step 2/6" not in said
+    assert_equal(run_dir, reference)
+    # keep_last 1 keeps 6, keep_every 4 keeps 4, and 2 is gone.
+    kept = sorted(path.name for path in checkpoints.glob("iter_*"))
+    assert kept == ["iter_0000004", "iter_0000006"]
+
+    for name in kept:
+        (checkpoints / name / "model.json").write_text("{}")
+    job = Job(harness.arguments(directory, "damaged")).wait()
+    assert job.statuses == [2] * RANKS, job.printed
+    assert "model.json has 2 bytes" in job.printed and "iter_0000006" in job.stderr[0] + job.stderr[1]
+
+
+def test_full_disk(directory, reference):
+    """One rank cannot write its part of a checkpoint: the last one stays, and the run goes on from it."""
+    job = Job(
+        harness.arguments(directory, "full", schedule={"eval_interval": 0}),
+        before("save", 2, 0, harness.no_room(8192)),
+    ).wait()
+    assert job.statuses == [1] * RANKS, job.printed
+    assert [path.name for path in (directory / "full" / "checkpoints").glob("iter_*")] == ["iter_0000002"]
+    job = Job(harness.arguments(directory, "full")).wait()
+    assert "passed over .iter_0000004.incomplete" in job.stdout[0]
+    assert_equal(directory / "full", reference)
+
+
+def test_gradients_that_are_not_finite(directory):
+    """One bad element on one rank: the step is left out on all, counted, with evidence; many end the run."""
+    command = harness.arguments(directory, "poisoned", guard={"max_skipped_steps": 1})
+    job = Job(command, harness.broken_gradients({2, 4, 5})).wait()
+    assert job.statuses == [1] * RANKS
+    (error,) = [text for text in job.stderr if text]
+    assert (
+        error.strip()
+        .splitlines()[-1]
+        .startswith("FloatingPointError: loss or gradient not finite in 2 steps")
+    )
+    lines = read_metrics(directory / "poisoned")
+    assert [line.get("skipped_steps") for line in lines] == [None, 1, None, 2]
+    assert lines[1]["grad_norm"] is None and lines[0]["lr"] == lines[1]["lr"] < lines[2]["lr"]
+    evidence = directory / "poisoned" / "evidence" / "iter_0000002"
+    names = json.loads((evidence / "rank_1.json").read_text())
+    assert names == {"chunk 0: module.decoder.final_layernorm.weight": {"not_finite": 1, "elements": 32}}
+    batch = json.loads((evidence / "batch.json").read_text())
+    assert len(batch["batch"]) == 4 and all(sample["response_ids"] for sample in batch["batch"])
+    assert "ALARM: step 2 was left out" in job.stdout[0]
+
+
+def test_a_hang_is_cut_with_every_rank_s_stack(directory):
+    """Rank 1 sleeps inside an optimizer step while rank 0 waits for it in a collective."""
+    job = Job(harness.arguments(directory, "hanging"), harness.hang(2, 1, timeout=5)).wait()
+    assert job.statuses == [1] * RANKS, job.printed
+    for rank in range(RANKS):
+        stack = (directory / "hanging" / "stacks" / f"rank_{rank}.txt").read_text()
+        assert f"rank {rank}: " in stack and "phase 'optimizer step 2'" in stack
+        assert stack in job.stderr[rank]
+    assert "time.sleep(600)" in (directory / "hanging" / "stacks" / "rank_1.txt").read_text()
+    waiting = (directory / "hanging" / "stacks" / "rank_0.txt").read_text()
+    assert "instruction" in waiting and "of stage 0" in waiting and "all_reduce" in waiting
+    assert sum("guard.hang_timeout_minutes" in text for text in job.stderr) == 1
+
+
+def test_the_faults_replace_what_train_calls():
+    """The harness would test nothing if these names were not looked up at the call."""
+    for name in ("build_run", "sample", "train_step", "save"):
+        assert name in train.iterate.__code__.co_names + train.train.__code__.co_names
