@@ -30,7 +30,8 @@ ALIASES = {
     "RewardsConfig": {"rewards"},
     "OptimizerConfig": {"optimizer", "settings"},
     "ScheduleConfig": {"schedule"},
-    "CheckpointConfig": {"checkpoint"},
+    "CheckpointConfig": {"checkpoint", "settings"},
+    "GuardConfig": {"guard"},
     "LogConfig": {"log"},
 }
 

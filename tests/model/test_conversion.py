@@ -1,16 +1,12 @@
 """Hugging Face -> Megatron -> Hugging Face changes not one byte, and the checkpoint loads at any layout."""
 
-import contextlib
 import dataclasses
 import filecmp
 import json
-import multiprocessing
-from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -128,29 +124,13 @@ def test_a_converted_checkpoint_gives_the_weights_that_the_directory_gives(
             assert torch.equal(tensor, theirs[name]), name
 
 
-@contextlib.contextmanager
-def may_start_processes():
-    """megatron-core's writer keeps a manager process for its results: pool ranks may start one only when they
-    are no daemons, and nobody ends it when they leave."""
-    process = multiprocessing.current_process()
-    process._config["daemon"] = False
-    try:
-        yield
-    finally:
-        queue, filesystem_async._results_queue = filesystem_async._results_queue, None
-        if queue is not None:
-            queue._manager.shutdown()
-            resource_tracker._resource_tracker._stop()
-
-
 def train_twice(rank, directory, parallel, first, second):
     """What training does: load, save as a checkpoint of its own; then another run from there, two saves."""
     groups, model, chunks = _running.load(directory, parallel, "float32", frozen=False)
-    with may_start_processes():
-        for start, output, iteration in ((directory, first, 1), (first, second, 1), (first, second, 2)):
-            model = dataclasses.replace(model, load=str(start))
-            state = model_state(chunks, groups)
-            write_checkpoint(Path(output), iteration, state, model, "none", lambda _: None)
+    for start, output, iteration in ((directory, first, 1), (first, second, 1), (first, second, 2)):
+        model = dataclasses.replace(model, load=str(start))
+        state = model_state(chunks, groups)
+        write_checkpoint(Path(output), iteration, state, model, "none", lambda _: None)
 
 
 def test_training_runs_hand_on_what_came_with_the_model(tmp_path, pools):

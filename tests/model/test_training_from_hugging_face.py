@@ -12,7 +12,7 @@ from megatron_mopd.model.convert import open_checkpoint, write_hugging_face
 from megatron_mopd.train import train
 from tests._distributed import run_ranks
 from tests.model import _families
-from tests.model.test_conversion import add_tokenizer, may_start_processes
+from tests.model.test_conversion import add_tokenizer
 
 
 def one_iteration(rank, student, teacher, prompts, run_dir, output):
@@ -31,8 +31,7 @@ def one_iteration(rank, student, teacher, prompts, run_dir, output):
             "log": {"report": False, "tensorboard": False},
         }
     )
-    with may_start_processes():
-        metrics = train(config)
+    metrics = train(config)
     write_hugging_face(open_checkpoint(Path(run_dir) / "checkpoints", "--checkpoint"), Path(output))
     return metrics
 

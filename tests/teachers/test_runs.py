@@ -42,7 +42,7 @@ def test_a_resume_with_other_teachers_is_refused_unless_allowed(inputs):
     _, checkpoints = inputs
     first = distil(inputs, "run", checkpoints["expert-a"])
     assert first.statuses == [0], first.printed
-    assert "ALARM" not in first.printed
+    assert "ALARM: teacher" not in first.printed
     longer = {"schedule": {"train_iters": 2}}
     refused = distil(inputs, "run", checkpoints["other"], **longer)
     assert refused.statuses == [2]
