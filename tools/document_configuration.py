@@ -1,0 +1,125 @@
+"""Write docs/configuration.md from the docstrings of the configuration's dataclasses.
+
+    python tools/document_configuration.py            # writes the file
+    python tools/document_configuration.py --check    # status 1 when the file is not what would be written
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import sys
+import typing
+from pathlib import Path
+
+from megatron_mopd.config import schema
+
+PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
+
+_HEAD = """# Configuration
+
+Written by `python tools/document_configuration.py` from `megatron_mopd/config/schema.py`: edit that, not this.
+
+A run is one YAML file, `python -m megatron_mopd.train --config FILE.yaml`, and any key can be overridden on
+the command line as `section.key=value`. `include: OTHER.yaml` puts another file's keys underneath. A key that
+is not on this page is an error that names the nearest one; only `student` takes more: any field of
+megatron-core's `TransformerConfig`, under its own name.
+"""
+
+
+def render() -> str:
+    """The whole page as Markdown: the keys of the top level, then one table a section."""
+    classes, hints = _sections()
+    parts = [_HEAD, "## Top level\n", _table(schema.Config, skip=set(classes))]
+    for name, cls in classes.items():
+        listed = typing.get_origin(hints[name]) is list
+        title = f"## `{name}`" + (" (a list; keys of one entry)" if listed else "")
+        parts += [f"{title}\n", _paragraph(inspect.getdoc(cls) or "") + "\n", _table(cls)]
+        parts += _entries(cls, name)
+    return "\n".join(parts)
+
+
+def _sections() -> tuple[dict[str, type], dict[str, typing.Any]]:
+    """Key of the top level -> its dataclass (of the list's entries, for a list), in the order written."""
+    hints = typing.get_type_hints(schema.Config)
+    return {key: cls for key, hint in hints.items() if (cls := _dataclass_in(hint))}, hints
+
+
+def _dataclass_in(hint: typing.Any) -> type | None:
+    if dataclasses.is_dataclass(hint):
+        return hint
+    return next((cls for arg in typing.get_args(hint) if (cls := _dataclass_in(arg))), None)
+
+
+def _entries(cls: type, where: str) -> list[str]:
+    """Tables of the dataclasses that a section holds lists of, each once."""
+    found: dict[type, list[str]] = {}
+    for key, hint in typing.get_type_hints(cls).items():
+        if (inner := _dataclass_in(hint)) is not None:
+            found.setdefault(inner, []).append(f"`{where}.{key}`")
+    parts = []
+    for inner, keys in found.items():
+        parts += [f"### An entry of {' or '.join(keys)}\n", _paragraph(inspect.getdoc(inner) or "") + "\n"]
+        parts.append(_table(inner))
+    return parts
+
+
+def _table(cls: type, skip: typing.Collection[str] = ()) -> str:
+    documentation, hints = field_documentation(cls), typing.get_type_hints(cls)
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for item in dataclasses.fields(cls):
+        if item.name in skip:
+            continue
+        name = "any `TransformerConfig` field" if item.name == "transformer" else f"`{item.name}`"
+        cells = [name, _type_name(hints[item.name]), _default(item), documentation[item.name]]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def field_documentation(cls: type) -> dict[str, str]:
+    """Field -> the string that follows it in the source, on one line ("" for a field without one)."""
+    (node,) = ast.parse(inspect.getsource(cls)).body
+    documented = {}
+    for statement, following in zip(node.body, [*node.body[1:], None]):
+        if isinstance(statement, ast.AnnAssign):
+            value = following.value if isinstance(following, ast.Expr) else None
+            text = value.value if isinstance(value, ast.Constant) else ""
+            documented[statement.target.id] = _paragraph(text)
+    return documented
+
+
+def _paragraph(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _type_name(hint: typing.Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return "mapping"
+    if arguments:
+        return " or ".join("null" if arg is type(None) else _type_name(arg) for arg in arguments)
+    return "entries" if dataclasses.is_dataclass(hint) else getattr(hint, "__name__", str(hint)).lower()
+
+
+def _default(item: dataclasses.Field) -> str:
+    value = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+    if value is None or isinstance(value, bool):
+        return f"`{str(value).lower().replace('none', 'null')}`"
+    return f"`{value}`" if value != "" else '`""`'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only compare, do not write")
+    if not parser.parse_args().check:
+        PAGE.write_text(render(), encoding="utf-8")
+    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != render():
+        sys.exit("docs/configuration.md is out of date; run: python tools/document_configuration.py")
+
+
+if __name__ == "__main__":
+    main()
