@@ -13,7 +13,7 @@
 #   MAX_RESTARTS    how often all ranks start again after one failed or a node came back (0: a mistake in the
 #                   configuration ends the job at once); every start continues from the newest checkpoint of
 #                   run_dir, so set checkpoint.save_interval too
-#   NETWORK         network interface of the nodes' addresses, for example eth0 or ib0 (found by the libraries)
+#   NETWORK         network interface of the nodes' addresses, such as eth0 (the libraries choose)
 #   JOIN_TIMEOUT    seconds that nodes wait for each other at the rendezvous (1800)
 #   LOCAL_ADDR      this node's address, when its host name does not resolve on the other nodes
 #   PYTHON          the interpreter (python)

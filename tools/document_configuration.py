@@ -20,7 +20,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 
 _HEAD = """# Configuration
 
-Written by `python tools/document_configuration.py` from `megatron_mopd/config/schema.py`: edit that, not this.
+Written by `python tools/document_configuration.py` from `megatron_mopd/config/schema.py`: edit that.
 
 A run is one YAML file, `python -m megatron_mopd.train --config FILE.yaml`, and any key can be overridden on
 the command line as `section.key=value`. `include: OTHER.yaml` puts another file's keys underneath. A key that
