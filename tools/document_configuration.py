@@ -1,7 +1,7 @@
 """Write docs/configuration.md from the docstrings of the configuration's dataclasses.
 
-    python tools/document_configuration.py            # writes the file
-    python tools/document_configuration.py --check    # status 1 when the file is not what would be written
+python tools/document_configuration.py            # writes the file
+python tools/document_configuration.py --check    # status 1 when the file is not what would be written
 """
 
 from __future__ import annotations
