@@ -11,33 +11,33 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
-from megatron_mopd.backend.parallel import build_parallel_groups, select_device, start_ranks
-from megatron_mopd.config import ConfigError, ParallelConfig
+from _ranks import run_on_ranks, say
+
+from megatron_mopd.backend.parallel import build_parallel_groups, select_device
+from megatron_mopd.config import ParallelConfig
 from megatron_mopd.model.averaging import average_checkpoints
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoints", nargs="+", help="checkpoint directories")
     parser.add_argument("--output", required=True, help="directory of the averaged checkpoint")
     parser.add_argument("--weights", type=float, nargs="+", help="one per checkpoint; default: equal")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     arguments = parser.parse_args()
-    try:
-        device = select_device(arguments.device)
+    device = select_device(arguments.device)
+
+    def work() -> None:
         parallel = ParallelConfig(pipeline_model_parallel_size=int(os.environ.get("WORLD_SIZE", "1")))
-        start_ranks(device, parallel.distributed_timeout_minutes)
         groups = build_parallel_groups(parallel, device, seed=0)
         path = average_checkpoints(arguments.checkpoints, arguments.output, groups, weights=arguments.weights)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if groups.rank == 0:
-        print(f"average of {len(arguments.checkpoints)} checkpoints: {path}")
-    return 0
+        say(f"average of {len(arguments.checkpoints)} checkpoints: {path}")
+
+    run_on_ranks(work, lambda: device)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -92,6 +92,7 @@ MODEL = dict(
 )
 VOCABULARY = 1024
 HELD_OUT = 200
+TOOLS = Path(__file__).parent
 HELD_OUT_SEED, TOKENIZER_SEED, BASE_SEED, EXPERT_SEED, MOPD_SEED = range(5)
 
 
@@ -324,7 +325,7 @@ def main() -> None:
     average = demo.run_dir / "average/weights"
     if not average.exists():
         experts = [str(demo.run_dir / f"experts/{task}/checkpoints") for task in EXPERTS]
-        stages.command("tools/average_checkpoints.py", "--output", str(average), *experts)
+        stages.command(str(TOOLS / "average_checkpoints.py"), "--output", str(average), *experts)
     stages.train(demo.average(), 1)
     stage(f"mopd: {len(EXPERTS)} experts and self teach one student")
     stages.train(demo.mopd(), demo.processes)

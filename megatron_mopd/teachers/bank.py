@@ -37,7 +37,7 @@ from megatron_mopd.model.build import build_model
 from megatron_mopd.model.checkpoint import find_checkpoint, load_weights
 from megatron_mopd.model.gpt import HiddenStateGPT
 from megatron_mopd.teachers import placement
-from megatron_mopd.teachers.channel import Arrival, open_channel
+from megatron_mopd.teachers.channel import Arrival, Traffic, open_channel
 from megatron_mopd.teachers.encoding import Encoding
 from megatron_mopd.teachers.layout import Segment, Skeleton
 from megatron_mopd.teachers.storage import FileStore, HostStore, ShardedHostStore, Store, TeacherFileError
@@ -54,17 +54,6 @@ class TeacherSource:
     seed: int
     fingerprint: str = ""
     """SHA-256 of the weights; tells whether files of an earlier start (`mmap`) still hold them."""
-
-
-@dataclass
-class Traffic:
-    """What one teacher's arrivals (body and head) cost this rank since the last `take_traffic`."""
-
-    loads: int = 0
-    num_bytes: int = 0
-    load_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    """Part of `load_seconds`, or of the queue before it, in which work stood still."""
 
 
 @dataclass(eq=False)

@@ -12,12 +12,24 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
 Beginning = Callable[[], Callable[[], None]]
 """Runs on the caller's thread (collectives are issued there, in the same order on all ranks) and returns the
 rest."""
+
+
+@dataclass
+class Traffic:
+    """What one teacher's arrivals (body and head) cost this rank since the last `take_traffic`."""
+
+    loads: int = 0
+    num_bytes: int = 0
+    load_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    """Part of `load_seconds`, or of the queue before it, in which work stood still."""
 
 
 class Arrival(ABC):

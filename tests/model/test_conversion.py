@@ -27,23 +27,8 @@ from megatron_mopd.model.initialize import sharded_tensors
 from megatron_mopd.model.safetensors_files import parse_size
 from megatron_mopd.model.streamed_checkpoint import Chunk, write_chunks
 from tests import _models
-from tests._distributed import RankPool
 from tests.model import _families, _running
 from tests.model.test_families import ep, pp, tp
-
-
-@pytest.fixture(scope="module")
-def pools():
-    made = {}
-
-    def pool(size: int) -> RankPool:
-        if size not in made or not made[size]._processes:
-            made[size] = RankPool(size, timeout=120)
-        return made[size]
-
-    yield pool
-    for each in made.values():
-        each.close()
 
 
 def to_megatron(rank, hf, output, dtype=None):

@@ -77,21 +77,6 @@ def references(models):
     return logits
 
 
-@pytest.fixture(scope="module")
-def pools():
-    """Pools by size, forked once; a pool that a failure has killed is replaced for the next test."""
-    made = {}
-
-    def pool(size: int) -> RankPool:
-        if size not in made or not made[size]._processes:
-            made[size] = RankPool(size, timeout=120)
-        return made[size]
-
-    yield pool
-    for each in made.values():
-        each.close()
-
-
 def difference(results, expected) -> float:
     """Largest difference; every position but the last of every row must have been computed by some rank."""
     worst = 0.0
