@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -28,11 +29,7 @@ def available_host_bytes() -> int:
 
     The smaller of the two; file caches count as available, because the kernel gives them up.
     """
-    available = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable:")
-    )
+    available = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()

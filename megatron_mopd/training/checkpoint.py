@@ -40,15 +40,13 @@ _OPTIMIZER_METADATA = {
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,
 }
+_SPACE_MARGIN = 1.1
+"""Free space asked for, relative to the tensors' size: metadata, tokenizer, the list of checksums."""
 
 
 def checkpoints_directory(run_dir: str) -> Path:
     """Where a run keeps its checkpoints."""
     return Path(run_dir) / "checkpoints"
-
-
-_SPACE_MARGIN = 1.1
-"""Free space asked for, relative to the tensors' size: metadata, tokenizer, the list of checksums."""
 
 
 def _state(learner: Learner, iteration: int, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
