@@ -26,8 +26,8 @@ class HiddenCache:
     `budget`: most bytes held at once; more is an error here, because the plan of a step keeps to it by
     scoring and learning in parts (`states_within`).
 
-    Objectives that compare sampled tokens only keep log-probs [n] instead (`put_log_probs`), a few bytes a
-    token.
+    For objectives that compare sampled tokens only, `put_log_probs` keeps log-probs [n], a few bytes a token;
+    the loss does not ask for them yet and rebuilds them from hidden states.
     """
 
     def __init__(
