@@ -13,8 +13,8 @@ KL_CEILING = 5.0
 a wrong checkpoint). Same-origin teachers start near 0.04, foreign ones near 0.2 (arXiv 2606.30406)."""
 KL_GROWTH = 3.0
 """A domain's KL this many times above the lowest it has had means that the student is moving away."""
-KL_NOISE = 0.1
-"""KL below which growth means nothing: small batches move it that much."""
+KL_NOISE = 0.02
+"""KL below which growth means nothing."""
 ENTROPY_COLLAPSE = 0.1
 """Share of the first batch's entropy below which sampling has become deterministic."""
 ALWAYS_CUT = 0.9
