@@ -59,11 +59,14 @@ class RankPool:
             theirs.close()  # so that a dead child reads as end-of-file here
             self._connections.append(ours)
             self._processes.append(process)
-        # The parent serves the rendezvous on a port the kernel picks, so two pools never race for one port.
-        # It serves only after the forks, because children would inherit half a server thread.
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        for connection in self._connections:
-            connection.send_bytes(pickle.dumps(self._store.port))
+        # Rank 0 serves the rendezvous, on a port the kernel picks, so two pools never race for one. Not the
+        # parent: a pool forked while a server's thread holds a lock would wait for that lock for ever.
+        port = pickle.loads(self._connections[0].recv_bytes()) if self._connections[0].poll(timeout) else None
+        if not isinstance(port, int):
+            self.close(kill=True)
+            raise RankError(f"rank 0 did not start within {timeout} s" if port is None else port[1])
+        for connection in self._connections[1:]:
+            connection.send_bytes(pickle.dumps(port))
 
     def run(self, fn, *args, timeout=None):
         """Call `fn(rank, *args)` on every rank and return the list of results, rank 0 first."""
@@ -106,7 +109,7 @@ class RankPool:
             process.kill()
             process.join()
             connection.close()
-        self._connections, self._processes, self._store = [], [], None
+        self._connections, self._processes = [], []
 
     def __enter__(self):
         return self
@@ -131,8 +134,13 @@ def _rank_main(rank, world_size, connection, parents_ends, timeout, inherited_ta
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
-        port = pickle.loads(connection.recv_bytes())
-        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout))
+        limit = timedelta(seconds=timeout)
+        if rank == 0:
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=limit, wait_for_workers=False)
+            connection.send_bytes(pickle.dumps(store.port))
+        else:
+            port = pickle.loads(connection.recv_bytes())
+            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=store.timeout)
         task = inherited_task or pickle.loads(connection.recv_bytes())
         while task is not None:
