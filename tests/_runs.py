@@ -21,6 +21,7 @@ from megatron_mopd import train
 from megatron_mopd.config.loading import config_from_dict, save_config
 from megatron_mopd.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_mopd.model.checkpoint import MODEL_FILE
+from megatron_mopd.observe.metrics import read_metrics
 from tests import _distributed  # noqa: F401  (one thread before the fork)
 
 MODEL = dict(
@@ -162,3 +163,15 @@ def describe_checkpoint(directory: Path, tokenizer: Path, **model) -> Path:
     }
     (directory / MODEL_FILE).write_text(json.dumps(description))
     return directory
+
+
+def comparable(run_dir: Path) -> list[dict]:
+    """The run's metrics without what clocks say, and without the teachers' loads: after a start the bank is
+    empty.
+    """
+    clocks = ("time/", "tokens_per_second", "idle/")
+    loads = ("/loads", "/load_seconds", "/load_hidden", "/score_seconds")
+    return [
+        {k: v for k, v in line.items() if not k.startswith(clocks) and not k.endswith(loads)}
+        for line in read_metrics(run_dir)
+    ]

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
+import sys
+import time
 
 import pytest
+import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from megatron_mopd import train
+from megatron_mopd.backend.parallel import start_ranks
 from megatron_mopd.data.tokenizer import train_sentencepiece
 from tests import _runs
 
@@ -169,3 +179,62 @@ def test_debug_shows_the_stack(tmp_path):
     assert outcome.statuses == [2, 2]
     assert "Traceback" in outcome.stderr[0] and outcome.stderr[0].endswith(f"{outcome.failures[0]}\n")
     assert outcome.stderr[1] == ""
+
+
+def _fail_on_rank_1(config):
+    """In place of a run: rank 1 fails while rank 0 waits for it in a collective."""
+    start_ranks(torch.device("cpu"), 1)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        raise RuntimeError("rank 1 ran out of luck")
+    dist.all_reduce(torch.zeros(1))
+
+
+def _launch(path, config):
+    """torchrun's own agent, with forked ranks; what it and they say goes to `path`."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)
+    train.train = _fail_on_rank_1
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="one failing rank",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    try:
+        elastic_launch(settings, train.main)(config)
+        status = 0
+    except ChildFailedError as error:
+        print(f"LAUNCHER: {error}", flush=True)
+        status = 1
+    os._exit(status)
+
+
+def test_one_failing_rank_ends_the_job_with_its_message(tmp_path):
+    """Under torchrun: within seconds, the cause once and again in the closing report, no consequences."""
+    arguments = _runs.write_config(tmp_path / "config.yaml", {"run_dir": str(tmp_path / "run")})
+    launcher = multiprocessing.get_context("fork").Process(
+        target=_launch, args=(tmp_path / "output", arguments)
+    )
+    begun = time.monotonic()
+    launcher.start()
+    launcher.join(90)
+    took = time.monotonic() - begun
+    if launcher.is_alive():
+        launcher.kill()
+    output = (tmp_path / "output").read_text()
+    assert launcher.exitcode == 1, output
+    ranks, report = output.split("LAUNCHER: ")
+    assert ranks.count("Traceback") == 1, output
+    assert "\nRuntimeError: rank 1 ran out of luck\n" in ranks
+    root = report.split("Root Cause")[1]
+    assert "rank      : 1" in root and "RuntimeError: rank 1 ran out of luck" in root
+    assert took < 60, "not the collective's timeout"

@@ -31,7 +31,7 @@ from megatron_mopd.model.initialize import sharded_tensors
 from megatron_mopd.observe.progress import say
 from megatron_mopd.teachers.manifest import changed_teachers
 from megatron_mopd.training.monitors import Alarms
-from megatron_mopd.training.optimizer import allocate_state, separate_steps
+from megatron_mopd.training.optimizer import allocate_state, regroup_state, separate_steps
 from megatron_mopd.training.step import Learner
 
 # Optimizer state in the shape of the parameters it belongs to: the only form that any other layout can load.
@@ -206,7 +206,10 @@ def _load(learner: Learner, path: Path, newest: int, alarms: Alarms | None) -> i
     state = dist_checkpointing.load(_state(learner, 0, with_optimizer=True, is_loading=True), str(path))
     for number, chunk in enumerate(learner.chunks):
         unwrap(chunk).load_state_dict(state[f"model{number}"], strict=True)
-    learner.optimizer.load_state_dict(state["optimizer"])
+    optimizer_state = state["optimizer"]
+    if learner.config.optimizer.use_distributed_optimizer:
+        optimizer_state = regroup_state(optimizer_state, learner.optimizer)
+    learner.optimizer.load_state_dict(optimizer_state)
     separate_steps(learner.optimizer)
     learner.scheduler.load_state_dict(state["scheduler"])
     if "skipped" in common:

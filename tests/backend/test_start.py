@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -165,6 +169,53 @@ def test_before_ranks_are_connected_rank_0_speaks(monkeypatch):
     for rank, speaks in (("0", True), ("3", False)):
         monkeypatch.setenv("RANK", rank)
         assert failure.is_first_to_fail("no such file") is speaks
+
+
+WHAT_IS_PATCHED = """
+import json
+import torch, torch.distributed
+import megatron_mopd.train
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron_mopd.backend import parallel
+
+MODULES = {"torch": torch, "cuda": torch.cuda, "nvtx": torch.cuda.nvtx, "random": megatron_random,
+           "dist": torch.distributed, "Tensor": torch.Tensor, "Module": torch.nn.Module}
+keep = []  # so that no id is used twice
+
+def facts():
+    things = {f"{m}.{n}": vars(module)[n] for m, module in MODULES.items() for n in vars(module)}
+    keep.append(things)
+    return {name: id(thing) for name, thing in things.items()}
+
+def changed(device):
+    before = facts()
+    selected = parallel.select_device(device)
+    return str(selected), [name for name, thing in facts().items() if before.get(name) != thing]
+
+torch.cuda.is_available = lambda: True
+torch.cuda.set_device = lambda device: None
+on_cuda = changed("auto")
+torch.cuda.is_available = lambda: False
+print(json.dumps([on_cuda, changed("auto")]))
+"""
+
+
+def test_nothing_is_patched_on_cuda():
+    """In an interpreter of its own: what `select_device` changes cannot be taken back."""
+    result = subprocess.run(
+        [sys.executable, "-c", WHAT_IS_PATCHED],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env=os.environ | {"LOCAL_RANK": "0"},
+    )
+    assert result.returncode == 0, result.stderr
+    (device, on_cuda), (_, on_cpu) = json.loads(result.stdout)
+    assert device == "cuda:0"
+    assert on_cuda == []
+    assert {"torch.zeros", "Tensor.cuda", "cuda.Stream", "dist.all_to_all_single"} <= set(on_cpu)
+    # The package's filter, seen from outside: nobody is told that Apex is not there.
+    assert not re.search("Apex|Transformer Engine", result.stderr), result.stderr
 
 
 def test_version_repairs_are_idempotent():

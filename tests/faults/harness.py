@@ -23,7 +23,6 @@ import torch.distributed as dist
 
 from megatron_mopd import train
 from megatron_mopd.model.checksums import CHECKSUM_FILE
-from megatron_mopd.observe.metrics import read_metrics
 from megatron_mopd.training import step
 from tests import _runs
 
@@ -73,6 +72,7 @@ class Job:
         for process in self.processes:
             process.kill()
             process.join()
+        self._store = None  # its thread must not be running when the next job's ranks are forked
         self.statuses = [process.exitcode for process in self.processes]
         self.seconds_to_end = time.monotonic() - first_end if first_end else timeout
         directory = Path(self._directory.name)
@@ -122,18 +122,6 @@ def configuration(directory: Path, name: str, **sections) -> dict:
 def arguments(directory: Path, name: str, **sections) -> list[str]:
     """The command line of `configuration`."""
     return _runs.write_config(directory / f"{name}.yaml", configuration(directory, name, **sections))
-
-
-def comparable(run_dir: Path) -> list[dict]:
-    """The run's metrics without what clocks say, and without the teachers' loads: after a start the bank is
-    empty.
-    """
-    clocks = ("time/", "tokens_per_second", "idle/")
-    loads = ("/loads", "/load_seconds", "/load_hidden", "/score_seconds")
-    return [
-        {k: v for k, v in line.items() if not k.startswith(clocks) and not k.endswith(loads)}
-        for line in read_metrics(run_dir)
-    ]
 
 
 def fingerprint(run_dir: Path, iteration: int = 6) -> dict[str, str]:

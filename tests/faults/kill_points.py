@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests import _runs
 from tests.faults import harness
 
 
@@ -37,7 +38,7 @@ def main() -> None:
             kills = min(options.kills_per_run, options.kills - died)
             died += harness.survive(directory, name, kills, rng, say=lambda text: print(text, flush=True))
             runs += 1
-            same = harness.comparable(directory / name) == harness.comparable(directory / "reference")
+            same = _runs.comparable(directory / name) == _runs.comparable(directory / "reference")
             same &= harness.fingerprint(directory / name) == harness.fingerprint(directory / "reference")
             equal += same
             verdict = "equal" if same else "DIFFERENT"

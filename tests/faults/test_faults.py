@@ -12,8 +12,9 @@ import pytest
 from megatron_mopd import train
 from megatron_mopd.observe.metrics import read_metrics
 from megatron_mopd.training.preemption import PREEMPTED_STATUS
+from tests import _runs
 from tests.faults import harness
-from tests.faults.harness import RANKS, Job, before, comparable, fingerprint
+from tests.faults.harness import RANKS, Job, before, fingerprint
 
 DONE = [0] * RANKS
 
@@ -30,14 +31,14 @@ def reference(directory):
     """The run that nothing happens to."""
     job = Job(harness.arguments(directory, "reference")).wait()
     assert job.statuses == DONE, job.printed
-    metrics = comparable(directory / "reference")
+    metrics = _runs.comparable(directory / "reference")
     assert [line["iteration"] for line in metrics] == list(range(1, 7))
     assert metrics[-1]["loss"] != metrics[-3]["loss"] and metrics[-1]["kl/copy"] > 0, "nothing to compare"
     return directory / "reference"
 
 
 def assert_equal(run_dir, reference):
-    assert comparable(run_dir) == comparable(reference)
+    assert _runs.comparable(run_dir) == _runs.comparable(reference)
     assert fingerprint(run_dir) == fingerprint(reference), "weights and optimizer state, to the bit"
 
 

@@ -1,6 +1,11 @@
-"""Checkpoints: refused when the run is another one, found when the tracker is not right."""
+"""Checkpoints: continued at any other layout with the same losses, complete or absent, and refused when the
+run is another one.
+"""
 
 from __future__ import annotations
+
+import os
+import sys
 
 import pytest
 import torch
@@ -12,15 +17,24 @@ from megatron_mopd.model.checkpoint import (
     find_checkpoint,
     iteration_directory,
     latest_iteration,
+    load_weights,
     read_model_config,
 )
+from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.training import checkpoint
 from megatron_mopd.training.step import plan_step, train_step
 from tests import _models
-from tests._distributed import RankPool
-from tests._models import MOE
+from tests._distributed import RankPool, run_ranks
+from tests._models import GQA, MOE, SHARED
 
-SAVED = 2
+TP2_PP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2)
+EP2_DP2 = dict(expert_model_parallel_size=2)  # on four ranks: two expert shards, two replicas of each
+EP2_PP2_VPP2 = dict(
+    expert_model_parallel_size=2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+)
+CP2_EP2 = dict(context_parallel_size=2, expert_model_parallel_size=2)
+SAVED, CONTINUED = 2, 2
+"""Steps before and after the checkpoint."""
 
 
 class Tokenizer:
@@ -64,10 +78,49 @@ def steps(learner, first, count):
     return losses
 
 
+def save_and_go_on(rank, transformer, parallel, run_dir, sections):
+    learner = make(transformer, parallel, run_dir, **sections)
+    steps(learner, 0, SAVED)
+    checkpoint.save(learner, SAVED, Tokenizer())
+    return steps(learner, SAVED, CONTINUED)
+
+
+def resume_and_go_on(rank, transformer, parallel, run_dir, sections):
+    # Other initial weights: everything has to come from the checkpoint.
+    learner = make(transformer, parallel, run_dir, seed=99, **sections)
+    done = checkpoint.resume(learner)
+    return done, steps(learner, done, CONTINUED)
+
+
 @pytest.fixture(scope="module")
 def pools():
-    with RankPool(1, timeout=120) as one:
-        yield {1: one}
+    with RankPool(1, timeout=120) as one, RankPool(4, timeout=120) as four:
+        yield {1: one, 4: four}
+
+
+FLOAT64 = {"params_dtype": "float64", "optimizer": {"use_distributed_optimizer": False}}
+
+
+@pytest.mark.parametrize(
+    "transformer, saved_at, continued_at, sections, tolerance",
+    [
+        (MOE, (4, TP2_PP2), [(4, TP2_PP2), (4, EP2_DP2), (1, {}), (4, EP2_PP2_VPP2)], {}, 1e-5),
+        (SHARED, (4, EP2_PP2_VPP2), [(4, CP2_EP2), (4, TP2_PP2)], {}, 1e-5),
+        (GQA, (1, {}), [(4, TP2_PP2)], FLOAT64, 1e-9),
+    ],
+    ids=["moe", "shared", "float64"],
+)
+def test_any_layout_continues(pools, tmp_path, transformer, saved_at, continued_at, sections, tolerance):
+    ranks, parallel = saved_at
+    expected = pools[ranks].run(save_and_go_on, transformer, parallel, str(tmp_path), sections)[0]
+    for ranks, other in continued_at:
+        results = pools[ranks].run(resume_and_go_on, transformer, other, str(tmp_path), sections)
+        for done, losses in results:
+            assert done == SAVED
+            if other == parallel:
+                assert losses == expected, "the same layout continues bit for bit"
+            for found, wanted in zip(losses, expected):
+                assert found == pytest.approx(wanted, rel=max(tolerance, 1e-6 if sections else 0))
 
 
 def resume_with(rank, run_dir, changes, manifest):
@@ -114,6 +167,91 @@ def saved(pools, tmp_path_factory):
     ((model, fingerprint),) = pools[1].run(save_only, str(directory), True)
     assert model.transformer == MOE and model.vocab_size == _models.VOCAB and fingerprint == "a tokenizer"
     return directory
+
+
+def test_the_same_run_resumes_unless_told_otherwise(pools, saved):
+    assert pools[1].run(resume_with, str(saved), {}, {}) == [SAVED]
+    assert pools[1].run(resume_with, str(saved), {"checkpoint": {"resume": False}}, {}) == [0]
+    assert pools[1].run(resume_with, str(saved / "elsewhere"), {}, {}) == [0]
+
+
+def test_weights_alone_do_not_resume_but_a_finished_run_is_finished(pools, tmp_path):
+    pools[1].run(save_only, str(tmp_path), False)
+    (message,) = pools[1].run(resume_with, str(tmp_path), {}, {})
+    for part in ("no optimizer state", "checkpoint.save_optimizer", "student.load"):
+        assert part in message
+    finished = {"schedule": dict(micro_batch_size=2, train_iters=SAVED)}
+    assert pools[1].run(resume_with, str(tmp_path), finished, {}) == [SAVED]
+
+
+class Crash(BaseException):
+    """The process ends here; nothing may catch it."""
+
+
+def crash_everywhere(rank, run_dir):
+    """Ends a save before each of its file operations in turn; what is the newest checkpoint then?
+
+    Returns (newest iteration, whether its weights are those that were saved) after every crash, the number of
+    operations of a whole save last.
+    """
+    learner = make(GQA | dict(num_layers=1), {}, run_dir, checkpoint=dict(save_optimizer=False))
+    directory = checkpoint.checkpoints_directory(run_dir)
+    checkpoint.save(learner, 1, Tokenizer())
+    chunk = unwrap(learner.chunks[0])
+    old = {name: value.detach().clone() for name, value in chunk.named_parameters()}
+    with torch.no_grad():
+        for parameter in chunk.parameters():
+            parameter.add_(1.0)
+    remaining = None
+
+    ours, operations = os.getpid(), ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
+
+    def watch(event, arguments):
+        nonlocal remaining
+        if remaining is None or event not in operations or os.getpid() != ours:
+            return
+        path = str(arguments[0])
+        if not path.startswith(str(directory)):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return  # read, not written
+        if remaining == 0:
+            remaining = None
+            raise Crash(event)
+        remaining -= 1
+
+    sys.addaudithook(watch)
+    seen, operation = [], 0
+    while True:
+        remaining = operation
+        try:
+            checkpoint.save(learner, 2, Tokenizer())
+        except Crash:
+            newest = latest_iteration(directory)
+            expected = {1: old, 2: {name: value + 1.0 for name, value in old.items()}}[newest]
+            path = iteration_directory(directory, newest)
+            load_weights([chunk], path, learner.groups, "load")
+            norms = [name for name in expected if "norm" in name]  # no padding rows
+            found = dict(chunk.named_parameters())
+            intact = all(torch.equal(found[name], expected[name]) for name in norms)
+            with torch.no_grad():
+                for name, value in chunk.named_parameters():
+                    value.copy_(old[name] + 1.0)
+            seen.append((newest, intact and (path / "tokenizer" / "tokenizer.txt").exists()))
+            operation += 1
+            continue
+        remaining = None
+        break
+    return seen, latest_iteration(directory), sorted(os.listdir(directory))
+
+
+def test_a_crash_at_any_moment_leaves_the_previous_checkpoint(tmp_path):
+    ((seen, newest, files),) = run_ranks(1, crash_everywhere, str(tmp_path), timeout=180)
+    assert len(seen) > 7, "the crashes did not happen"
+    assert all(intact for _, intact in seen)
+    assert {iteration for iteration, _ in seen} == {1}, "the tracker moves with the last operation"
+    assert newest == 2
+    assert files == ["iter_0000001", "iter_0000002", TRACKER]
 
 
 def test_the_tracker_is_not_trusted_blindly(tmp_path):
