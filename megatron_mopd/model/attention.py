@@ -71,10 +71,10 @@ class ScaledDotProductAttention(MegatronModule):
         if attention_mask is not None:  # decoding: [b, 1, sq, sk], True = masked, megatron-core's convention
             attend = self._decode if query.size(0) == 1 else self._attend
             output = attend(*map(_to_bhsd, (query, key, value)), mask=~attention_mask)
+        elif packed_seq_params is not None and (packed_seq_params.whole or self.cp_group.size() == 1):
+            output = self._packed(query, key, value, packed_seq_params)
         elif self.cp_group.size() > 1:
             output = self._context_parallel(query, key, value, packed_seq_params)
-        elif packed_seq_params is not None:
-            output = self._packed(query, key, value, packed_seq_params)
         else:
             output = self._attend(*map(_to_bhsd, (query, key, value)), causal=True)
         return output.permute(2, 0, 1, 3).flatten(2)

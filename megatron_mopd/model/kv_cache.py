@@ -11,29 +11,44 @@ class KeyValueCache(StaticInferenceContext):
     """Keys and values of every local layer, kept as [batch, groups/tp, max_sequence_length, d] each.
 
     Of one row and group, all positions lie together: that is how attention reads them, once per decoded
-    token. All rows share one write position, `sequence_len_offset`; prompts are padded on the left, and the
-    attention mask hides the padding. It is megatron-core's static context, so its modules accept it; storage
-    and row handling are ours.
+    token. All rows share one write position, `sequence_len_offset`, so prompts end at the same one, and the
+    attention mask hides what lies before a shorter prompt. The prompts themselves arrive packed, end to end
+    in one row, and are laid out here: no forward pass computes padding. It is megatron-core's static context,
+    so its modules accept it; storage and row handling are ours.
     """
 
-    def __init__(self, batch_size: int, max_sequence_length: int):
-        super().__init__(batch_size, max_sequence_length)
+    def __init__(self, prompt_lengths: Tensor, max_sequence_length: int):
+        """Rows for as many prompts as there are `prompt_lengths` [rows], in tokens."""
+        super().__init__(len(prompt_lengths), max_sequence_length)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.longest_prompt = int(prompt_lengths.max())
+        # Of every token of the packed prompts: its row, and its column when all prompts end at the same one.
+        device = prompt_lengths.device
+        self._rows = torch.arange(len(prompt_lengths), device=device).repeat_interleave(prompt_lengths)
+        shift = self.longest_prompt - prompt_lengths.cumsum(0)
+        self._columns = torch.arange(len(self._rows), device=device) + shift[self._rows]
 
     def append(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' key and value [new, b, g, d] and return all stored ones, [offset + new, b, g,
-        d] (views of the cache).
+        """Store the new tokens' key and value, and return those that their queries may look at.
+
+        First all prompts at once, packed [tokens, 1, g, d], which come back as they are; from then on one
+        token a row, [1, b, g, d], and all stored ones come back, [offset + 1, b, g, d] (views of the cache).
         """
         if layer_number not in self._layers:
+            # Zeros, because what is masked is still multiplied by 0, and 0 x NaN is NaN.
             self._layers[layer_number] = tuple(
-                torch.empty(
-                    (x.size(1), x.size(2), self.max_sequence_length, x.size(3)),
+                torch.zeros(
+                    (self.max_batch_size, x.size(2), self.max_sequence_length, x.size(3)),
                     dtype=x.dtype,
                     device=x.device,
                 )
                 for x in (key, value)
             )
         keys, values = self._layers[layer_number]
+        if self.sequence_len_offset == 0:
+            keys[self._rows, :, self._columns] = key.squeeze(1)
+            values[self._rows, :, self._columns] = value.squeeze(1)
+            return key, value
         end = self.sequence_len_offset + key.size(0)
         assert end <= self.max_sequence_length, f"KV cache of {self.max_sequence_length} positions is full"
         keys[:, :, self.sequence_len_offset : end] = key.permute(1, 2, 0, 3)

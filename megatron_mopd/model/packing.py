@@ -25,9 +25,13 @@ class PackedDocuments(PackedSeqParams):
     buckets: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Without context parallelism: documents of similar length, as (index [n, L] into the row, valid [n, L]).
     """
+    whole: bool = False
+    """Every context-parallel rank holds the documents whole, as it does while sampling."""
 
     @classmethod
-    def from_lengths(cls, lengths: list[int], device: torch.device) -> PackedDocuments:
+    def from_lengths(
+        cls, lengths: list[int], device: torch.device, *, whole: bool = False
+    ) -> PackedDocuments:
         """Documents grouped into buckets whose padded length is the longest member's, at most twice the
         shortest's.
         """
@@ -57,4 +61,5 @@ class PackedDocuments(PackedSeqParams):
             max_seqlen_kv=longest,
             lengths=tuple(lengths),
             buckets=buckets,
+            whole=whole,
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_mopd.model.kv_cache import KeyValueCache
+from megatron_mopd.model.packing import PackedDocuments
 from megatron_mopd.rollout.engine import SamplingParams
 
 _CACHE_GRANULARITY = 64
@@ -50,11 +51,12 @@ def split_evenly(requests: Sequence[Request], most_rows: int, lanes: int) -> lis
 
 
 class DecodingBatch:
-    """Prompts padded on the left to one length, their KV cache, and the responses so far.
+    """Prompts end to end, then one token a row; their KV cache, and the responses so far.
 
     Its state is a function of the requests and of the sampled tokens, so every rank of a pipeline keeps its
     own copy and only hidden states and sampled tokens travel. The first forward pass reads each distinct
-    prompt once; rows are multiplied to the samples of a prompt afterwards, caches included. Rows that have
+    prompt once, packed, so that no padding is computed; rows are multiplied to the samples of a prompt
+    afterwards, caches included. Rows that have
     finished leave the batch when they are an eighth of it: below that, copying the cache costs more than the
     rows do.
     """
@@ -66,8 +68,6 @@ class DecodingBatch:
         longest = max(map(len, prompts))
         self.position = 0
         """Tokens of the response that every row has so far."""
-        self.rows = len(prompts)
-        """Rows of the next forward pass."""
         self._sampling, self._device = sampling, device
         self._stop = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
 
@@ -90,30 +90,35 @@ class DecodingBatch:
         self._stopped = torch.zeros(len(requests), dtype=torch.bool, device=device)
 
         total = -(-(longest + steps) // _CACHE_GRANULARITY) * _CACHE_GRANULARITY
-        self.cache = KeyValueCache(len(prompts), total)
-        padding = longest - self._prompt_lengths
-        self._is_padding = torch.arange(total, device=device) < padding.unsqueeze(1)
-        padded = [(0,) * (longest - len(prompt)) + prompt for prompt in prompts]
-        self.input_ids = per_row(padded)
-        """Tokens that the next forward pass reads, [rows, new]."""
-        self.position_ids = (torch.arange(longest, device=device) - padding.unsqueeze(1)).clamp_(min=0)
-        """Their positions in their own document, [rows, new]."""
+        self.cache = KeyValueCache(self._prompt_lengths, total)
+        before = (longest - self._prompt_lengths).unsqueeze(1)
+        self._is_before_prompt = torch.arange(total, device=device) < before
+        self.documents: PackedDocuments | None = PackedDocuments.from_lengths(
+            [len(prompt) for prompt in prompts], device, whole=True
+        )
+        """Borders of the prompts while the next forward pass reads them, `None` afterwards."""
+        self.input_ids = per_row([[token for prompt in prompts for token in prompt]])
+        """Tokens that the next forward pass reads: [1, all prompts' tokens], then [rows, 1]."""
+        self.position_ids = per_row([[position for prompt in prompts for position in range(len(prompt))]])
+        """Their positions in their own document, of the same shape."""
 
     @property
     def trajectories(self) -> Tensor:
         """`Trajectory.index` of every row to sample, [b]."""
         return self._indices[self._slots]
 
-    def attention_mask(self) -> Tensor:
-        """[rows, 1, new, stored + new], True where a query must not look: later tokens and padding."""
-        stored, new = self.cache.sequence_len_offset, self.input_ids.size(1)
-        mask = self._is_padding[:, None, None, : stored + new]
-        if new > 1:
-            # Padding may see itself: a row of the softmax with nothing to see would be NaN, and NaN spreads.
-            later = torch.ones((new, new), dtype=torch.bool, device=self._device).triu_(1)
-            itself = torch.eye(new, dtype=torch.bool, device=self._device)
-            mask = (mask | later) & ~itself
-        return mask
+    def attention_mask(self) -> Tensor | None:
+        """[rows, 1, 1, stored + 1], True where a query must not look: before the prompt. `None` for the
+        prompts themselves, whose borders are `documents`."""
+        if self.documents is not None:
+            return None
+        return self._is_before_prompt[:, None, None, : self.cache.sequence_len_offset + 1]
+
+    def sampled_states(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [new, rows, h] -> those that are sampled from, one per response [b, h]."""
+        if self.documents is None:
+            return hidden[0]
+        return hidden[self._prompt_lengths.cumsum(0) - 1, 0]
 
     def expand(self, logits: Tensor) -> Tensor:
         """Logits of the rows of the forward pass, one row per response that is being sampled [b, V/tp]."""
@@ -133,7 +138,8 @@ class DecodingBatch:
 
         No collectives.
         """
-        self.cache.sequence_len_offset += self.input_ids.size(1)
+        self.cache.sequence_len_offset += 1 if self.documents is None else self.cache.longest_prompt
+        self.documents = None
         alive = self._alive
         slots = self._slots[alive]
         self._tokens[slots, self.position] = tokens[alive]
@@ -154,7 +160,6 @@ class DecodingBatch:
         self.input_ids = tokens.unsqueeze(1)
         position = self._prompt_lengths + torch.clamp(self._limits, max=self.position) - 1
         self.position_ids = position.unsqueeze(1)
-        self.rows = len(tokens)
         return False
 
     def _repeating(self) -> Tensor:
@@ -174,14 +179,14 @@ class DecodingBatch:
         keep = self._alive.nonzero().squeeze(1)
         rows = keep if source is None else source[keep]
         self.cache.keep_rows(rows)
-        self._is_padding, self._prompt_lengths = self._is_padding[rows], self._prompt_lengths[rows]
+        self._is_before_prompt = self._is_before_prompt[rows]
+        self._prompt_lengths = self._prompt_lengths[rows]
         self._slots, self._alive, self._limits = self._slots[keep], self._alive[keep], self._limits[keep]
         return tokens[keep]
 
     def keep_routing(self, experts: Tensor) -> None:
-        """Take down what one forward pass of one model chunk chose: [layers, new x rows, k]."""
-        shaped = experts.unflatten(1, (self.input_ids.size(1), self.rows))
-        self._routing.append((self.position, self._slots, shaped))
+        """Take down what one forward pass of one model chunk chose: [layers, tokens, k]."""
+        self._routing.append((self.position, self._slots, experts))
 
     def responses(self) -> list[Response]:
         """What every request got, in the order of `requests`."""
@@ -203,10 +208,8 @@ class DecodingBatch:
         """`Response.routing` of every request, from the records of all forward passes and chunks."""
         if not self._routing:
             return [None] * len(self.requests)
-        prefill = torch.cat(
-            [experts for step, _, experts in self._routing if step == 0]
-        )  # [L, new, prompts, k]
-        layers, longest, _, k = prefill.shape
+        prefill = torch.cat([experts for step, _, experts in self._routing if step == 0])  # [L, tokens, k]
+        layers, _, k = prefill.shape
         steps = max(lengths)
         decoded = prefill.new_zeros((len(self.requests), max(steps - 1, 0), layers, k))
         layer_of = dict.fromkeys(range(1, steps), 0)  # chunks come in order within a forward pass
@@ -215,11 +218,12 @@ class DecodingBatch:
                 continue
             first = layer_of[step]
             layer_of[step] = last = first + len(experts)
-            decoded[slots, step - 1, first:last] = experts.squeeze(1).transpose(0, 1)
+            decoded[slots, step - 1, first:last] = experts.transpose(0, 1)
         prefill, decoded = prefill.cpu(), decoded.cpu()
-        row_of = {prompt: i for i, prompt in enumerate(dict.fromkeys(r.token_ids for r in self.requests))}
-        routes = []
-        for i, (request, length) in enumerate(zip(self.requests, lengths)):
-            prompt = prefill[:, longest - len(request.token_ids) :, row_of[request.token_ids]]
-            routes.append(torch.cat([prompt.transpose(0, 1), decoded[i, : length - 1]]))
-        return routes
+        prompts = dict.fromkeys(request.token_ids for request in self.requests)
+        parts = prefill.transpose(0, 1).split([len(prompt) for prompt in prompts])
+        of_prompt = dict(zip(prompts, parts, strict=True))
+        return [
+            torch.cat([of_prompt[request.token_ids], decoded[i, : length - 1]])
+            for i, (request, length) in enumerate(zip(self.requests, lengths))
+        ]

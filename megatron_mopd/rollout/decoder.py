@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.model.gpt import HiddenStateGPT
 from megatron_mopd.model.kv_cache import KeyValueCache
+from megatron_mopd.model.packing import PackedDocuments
 from megatron_mopd.model.router_replay import compact_dtype, routing_choices
 from megatron_mopd.objectives.vocab_shard import VocabShard
 from megatron_mopd.rollout.batches import DecodingBatch, Request, Response
@@ -101,8 +102,8 @@ class Decoder:
         return self._lanes[lane], (tick - lane) % self._stages
 
     def _compute(self, tick: int, incoming: Tensor | None) -> Tensor | None:
-        """One piece's forward pass: hidden states [new, rows, h], or from the last piece tokens and log-probs
-        [b, 2]."""
+        """One piece over `batch.input_ids` [rows, new]: hidden states [new, rows, h], or from the
+        last piece tokens and log-probs [b, 2]."""
         batch, piece = self._unit(self._rank, tick)
         if batch is None:
             if piece is not None and self._expert_peers is not None:
@@ -112,16 +113,15 @@ class Decoder:
         choices = routing_choices(chunk) if self._sampling.keep_routing else []
         for choice in choices:
             choice.record()
-        hidden = _forward(
-            chunk, incoming, batch.input_ids, batch.position_ids, batch.attention_mask(), batch.cache
-        )
+        mask, documents = batch.attention_mask(), batch.documents
+        hidden = _forward(chunk, incoming, batch.input_ids, batch.position_ids, mask, batch.cache, documents)
         if choices:
             compact = compact_dtype(chunk.config.num_moe_experts)
             batch.keep_routing(torch.stack([choice.take() for choice in choices]).to(compact))
         if piece < self._stages - 1:
             return hidden.contiguous()
         weight = chunk.head_weight()
-        logits = batch.expand(hidden[-1] @ weight.t())
+        logits = batch.expand(batch.sampled_states(hidden) @ weight.t())
         sampled = sample_tokens(
             logits,
             VocabShard.of(weight.size(0), self._groups.tp, self._vocab_size),
@@ -151,7 +151,7 @@ class Decoder:
         incoming = sampled = None
         batch, piece = self._unit(previous, tick)
         if batch is not None and piece < self._stages - 1:
-            shape = (batch.input_ids.size(1), batch.rows, self._hidden_size)
+            shape = (*batch.input_ids.t().shape, self._hidden_size)
             incoming = post(dist.irecv, torch.empty(shape, dtype=self._hidden_dtype, device=device), previous)
         batch, piece = self._unit(last, tick)
         if batch is not None and piece == self._stages - 1:
@@ -175,7 +175,7 @@ class Decoder:
         hidden = torch.zeros((1, 1, self._hidden_size), dtype=self._hidden_dtype, device=device)
         zero = torch.zeros((1, 1), dtype=torch.long, device=device)
         mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=device)
-        _forward(chunk, hidden, zero, zero, mask, KeyValueCache(1, 64))
+        _forward(chunk, hidden, zero, zero, mask, KeyValueCache(zero[0] + 1, 64))
 
 
 def _forward(
@@ -185,10 +185,13 @@ def _forward(
     position_ids: Tensor,
     attention_mask: Tensor,
     cache: KeyValueCache,
+    documents: PackedDocuments | None = None,
 ) -> Tensor:
     if not chunk.pre_process:
         chunk.set_input_tensor(hidden)
-    output = chunk(input_ids, position_ids, attention_mask, inference_context=cache)
+    output = chunk(
+        input_ids, position_ids, attention_mask, inference_context=cache, packed_seq_params=documents
+    )
     if not chunk.pre_process:
         chunk.set_input_tensor(None)
     return output

@@ -120,7 +120,7 @@ def observe_batches(rank, samples_per_prompt):
 @pytest.mark.parametrize("samples_per_prompt", [1, 4])
 def test_a_prompt_is_read_once_and_finished_rows_leave_the_batch(samples_per_prompt):
     shapes, trajectories = run_one(observe_batches, samples_per_prompt)
-    assert shapes[0] == (12, 17)
+    assert shapes[0] == (1, sum(len(prompt.token_ids) for prompt in prompts(12)))
     lengths = [len(response) for _, _, response, *_ in trajectories]
     for step, (rows, new) in enumerate(shapes[1:], start=1):
         alive = sum(length > step for length in lengths)
@@ -128,15 +128,14 @@ def test_a_prompt_is_read_once_and_finished_rows_leave_the_batch(samples_per_pro
     assert len(shapes) == max(lengths) and shapes[-1][0] < 12 * samples_per_prompt / 2
 
 
-def test_prompts_are_padded_on_the_left_and_padding_is_seen_by_itself_alone():
+def test_prompts_are_packed_and_their_rows_end_at_one_column():
     requests = [Request(4, (11, 12, 13), 5), Request(5, (14,), 5), Request(6, (14,), 5)]
     batch = DecodingBatch(requests, sampling(), torch.device("cpu"))
-    assert batch.input_ids.tolist() == [[11, 12, 13], [0, 0, 14]]
-    assert batch.position_ids[:, -1].tolist() == [2, 0]
-    visible = (~batch.attention_mask()).long().tolist()
-    # A row that sees nothing would be 0 / 0 in some attention kernels, and NaN reaches others as a value.
-    assert visible == [[[[1, 0, 0], [1, 1, 0], [1, 1, 1]]], [[[1, 0, 0], [0, 1, 0], [0, 0, 1]]]]
-    assert batch.trajectories.tolist() == [4, 5, 6] and batch.samples == 3 and batch.rows == 2
+    assert batch.input_ids.tolist() == [[11, 12, 13, 14]] and batch.documents.lengths == (3, 1)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0]] and batch.attention_mask() is None
+    hidden = torch.arange(4.0).view(4, 1, 1)
+    assert batch.expand(batch.sampled_states(hidden)).flatten().tolist() == [2, 3, 3]
+    assert batch.trajectories.tolist() == [4, 5, 6] and batch.samples == 3
     assert batch.advance(torch.tensor([20, 3, 21]), torch.zeros(3).double()) is False  # 3 is a stop token
     assert batch.trajectories.tolist() == [4, 6]
     assert batch.input_ids.tolist() == [[20], [21]] and batch.position_ids.tolist() == [[3], [1]]
