@@ -60,7 +60,12 @@ CASES = {
     "ranks": (
         {"parallel": {"tensor_model_parallel_size": 3}},
         2,
-        ["tensor_model_parallel_size", "3 x 1 x 1", "number of ranks, 2", "valid products: 1, 2"],
+        ["TP 3 x PP 1 x CP 1", "needs at least 3 ranks, and 2 were started", "--nproc-per-node 3"],
+    ),
+    "plain python for two ranks": (
+        {"parallel": {"pipeline_model_parallel_size": 2}},
+        1,
+        ["needs at least 2 ranks, and 1 was started", "torchrun --nproc-per-node 2"],
     ),
     "heads": (
         {

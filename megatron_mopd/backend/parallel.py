@@ -7,6 +7,7 @@ which is passed around.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -169,22 +170,29 @@ def _check_in(store: dist.Store, rank: int, world_size: int, timeout_minutes: fl
 
 def validate_layout(
     parallel: ParallelConfig,
+    world_size: int,
     *,
     num_layers: int,
     num_moe_experts: int | None,
     num_attention_heads: int,
     num_query_groups: int | None = None,
 ) -> None:
-    """Raise `ConfigError` naming the parallel size that does not fit and the sizes that would. No
-    collectives.
+    """Raise `ConfigError` naming the parallel size that does not fit `world_size` ranks or the model, and the
+    sizes that would. No collectives.
     """
-    world_size = dist.get_world_size()
     tp, pp, cp = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
     )
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size or tp
+    if world_size < (fewest := fewest_ranks(parallel)):
+        started = "1 was" if world_size == 1 else f"{world_size} were"
+        raise ConfigError(
+            f"parallel: TP {tp} x PP {pp} x CP {cp} with EP {ep} needs at least {fewest} ranks, and "
+            f"{started} started; use torchrun --nproc-per-node {fewest} (several nodes: launch/train.sh), "
+            "or smaller sizes"
+        )
     if world_size % (tp * pp * cp):
         raise ConfigError(
             f"parallel: tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = "
@@ -230,6 +238,13 @@ def validate_layout(
         raise ConfigError(
             "parallel.sequence_parallel: must be true for a mixture-of-experts model with TP > 1"
         )
+
+
+def fewest_ranks(parallel: ParallelConfig) -> int:
+    """The smallest number of ranks that the layout can be laid over."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    experts = parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or tp)
+    return pp * math.lcm(tp * parallel.context_parallel_size, experts)
 
 
 def _divisors(number: int) -> list[int]:

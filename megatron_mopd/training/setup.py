@@ -9,6 +9,8 @@ import dataclasses
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron_mopd.backend.parallel import (
     ParallelGroups,
     build_parallel_groups,
@@ -35,6 +37,19 @@ from megatron_mopd.training.rewards import Rewarder
 from megatron_mopd.training.step import Learner
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from, read and checked; nothing is built yet."""
+
+    tokenizer: Tokenizer
+    objectives: DomainObjectives
+    student: ModelConfig
+    teachers: list[TeacherSource]
+    routing: Routing | None
+    prompts: PromptSet
+    eval_prompts: PromptSet | None
+
+
 @dataclass
 class Run:
     """A configured run, ready for its first step."""
@@ -56,20 +71,8 @@ def build_run(config: Config) -> Run:
     """
     device = select_device(config.device)
     start_ranks(device, config.parallel.distributed_timeout_minutes)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    objectives = DomainObjectives(config.objective)
-    student = resolve_student(config, tokenizer)
-    is_distillation = any(needs_teachers(objective) for objective in objectives.all())
-    teachers, routing = resolve_teachers(config, student, tokenizer) if is_distillation else ([], None)
-    _check_layout(config, student, teachers)
-    _check_batch(config)
-
-    prompts = load_prompts(config.data.prompts, tokenizer, config.data.seq_length)
-    eval_prompts = None
-    if config.data.eval:
-        eval_prompts = load_prompts(config.data.eval, tokenizer, config.data.seq_length, "data.eval")
-        prompts = prompts.without(eval_prompts)  # held-out means never trained on, whatever the seeds
-    _check_prompts(prompts, objectives, routing, tokenizer, config.data.seq_length)
+    inputs = check_inputs(config, dist.get_world_size())
+    tokenizer, student, routing = inputs.tokenizer, inputs.student, inputs.routing
 
     groups = build_parallel_groups(config.parallel, device, config.seed)
     chunks = build_model(
@@ -84,12 +87,12 @@ def build_run(config: Config) -> Run:
     if config.rollout.routing_replay:
         install_routing_replay(chunks)
     bank, fingerprints = None, {}
-    if is_distillation:
+    if routing is not None:
         fingerprints = model_fingerprints(config, student, tokenizer.fingerprint())
         for alarm in start_alarms(fingerprints):
             say(f"ALARM: {alarm}")
         bank = TeacherBank(
-            [replace(source, fingerprint=fingerprints[source.name]["weights"]) for source in teachers],
+            [replace(source, fingerprint=fingerprints[source.name]["weights"]) for source in inputs.teachers],
             groups,
             config.params_dtype,
             config.data.seq_length,
@@ -107,8 +110,8 @@ def build_run(config: Config) -> Run:
         scheduler=scheduler,
         model=student,
         manifest=run_manifest(config, tokenizer.fingerprint(), fingerprints)
-        | {"prompts": prompts.fingerprint()},
-        domains=sorted(prompts.domains),
+        | {"prompts": inputs.prompts.fingerprint()},
+        domains=sorted(inputs.prompts.domains),
         routing=routing,
         bank=bank,
     )
@@ -120,7 +123,29 @@ def build_run(config: Config) -> Run:
         max_batch_size=config.rollout.max_batch_size,
     )
     rewarder = Rewarder(config, groups, tokenizer.decode)
-    return Run(config, groups, tokenizer, prompts, eval_prompts, learner, engine, rewarder)
+    return Run(config, groups, tokenizer, inputs.prompts, inputs.eval_prompts, learner, engine, rewarder)
+
+
+def check_inputs(config: Config, world_size: int) -> Inputs:
+    """Everything that can be checked before groups and models are built, for a world of `world_size` ranks.
+
+    Raises `ConfigError` for a user's mistake. Collectives: none.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    objectives = DomainObjectives(config.objective)
+    student = resolve_student(config, tokenizer)
+    is_distillation = any(needs_teachers(objective) for objective in objectives.all())
+    teachers, routing = resolve_teachers(config, student, tokenizer) if is_distillation else ([], None)
+    _check_layout(config, world_size, student, teachers)
+    _check_batch(config)
+
+    prompts = load_prompts(config.data.prompts, tokenizer, config.data.seq_length)
+    eval_prompts = None
+    if config.data.eval:
+        eval_prompts = load_prompts(config.data.eval, tokenizer, config.data.seq_length, "data.eval")
+        prompts = prompts.without(eval_prompts)  # held-out means never trained on, whatever the seeds
+    _check_prompts(prompts, objectives, routing, tokenizer, config.data.seq_length)
+    return Inputs(tokenizer, objectives, student, teachers, routing, prompts, eval_prompts)
 
 
 def resolve_student(config: Config, tokenizer: Tokenizer) -> ModelConfig:
@@ -178,7 +203,9 @@ def resolve_teachers(
     return sources, Routing(config.routing, config.teachers)
 
 
-def _check_layout(config: Config, student: ModelConfig, teachers: list[TeacherSource]) -> None:
+def _check_layout(
+    config: Config, world_size: int, student: ModelConfig, teachers: list[TeacherSource]
+) -> None:
     """Every model fits the parallel layout; `ConfigError` names the teacher that does not."""
     models = {"student": student} | {f"teachers.{source.name}": source.model for source in teachers}
     has_experts = any(model.transformer.get("num_moe_experts") for model in models.values())
@@ -197,6 +224,7 @@ def _check_layout(config: Config, student: ModelConfig, teachers: list[TeacherSo
         try:
             validate_layout(
                 parallel,
+                world_size,
                 num_layers=architecture["num_layers"],
                 num_moe_experts=architecture.get("num_moe_experts"),
                 num_attention_heads=architecture["num_attention_heads"],

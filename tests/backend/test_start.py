@@ -76,7 +76,11 @@ MODEL = dict(num_layers=6, num_moe_experts=None, num_attention_heads=12, num_que
 EXPERTS = MODEL | dict(num_moe_experts=6)
 LAYOUTS = [
     ({"tensor_model_parallel_size": 3}, MODEL, "3 x 1 x 1 = 3 does not divide .* 4; valid products: 1, 2, 4"),
-    ({"context_parallel_size": 8}, MODEL, "1 x 1 x 8 = 8 does not divide the number of ranks, 4"),
+    (
+        {"context_parallel_size": 8},
+        MODEL,
+        "TP 1 x PP 1 x CP 8 with EP 1 needs at least 8 ranks, and 4 were started; .*nproc-per-node 8",
+    ),
     (
         {"tensor_model_parallel_size": 4},
         MODEL | {"num_attention_heads": 6},
@@ -103,7 +107,12 @@ LAYOUTS = [
     (
         {"expert_model_parallel_size": 4, "pipeline_model_parallel_size": 2},
         EXPERTS,
-        r"expert_model_parallel_size: 4 .* pipeline 2\) does not divide the number of ranks, 4; valid: 1, 2",
+        "TP 1 x PP 2 x CP 1 with EP 4 needs at least 8 ranks, and 4 were started",
+    ),
+    (
+        {"expert_model_parallel_size": 3},
+        EXPERTS,
+        r"expert_model_parallel_size: 3 .* pipeline 1\) does not divide .* ranks, 4; valid: 1, 2, 4",
     ),
     ({"sequence_parallel": True}, MODEL, "sequence_parallel: needs tensor_model_parallel_size of at least 2"),
     ({"tensor_model_parallel_size": 2}, EXPERTS, "sequence_parallel: must be true for a mixture-of-experts"),
@@ -111,20 +120,18 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout, model, message", LAYOUTS)
-def test_sizes_that_do_not_fit_are_named_with_those_that_do(monkeypatch, layout, model, message):
-    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+def test_sizes_that_do_not_fit_are_named_with_those_that_do(layout, model, message):
     with pytest.raises(ConfigError, match=message):
-        parallel.validate_layout(ParallelConfig(**layout), **model)
+        parallel.validate_layout(ParallelConfig(**layout), 4, **model)
 
 
-def test_sizes_that_fit(monkeypatch):
-    monkeypatch.setattr(dist, "get_world_size", lambda: 12)
+def test_sizes_that_fit():
     fits = dict(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=3)
-    parallel.validate_layout(ParallelConfig(**fits, virtual_pipeline_model_parallel_size=2), **MODEL)
-    parallel.validate_layout(ParallelConfig(**fits, expert_model_parallel_size=2), **EXPERTS)
+    parallel.validate_layout(ParallelConfig(**fits, virtual_pipeline_model_parallel_size=2), 12, **MODEL)
+    parallel.validate_layout(ParallelConfig(**fits, expert_model_parallel_size=2), 12, **EXPERTS)
     # More tensor-parallel ranks than query groups: each group is on several of them.
     few = MODEL | dict(num_query_groups=2)
-    parallel.validate_layout(ParallelConfig(tensor_model_parallel_size=4), **few)
+    parallel.validate_layout(ParallelConfig(tensor_model_parallel_size=4), 12, **few)
 
 
 def layout_facts(rank, layout):

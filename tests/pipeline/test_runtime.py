@@ -254,7 +254,8 @@ def test_limits_that_no_plan_meets(pools, schedule, message):
 def layout_error(rank, parallel, layers):
     config = _models.config_from_dict({"run_dir": "unused", "parallel": parallel})
     try:
-        validate_layout(config.parallel, num_layers=layers, num_moe_experts=None, num_attention_heads=4)
+        size = dist.get_world_size()
+        validate_layout(config.parallel, size, num_layers=layers, num_moe_experts=None, num_attention_heads=4)
     except ConfigError as error:
         return str(error)
 

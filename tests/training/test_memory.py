@@ -6,9 +6,9 @@ import multiprocessing
 
 import pytest
 
+from megatron_mopd.commands import estimate
 from megatron_mopd.config import config_from_dict
 from tests import _runs
-from tools import estimate
 
 DENSE = dict(
     num_layers=2,

@@ -1,0 +1,134 @@
+"""Memory of a run before it is launched, per GPU and per host, by component.
+
+    python tools/estimate.py --config FILE.yaml [--world-size N] [--ranks-per-host 8] [section.key=value ...]
+    torchrun --nproc-per-node N tools/estimate.py --check --config FILE.yaml [section.key=value ...]
+
+The first needs no GPU, no second process and no weights; checkpoints only have to have their descriptions.
+`--check` also builds the run, trains one step on responses of full length, and prints what was allocated
+beside what was estimated; it ends with status 1 when a component differs by more than 10%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import warnings
+
+import torch.distributed as dist
+
+from megatron_mopd.backend.parallel import fewest_ranks, select_device
+from megatron_mopd.config import Config, ConfigError, DomainObjectives, load_config
+from megatron_mopd.config.objectives import needs_teachers
+from megatron_mopd.data.tokenizer import load_tokenizer
+from megatron_mopd.training.measured_memory import measure
+from megatron_mopd.training.memory import RankMemory, estimate_rank, imagined_groups
+from megatron_mopd.training.setup import resolve_student, resolve_teachers
+
+
+def estimate(config: Config, world_size: int, ranks: list[int]) -> dict[int, RankMemory]:
+    """Memory of the given ranks of a world of `world_size`."""
+    select_device("cpu")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    student = resolve_student(config, tokenizer)
+    objectives = DomainObjectives(config.objective)
+    teachers, mixture = [], 1
+    if any(needs_teachers(objective) for objective in objectives.all()):
+        teachers, routing = resolve_teachers(config, student, tokenizer)
+        mixture = routing.max_teachers
+    result = {}
+    for rank in ranks:
+        with imagined_groups(config, world_size, rank) as groups:
+            result[rank] = estimate_rank(config, student, teachers, mixture, groups)
+    return result
+
+
+def stage_ranks(config: Config, world_size: int) -> list[int]:
+    """The first rank of every pipeline stage: all others of a stage take as much."""
+    stages = config.parallel.pipeline_model_parallel_size
+    return [stage * (world_size // stages) for stage in range(stages)]
+
+
+def show(config: Config, world_size: int, ranks_per_host: int) -> None:
+    ranks = stage_ranks(config, world_size)
+    memory = estimate(config, world_size, ranks)
+    components = list(dict.fromkeys(name for item in memory.values() for name in item.device))
+    print(f"per GPU, GiB ({world_size} ranks)")
+    heads = "".join(f"{f'stage {stage}':>12}" for stage in range(len(ranks)))
+    print(f"{'':20}{heads}")
+    for name in components:
+        print(f"{name:20}" + "".join(f"{_gib(memory[rank].device.get(name, 0)):12.3f}" for rank in ranks))
+    print(f"{'total':20}" + "".join(f"{_gib(sum(memory[rank].device.values())):12.3f}" for rank in ranks))
+    print(f"per host of {ranks_per_host} ranks, GiB: the host with the most")
+    per_stage = world_size // len(ranks)
+    totals = []
+    for first in range(0, world_size, ranks_per_host):
+        here = [
+            memory[ranks[rank // per_stage]] for rank in range(first, min(world_size, first + ranks_per_host))
+        ]
+        names = list(dict.fromkeys(name for item in here for name in item.host))
+        totals.append({name: sum(item.host.get(name, 0) for item in here) for name in names})
+    largest = max(totals, key=lambda sizes: sum(sizes.values()))
+    for name, size in largest.items():
+        print(f"{name:20}{_gib(size):12.3f}")
+    print(f"{'total':20}{_gib(sum(largest.values())):12.3f}")
+    if disk := max(item.disk for item in memory.values()):
+        print(f"files per rank      {_gib(disk):12.3f}")
+
+
+def _gib(size: int) -> float:
+    return size / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--world-size", type=int, default=None, help="ranks of the run; default: the fewest")
+    parser.add_argument("--ranks-per-host", type=int, default=8, help="GPUs of one host")
+    parser.add_argument("--check", action="store_true", help="compare with one real step on this machine")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.check:
+            sys.exit(check(config))
+        show(config, options.world_size or fewest_ranks(config.parallel), options.ranks_per_host)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _estimated_here(config: Config, queue) -> None:
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    queue.put(estimate(config, world_size, [rank])[rank])
+
+
+def check(config: Config) -> int:
+    """One real step; prints both numbers of every component and returns the exit status."""
+    context = multiprocessing.get_context("fork")  # the imagined world and the real one need a process each
+    queue = context.SimpleQueue()
+    child = context.Process(target=_estimated_here, args=(config, queue))
+    child.start()
+    expected = queue.get()
+    child.join()
+    found = measure(config)
+    status = 0
+    if dist.get_rank() == 0:
+        print(f"{'bytes on rank 0':24}{'estimated':>14}{'allocated':>14}{'ratio':>8}")
+    for name, size in (expected.device | expected.host).items():
+        if name not in found:
+            continue
+        real = found[name]
+        ratio = size / real if real else (1.0 if size == 0 else float("inf"))
+        if dist.get_rank() == 0:
+            print(f"{name:24}{size:14d}{real:14d}{ratio:8.3f}")
+        if not 0.9 <= ratio <= 1.1:
+            status = 1
+    dist.destroy_process_group()
+    return status
+
+
+if __name__ == "__main__":
+    main()
