@@ -17,7 +17,9 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch.distributed as dist
 
@@ -28,19 +30,21 @@ from megatron_mopd.config import Config, ConfigError, load_config, save_config
 from megatron_mopd.config.objectives import samples_per_prompt
 from megatron_mopd.data.prompts import PromptSampler
 from megatron_mopd.data.trajectory import Trajectory
-from megatron_mopd.observe.metrics import MetricsWriter
-from megatron_mopd.observe.progress import StepLine, say
+from megatron_mopd.observe.progress import say
 from megatron_mopd.observe.report import draw_report
+from megatron_mopd.observe.run_log import RunLog
 from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.routing import RoutingRecords
-from megatron_mopd.training.checkpoint import check_space, resume, save
-from megatron_mopd.training.evaluate import evaluate
+from megatron_mopd.training.best import BestCheckpoint
+from megatron_mopd.training.checkpoint import check_space, checkpoints_directory, resume, save
+from megatron_mopd.training.evaluate import evaluate, evaluate_pass_at
 from megatron_mopd.training.guards import first_step_alarms
 from megatron_mopd.training.monitors import Alarms, rollout_metrics
 from megatron_mopd.training.preemption import PREEMPTED_STATUS, Preempted, StopRequest
 from megatron_mopd.training.sampling import draw_trajectories
 from megatron_mopd.training.setup import Run, build_run, run_directory
 from megatron_mopd.training.step import StepBatch, plan_steps, train_step
+from megatron_mopd.training.token_samples import TokenSamples
 
 
 def train(config: Config) -> dict[str, float]:
@@ -55,10 +59,14 @@ def train(config: Config) -> dict[str, float]:
     check_space(run.learner)
     if run.groups.rank == 0:
         save_config(config, run_directory(config) / "config.yaml")
-    writer = MetricsWriter(config.run_dir, config.log.tensorboard, resumed_iteration=first or None)
+    log = RunLog(config, first)
+    log.started(run.learner.manifest, run.groups.world_size, run.groups.device)
+    for message in run.start_alarms if first == 0 else ():
+        log.alarm(0, message)
+    best = BestCheckpoint(checkpoints_directory(config.run_dir), config.checkpoint.best_metric, first)
     watchdog = Watchdog(60 * config.guard.hang_timeout_minutes, run_directory(config) / "stacks")
-    with contextlib.closing(writer), watchdog, StopRequest(run.groups) as stop:
-        metrics = iterate(run, first, alarms, writer, watchdog, stop)
+    with contextlib.closing(log), watchdog, StopRequest(run.groups) as stop:
+        metrics = iterate(run, first, alarms, log, best, watchdog, stop)
     run.rewarder.close()
     if config.log.report:
         if run.learner.pipeline is not None:
@@ -69,11 +77,16 @@ def train(config: Config) -> dict[str, float]:
 
 
 def iterate(
-    run: Run, first: int, alarms: Alarms, writer: MetricsWriter, watchdog: Watchdog, stop: StopRequest
+    run: Run,
+    first: int,
+    alarms: Alarms,
+    log: RunLog,
+    best: BestCheckpoint,
+    watchdog: Watchdog,
+    stop: StopRequest,
 ) -> dict[str, float]:
     """Every iteration from `first` on; the last one's metrics."""
     config, last = run.config, run.config.schedule.train_iters
-    line = StepLine(last, first_iteration=first)
     sampler = PromptSampler(run.prompts, config.seed)
     metrics: dict[str, float] = {}
     batches: deque[StepBatch] = deque()  # optimizer steps whose samples are there
@@ -91,6 +104,10 @@ def iterate(
         watchdog.begin(f"optimizer step {iteration + 1}")
         # Dropout of every step has a stream of its own, so that a resumed run draws the same.
         seed_model_parallel(config.seed + 1_000_003 * iteration)
+        if _is_sampled(run, iteration + 1):
+            batches[0].samples = TokenSamples(
+                batches[0].trajectories, config.log.samples_per_domain, run.groups.device
+            )
         metrics = train_step(run.learner, batches)
         batch = batches.popleft()
         metrics |= _timing(batch, sampled - started, time.perf_counter() - started)
@@ -100,24 +117,27 @@ def iterate(
         done = iteration + 1
         for message in _alarms(run, alarms, iteration, batch, metrics, observed):
             say(f"ALARM: {message}")
+            log.alarm(done, message)
+        if batch.samples is not None:
+            log.samples(done, samples_of(run, batch))
         if done == last or _every(config.schedule.eval_interval, done):
             watchdog.begin(f"evaluation after iteration {done}")
             metrics |= evaluation(run)
-        writer.log(done, metrics)
-        if done == last or _every(config.log.log_interval, done):
-            line.show(done, metrics)
+        log.step(done, metrics)
         # Between two steps of one rollout batch nothing can be saved: its samples are in memory alone.
         is_between = done % config.schedule.steps_per_rollout == 0
         is_asked = is_between and stop.agreed() and done < last
-        if done == last or is_asked or _every(config.checkpoint.save_interval, done):
+        is_best = is_between and config.checkpoint.save_best and best.is_new(metrics)
+        if done == last or is_asked or is_best or _every(config.checkpoint.save_interval, done):
             watchdog.begin(f"checkpoint of iteration {done}")
             keep = True if is_asked else None  # whoever is asked to stop is to go on later
+            best.saved(done, metrics)
             save(run.learner, done, run.tokenizer, alarms, with_optimizer=keep)
         if is_asked:
             raise Preempted(done)
     if first >= last:
         metrics = evaluation(run)
-        writer.log(first, metrics)
+        log.step(first, metrics)
     return metrics
 
 
@@ -162,16 +182,44 @@ def sample(
 
 
 def evaluation(run: Run) -> dict[str, float]:
-    """Greedy accuracy on the held-out prompts, per domain."""
+    """On the held-out prompts, per domain: accuracy of greedy answers, and pass@k of sampled ones."""
     if run.eval_prompts is None:
         return {}
-    sampling = SamplingParams(
-        max_new_tokens=run.config.rollout.max_new_tokens,
+    rollout, settings = run.config.rollout, run.config.evaluation
+    greedy = SamplingParams(
+        max_new_tokens=rollout.max_new_tokens,
         temperature=0.0,
-        stop_token_ids=SamplingParams.from_config(run.config.rollout, run.tokenizer.eos_id).stop_token_ids,
+        stop_token_ids=SamplingParams.from_config(rollout, run.tokenizer.eos_id).stop_token_ids,
     )
-    prompts = list(run.eval_prompts)
-    return evaluate(run.engine, prompts, run.tokenizer, sampling, run.groups, seed=run.config.seed)
+    shared = (run.engine, list(run.eval_prompts), run.tokenizer)
+    metrics = evaluate(*shared, greedy, run.groups, seed=run.config.seed)
+    if settings.pass_at:
+        sampling = replace(greedy, temperature=settings.temperature, top_p=settings.top_p)
+        samples = settings.samples_per_prompt or max(settings.pass_at)
+        metrics |= evaluate_pass_at(
+            *shared,
+            sampling,
+            run.groups,
+            seed=run.config.seed,
+            pass_at=settings.pass_at,
+            samples_per_prompt=samples,
+        )
+    return metrics
+
+
+def samples_of(run: Run, batch: StepBatch) -> Iterator[dict[str, Any]]:
+    """The step's sample for the report: responses with the divergence of every token, teachers and reward."""
+    rewards = batch.rewards.collect()
+    for index, entry in batch.samples.lines(run.tokenizer):
+        mixture = run.learner.mixture(entry["domain"], batch.iteration)
+        yield entry | {"teachers": dict(mixture), "reward": rewards.get(index)}
+
+
+def _is_sampled(run: Run, done: int) -> bool:
+    log = run.config.log
+    if run.learner.routing is None or not log.sample_interval or not log.samples_per_domain:
+        return False
+    return done in (1, run.config.schedule.train_iters) or _every(log.sample_interval, done)
 
 
 def _timing(batch: StepBatch, rollout: float, total: float) -> dict[str, float]:

@@ -157,12 +157,15 @@ def _check(config: Config) -> None:
         "checkpoint.save_interval",
         "checkpoint.keep_last",
         "checkpoint.keep_every",
+        "log.sample_interval",
+        "log.samples_per_domain",
         "guard.max_skipped_steps",
         "guard.hang_timeout_minutes",
     ):
         if not (value := attrgetter(dotted)(config)) >= 0:  # NaN is not either
             raise ConfigError(f"{dotted}: must be at least 0, found {value}")
     check_objectives(config)
+    _check_evaluation(config)
     if not config.rewards.timeout_seconds > 0:
         raise ConfigError(f"rewards.timeout_seconds: must be above 0, found {config.rewards.timeout_seconds}")
     if config.params_dtype == "float64" and config.optimizer.use_distributed_optimizer:
@@ -174,6 +177,25 @@ def _check(config: Config) -> None:
         )
     if not config.run_dir:
         raise ConfigError("run_dir: missing; name the directory that the run writes into")
+
+
+def _check_evaluation(config: Config) -> None:
+    evaluation = config.evaluation
+    if any(k < 1 for k in evaluation.pass_at):
+        raise ConfigError(f"evaluation.pass_at: every k must be at least 1, found {evaluation.pass_at}")
+    if evaluation.pass_at and not config.data.eval:
+        raise ConfigError(
+            "evaluation.pass_at: there is nothing to evaluate; name held-out prompts in data.eval"
+        )
+    if evaluation.samples_per_prompt < 0 or (
+        evaluation.samples_per_prompt and evaluation.samples_per_prompt < max(evaluation.pass_at, default=0)
+    ):
+        raise ConfigError(
+            f"evaluation.samples_per_prompt: {evaluation.samples_per_prompt} samples say nothing about "
+            f"pass@{max(evaluation.pass_at, default=0)}; needs at least as many, or 0"
+        )
+    if not evaluation.temperature > 0 or not 0 < evaluation.top_p <= 1:
+        raise ConfigError("evaluation: needs temperature > 0 and 0 < top_p <= 1")
 
 
 def _build(cls: type, values: Any, where: str) -> Any:

@@ -311,6 +311,20 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """How held-out prompts (`data.eval`) are answered, besides the greedy answer that accuracy counts."""
+
+    pass_at: list[int] = field(default_factory=list)
+    """For every k listed, pass@k: the chance that at least one of k sampled responses is right."""
+    samples_per_prompt: int = 0
+    """Responses sampled for each held-out prompt; more make pass@k steadier. 0: as many as the largest k."""
+    temperature: float = 1.0
+    """Softmax temperature of these samples."""
+    top_p: float = 1.0
+    """Nucleus sampling threshold of these samples."""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Saving and resuming the run."""
 
@@ -327,6 +341,11 @@ class CheckpointConfig:
     """So many of the newest checkpoints stay, older ones are removed; 0 keeps all."""
     keep_every: int = 0
     """Checkpoints whose iteration is a multiple of this stay all the same; 0: none."""
+    best_metric: str = "accuracy"
+    """Of the checkpoints that were evaluated, the one with the highest value of this metric is never removed,
+    and `checkpoints/best.json` names it."""
+    save_best: bool = False
+    """Also save right after an evaluation that is better than all before it."""
 
 
 @dataclass(frozen=True)
@@ -351,6 +370,11 @@ class LogConfig:
     """Write TensorBoard event files into the run directory."""
     report: bool = True
     """Draw `report.png` at the end."""
+    sample_interval: int = 50
+    """Iterations between samples for the report, `samples.jsonl`: responses with the divergence of every
+    token. The first and the last iteration are always among them; 0: none."""
+    samples_per_domain: int = 1
+    """Responses of each domain that such a sample holds."""
 
 
 @dataclass(frozen=True)
@@ -380,6 +404,7 @@ class Config:
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -8,7 +8,6 @@ same.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from typing import Any
 import torch.distributed
 from torch.utils.tensorboard import SummaryWriter
 
-METRICS_FILE = "metrics.jsonl"
+from megatron_mopd.observe.journal import METRICS_FILE, Journal, read_journal
 
 
 def is_main_rank() -> bool:
@@ -41,10 +40,7 @@ class MetricsWriter:
             return
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS_FILE
-        if path.exists():
-            _keep_until(path, -1 if resumed_iteration is None else resumed_iteration)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = Journal(run_dir / METRICS_FILE, resumed_iteration)
         if tensorboard:
             purge_step = 0 if resumed_iteration is None else resumed_iteration + 1
             self._tensorboard = SummaryWriter(str(run_dir), purge_step=purge_step)
@@ -59,11 +55,10 @@ class MetricsWriter:
             return
         flat = flatten(metrics)
         nonfinite = {k: repr(v) for k, v in flat.items() if isinstance(v, float) and not math.isfinite(v)}
-        line = {"iteration": iteration, **flat, **dict.fromkeys(nonfinite)}
+        line = {**flat, **dict.fromkeys(nonfinite)}
         if nonfinite:
             line["nonfinite"] = nonfinite
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.write(iteration, line)
         if self._tensorboard is not None:
             for name, value in flat.items():
                 if isinstance(value, (int, float)):
@@ -91,24 +86,4 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Every complete line of a run's `metrics.jsonl`; a line torn by a crash is left out."""
-    lines = []
-    with open(Path(run_dir) / METRICS_FILE, "rb") as file:
-        for line in file:
-            try:
-                values = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(values, dict) and isinstance(values.get("iteration"), int):
-                lines.append(values)
-    return lines
-
-
-def _keep_until(path: Path, last: int) -> None:
-    kept = [line for line in read_metrics(path.parent) if line["iteration"] <= last]
-    # Replaced in one step: a crash here must not lose the history of the run.
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    return read_journal(Path(run_dir) / METRICS_FILE)

@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from megatron_mopd.observe.formats import format_count, format_seconds
 from megatron_mopd.observe.metrics import flatten, is_main_rank
 
 Item = TypeVar("Item")
@@ -129,22 +130,6 @@ class StepLine:
 def is_terminal() -> bool:
     """Whether a person is watching: both standard streams are terminals."""
     return sys.stdout.isatty() and sys.stderr.isatty()
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration to read: `4.2s`, `3m 05s`, `2h 07m`."""
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m {rest:02d}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"
-
-
-def format_count(number: float) -> str:
-    """A count to read: `950`, `12.3k`, `4.56M`."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.0f}"
 
 
 def _largest(domains: dict[str, float]) -> str:

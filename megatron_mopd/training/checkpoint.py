@@ -30,6 +30,7 @@ from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.initialize import sharded_tensors
 from megatron_mopd.observe.progress import say
 from megatron_mopd.teachers.manifest import changed_teachers
+from megatron_mopd.training.best import best_iteration
 from megatron_mopd.training.monitors import Alarms
 from megatron_mopd.training.optimizer import allocate_state, regroup_state, separate_steps
 from megatron_mopd.training.step import Learner
@@ -93,8 +94,9 @@ def save(
         # Later ones, which resuming passed over because they are damaged, are overwritten when the run gets
         # there.
         older = [i for i in complete_iterations(directory) if i <= iteration][settings.keep_last :]
+        best = best_iteration(directory)
         for number in older:
-            if not (settings.keep_every and number % settings.keep_every == 0):
+            if number != best and not (settings.keep_every and number % settings.keep_every == 0):
                 remove_checkpoint(iteration_directory(directory, number))
     return path
 

@@ -1,16 +1,19 @@
-"""Accuracy on held-out prompts, scored by their verifiers."""
+"""Accuracy and pass@k on held-out prompts, scored by their verifiers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.tokenizer import Tokenizer
 from megatron_mopd.data.verifiers import score
+from megatron_mopd.observe.progress import progress
 from megatron_mopd.rollout.engine import RolloutEngine, SamplingParams
 
 
@@ -26,26 +29,91 @@ def evaluate(
     """Sample one response a prompt and score it; returns `accuracy/<domain>` and their mean, `accuracy`,
     equal on every rank.
 
-    Every rank scores its share of the responses. Collective: one all-reduce of 3 x domains integers over all
-    ranks.
+    Every rank scores its share of the responses. Collective: see `_judge`.
     """
-    trajectories = engine.generate(prompts, sampling, seed=seed)
-    domains = sorted({prompt.domain for prompt in prompts})
-    counts = torch.zeros(len(domains), 3, dtype=torch.int64, device=groups.device)  # correct, scored, crashed
-    for trajectory in trajectories[groups.rank :: groups.world_size]:
-        verdict = score(trajectory.prompt, tokenizer.decode(trajectory.response_ids))
-        row = domains.index(trajectory.domain)
-        counts[row, 0] += bool(verdict.correct)
-        counts[row, 1] += verdict.correct is not None
-        counts[row, 2] += verdict.crashed
-    dist.all_reduce(counts)
+    judged = _judge(engine, prompts, tokenizer, sampling, groups, seed=seed, samples_per_prompt=1)
     metrics: dict[str, float] = {}
-    for domain, (correct, scored, crashed) in zip(domains, counts.tolist()):
+    for domain, rows in _by_domain(prompts).items():
+        correct, scored, crashed = judged[rows].sum(dim=0).tolist()
         if scored:
             metrics[f"accuracy/{domain}"] = correct / scored
         if crashed:
             metrics[f"verifier_crashes/{domain}"] = crashed
-    if metrics:
-        accuracies = [value for key, value in metrics.items() if key.startswith("accuracy/")]
-        metrics["accuracy"] = sum(accuracies) / max(1, len(accuracies))
+    return metrics | _mean(metrics, "accuracy")
+
+
+def evaluate_pass_at(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    sampling: SamplingParams,
+    groups: ParallelGroups,
+    *,
+    seed: int,
+    pass_at: Iterable[int],
+    samples_per_prompt: int,
+) -> dict[str, float]:
+    """`pass_at_<k>/<domain>` and `pass_at_<k>`, the mean over domains, for every k; equal on every rank.
+
+    A prompt counts with the responses that got a verdict; one with fewer than k of them does not count.
+    Collective: see `_judge`.
+    """
+    judged = _judge(
+        engine, prompts, tokenizer, sampling, groups, seed=seed, samples_per_prompt=samples_per_prompt
+    )
+    metrics: dict[str, float] = {}
+    for k in pass_at:
+        for domain, rows in _by_domain(prompts).items():
+            counts = [(scored, correct) for correct, scored, _ in judged[rows].tolist() if scored >= k]
+            if counts:
+                mean = sum(pass_at_k(n, c, k) for n, c in counts) / len(counts)
+                metrics[f"pass_at_{k}/{domain}"] = mean
+        metrics |= _mean(metrics, f"pass_at_{k}")
     return metrics
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k responses is right, from `correct` of `samples`:
+    1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, eq. 1). Needs k <= samples.
+    """
+    assert 0 <= correct <= samples and 1 <= k <= samples, (samples, correct, k)
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def _judge(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    sampling: SamplingParams,
+    groups: ParallelGroups,
+    *,
+    seed: int,
+    samples_per_prompt: int,
+) -> Tensor:
+    """Correct, scored and crashed responses of every prompt, [prompts, 3] int64 in host memory.
+
+    Collective: one all-reduce of that size over all ranks.
+    """
+    trajectories = engine.generate(prompts, sampling, seed=seed, samples_per_prompt=samples_per_prompt)
+    counts = torch.zeros(len(prompts), 3, dtype=torch.int64)
+    for trajectory in progress(trajectories[groups.rank :: groups.world_size], "verifying"):
+        verdict = score(trajectory.prompt, tokenizer.decode(trajectory.response_ids))
+        row = trajectory.index // samples_per_prompt
+        counts[row, 0] += bool(verdict.correct)
+        counts[row, 1] += verdict.correct is not None
+        counts[row, 2] += verdict.crashed
+    counts = counts.to(groups.device)
+    dist.all_reduce(counts)
+    return counts.cpu()
+
+
+def _by_domain(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        rows.setdefault(prompt.domain, []).append(number)
+    return dict(sorted(rows.items()))
+
+
+def _mean(metrics: dict[str, float], name: str) -> dict[str, float]:
+    values = [value for key, value in metrics.items() if key.startswith(f"{name}/")]
+    return {name: sum(values) / len(values)} if values else {}

@@ -39,6 +39,7 @@ from megatron_mopd.training.objective_terms import (
     vocabulary_term,
 )
 from megatron_mopd.training.response_tokens import ResponseTokens, response_hidden, row_positions
+from megatron_mopd.training.token_samples import TokenSamples
 
 METRICS = ("kl", "ce", "entropy", "ratio", "in_band", "clipped", "advantage")
 """Per-domain token means: divergence from the teachers (sampled-token objectives: its one-sample estimate
@@ -67,10 +68,12 @@ class BatchLoss:
         routing: Routing | None = None,
         bank: TeacherBank | None = None,
         cache: HiddenCache | None = None,
+        samples: TokenSamples | None = None,
     ):
         self._objectives, self._groups, self._student, self._facts = objectives, groups, student, facts
         self._rollout_temperature = rollout_temperature
         self._routing, self._bank, self._cache = routing, bank, cache
+        self._samples = samples
         self._domain_ids = {domain: i for i, domain in enumerate(domains)}
         self._head_arguments = dict(
             group=groups.tp,
@@ -133,7 +136,7 @@ class BatchLoss:
         weight = self._facts.token_weights
         base = tokens.mine(tokens.per_response([weight[t.index] for t in tokens.trajectories], like))
         base = base * objective.weight
-        observe = _Observer(sums, tokens, self._domain_ids)
+        observe = _Observer(sums, tokens, self._domain_ids, self._samples)
         if objective.kind == "sft":
             if not present:
                 return None
@@ -264,14 +267,22 @@ class BatchLoss:
 class _Observer:
     """Adds per-token values to the sums of their domain: sum and count of every metric."""
 
-    def __init__(self, sums: Tensor, tokens: ResponseTokens, domain_ids: Mapping[str, int]):
-        self._sums = sums
+    def __init__(
+        self,
+        sums: Tensor,
+        tokens: ResponseTokens,
+        domain_ids: Mapping[str, int],
+        samples: TokenSamples | None = None,
+    ):
+        self._sums, self._tokens, self._samples = sums, tokens, samples
         domains = torch.tensor([domain_ids[t.domain] for t in tokens.trajectories], dtype=torch.long)
         self._domain = domains.repeat_interleave(torch.tensor(tokens.counts)).to(sums.device)
 
     def __call__(self, name: str, per_token: Tensor) -> None:
         values = torch.stack((per_token.detach().double(), torch.ones_like(per_token, dtype=torch.double)), 1)
         self._sums[:, METRICS.index(name)].index_add_(0, self._domain, values)
+        if name == "kl" and self._samples is not None:
+            self._samples.add(self._tokens, per_token)
 
 
 def named_metrics(sums: Tensor, domains: Sequence[str]) -> dict[str, float]:

@@ -62,6 +62,8 @@ class Run:
     learner: Learner
     engine: RolloutEngine
     rewarder: Rewarder
+    start_alarms: list[str]
+    """What the teachers' fingerprints say; already printed."""
 
 
 def build_run(config: Config) -> Run:
@@ -86,10 +88,11 @@ def build_run(config: Config) -> Run:
         load_weights(chunks, find_checkpoint(student.load, "student.load"), groups, "student.load")
     if config.rollout.routing_replay:
         install_routing_replay(chunks)
-    bank, fingerprints = None, {}
+    bank, fingerprints, alarms = None, {}, []
     if routing is not None:
         fingerprints = model_fingerprints(config, student, tokenizer.fingerprint())
-        for alarm in start_alarms(fingerprints):
+        alarms = start_alarms(fingerprints)
+        for alarm in alarms:
             say(f"ALARM: {alarm}")
         bank = TeacherBank(
             [replace(source, fingerprint=fingerprints[source.name]["weights"]) for source in inputs.teachers],
@@ -123,7 +126,8 @@ def build_run(config: Config) -> Run:
         max_batch_size=config.rollout.max_batch_size,
     )
     rewarder = Rewarder(config, groups, tokenizer.decode)
-    return Run(config, groups, tokenizer, inputs.prompts, inputs.eval_prompts, learner, engine, rewarder)
+    shared = (config, groups, tokenizer, inputs.prompts, inputs.eval_prompts)
+    return Run(*shared, learner, engine, rewarder, alarms)
 
 
 def check_inputs(config: Config, world_size: int) -> Inputs:

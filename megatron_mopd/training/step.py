@@ -44,6 +44,7 @@ from megatron_mopd.training.old_policy import proximal_logprobs
 from megatron_mopd.training.response_tokens import response_hidden
 from megatron_mopd.training.rewards import NO_REWARDS, PendingRewards
 from megatron_mopd.training.teacher_metrics import cost_of_teachers, divergence_by_teacher, scoring_seconds
+from megatron_mopd.training.token_samples import TokenSamples
 
 
 @dataclass
@@ -114,6 +115,8 @@ class StepBatch:
     """Most bytes that one scored micro-batch leaves in the cache of any rank."""
     proximal: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Trajectory index -> log-probs at the start of the rollout batch, on the last stage (`BatchFacts`)."""
+    samples: TokenSamples | None = None
+    """Where the step is to take down the divergence of single tokens; complete after it, on every rank."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def keep(self, teacher: str, micro_batch: MicroBatch, hidden: torch.Tensor) -> None:
@@ -296,8 +299,9 @@ def _update(learner: Learner, batch: StepBatch, reports: list[dict[str, torch.Te
     """Metrics of the step, and the optimizer step when loss and gradients are finite on every rank.
 
     Collectives beyond megatron-core's: one all-reduce over DP x CP and one broadcast over PP of 14 x domains
-    + 2 float64 values, and one all-reduce of one float over all ranks. Raises `FloatingPointError` on every
-    rank alike, before the weights change, when too many steps in a row were not finite.
+    + 2 float64 values (and the token samples), and one all-reduce of one float over all ranks. Raises
+    `FloatingPointError` on every rank alike, before the weights change, when too many steps in a row were not
+    finite.
     """
     metrics = _reduce(learner, batch, reports)
     if not all_finite(metrics["loss"], learner.chunks, learner.groups):
@@ -357,11 +361,14 @@ def _build_loss(learner: Learner, batch: StepBatch) -> BatchLoss:
         routing=learner.routing.at(batch.iteration) if learner.routing else None,
         bank=learner.bank,
         cache=batch.cache,
+        samples=batch.samples,
     )
 
 
 def _reduce(learner: Learner, batch: StepBatch, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Sums over micro-batches, DP and CP, from the last stage to all; named per domain."""
+    """Sums over micro-batches, DP and CP, from the last stage to all; named per domain. The token samples
+    come along.
+    """
     groups = learner.groups
     shape = (len(learner.domains), len(METRICS), 2)
     sums = torch.zeros(math.prod(shape) + 2, dtype=torch.float64, device=groups.device)
@@ -369,10 +376,14 @@ def _reduce(learner: Learner, batch: StepBatch, reports: list[dict[str, torch.Te
         sums[:-2] += report["domain_sums"].flatten()
         sums[-2] += report["weighted_sum"]
         sums[-1] += report["tokens"]
+    if batch.samples is not None:
+        sums = torch.cat([batch.samples.values, sums])
     if groups.is_last_stage:
         dist.all_reduce(sums, group=groups.collection.dp_cp)
     dist.broadcast(sums, src=groups.last_stage_rank, group=groups.pp)
     sums = sums.cpu()
+    if batch.samples is not None:
+        batch.samples.values, sums = sums.split([len(batch.samples.values), math.prod(shape) + 2])
     loss, tokens = sums[-2:].tolist()
     metrics = {"loss": loss / max(tokens, 1.0), "tokens": tokens}
     sums = sums[:-2].view(shape)

@@ -30,6 +30,7 @@ ALIASES = {
     "RewardsConfig": {"rewards"},
     "OptimizerConfig": {"optimizer", "settings"},
     "ScheduleConfig": {"schedule"},
+    "EvaluationConfig": {"evaluation", "settings"},
     "CheckpointConfig": {"checkpoint", "settings"},
     "GuardConfig": {"guard"},
     "LogConfig": {"log"},

@@ -17,7 +17,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from megatron_mopd.config import load_config
 from megatron_mopd.data.tokenizer import load_tokenizer
 from megatron_mopd.model.checkpoint import TRACKER, find_checkpoint
+from megatron_mopd.observe.journal import read_journal
 from megatron_mopd.observe.metrics import read_metrics
+from megatron_mopd.training.best import best_iteration
 from tests import _runs
 
 EP2 = {"expert_model_parallel_size": 2}
@@ -88,8 +90,10 @@ def distilled(directory, base, experts):
         "eval": [{"path": str(directory / "held_out.jsonl")}],
     }
     (directory / "held_out.jsonl").write_text('{"prompt": "9 + 9 =", "answer": "18", "domain": "add"}\n')
-    log = {"tensorboard": True, "report": True}
-    return run(directory, "mopd", **mopd(base, experts, data=evaluated, log=log))
+    log = {"tensorboard": True, "report": True, "samples_per_domain": 8}
+    return run(
+        directory, "mopd", **mopd(base, experts, data=evaluated, log=log, evaluation={"pass_at": [1, 2]})
+    )
 
 
 def test_run_directory(directory, distilled):
@@ -97,9 +101,18 @@ def test_run_directory(directory, distilled):
     path = directory / "mopd"
     found = {entry.name for entry in path.iterdir()}
     (events,) = [name for name in found if name.startswith("events.")]
-    assert found == {"config.yaml", "metrics.jsonl", "checkpoints", "report.png", events}
+    assert found - {"alarms.jsonl"} == {
+        "config.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "checkpoints",
+        "report.png",
+        events,
+    }
     checkpoints = {entry.name for entry in (path / "checkpoints").iterdir()}
-    assert checkpoints == {"iter_0000002", "iter_0000004", TRACKER}
+    assert checkpoints == {"iter_0000002", "iter_0000004", TRACKER, "best.json"}
+    assert best_iteration(path / "checkpoints") == 4, "the only one that was evaluated"
     assert (path / "checkpoints" / TRACKER).read_text() == "4"
     newest = find_checkpoint(path / "checkpoints", "load")
     tokenizer = load_tokenizer(directory / "tokenizer.model")
@@ -114,10 +127,29 @@ def test_run_directory(directory, distilled):
     for line in lines:
         assert {"loss", "tokens", "grad_norm", "lr", "response_length", "tokens_per_second"} <= line.keys()
         assert line["kl/add"] > 1e-4 and line["kl/copy"] > 1e-4, "the experts differ from the student"
+    assert lines[-1]["pass_at_2/add"] >= lines[-1]["pass_at_1/add"] >= 0
     assert "accuracy/add" in lines[-1] and "accuracy" not in lines[0]
     picture = (path / "report.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and min(struct.unpack(">II", picture[16:24])) > 300
     assert (path / events).stat().st_size > 500
+
+
+def test_samples_are_what_the_metrics_are_means_of(directory, distilled):
+    """The divergence of single tokens, over two data-parallel ranks: here every token of a step."""
+    lines = read_journal(directory / "mopd" / "samples.jsonl")
+    assert [line["iteration"] for line in lines] == [1] * 8 + [4] * 8
+    metrics = {line["iteration"]: line for line in read_metrics(directory / "mopd")}
+    for line in lines:
+        assert len(line["tokens"]) == len(line["kl"]) == len(line["logprobs"]) >= 1
+        assert line["teachers"] == {"add": {"add": 0.7, "self": 0.3}, "copy": {"copy": 1.0}}[line["domain"]]
+    for iteration in (1, 4):
+        for domain in ("add", "copy"):
+            own = [t for t in lines if (t["iteration"], t["domain"]) == (iteration, domain)]
+            kl = [value for line in own for value in line["kl"]]
+            assert sum(kl) / len(kl) == pytest.approx(metrics[iteration][f"kl/{domain}"], abs=2e-6)
+    facts = json.loads((directory / "mopd" / "run.json").read_text())
+    assert facts["ranks"] == 2 and set(facts["manifest"]["teachers"]) == {"add", "copy", "self"}
+    assert {"torch", "megatron-core", "python"} <= facts["versions"].keys()
 
 
 def test_terminal(distilled):
@@ -136,7 +168,8 @@ def test_interrupted_run_continues_with_the_same_metrics(directory, base, expert
     (path / "checkpoints" / TRACKER).write_text("2")
     (path / "checkpoints" / ".iter_0000004.incomplete").mkdir()
     data = {"eval": [{"path": str(directory / "held_out.jsonl")}]}
-    outcome = run(directory, "resumed", **mopd(base, experts, data=data))
+    sections = mopd(base, experts, data=data, evaluation={"pass_at": [1, 2]})
+    outcome = run(directory, "resumed", **sections)
     assert "step 3/4" in outcome.stdout[0] and "step 2/4" not in outcome.stdout[0]
     assert _runs.comparable(path) == _runs.comparable(directory / "mopd")
     assert not (path / "checkpoints" / ".iter_0000004.incomplete").exists()
@@ -145,7 +178,7 @@ def test_interrupted_run_continues_with_the_same_metrics(directory, base, expert
         assert (path / "checkpoints" / "iter_0000004" / file.name).stat().st_size == file.stat().st_size
 
     # The run is over: started again it only evaluates.
-    outcome = run(directory, "resumed", **mopd(base, experts, data=data))
+    outcome = run(directory, "resumed", **sections)
     assert "step" not in outcome.stdout[0]
 
 

@@ -1,0 +1,119 @@
+"""What a run says and writes while it goes: metrics, the line of each step, alarms, samples, its own facts.
+
+metrics.jsonl    one object a step (`metrics.py`)
+alarms.jsonl     every alarm with its iteration, 0 for those before the first step
+samples.jsonl    now and then a few responses with the divergence of every token
+run.json         versions of packages, teachers' manifest, ranks and device of the last start
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megatron_mopd
+from megatron_mopd.config import Config
+from megatron_mopd.observe.journal import ALARMS_FILE, FACTS_FILE, SAMPLES_FILE, Journal
+from megatron_mopd.observe.metrics import MetricsWriter, is_main_rank
+from megatron_mopd.observe.progress import StepLine
+
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformers",
+    "safetensors",
+    "triton",
+    "transformer-engine",
+    "apex",
+    "flash-attn",
+    "numpy",
+    "reasoning-gym",
+    "math-verify",
+)
+
+
+class RunLog:
+    """Writes on rank 0; on other ranks every method does nothing."""
+
+    def __init__(self, config: Config, first: int):
+        """`first` iterations are done already: what an interrupted run wrote beyond them is removed."""
+        self._config, self._first, self._last = config, first, config.schedule.train_iters
+        self._is_main = is_main_rank()
+        resumed = first or None
+        self._metrics = MetricsWriter(config.run_dir, config.log.tensorboard, resumed_iteration=resumed)
+        self._line = StepLine(self._last, first_iteration=first)
+        self._alarms = self._samples = None
+        if self._is_main:
+            self._alarms = Journal(Path(config.run_dir) / ALARMS_FILE, resumed)
+            self._samples = Journal(Path(config.run_dir) / SAMPLES_FILE, resumed)
+
+    def started(self, manifest: Mapping[str, Any], world_size: int, device: torch.device) -> None:
+        """Write `run.json`."""
+        if not self._is_main:
+            return
+        facts = {
+            "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            "resumed_from": self._first,
+            "ranks": world_size,
+            "device": device_name(device),
+            "versions": versions(),
+            "manifest": manifest,
+        }
+        path = Path(self._config.run_dir) / FACTS_FILE
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    def step(self, iteration: int, metrics: Mapping[str, Any]) -> None:
+        """Write the metrics of `iteration` (steps done), and show its line when it is its turn."""
+        self._metrics.log(iteration, metrics)
+        interval = self._config.log.log_interval
+        if iteration > self._first and (iteration == self._last or iteration % interval == 0):
+            self._line.show(iteration, metrics)
+
+    def alarm(self, iteration: int, message: str) -> None:
+        """Keep an alarm that was raised after `iteration` steps."""
+        if self._alarms is not None:
+            self._alarms.write(iteration, {"message": message})
+
+    def samples(self, iteration: int, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Keep samples of the responses that step `iteration` trained on; consumed on rank 0 only."""
+        if self._samples is not None:
+            for entry in entries:
+                self._samples.write(iteration, entry)
+
+    def close(self) -> None:
+        """Close every file; safe to call twice."""
+        for file in (self._metrics, self._alarms, self._samples):
+            if file is not None:
+                file.close()
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and what the results may depend on; packages that are not there are
+    left out.
+    """
+    found = {"megatron_mopd": megatron_mopd.__version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: the GPU's name, or the processor's architecture and this process's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads a rank)"

@@ -1,0 +1,79 @@
+"""Which of a run's checkpoints is the best one, by a metric of its evaluations.
+
+`checkpoints/best.json` holds the metric's value at every evaluation whose weights were saved:
+`{"metric": "accuracy", "best": 120, "values": {"40": 0.61, "120": 0.8}}`. Only complete checkpoints count, so
+the file stays true whatever is removed, damaged or written anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_mopd.model.checkpoint import complete_iterations
+
+BEST_FILE = "best.json"
+
+
+def best_iteration(directory: str | Path) -> int | None:
+    """The complete checkpoint below `directory` with the highest value, the latest of equals; `None` when
+    none was evaluated.
+    """
+    values = _read(Path(directory))
+    evaluated = [i for i in complete_iterations(directory) if i in values]
+    return max(evaluated, key=lambda i: (values[i], i), default=None)
+
+
+class BestCheckpoint:
+    """Keeps `best.json`; the same state on every rank, so that all of them decide alike."""
+
+    def __init__(self, directory: Path, metric: str, resumed_iteration: int = 0):
+        """What a run that ended later wrote beyond `resumed_iteration` is forgotten. Collective: one
+        broadcast of a few bytes an evaluation.
+        """
+        self._directory, self._metric = directory, metric
+        state = [None]
+        if dist.get_rank() == 0:
+            kept = {i: value for i, value in _read(directory, metric).items() if i <= resumed_iteration}
+            state = [kept if resumed_iteration else {}]
+            if (directory / BEST_FILE).exists():
+                self._write(state[0])
+        dist.broadcast_object_list(state)
+        self._values: dict[int, float] = state[0]
+
+    def is_new(self, metrics: Mapping[str, float]) -> bool:
+        """Whether an evaluation is better than those of all checkpoints before it."""
+        value = metrics.get(self._metric)
+        return value is not None and math.isfinite(value) and value > max(self._values.values(), default=-1.0)
+
+    def saved(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """The weights of `iteration` are being saved; `metrics` as far as they were evaluated."""
+        value = metrics.get(self._metric)
+        if value is None or not math.isfinite(value):
+            return
+        self._values[iteration] = value
+        if dist.get_rank() == 0:
+            self._write(self._values)
+
+    def _write(self, values: Mapping[int, float]) -> None:
+        best = max(values, key=lambda i: (values[i], i), default=None)
+        text = json.dumps({"metric": self._metric, "best": best, "values": values}, indent=1)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        temporary = self._directory / f"{BEST_FILE}.tmp"
+        temporary.write_text(text + "\n", encoding="utf-8")
+        os.replace(temporary, self._directory / BEST_FILE)
+
+
+def _read(directory: Path, metric: str | None = None) -> dict[int, float]:
+    """Iteration -> value; nothing when the file is missing, damaged or about another metric."""
+    try:
+        written = json.loads((directory / BEST_FILE).read_text(encoding="utf-8"))
+        values = {int(iteration): float(value) for iteration, value in written["values"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+    return values if metric in (None, written.get("metric")) else {}

@@ -1,0 +1,103 @@
+"""Where student and teacher disagree, token by token, in a few responses of a step: for people to look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mopd.data.tokenizer import Tokenizer
+from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.training.response_tokens import ResponseTokens
+
+MOST_TOKENS = 256
+"""Tokens of one response that are kept, from its beginning."""
+_MOST_PROMPT_CHARACTERS = 600
+_CONTEXT = 8
+"""Tokens before a token that its text may depend on (spaces, bytes of one character)."""
+
+
+class TokenSamples:
+    """The divergence on every token of the first `per_domain` responses of each domain of a global batch.
+
+    The choice follows from the batch alone, so it is the same on every rank. Each rank of the last stage adds
+    what it holds of these responses to `values`; their sum over data- and context-parallel ranks is complete.
+    It travels with the step's other sums and costs no collective of its own.
+    """
+
+    def __init__(self, batch: Sequence[Trajectory], per_domain: int, device: torch.device):
+        taken: dict[str, int] = {}
+        self._places: dict[int, tuple[Trajectory, int, int]] = {}
+        size = 0
+        for trajectory in batch:
+            number = taken.get(trajectory.domain, 0)
+            if number < per_domain and trajectory.response_ids:
+                taken[trajectory.domain] = number + 1
+                length = min(len(trajectory.response_ids), MOST_TOKENS)
+                self._places[trajectory.index] = trajectory, size, length
+                size += length
+        self.values = torch.zeros(size, dtype=torch.float64, device=device)
+        """[tokens of the chosen responses], one after another."""
+
+    def add(self, tokens: ResponseTokens, per_token: Tensor) -> None:
+        """Take down this rank's divergences [n] of a run of trajectories."""
+        first_row = first_token = 0
+        for trajectory, count, length in zip(tokens.trajectories, tokens.counts, tokens.lengths):
+            if trajectory.index in self._places and count:
+                _, start, kept = self._places[trajectory.index]
+                rows = slice(first_row, first_row + count)
+                position = tokens.index[rows] - first_token
+                inside = position < kept
+                self.values[start + position[inside]] = per_token[rows][inside].detach().double()
+            first_row += count
+            first_token += length
+
+    def lines(self, tokenizer: Tokenizer) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Index and entry of each response, once `values` are the sums over all ranks: prompt, the text of
+        each token, its divergence, and its log-prob under the sampler.
+        """
+        for trajectory, start, length in self._places.values():
+            ids = trajectory.response_ids[:length]
+            logprobs = trajectory.logprobs
+            yield (
+                trajectory.index,
+                {
+                    "domain": trajectory.domain,
+                    "prompt": _shortened(trajectory.prompt.text),
+                    "answer": trajectory.prompt.answer,
+                    "tokens": token_texts(ids, tokenizer),
+                    "kl": _rounded(self.values[start : start + length].tolist()),
+                    "logprobs": None if logprobs is None else _rounded(logprobs[:length]),
+                    "finished": trajectory.finished,
+                    "left_out": len(trajectory.response_ids) - length,
+                },
+            )
+
+
+def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """The text that each token adds to those before it; joined they are the response."""
+    texts = []
+    for end in range(1, len(ids) + 1):
+        before = tokenizer.decode(ids[max(0, end - 1 - _CONTEXT) : end - 1])
+        whole = tokenizer.decode(ids[max(0, end - 1 - _CONTEXT) : end])
+        if whole.startswith(before):
+            texts.append(whole[len(before) :])
+        else:  # the bytes of one character, spread over tokens
+            texts.append(tokenizer.decode(ids[end - 1 : end]))
+    return texts
+
+
+def _rounded(values: Iterable[float]) -> list[float | None]:
+    return [round(value, 6) if math.isfinite(value) else None for value in values]
+
+
+def _shortened(text: str | Sequence[dict[str, str]]) -> str:
+    if not isinstance(text, str):
+        text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in text)
+    if len(text) <= _MOST_PROMPT_CHARACTERS:
+        return text
+    half = _MOST_PROMPT_CHARACTERS // 2
+    return f"{text[:half]} … {text[-half:]}"
