@@ -1,0 +1,337 @@
+"""The report of a run: one self-contained HTML page, also while the run is going.
+
+`write_page(run_dir)` reads what the run has written so far (`run_record.py`), draws it (`svg.py`) and fills
+in the page (`page_template.py`). What a run does not have is left out, and the page says why.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+import megatron_mopd
+from megatron_mopd.observe import svg
+from megatron_mopd.observe.formats import format_count, format_seconds
+from megatron_mopd.observe.page_samples import samples_part
+from megatron_mopd.observe.page_template import PAGE
+from megatron_mopd.observe.page_timeline import timeline_part
+from megatron_mopd.observe.run_record import RunRecord, read_run
+
+PAGE_FILE = "report.html"
+_PER_DOMAIN = (
+    ("kl", "KL to the teacher", True),
+    ("rollout_entropy", "entropy of the rollout", False),
+    ("length", "response length", False),
+    ("reward", "reward", False),
+)
+Part = dict[str, Any]
+
+
+def write_page(
+    run_dir: str | Path,
+    output: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    experts: Mapping[str, str | Path] | None = None,
+) -> Path:
+    """Write `report.html` into the run directory (or to `output`) in one step, and return its path.
+
+    Raises `ReportError` when there is nothing to report yet; see `read_run` for `base` and `experts`.
+    """
+    record = read_run(run_dir, base, experts)
+    path = Path(output) if output is not None else record.directory / PAGE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(render(record), encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def render(record: RunRecord) -> str:
+    """The whole page as text."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined)
+    parts = [part for part in _parts(record) if part]
+    for part in parts:
+        part.setdefault("anchor", "".join(c if c.isalnum() else "-" for c in part["title"].lower()))
+    return environment.from_string(PAGE).render(
+        name=_name(record),
+        status=_status(record),
+        tiles=_tiles(record),
+        parts=parts,
+        written=time.strftime("%Y-%m-%d %H:%M:%S"),
+        version=megatron_mopd.__version__,
+        directory=record.directory,
+    )
+
+
+def _parts(record: RunRecord) -> Iterator[Part | None]:
+    yield _alarms(record)
+    yield _seesaw(record)
+    yield _training(record)
+    yield _domains(record)
+    yield _teachers(record)
+    yield _times(record)
+    yield timeline_part(record.timeline)
+    yield samples_part(record.samples)
+    yield _configuration(record)
+    yield _provenance(record)
+
+
+def _name(record: RunRecord) -> str:
+    path = record.directory.resolve()
+    return f"{path.parent.name}/{path.name}"
+
+
+def _status(record: RunRecord) -> str:
+    total = record.total
+    if total is not None and record.last >= total:
+        return f"Finished: {record.last} of {total} iterations."
+    done = f"Iteration {record.last}" + (f" of {total}" if total else "")
+    ago = format_seconds(record.seconds_since_last_line)
+    return f"{done}; the last line was written {ago} before this page."
+
+
+def _tiles(record: RunRecord) -> list[dict[str, str]]:
+    tiles = []
+
+    def tile(label: str, value: str) -> None:
+        tiles.append({"label": label, "value": value})
+
+    domains = record.below("kl")
+    if domains:
+        first, last = (sum(p[k][1] for p in domains.values()) / len(domains) for k in (0, -1))
+        tile("KL per token, mean of domains, first to last", f"{svg.number(first)} → {svg.number(last)}")
+    accuracy = record.series("accuracy")
+    if accuracy:
+        tile("accuracy, mean of domains", f"{accuracy[-1][1]:.1%}")
+    if record.seesaw is not None and "mean" in record.seesaw.headroom:
+        tile("headroom recovered", f"{record.seesaw.headroom['mean']:.0%}")
+    speed = record.series("tokens_per_second")
+    if speed:
+        recent = [value for _, value in speed[-20:]]
+        tile("tokens a second, lately", format_count(sum(recent) / len(recent)))
+    utilization = record.series("mfu")
+    if utilization:
+        tile("model FLOPs utilization", f"{utilization[-1][1]:.1%}")
+    seconds = _step_seconds(record)
+    if seconds:
+        tile("a step", format_seconds(seconds))
+        if record.total is not None and record.last < record.total:
+            tile("left, about", format_seconds(seconds * (record.total - record.last)))
+    tile("alarms", str(len(record.alarms)))
+    return tiles
+
+
+def _step_seconds(record: RunRecord) -> float:
+    recent = record.metrics[-40:]
+    sums = [
+        sum(value for name, value in line.items() if name.startswith("time/") and _is_number(value))
+        for line in recent
+    ]
+    return sum(sums) / len(sums)
+
+
+def _alarms(record: RunRecord) -> Part | None:
+    if not record.alarms:
+        return None
+    entries = [
+        {
+            "when": f"iteration {line['iteration']}" if line["iteration"] else "at the start",
+            "message": str(line.get("message", "")),
+        }
+        for line in record.alarms
+    ]
+    return {"title": "Alarms", "alarms": entries}
+
+
+def _seesaw(record: RunRecord) -> Part | None:
+    seesaw = record.seesaw
+    if seesaw is None:
+        return None
+    picture = svg.heat_map(seesaw.values, seesaw.rows, seesaw.columns, seesaw.home, seesaw.headroom)
+    return {
+        "title": "Who is good at what",
+        "note": "Accuracy on held-out prompts (%). Outlined: each expert at home; elsewhere it loses. "
+        "Headroom recovered is (student - base) / (expert - base).",
+        "wide": [("", picture)],
+    }
+
+
+def _training(record: RunRecord) -> Part | None:
+    domains = record.below("kl") or record.below("accuracy")
+    colors = {name: svg.hue(i, len(domains)) for i, name in enumerate(domains)}
+    charts = []
+
+    def curves(title: str, prefix: str, log: bool = False, percent: bool = False) -> None:
+        lines = [
+            svg.Line(name, points, colors.get(name, "#8d99ae"))
+            for name, points in record.below(prefix).items()
+        ]
+        mean = record.series(prefix)
+        if mean:
+            lines.append(svg.Line("all", mean, "var(--ink)", strong=True))
+        if any(len(line.points) > 1 for line in lines):  # one evaluation is in the table of the domains
+            charts.append((title, svg.line_chart(lines, log=log, percent=percent, label=title)))
+
+    def curve(title: str, name: str, log: bool = False) -> None:
+        points = record.series(name)
+        if points:
+            line = svg.Line(title, points, "var(--main)")
+            charts.append((title, svg.line_chart([line], log=log, label=title)))
+
+    curve("Loss", "loss", log=True)
+    curves("KL to the teachers by domain (nats per token)", "kl", log=True)
+    curves("Accuracy on held-out prompts", "accuracy", percent=True)
+    for k in sorted({name.split("/")[0] for line in record.metrics for name in line if "pass_at_" in name}):
+        curves(f"pass@{k.removeprefix('pass_at_')}", k, percent=True)
+    curves("Entropy of the rollout by domain (nats per token)", "rollout_entropy")
+    curves("Response length by domain (tokens)", "length")
+    curves("Reward by domain", "reward")
+    curve("Gradient norm", "grad_norm", log=True)
+    curve("Learning rate", "lr")
+    curve("Tokens a second", "tokens_per_second")
+    if not charts:
+        return None
+    return {"title": "Training", "charts": charts, "legend": list(colors.items())}
+
+
+def _domains(record: RunRecord) -> Part | None:
+    series = {prefix: record.below(prefix) for prefix, *_ in _PER_DOMAIN}
+    accuracies = record.below("accuracy")
+    names = sorted(set().union(*series.values(), accuracies))
+    if not names:
+        return None
+    columns = [(p, title, log) for p, title, log in _PER_DOMAIN if series[p]]
+    routing = _section(record.config, "routing")
+    head = ["domain", "teacher", *(title for _, title, _ in columns)] + (["accuracy"] if accuracies else [])
+    rows = []
+    for number, name in enumerate(names):
+        color = svg.hue(number, len(names))
+        cells: list[dict[str, Any]] = [{"text": name}, {"text": _teacher(routing, name)}]
+        for prefix, _, log in columns:
+            points = series[prefix].get(name, [])
+            text = svg.number(points[-1][1]) if points else ""
+            cells.append({"svg": f"{svg.spark(points, color, log=log)}<span class='muted'>{text}</span>"})
+        if accuracies:
+            points = accuracies.get(name)
+            cells.append({"text": f"{points[-1][1]:.1%}" if points else "", "right": True})
+        rows.append(cells)
+    note = (
+        "From the first iteration to the last; the number is the last value. KL on a logarithmic scale where "
+        "it spans a factor of ten."
+    )
+    return {"title": "Domains", "note": note, "table": {"head": head, "rows": rows}}
+
+
+def _teacher(routing: Mapping[str, Any], domain: str) -> str:
+    entry = routing.get(domain, routing.get("default", ""))
+    if isinstance(entry, dict):
+        return ", ".join(
+            f"{name} {weight:g}" if _is_number(weight) else f"{name}" for name, weight in entry.items()
+        )
+    return str(entry)
+
+
+def _teachers(record: RunRecord) -> Part | None:
+    names = sorted({n.split("/")[1] for line in record.metrics for n in line if n.startswith("teacher/")})
+    if not names:
+        return None
+    head = ["teacher", "KL", "last", "tokens a step", "scoring, s a step", "loads", "a load, s", "hidden"]
+    rows = []
+    for number, name in enumerate(names):
+        values = {
+            key: record.series(f"teacher/{name}/{key}")
+            for key in ("kl", "tokens", "score_seconds", "loads", "load_seconds", "load_hidden")
+        }
+        means = {key: sum(v for _, v in points) / len(points) for key, points in values.items() if points}
+        kl = values["kl"]
+        cells: list[dict[str, Any]] = [
+            {"text": name},
+            {"svg": svg.spark(kl, svg.hue(number, len(names)), log=True)},
+            {"text": svg.number(kl[-1][1]) if kl else "", "right": True},
+        ]
+        for key in ("tokens", "score_seconds", "loads", "load_seconds"):
+            cells.append({"text": svg.number(means[key]) if key in means else "", "right": True})
+        hidden = means.get("load_hidden")
+        cells.append({"text": "" if hidden is None else f"{hidden:.0%}", "right": True})
+        rows.append(cells)
+    return {
+        "title": "Teachers",
+        "note": "Hidden: the share of a teacher's loading time in which the ranks went on working. Several "
+        "names together are weighted teachers of one sample.",
+        "table": {"head": head, "rows": rows},
+    }
+
+
+def _times(record: RunRecord) -> Part | None:
+    times = record.below("time")
+    if not times:
+        return None
+    iterations = sorted({x for points in times.values() for x, _ in points})
+    lines, shares = [], []
+    whole = sum(y for points in times.values() for _, y in points) or 1.0
+    for number, (name, points) in enumerate(times.items()):
+        values = dict(points)
+        color = svg.SHADES[number % len(svg.SHADES)]
+        lines.append(svg.Line(name, [(x, values.get(x, 0.0)) for x in iterations], color))
+        shares.append((name, sum(values.values()) / whole, color))
+    charts = [("Seconds a step", svg.stacked_areas(lines, label="seconds a step"))]
+    idle = record.below("idle")
+    if idle:
+        curves = [svg.Line(n, p, svg.hue(i, len(idle))) for i, (n, p) in enumerate(idle.items())]
+        title = "Idle share of every pipeline stage"
+        charts.append((title, svg.line_chart(curves, percent=True, label=title)))
+    legend = [
+        (f"{name} {share:.0%}, {format_seconds(share * whole / len(iterations))} a step", color)
+        for name, share, color in shares
+    ]
+    return {
+        "title": "Time",
+        "legend": legend,
+        "wide": [("", svg.split_bar(shares, width=1120))],
+        "charts": charts,
+    }
+
+
+def _configuration(record: RunRecord) -> Part | None:
+    if record.config is None:
+        return None
+    text = yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True)
+    return {"title": "Configuration", "texts": [("The resolved configuration (config.yaml)", text)]}
+
+
+def _provenance(record: RunRecord) -> Part:
+    facts, rows = record.facts, []
+    manifest = _section(facts, "manifest")
+    for name, prints in _section(manifest, "teachers").items():
+        prints = prints if isinstance(prints, dict) else {}
+        cells = [{"text": str(name)}]
+        cells += [{"mono": str(prints.get(key, ""))[:16]} for key in ("weights", "architecture", "tokenizer")]
+        rows.append(cells)
+    start = [
+        f"{key.replace('_', ' ')}: {facts[key]}"
+        for key in ("started", "resumed_from", "ranks", "device")
+        if key in facts
+    ]
+    versions = [f"{name} {version}" for name, version in _section(facts, "versions").items()]
+    lines = [", ".join(found) for found in (start, versions) if found]
+    part: Part = {"title": "Provenance", "lines": lines + record.missing}
+    if rows:
+        part["table"] = {"head": ["teacher", "weights (SHA-256)", "architecture", "tokenizer"], "rows": rows}
+    return part
+
+
+def _section(values: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+    found = (values or {}).get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
