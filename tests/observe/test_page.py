@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
+from megatron_mopd.commands import report as tool
 from megatron_mopd.observe import svg
 from megatron_mopd.observe.page import write_page
 from megatron_mopd.observe.run_record import ReportError, read_run
-from tools import report as tool
 
 DOMAINS = ["gcd", "sorting", "<i>&words"]
 _VOID = {"meta", "link", "img", "br", "hr", "input", "line", "rect", "circle", "polyline", "polygon"}
