@@ -20,6 +20,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_mopd.backend import cpu, versions
+from megatron_mopd.backend.launch import read_launch
+from megatron_mopd.backend.network import interface_names, interface_problems
 from megatron_mopd.config import ConfigError, ParallelConfig
 
 
@@ -101,7 +103,13 @@ def select_device(name: str) -> torch.device:
         cpu.install()
         device = torch.device("cpu")
     else:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, gpus = read_launch(os.environ).local_rank, torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise ConfigError(
+                f"LOCAL_RANK={local_rank}, but this host has {gpus} GPU{'s' * (gpus != 1)}, counted from 0; "
+                "start no more ranks than that on it (--nproc-per-node gpu), or use device=cpu"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     versions.install()
     return device
@@ -111,21 +119,20 @@ def start_ranks(device: torch.device, timeout_minutes: float) -> None:
     """Initialise torch.distributed from torchrun's variables, or a world of one process without them.
 
     Every rank checks in with the store first; when some do not within the timeout, all the others raise
-    `ConfigError` naming the missing ranks. Collectives: none before all ranks are known to be there.
+    `ConfigError` naming the missing ranks; so do variables that do not fit together, or name a network
+    interface that is not there. Collectives: none before all ranks are known to be there.
     """
     if dist.is_initialized():
         return
     timeout = timedelta(minutes=timeout_minutes)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
+    launch = read_launch(os.environ)
+    rank, world_size = launch.rank, launch.world_size
+    if launch.master is None:
         store: dist.Store = dist.HashStore()
     else:
-        try:
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        except KeyError as missing:
-            raise ConfigError(
-                f"{missing} is not set although WORLD_SIZE={world_size}; start with torchrun"
-            ) from None
+        host, port = launch.master
+        if problems := interface_problems(os.environ, interface_names()):
+            raise ConfigError(f"{problems[0]}; set it to one of them, or unset it")
         agent_owns_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
             store = dist.TCPStore(
@@ -168,18 +175,8 @@ def _check_in(store: dist.Store, rank: int, world_size: int, timeout_minutes: fl
         time.sleep(0.05)
 
 
-def validate_layout(
-    parallel: ParallelConfig,
-    world_size: int,
-    *,
-    num_layers: int,
-    num_moe_experts: int | None,
-    num_attention_heads: int,
-    num_query_groups: int | None = None,
-) -> None:
-    """Raise `ConfigError` naming the parallel size that does not fit `world_size` ranks or the model, and the
-    sizes that would. No collectives.
-    """
+def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
+    """Raise `ConfigError` when the layout cannot be laid over `world_size` ranks, whatever the model."""
     tp, pp, cp = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -206,6 +203,23 @@ def validate_layout(
             f"{pp}) does not divide the number of ranks, {world_size}; "
             f"valid: {', '.join(map(str, valid)) or 'none'}"
         )
+
+
+def validate_layout(
+    parallel: ParallelConfig,
+    world_size: int,
+    *,
+    num_layers: int,
+    num_moe_experts: int | None,
+    num_attention_heads: int,
+    num_query_groups: int | None = None,
+) -> None:
+    """Raise `ConfigError` naming the parallel size that does not fit `world_size` ranks or the model, and the
+    sizes that would. No collectives.
+    """
+    check_world_size(parallel, world_size)
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    ep = parallel.expert_model_parallel_size
     if ep > 1 and not num_moe_experts:
         raise ConfigError(
             "parallel.expert_model_parallel_size: above 1, but the model has no num_moe_experts"

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe import moe_utils, router
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from megatron_mopd.backend import failure, parallel, versions
+from megatron_mopd.backend.launch import Launch, read_launch
 from megatron_mopd.config import ConfigError, ParallelConfig
 from tests import _models
 from tests._distributed import RankPool, run_ranks
@@ -29,6 +30,7 @@ def store(monkeypatch):
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for name, value in dict(
         RANK="1",
+        LOCAL_RANK="1",
         WORLD_SIZE="3",
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(server.port),
@@ -59,11 +61,48 @@ def test_no_rendezvous(store, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(ConfigError, match="rank 1 could not reach the rendezvous at 127.0.0.1:1 within 0.02"):
         parallel.start_ranks(CPU, 0.02)
-    monkeypatch.delenv("MASTER_ADDR")
-    with pytest.raises(
-        ConfigError, match="'MASTER_ADDR' is not set although WORLD_SIZE=3; start with torchrun"
-    ):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
+    with pytest.raises(ConfigError, match="GLOO_SOCKET_IFNAME=ib7: this host has no .* set it to one of"):
         parallel.start_ranks(CPU, 0.02)
+
+
+TORCHRUN = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+LAUNCHES = [
+    ({}, {}, Launch(0, 1, 0, None)),
+    (TORCHRUN, {}, Launch(1, 3, 1, ("127.0.0.1", 29500))),
+    (TORCHRUN, {"WORLD_SIZE": "1", "RANK": "0"}, Launch(0, 1, 1, None)),
+    ({}, {"SLURM_STEP_NUM_TASKS": "1"}, Launch(0, 1, 0, None)),
+    (TORCHRUN, {"SLURM_STEP_NUM_TASKS": "8"}, Launch(1, 3, 1, ("127.0.0.1", 29500))),
+    (TORCHRUN, {"MASTER_ADDR": None}, "MASTER_ADDR is not set although WORLD_SIZE=3; start with torchrun"),
+    (TORCHRUN, {"MASTER_PORT": None}, "MASTER_PORT is not set although WORLD_SIZE=3; start with torchrun"),
+    (TORCHRUN, {"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a number"),
+    (TORCHRUN, {"RANK": None}, "RANK is not set although WORLD_SIZE=3"),
+    (TORCHRUN, {"RANK": "3"}, "RANK=3 is not below WORLD_SIZE=3"),
+    (TORCHRUN, {"LOCAL_RANK": None}, "LOCAL_RANK is not set although WORLD_SIZE=3"),
+    (TORCHRUN, {"WORLD_SIZE": "three"}, "WORLD_SIZE='three' is not a number"),
+    ({}, {"RANK": "1"}, "RANK=1 but WORLD_SIZE is not set; start with torchrun"),
+    ({}, {"SLURM_STEP_NUM_TASKS": "8"}, "srun started 8 processes, .* launch/train.sh once a node"),
+    ({}, {"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes"),
+]
+
+
+@pytest.mark.parametrize("variables, changes, expected", LAUNCHES)
+def test_variables_of_the_launcher(variables, changes, expected):
+    environment = {name: value for name, value in (variables | changes).items() if value is not None}
+    if isinstance(expected, Launch):
+        assert read_launch(environment) == expected
+    else:
+        with pytest.raises(ConfigError, match=expected):
+            read_launch(environment)
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="LOCAL_RANK=1, but this host has 1 GPU, .*nproc-per-node gpu"):
+        parallel.select_device("auto")
 
 
 def test_no_cuda(monkeypatch):
@@ -200,6 +239,7 @@ def changed(device):
     return str(selected), [name for name, thing in facts().items() if before.get(name) != thing]
 
 torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
 torch.cuda.set_device = lambda device: None
 on_cuda = changed("auto")
 torch.cuda.is_available = lambda: False

@@ -1,0 +1,68 @@
+"""What the launcher told this process: its rank and how to find the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_mopd.config import ConfigError
+
+_START = "start with torchrun (or launch/train.sh), which sets it"
+_OTHER_LAUNCHERS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE"}
+"""Launchers that start several processes without torchrun's variables -> where each says how many."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process of a job; `local_rank` numbers those of a host, and is its GPU."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    master: tuple[str, int] | None
+    """Host and port of the rendezvous; `None` for a job of one process."""
+
+
+def read_launch(environment: Mapping[str, str]) -> Launch:
+    """The job from torchrun's variables; one process alone where there are none.
+
+    Raises `ConfigError` for variables that are missing, no numbers, or do not fit together.
+    """
+
+    def number(name: str, default: int | None = None) -> int:
+        text = environment.get(name)
+        if text is None and default is not None:
+            return default
+        if text is None:
+            raise ConfigError(
+                f"{name} is not set although WORLD_SIZE={environment.get('WORLD_SIZE')}; {_START}"
+            )
+        try:
+            return int(text)
+        except ValueError:
+            raise ConfigError(f"{name}={text!r} is not a number; {_START}") from None
+
+    world_size = number("WORLD_SIZE", 1)
+    if "WORLD_SIZE" not in environment:
+        _refuse_other_launchers(environment)
+        if number("RANK", 0) != 0:
+            raise ConfigError(f"RANK={environment['RANK']} but WORLD_SIZE is not set; {_START}")
+    if world_size <= 1:
+        return Launch(0, 1, number("LOCAL_RANK", 0), None)
+    rank = number("RANK")
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={world_size}; {_START}")
+    if "MASTER_ADDR" not in environment:
+        number("MASTER_ADDR")
+    return Launch(rank, world_size, number("LOCAL_RANK"), (environment["MASTER_ADDR"], number("MASTER_PORT")))
+
+
+def _refuse_other_launchers(environment: Mapping[str, str]) -> None:
+    """Several processes that each take themselves for the whole job would write over each other's run_dir."""
+    for launcher, variable in _OTHER_LAUNCHERS.items():
+        count = environment.get(variable, "1")
+        if count.isdecimal() and int(count) > 1:
+            raise ConfigError(
+                f"{launcher} started {count} processes, and none knows of the others (no RANK is set); "
+                f"let {launcher} start launch/train.sh once a node, as launch/slurm.sbatch does"
+            )
