@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from _ranks import run_on_ranks, say
-
 from megatron_mopd.backend.parallel import build_parallel_groups, select_device
+from megatron_mopd.commands.ranks import run_on_ranks, say
 from megatron_mopd.config import ParallelConfig
 from megatron_mopd.model.averaging import average_checkpoints
 

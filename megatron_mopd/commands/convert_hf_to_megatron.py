@@ -11,8 +11,7 @@ of the directory is executed. (A training run can also name the Hugging Face dir
 import argparse
 from pathlib import Path
 
-from _ranks import run_on_ranks, say
-
+from megatron_mopd.commands.ranks import run_on_ranks, say
 from megatron_mopd.model.convert import require_empty, write_megatron
 from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint
 from megatron_mopd.model.safetensors_files import named_dtype

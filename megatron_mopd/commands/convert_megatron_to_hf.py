@@ -11,8 +11,7 @@ ask for others. Any other model becomes the first supported architecture that ca
 import argparse
 from pathlib import Path
 
-from _ranks import run_on_ranks, say
-
+from megatron_mopd.commands.ranks import run_on_ranks, say
 from megatron_mopd.config import ConfigError
 from megatron_mopd.model.checkpoint import find_checkpoint
 from megatron_mopd.model.convert import MegatronCheckpoint, require_empty, write_hugging_face

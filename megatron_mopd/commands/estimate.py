@@ -61,20 +61,25 @@ def show(config: Config, world_size: int, ranks_per_host: int) -> None:
         print(f"{name:20}" + "".join(f"{_gib(memory[rank].device.get(name, 0)):12.3f}" for rank in ranks))
     print(f"{'total':20}" + "".join(f"{_gib(sum(memory[rank].device.values())):12.3f}" for rank in ranks))
     print(f"per host of {ranks_per_host} ranks, GiB: the host with the most")
-    per_stage = world_size // len(ranks)
-    totals = []
-    for first in range(0, world_size, ranks_per_host):
-        here = [
-            memory[ranks[rank // per_stage]] for rank in range(first, min(world_size, first + ranks_per_host))
-        ]
-        names = list(dict.fromkeys(name for item in here for name in item.host))
-        totals.append({name: sum(item.host.get(name, 0) for item in here) for name in names})
-    largest = max(totals, key=lambda sizes: sum(sizes.values()))
+    largest = fullest_host(memory, world_size, ranks_per_host)
     for name, size in largest.items():
         print(f"{name:20}{_gib(size):12.3f}")
     print(f"{'total':20}{_gib(sum(largest.values())):12.3f}")
     if disk := max(item.disk for item in memory.values()):
         print(f"files per rank      {_gib(disk):12.3f}")
+
+
+def fullest_host(memory: dict[int, RankMemory], world_size: int, ranks_per_host: int) -> dict[str, int]:
+    """Bytes by component on the host that needs most, from one rank of every pipeline stage."""
+    firsts = sorted(memory)
+    per_stage = world_size // len(firsts)
+    totals = []
+    for first in range(0, world_size, ranks_per_host):
+        last = min(world_size, first + ranks_per_host)
+        here = [memory[firsts[rank // per_stage]] for rank in range(first, last)]
+        names = list(dict.fromkeys(name for item in here for name in item.host))
+        totals.append({name: sum(item.host.get(name, 0) for item in here) for name in names})
+    return max(totals, key=lambda sizes: sum(sizes.values()))
 
 
 def _gib(size: int) -> float:
@@ -100,19 +105,32 @@ def main() -> None:
         sys.exit(2)
 
 
-def _estimated_here(config: Config, queue) -> None:
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    queue.put(estimate(config, world_size, [rank])[rank])
+def estimate_apart(config: Config, world_size: int, ranks: list[int]) -> dict[int, RankMemory]:
+    """`estimate` in a process of its own, for one that starts real ranks later: the imagined world and the
+    CPU backend are gone with it. Must be called before CUDA is used. Raises `ConfigError` as `estimate` does.
+    """
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_answer, args=(queue, config, world_size, ranks))
+    child.start()
+    answer = queue.get()
+    child.join()
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _answer(queue, config: Config, world_size: int, ranks: list[int]) -> None:
+    try:
+        queue.put(estimate(config, world_size, ranks))
+    except Exception as error:  # told by the parent
+        queue.put(error if isinstance(error, ConfigError) else RuntimeError(repr(error)))
 
 
 def check(config: Config) -> int:
     """One real step; prints both numbers of every component and returns the exit status."""
-    context = multiprocessing.get_context("fork")  # the imagined world and the real one need a process each
-    queue = context.SimpleQueue()
-    child = context.Process(target=_estimated_here, args=(config, queue))
-    child.start()
-    expected = queue.get()
-    child.join()
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    expected = estimate_apart(config, world_size, [rank])[rank]
     found = measure(config)
     status = 0
     if dist.get_rank() == 0:

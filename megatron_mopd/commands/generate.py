@@ -10,9 +10,10 @@ appears as it is made; several are printed one after the other.
 import argparse
 import sys
 
-from _ranks import run_on_ranks
+import torch.distributed as dist
 
 from megatron_mopd.backend.parallel import build_parallel_groups, select_device, validate_layout
+from megatron_mopd.commands.ranks import run_on_ranks
 from megatron_mopd.config import load_config
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.tokenizer import Tokenizer, load_tokenizer
@@ -69,6 +70,7 @@ def generate(arguments, config) -> None:
     longest = max(len(prompt.token_ids) for prompt in prompts) + arguments.max_new_tokens
     validate_layout(
         config.parallel,
+        dist.get_world_size(),
         num_layers=model.transformer["num_layers"],
         num_moe_experts=model.transformer.get("num_moe_experts"),
         num_attention_heads=model.transformer["num_attention_heads"],

@@ -1,4 +1,4 @@
-"""What the tools that run alone or under torchrun share."""
+"""What command lines that run alone or under torchrun share."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ multiples of that.
 import argparse
 from pathlib import Path
 
-from _ranks import run_on_ranks, say
-
+from megatron_mopd.commands.ranks import run_on_ranks, say
 from megatron_mopd.model.convert import open_checkpoint, require_empty, write_hugging_face, write_megatron
 from megatron_mopd.model.safetensors_files import named_dtype, parse_size
 from megatron_mopd.model.upcycle import UpcycledModel, Upcycling

@@ -1,14 +1,13 @@
 """The simulator against times known on paper, the planner's targets, and random requests."""
 
 import json
-import runpy
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_mopd.commands import plan_pipeline
 from megatron_mopd.pipeline.check import check_plan
 from megatron_mopd.pipeline.instructions import TeacherForward
 from megatron_mopd.pipeline.plan import Planner, bubble_free_time, make_plan
@@ -149,15 +148,14 @@ def test_timeline_picture_and_trace(tmp_path):
 
 
 def test_command_line_tool(tmp_path, capsys):
-    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "plan_pipeline.py"))
     picture, trace = tmp_path / "timeline.png", tmp_path / "trace.json"
     arguments = ["--stages", "2", "--microbatches", "4", "--teacher", "math=3", "--teacher", "code=1"]
-    assert tool["main"]([*arguments, "--picture", str(picture), "--trace", str(trace)]) == 0
+    assert plan_pipeline.main([*arguments, "--picture", str(picture), "--trace", str(trace)]) == 0
     shown = capsys.readouterr().out
     for kind in ("bubble_fill", "back_to_back", "serial", "packed"):
         assert kind in shown
     assert picture.exists() and json.loads(trace.read_text())["traceEvents"]
-    assert tool["main"]([*arguments, "--cached-states", "0"]) == 2
+    assert plan_pipeline.main([*arguments, "--cached-states", "0"]) == 2
     assert "smallest value that works is 1" in capsys.readouterr().err
 
 

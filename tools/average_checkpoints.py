@@ -1,0 +1,6 @@
+"""The mean of several checkpoints' weights: python tools/average_checkpoints.py --help"""
+
+from megatron_mopd.commands.average_checkpoints import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""A checkpoint answers prompts: python tools/generate.py --help"""
+
+from megatron_mopd.commands.generate import main
+
+if __name__ == "__main__":
+    main()

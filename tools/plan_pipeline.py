@@ -1,0 +1,8 @@
+"""What a pipeline plan costs, and its timeline: python tools/plan_pipeline.py --help"""
+
+import sys
+
+from megatron_mopd.commands.plan_pipeline import main
+
+if __name__ == "__main__":
+    sys.exit(main())
