@@ -65,6 +65,8 @@ class RankMemory:
     device: dict[str, int]
     host: dict[str, int]
     disk: int
+    parameters: tuple[int, int]
+    """How many of the student's this rank holds: in experts, and elsewhere."""
 
 
 def estimate_rank(
@@ -97,7 +99,7 @@ def estimate_rank(
         home = device if config.teacher_storage.hidden_cache_device == "device" else host
         home["hidden cache"] = cache
         device["logits chunk"] = _logits_bytes(config, student, chunks, itemsize)
-    return RankMemory(device, host, disk)
+    return RankMemory(device, host, disk, (experts, parameters - experts))
 
 
 def _optimizer_bytes(config: Config, groups: ParallelGroups, dense: int, experts: int, itemsize: int) -> int:

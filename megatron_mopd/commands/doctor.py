@@ -1,0 +1,95 @@
+"""Examine this machine, and a run's configuration, before training.
+
+    python tools/doctor.py                                               # this host
+    python tools/doctor.py --config FILE.yaml [section.key=value ...]    # and all of a run short of training
+    torchrun --nproc-per-node N tools/doctor.py [--config FILE.yaml] [section.key=value ...]
+
+Under torchrun (or with `MODULE=megatron_mopd.commands.doctor launch/train.sh` on every node) every host is
+examined, and the bandwidth of every group of the chosen layout is measured. Exit status 0: nothing found
+that stops training (warnings do not); 1: something will; 2: the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_mopd.backend.finding import Finding, Level, worst
+from megatron_mopd.backend.software import required_findings
+
+_MARKS = {Level.OK: "ok", Level.NOTE: "note", Level.WARNING: "WARNING", Level.PROBLEM: "PROBLEM"}
+
+
+def show(section: str, findings: list[Finding]) -> None:
+    """Print the findings of one section, with what to do under those that ask for something."""
+    print(f"\n{section}")
+    for finding in findings:
+        print(f"  {_MARKS[finding.level]:8} {finding.subject}: {finding.text}")
+        if finding.advice:
+            print(f"           -> {finding.advice}")
+    sys.stdout.flush()
+
+
+def summary(findings: list[Finding]) -> str:
+    """The last line: whether training can start."""
+    counts = {level: sum(finding.level == level for finding in findings) for level in Level}
+    problems, remarks = counts[Level.PROBLEM], counts[Level.WARNING]
+    warned = f"{remarks} warning{'s' * (remarks != 1)}"
+    if problems:
+        return f"{problems} problem{'s' * (problems != 1)} will stop training, {warned}"
+    return f"healthy: nothing here will stop training, {warned}"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="YAML file of a run: everything short of training is checked")
+    parser.add_argument("--directory", help="disk to examine; default: the run's run_dir, or this directory")
+    parser.add_argument(
+        "--world-size", type=int, help="ranks of the run, where it is not started by torchrun"
+    )
+    parser.add_argument("--ranks-per-host", type=int, help="default: torchrun's, or the number of GPUs")
+    parser.add_argument("--checksums", action="store_true", help="read all of every checkpoint")
+    parser.add_argument(
+        "--disk-mib", type=int, default=256, help="size of the file that the disk is timed with"
+    )
+    parser.add_argument(
+        "--network-mib", type=int, help="buffer of the bandwidth test (64 on GPUs, 4 on CPUs)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; ends with the exit status."""
+    options = parse(arguments)
+    warnings.filterwarnings("ignore")
+    is_speaker = os.environ.get("RANK", "0") == "0"
+    software = required_findings()
+    if is_speaker:
+        print(f"megatron_mopd doctor on {socket.gethostname()}, in {Path.cwd()}")
+        show("Packages that training needs", software)
+    elif worst(software) == Level.PROBLEM:
+        show(f"Packages on {socket.gethostname()}", [f for f in software if f.level == Level.PROBLEM])
+    if worst(software) == Level.PROBLEM:
+        # Everything below imports these packages.
+        if is_speaker:
+            print(f"\n{summary(software)} (install these first: the rest was not examined)")
+        sys.exit(1)
+    # Only now: the doctor has to be able to speak where torch or megatron-core is missing.
+    from megatron_mopd.commands.examination import examine
+
+    found = examine(options, software)
+    if is_speaker:
+        print(f"\n{summary(found)}")
+    sys.exit(1 if worst(found) == Level.PROBLEM else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The doctor's examination of a run: everything that its configuration names, short of training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from megatron_mopd.backend.finding import Finding, Level
+from megatron_mopd.backend.host_memory import available_host_bytes
+from megatron_mopd.backend.machine import gib
+from megatron_mopd.backend.parallel import fewest_ranks
+from megatron_mopd.commands.estimate import estimate_apart, fullest_host, stage_ranks
+from megatron_mopd.config import Config, ConfigError, load_config
+from megatron_mopd.model.build import DTYPES
+from megatron_mopd.model.checkpoint import complete_iterations, find_checkpoint
+from megatron_mopd.model.checksums import CHECKSUM_FILE, verify_checksums
+from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint, is_hugging_face
+from megatron_mopd.training.checkpoint import checkpoints_directory
+from megatron_mopd.training.memory import RankMemory
+from megatron_mopd.training.setup import Inputs, check_inputs
+
+_COMFORTABLE = 0.9
+"""Share of a device's memory beyond which an estimate is too close: NCCL's buffers, CUDA's own, fragments."""
+
+
+def load(options: argparse.Namespace) -> tuple[Config | None, list[Finding]]:
+    """The run's configuration, or the layout that overrides describe; `None` with the mistake in it."""
+    try:
+        overrides = list(options.overrides) if options.config else ["run_dir=.", *options.overrides]
+        return load_config(options.config, overrides), []
+    except ConfigError as error:
+        return None, [Finding(Level.PROBLEM, "configuration", str(error))]
+
+
+def examine_run(config: Config, options: argparse.Namespace) -> tuple[list[Finding], float]:
+    """Inputs, checkpoints, layout and memory of a run, and a checkpoint's size in bytes (0 when it is not
+    known). For torchrun's world, `--world-size`, or as few ranks as the layout needs. Collectives: none.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "0")) or options.world_size
+    world_size = started or fewest_ranks(config.parallel)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        advice = "device=auto or device=cpu runs without; see `GPU` above"
+        return [Finding(Level.PROBLEM, "device", "'cuda' was asked for and is not there", advice)], 0.0
+    try:
+        inputs = check_inputs(config, world_size)
+    except ConfigError as error:
+        return [Finding(Level.PROBLEM, "configuration", str(error))], 0.0
+    findings = [Finding(Level.OK, "inputs", _described(inputs))]
+    if not started and world_size > 1:
+        text = f"checked for {world_size}, the fewest that the layout needs, because torchrun started none"
+        findings.append(
+            Finding(Level.NOTE, "ranks", text, "--world-size N, or torchrun: also for the network")
+        )
+    findings += layout_findings(config, world_size)
+    findings += checkpoint_findings(config, inputs, options.checksums)
+    findings += resume_findings(config)
+    if os.environ.get("RANK", "0") != "0":
+        return findings, 0.0  # one rank's estimate is enough, and each takes a model's worth of modules
+    ranks = stage_ranks(config, world_size)
+    try:
+        memory = estimate_apart(config, world_size, ranks)
+    except (ConfigError, RuntimeError) as error:
+        return [*findings, Finding(Level.PROBLEM, "memory", f"cannot be estimated: {error}")], 0.0
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 0
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or options.ranks_per_host or gpus or world_size
+    capacity = min((torch.cuda.get_device_properties(i).total_memory for i in range(gpus)), default=None)
+    findings += memory_findings(memory, world_size, local, capacity, available_host_bytes())
+    return findings, checkpoint_bytes(config, memory)
+
+
+def _described(inputs: Inputs) -> str:
+    domains = ", ".join(sorted(inputs.prompts.domains))
+    text = f"tokenizer of {inputs.tokenizer.vocab_size} tokens, {len(inputs.prompts)} prompts in {domains}"
+    if inputs.eval_prompts is not None:
+        text += f", {len(inputs.eval_prompts)} held out"
+    if inputs.teachers:
+        text += f"; teachers {', '.join(source.name for source in inputs.teachers)}, every domain has its own"
+    return text
+
+
+def layout_findings(config: Config, world_size: int) -> list[Finding]:
+    """The layout, which fits (`check_inputs` refuses others), and what is unwise about it."""
+    parallel = config.parallel
+    sizes = {
+        "TP": parallel.tensor_model_parallel_size,
+        "PP": parallel.pipeline_model_parallel_size,
+        "CP": parallel.context_parallel_size,
+        "EP": parallel.expert_model_parallel_size,
+    }
+    replicas = world_size // (sizes["TP"] * sizes["PP"] * sizes["CP"])
+    text = " x ".join(f"{name} {size}" for name, size in sizes.items() if name != "EP")
+    findings = [
+        Finding(
+            Level.OK, "layout", f"{world_size} ranks = {text} x DP {replicas}, experts over EP {sizes['EP']}"
+        )
+    ]
+    if config.schedule.global_batch_size < replicas:
+        text = (
+            f"global_batch_size={config.schedule.global_batch_size} leaves some of {replicas} replicas idle"
+        )
+        findings.append(
+            Finding(Level.WARNING, "schedule", text, "take a larger batch or a larger model layout")
+        )
+    return findings
+
+
+def checkpoint_findings(config: Config, inputs: Inputs, read_all: bool) -> list[Finding]:
+    """Whether the files of the student's and every teacher's checkpoint are complete."""
+    places = {"student.load": config.student.load}
+    places |= {f"teachers.{teacher.name}.load": teacher.load for teacher in config.teachers}
+    findings = []
+    for where, load in places.items():
+        if load is None:
+            continue
+        path = find_checkpoint(load, where)
+        try:
+            size = check_files(path, where, read_all)
+        except ConfigError as error:
+            findings.append(Finding(Level.PROBLEM, where, str(error)))
+        else:
+            how = "and every byte is as it was written" if read_all else "sizes compared"
+            findings.append(Finding(Level.OK, where, f"{path} is complete ({size / 1e9:.3g} GB, {how})"))
+    return findings
+
+
+def check_files(path: Path, where: str, read_all: bool) -> int:
+    """Bytes of a complete checkpoint; `ConfigError` says what is missing or of another size.
+
+    Headers and sizes only, unless `read_all`: then one of ours is compared with its checksums.
+    """
+    if is_hugging_face(path):
+        HuggingFaceCheckpoint.open(path, where)  # reads every header, compares every shape with the model
+        return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if read_all:
+        verify_checksums(path, where)
+    try:
+        listed = json.loads((path / CHECKSUM_FILE).read_text())
+    except FileNotFoundError:  # of another program
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    except ValueError as error:
+        raise ConfigError(f"{where}: {path / CHECKSUM_FILE} is damaged: {error}") from None
+    for name, entry in listed.items():
+        if not (path / name).is_file():
+            raise ConfigError(f"{where}: checkpoint {path} is damaged: {name} is missing")
+        if (size := (path / name).stat().st_size) != entry["bytes"]:
+            raise ConfigError(
+                f"{where}: checkpoint {path} is damaged: {name} has {size} bytes instead of {entry['bytes']}"
+            )
+    return sum(entry["bytes"] for entry in listed.values())
+
+
+def resume_findings(config: Config) -> list[Finding]:
+    """Where the run will start: at its newest checkpoint, or at the beginning."""
+    done = complete_iterations(checkpoints_directory(config.run_dir)) if config.checkpoint.resume else []
+    total = config.schedule.train_iters
+    if not done:
+        return [Finding(Level.OK, "start", f"from the beginning, {total} iterations")]
+    return [Finding(Level.OK, "start", f"continues after iteration {done[0]} of {total} ({config.run_dir})")]
+
+
+def memory_findings(
+    memory: dict[int, RankMemory],
+    world_size: int,
+    ranks_per_host: int,
+    gpu_bytes: int | None,
+    host_bytes: int,
+) -> list[Finding]:
+    """The estimate beside what is there: `gpu_bytes` of the smallest GPU (`None`: ranks share the host's)."""
+    on_device = max(sum(item.device.values()) for item in memory.values())
+    on_host = sum(fullest_host(memory, world_size, ranks_per_host).values())
+    advice = "python tools/estimate.py shows what takes it; docs/cluster.md says which size to raise"
+    findings = []
+    if gpu_bytes is None:
+        on_host += on_device * min(ranks_per_host, world_size)
+    else:
+        findings.append(_compared("GPU memory", on_device, gpu_bytes, "a GPU", advice))
+    findings.append(_compared("host memory", on_host, host_bytes, "available", advice))
+    return findings
+
+
+def _compared(subject: str, needed: float, there: float, whose: str, advice: str) -> Finding:
+    text = f"about {gib(needed)} GiB of {gib(there)} GiB {whose}"
+    if needed > there:
+        return Finding(Level.PROBLEM, subject, f"{text}: too little", advice)
+    if needed > _COMFORTABLE * there:
+        return Finding(Level.WARNING, subject, f"{text}: close", advice)
+    return Finding(Level.OK, subject, text)
+
+
+def checkpoint_bytes(config: Config, memory: dict[int, RankMemory]) -> float:
+    """About what one checkpoint takes: every stage's weights and, when it is saved, their optimizer state."""
+    parallel = config.parallel
+    tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    expert_shards = ep * (parallel.expert_tensor_parallel_size or tp)
+    count = sum(
+        experts * expert_shards + others * tp for experts, others in (m.parameters for m in memory.values())
+    )
+    width = DTYPES[config.params_dtype].itemsize
+    state = (2 + (width < 4)) * max(4, width)  # two moments, and a copy in float32 of shorter weights
+    return count * (width + state * config.checkpoint.save_optimizer)
