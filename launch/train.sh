@@ -16,6 +16,10 @@
 #   NETWORK         network interface of the nodes' addresses, such as eth0 (the libraries choose)
 #   JOIN_TIMEOUT    seconds that nodes wait for each other at the rendezvous (1800)
 #   LOCAL_ADDR      this node's address, when its host name does not resolve on the other nodes
+#   RDZV_CONF       more settings of the rendezvous, such as keep_alive_interval=2,keep_alive_max_attempt=3 (a node
+#                   that is silent for the product, 15 s by default, counts as lost)
+#   MODULE          what every rank runs (megatron_mopd.train); megatron_mopd.commands.doctor examines the hosts
+#                   and measures the network instead, with the very same launch
 #   PYTHON          the interpreter (python)
 set -euo pipefail
 
@@ -70,11 +74,11 @@ if [[ -n ${RDZV_ENDPOINT:-} ]]; then
     --rdzv-backend c10d
     --rdzv-endpoint "$RDZV_ENDPOINT"
     --rdzv-id "${RUN_ID:-megatron_mopd}"
-    --rdzv-conf "join_timeout=${JOIN_TIMEOUT:-1800}"
+    --rdzv-conf "join_timeout=${JOIN_TIMEOUT:-1800}${RDZV_CONF:+,$RDZV_CONF}"
   )
   [[ -n ${LOCAL_ADDR:-} ]] && arguments+=(--local-addr "$LOCAL_ADDR")
 else
   arguments+=(--standalone)
 fi
 
-exec "$python" -m torch.distributed.run "${arguments[@]}" -m megatron_mopd.train "$@"
+exec "$python" -m torch.distributed.run "${arguments[@]}" -m "${MODULE:-megatron_mopd.train}" "$@"

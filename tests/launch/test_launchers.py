@@ -1,0 +1,147 @@
+"""The launchers' command lines, with recorders in place of torchrun, srun and the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from torch.distributed.run import config_from_args, parse_args
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+SETTINGS = set(re.findall(r"^#   ([A-Z_]+) ", (LAUNCH / "train.sh").read_text(), re.MULTILINE))
+RECORDER = f"""#!{sys.executable}
+import json, os, sys
+print(json.dumps({{"arguments": sys.argv[1:], "environment": dict(os.environ)}}))
+"""
+
+
+@pytest.fixture
+def record(tmp_path):
+    """Start a launcher with a recorder as its interpreter; its exit status, and what the recorder saw."""
+    recorder = tmp_path / "recorder"
+    recorder.write_text(RECORDER)
+    recorder.chmod(0o755)
+
+    def start(script, *arguments, **settings):
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+        environment = kept | {"PYTHON": str(recorder), "PATH": path} | settings
+        for name in ("OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+            if name not in settings:
+                environment.pop(name, None)
+        done = subprocess.run(
+            ["bash", str(LAUNCH / script), *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=60,
+        )
+        return done, json.loads(done.stdout) if done.returncode == 0 else None
+
+    return start
+
+
+def torchrun(seen):
+    """What torchrun itself makes of the recorded arguments."""
+    assert seen["arguments"][:2] == ["-m", "torch.distributed.run"]
+    return parse_args(seen["arguments"][2:])
+
+
+def test_one_node(record):
+    _, seen = record("train.sh", "--config", "a b.yaml", "seed=3", NPROC_PER_NODE="2")
+    arguments = torchrun(seen)
+    assert arguments.standalone and arguments.module
+    assert arguments.training_script == "megatron_mopd.train"
+    assert arguments.training_script_args == ["--config", "a b.yaml", "seed=3"]
+    config, *_ = config_from_args(arguments)
+    assert (config.nproc_per_node, config.max_nodes, config.max_restarts) == (2, 1, 0)
+    assert seen["environment"]["OMP_NUM_THREADS"] == "1"
+    assert "NCCL_SOCKET_IFNAME" not in seen["environment"]
+
+
+def test_several_nodes(record):
+    settings = dict(
+        NNODES="4",
+        RDZV_ENDPOINT="first:29400",
+        RUN_ID="merge",
+        MAX_RESTARTS="3",
+        NETWORK="eth1",
+        JOIN_TIMEOUT="60",
+        LOCAL_ADDR="10.0.0.7",
+        RDZV_CONF="keep_alive_interval=2",
+        NPROC_PER_NODE="1",
+        MODULE="megatron_mopd.commands.doctor",
+        OMP_NUM_THREADS="4",
+    )
+    _, seen = record("train.sh", "--config", "c.yaml", **settings)
+    arguments = torchrun(seen)
+    assert arguments.training_script == "megatron_mopd.commands.doctor"
+    config, *_ = config_from_args(arguments)
+    assert (config.min_nodes, config.max_nodes, config.max_restarts) == (4, 4, 3)
+    assert (config.rdzv_backend, config.rdzv_endpoint, config.run_id) == ("c10d", "first:29400", "merge")
+    assert config.local_addr == "10.0.0.7"
+    assert config.rdzv_configs.items() >= {"join_timeout": "60", "keep_alive_interval": "2"}.items()
+    environment = seen["environment"]
+    assert (environment["NCCL_SOCKET_IFNAME"], environment["GLOO_SOCKET_IFNAME"]) == ("=eth1", "eth1")
+    assert environment["OMP_NUM_THREADS"] == "4"
+
+
+def test_several_nodes_need_a_rendezvous(record):
+    done, _ = record("train.sh", "--config", "c.yaml", NNODES="2")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: NNODES=2 needs RDZV_ENDPOINT=HOST:PORT, the same on every node"
+
+
+def test_slurm(record, tmp_path):
+    """With srun that starts its command once, as on the first of two nodes."""
+    srun = tmp_path / "srun"
+    srun.write_text('#!/usr/bin/env bash\n[[ $1 == --kill-on-bad-exit=1 ]] || exit 9\nshift\nexec "$@"\n')
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        '#!/usr/bin/env bash\n[[ $1,$2,$3 == "show,hostnames,n[3-4]" ]] && printf "n3\\nn4\\n"\n'
+    )
+    for script in (srun, scontrol):
+        script.chmod(0o755)
+    job = dict(
+        SLURM_JOB_NODELIST="n[3-4]",
+        SLURM_NNODES="2",
+        SLURM_JOB_ID="1042",
+        SLURM_SUBMIT_DIR=str(LAUNCH.parent),
+        NPROC_PER_NODE="8",
+    )
+    _, seen = record("slurm.sbatch", "--config", "c.yaml", **job)
+    config, *_ = config_from_args(torchrun(seen))
+    assert (config.max_nodes, config.nproc_per_node) == (2, 8)
+    assert (config.run_id, config.rdzv_endpoint) == ("1042", "n3:29442")
+    assert seen["arguments"][-2:] == ["--config", "c.yaml"]
+
+
+def test_kubernetes():
+    """The file is YAML, sets what train.sh reads, and says the number of nodes everywhere alike."""
+    (job_set,) = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    assert job_set["kind"] == "JobSet"
+    (job,) = job_set["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    assert (LAUNCH.parent / container["command"][0]).samefile(LAUNCH / "train.sh")
+    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert set(environment) <= SETTINGS
+    assert spec["completions"] == spec["parallelism"] == int(environment["NNODES"])
+    name = job_set["metadata"]["name"]
+    host, port = environment["RDZV_ENDPOINT"].split(":")
+    assert host == f"{name}-{job['name']}-0-0.{name}"
+    assert [entry["containerPort"] for entry in container["ports"]] == [int(port)]
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
+
+
+@pytest.mark.parametrize("script", ["train.sh", "slurm.sbatch", "iterated_mopd.sh"])
+def test_syntax(script):
+    assert script == "slurm.sbatch" or os.access(LAUNCH / script, os.X_OK)
+    subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
