@@ -139,10 +139,3 @@ def find_optional(name: str) -> Found:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def versions() -> dict[str, str]:
-    """Distribution -> version of what results depend on; packages that are not installed are left out."""
-    names = [DISTRIBUTION, "torch", "megatron-core", "transformers", "transformer-engine", "apex", "triton"]
-    found = {name: installed_version((name, name.replace("-", "_"))) for name in names}
-    return {"python": ".".join(map(str, sys.version_info[:3]))} | {k: v for k, v in found.items() if v}

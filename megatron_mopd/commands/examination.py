@@ -27,6 +27,7 @@ from megatron_mopd.commands.run_examination import examine_run, load
 from megatron_mopd.config import Config, ConfigError
 from megatron_mopd.model.specs import uses_transformer_engine
 from megatron_mopd.objectives.kernels import kernels_for
+from megatron_mopd.observe.run_log import versions
 
 
 def examine(options: argparse.Namespace, required: list[Finding]) -> list[Finding]:
@@ -120,7 +121,7 @@ def connected_findings(
         groups = build_parallel_groups(config.parallel, device, config.seed)
     except ConfigError as error:
         return [Finding(Level.PROBLEM, "ranks", str(error))]
-    facts = software.versions() | {"host": socket.gethostname()}
+    facts = versions() | {"host": socket.gethostname()}
     gathered: list = [None] * world_size
     dist.all_gather_object(gathered, (facts, [f for f in here if f.level >= Level.WARNING]))
     findings = host_findings(gathered)
@@ -143,11 +144,11 @@ def host_findings(gathered: list[tuple[dict[str, str], list[Finding]]]) -> list[
             findings += [Finding(f.level, f"{host}: {f.subject}", f.text, f.advice) for f in warned]
         hosts.setdefault(host, {name: version for name, version in facts.items() if name != "host"})
     first = hosts[speaker]
-    for host, versions in hosts.items():
-        names = sorted(first.keys() | versions.keys())
-        differing = [n for n in names if first.get(n) != versions.get(n)]
+    for host, theirs in hosts.items():
+        names = sorted(first.keys() | theirs.keys())
+        differing = [n for n in names if first.get(n) != theirs.get(n)]
         for name in differing:
-            text = f"{versions.get(name, 'not there')} on {host}, {first.get(name, 'not there')} on {speaker}"
+            text = f"{theirs.get(name, 'not there')} on {host}, {first.get(name, 'not there')} on {speaker}"
             findings.append(Finding(Level.PROBLEM, name, text, "install the same version on every host"))
     shown = ", ".join(list(hosts)[:8]) + (", ..." if len(hosts) > 8 else "")
     return [Finding(Level.OK, "ranks", f"{len(gathered)} on {len(hosts)} host(s): {shown}"), *findings]
