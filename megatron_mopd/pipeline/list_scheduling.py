@@ -53,8 +53,8 @@ class Placed(NamedTuple):
 
 
 class SlotLoad(NamedTuple):
-    """Load `teacher` into `slot` once use number `after` (-1: at once) is over; use number `before` needs
-    it.
+    """Load `teacher` into `slot` once use number `after` (-1: at once) is over; use number `before` needs it
+    (one more than there are: the next plan does).
     """
 
     teacher: str
@@ -63,11 +63,13 @@ class SlotLoad(NamedTuple):
     before: int
 
 
-def slot_loads(uses: list[tuple[str, ...]], slots: int, resident: tuple[str, ...]):
-    """Which loads serve a sequence of uses with so many slots, evicting whatever is needed last; earliest
-    moments.
+def slot_loads(uses: list[tuple[str, ...]], slots: int, resident: tuple[str, ...], following: str = ""):
+    """Which loads serve a sequence of uses with so many slots, each at the earliest moment.
 
-    Returns the loads in the order they are started and the occupants at the end.
+    A load takes the slot whose occupant is needed last, but not the one in use just before while another can
+    give way: it could only begin when that use is over, and nothing would hide it. `following` is what the
+    next plan begins with; it is brought in as soon as a slot is free for good. Returns the loads in the order
+    they are started and the occupants at the end.
     """
     occupant = list(resident) + [""] * (slots - len(resident))
     positions: dict[str, list[int]] = {}
@@ -78,25 +80,31 @@ def slot_loads(uses: list[tuple[str, ...]], slots: int, resident: tuple[str, ...
     last_use = [-1] * slots
     loads: list[SlotLoad] = []
     latest = -1
+
+    def next_use(slot: int) -> float:
+        name = occupant[slot]
+        if name not in positions or cursor[name] >= len(positions[name]):
+            return math.inf
+        return positions[name][cursor[name]]
+
+    def load(teacher: str, number: int, needed: tuple[str, ...]) -> None:
+        nonlocal latest
+        free = [slot for slot in range(slots) if occupant[slot] not in needed]
+        idle = [slot for slot in free if number == 0 or last_use[slot] < number - 1]
+        slot = max(idle or free, key=lambda s: (next_use(s), -last_use[s]))
+        latest = max(latest, last_use[slot])
+        occupant[slot] = teacher
+        loads.append(SlotLoad(teacher, slot, latest, number))
+
     for number, teachers in enumerate(uses):
         for teacher in teachers:
-            if teacher in occupant:
-                continue
-            free = [slot for slot in range(slots) if occupant[slot] not in teachers]
-
-            def next_use(slot: int) -> float:
-                name = occupant[slot]
-                if name not in positions or cursor[name] >= len(positions[name]):
-                    return math.inf
-                return positions[name][cursor[name]]
-
-            slot = max(free, key=lambda s: (next_use(s), -last_use[s]))
-            latest = max(latest, last_use[slot])
-            occupant[slot] = teacher
-            loads.append(SlotLoad(teacher, slot, latest, number))
+            if teacher not in occupant:
+                load(teacher, number, teachers)
         for teacher in teachers:
             last_use[occupant.index(teacher)] = number
             cursor[teacher] += 1
+    if following and following not in occupant:
+        load(following, len(uses), ())
     return loads, tuple(occupant)
 
 
@@ -162,7 +170,10 @@ class Schedule:
             if policy.fixed_order:
                 self.orders.append(one_forward_one_backward(request.microbatches, v, group, warmup))
         self.teacher_loads, self.resident = slot_loads(
-            [(job.teacher,) for job in jobs], max(1, request.limits.resident_teachers), request.resident
+            [(job.teacher,) for job in jobs],
+            max(1, request.limits.resident_teachers),
+            request.resident,
+            request.next_teacher(),
         )
         self.needed, self.releases = request.heads_needed(), request.releases()
         self.head_loads, self.resident_heads = slot_loads(

@@ -317,6 +317,15 @@ class PlanRequest:
                 resident = group.teacher
         return tuple(jobs)
 
+    def next_teacher(self) -> str:
+        """The teacher with which the next step will begin, as far as this one tells: the first of this step,
+        because batches are ordered by teacher. "" when the next step's own jobs are here, or nothing is.
+        """
+        groups = [group for group in self.groups if group.microbatches]
+        if not groups or any(group.step for group in groups) or not self.limits.resident_teachers:
+            return ""
+        return min(groups, key=lambda group: group.microbatches[0]).teacher
+
     def smallest_cache(self) -> int:
         """The fewest cached states with which this step (without any look-ahead) can be completed."""
         if self.kind == "serial":
