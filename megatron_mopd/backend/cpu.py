@@ -15,6 +15,7 @@ import logging
 import torch
 import torch.distributed
 from megatron.core.tensor_parallel import random as megatron_random
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _installed = False
@@ -167,6 +168,10 @@ def install() -> None:
         return
     _installed = True
 
+    # `with torch.device("meta")` recognizes factories by identity, and looks them up when it is first used:
+    # it has to find the originals, which the wrappers below call. (`transformers` loads models under it; with
+    # wrappers in its list, its rotary tables were left uninitialized.)
+    _device_constructors()
     for name in (
         "zeros",
         "ones",

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from tests._distributed import RankPool
+from megatron_mopd.backend.parallel import select_device
+from tests._distributed import RankPool, run_ranks
 from tests.model import _families, _running
 
 ROWS = [[random.Random(7).randrange(_families.VOCAB) for _ in range(n)] for n in (14, 3, 9, 20, 2, 11)]
@@ -126,3 +127,15 @@ def test_same_greedy_continuation_as_transformers(ranks, case, layout, models, p
         assert [tokens for tokens, _ in result] == [tokens for tokens, _ in expected]
         for (_, found), (_, logprobs) in zip(result, expected):
             assert found == pytest.approx(logprobs, abs=1e-5)
+
+
+def loaded_after_our_start(rank, directory):
+    torch.utils._device._device_constructors.cache_clear()  # as in a process that has not used it yet
+    select_device("cpu")
+    return _families.reference_logits(directory, ROWS, torch.float32)
+
+
+def test_transformers_loads_the_same_model_after_our_start(models, references):
+    """The CPU backend wraps torch's factories; `transformers` makes models under `torch.device("meta")`."""
+    (found,) = run_ranks(1, loaded_after_our_start, models("llama"))
+    assert all(map(torch.equal, found, references("llama", "float32")))
