@@ -80,6 +80,12 @@ def needs_teachers(objective: ObjectiveConfig) -> bool:
     return any(kind in (*VOCABULARY_KINDS, "sampled_token") for kind in kinds_of(objective))
 
 
+def compares_tokens_only(objective: ObjectiveConfig) -> bool:
+    """Whether all it asks of its teachers is log T of the sampled tokens, one number each."""
+    kinds = kinds_of(objective)
+    return "sampled_token" in kinds and not any(kind in VOCABULARY_KINDS for kind in kinds)
+
+
 def needs_rewards(objective: ObjectiveConfig) -> bool:
     """Whether some part of the sum needs the verifier's score."""
     return "grpo" in kinds_of(objective) or objective.outcome_reward_weight > 0

@@ -26,8 +26,8 @@ class HiddenCache:
     `budget`: most bytes held at once; more is an error here, because the plan of a step keeps to it by
     scoring and learning in parts (`states_within`).
 
-    For objectives that compare sampled tokens only, `put_log_probs` keeps log-probs [n], a few bytes a token;
-    the loss does not ask for them yet and rebuilds them from hidden states.
+    Of trajectories whose objective compares sampled tokens only, `put_log_probs` keeps the log-probs [n], a
+    few bytes a token, instead of the states.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ global batch times the correction for the distance between the sampler and the m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron_mopd.config import DomainObjectives, ObjectiveConfig
 from megatron_mopd.config.objectives import (
     POLICY_KINDS,
     VOCABULARY_KINDS,
+    compares_tokens_only,
     importance_band,
     kinds_of,
     needs_policy,
@@ -146,12 +147,11 @@ class BatchLoss:
             observe("ce", per_token)
             return loss
 
-        teachers = Teachers((), (), ())
-        if mixture and present:
-            teachers = Teachers(
-                tuple(weight for _, weight in mixture),
-                tuple(self._teacher_hidden(tokens, name) for name, _ in mixture),
-                tuple(self._bank.heads([name for name, _ in mixture])),
+        teachers = Teachers(tuple(weight for _, weight in mixture), (), ())
+        if mixture and present and not compares_tokens_only(objective):
+            teachers = teachers._replace(
+                hidden=tuple(self._cached(tokens, name, self._cache.pop) for name, _ in mixture),
+                heads=tuple(self._bank.heads([name for name, _ in mixture])),
             )
         policies = token_factor = policy_factor = None
         if needs_policy(objective):  # on every CP rank, also one without a row: it exchanges whole responses
@@ -191,9 +191,9 @@ class BatchLoss:
             loss = part if loss is None else loss + part
         return loss
 
-    def _teacher_hidden(self, tokens: ResponseTokens, name: str) -> Tensor:
-        held = [t.index for t, count in zip(tokens.trajectories, tokens.counts) if count]
-        return torch.cat([self._cache.pop(index, name) for index in held])
+    def _cached(self, tokens: ResponseTokens, name: str, pop: Callable[[int, str], Tensor]) -> Tensor:
+        """What the cache keeps of a teacher for this rank's rows of a run, which is not empty."""
+        return torch.cat([pop(index, name) for index in tokens.held])
 
     def _policies(
         self,
@@ -230,10 +230,12 @@ class BatchLoss:
                 proximal = torch.cat([stored[t.index].to(whole) for t in tokens.trajectories])
         teacher_logprobs = []
         if "sampled_token" in kinds:
-            for k in range(len(mixture)):
+            for k, (name, _) in enumerate(mixture):
                 local = nothing
-                if rows.size(0) > 0:
+                if rows.size(0) > 0 and teachers.hidden:
                     local = logprobs(teachers.hidden[k], teachers.heads[k], False)
+                elif rows.size(0) > 0:
+                    local = self._cached(tokens, name, self._cache.pop_log_probs)
                 teacher_logprobs.append(tokens.whole(local))
         return Policies(current, whole, proximal, behaviour, tuple(teacher_logprobs))
 

@@ -24,9 +24,10 @@ class Teachers(NamedTuple):
 
     weights: tuple[float, ...]
     hidden: tuple[Tensor, ...]
-    """K of [n, h_k]: last-layer states of this rank's response rows."""
+    """K of [n, h_k]: last-layer states of this rank's response rows; none where log-probs were kept instead.
+    """
     heads: tuple[Tensor, ...]
-    """K of [V/tp, h_k]."""
+    """K of [V/tp, h_k]; none like `hidden`."""
 
 
 class Policies(NamedTuple):

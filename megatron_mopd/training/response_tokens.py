@@ -57,6 +57,11 @@ class ResponseTokens:
         self.index = positions + offset.to(positions.device)
         """[n] place of each row in the concatenated responses."""
 
+    @property
+    def held(self) -> list[int]:
+        """`Trajectory.index` of those that have tokens on this rank."""
+        return [t.index for t, count in zip(self.trajectories, self.counts) if count]
+
     def whole(self, values: Tensor) -> Tensor:
         """This rank's values [n] -> those of the whole responses [sum |y|], detached.
 

@@ -41,9 +41,9 @@ from megatron_mopd.training.batch_facts import BatchFacts, outcome_advantages
 from megatron_mopd.training.losses import METRICS, BatchLoss, named_metrics
 from megatron_mopd.training.nonfinite import SkippedSteps, all_finite, save_evidence
 from megatron_mopd.training.old_policy import proximal_logprobs
-from megatron_mopd.training.response_tokens import response_hidden
 from megatron_mopd.training.rewards import NO_REWARDS, PendingRewards
 from megatron_mopd.training.teacher_metrics import cost_of_teachers, divergence_by_teacher, scoring_seconds
+from megatron_mopd.training.teacher_scores import TeacherScores
 from megatron_mopd.training.token_samples import TokenSamples
 
 
@@ -98,7 +98,6 @@ class Learner:
 class StepBatch:
     """The global batch of one optimizer step as this rank sees it; a `StepInput` of the pipeline."""
 
-    parallel: ParallelGroups
     trajectories: Sequence[Trajectory]
     shape: BatchShape
     student: list[MicroBatch]
@@ -108,6 +107,7 @@ class StepBatch:
     groups: tuple[TeacherGroup, ...]
     """Which student micro-batches need each of the teachers' micro-batches, and how many are scored."""
     cache: HiddenCache
+    scores: TeacherScores
     rewards: PendingRewards
     iteration: int = 0
     """Optimizer steps done before this one; routing weights follow it."""
@@ -120,11 +120,8 @@ class StepBatch:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def keep(self, teacher: str, micro_batch: MicroBatch, hidden: torch.Tensor) -> None:
-        """Put a teacher's last-layer hidden states into the cache, response positions only."""
-        rows = response_hidden(hidden, micro_batch, self.parallel)
-        for trajectory, states in zip(micro_batch.trajectories, rows.split(micro_batch.loss_counts)):
-            if len(states):  # under context parallelism a rank may hold no response token of a trajectory
-                self.cache.put(trajectory.index, teacher, states)
+        """Put what the loss needs of a teacher's last-layer hidden states into the cache."""
+        self.scores.keep(teacher, micro_batch, hidden)
 
 
 def plan_steps(
@@ -209,6 +206,9 @@ def plan_step(
     cache = HiddenCache(
         groups.device, storage.hidden_cache_device, storage.hidden_cache_dtype, storage.hidden_cache_bytes
     )
+    scores = TeacherScores(
+        cache, learner.config, learner.objectives, groups, learner.bank, learner.model.vocab_size
+    )
     teachers, uses, largest = {}, [], 0
     for name in learner.bank.names if learner.bank else ():
         selected = [[t for t in share if any(name == n for n, _ in mixture(t))] for share in per_rank]
@@ -217,12 +217,18 @@ def plan_step(
             teachers[name] = mine(scored)
             uses.append(teacher_group(name, scored, student))
             # Under context parallelism one rank may hold a whole response.
-            rows = max(sum(len(t.response_ids) for t in part) for share in scored for part in share)
-            width = learner.bank.config(name).hidden_size
-            largest = max(largest, rows * width * cache.itemsize(learner.config.params_dtype))
-    micro_batches = mine(student, experts)
+            largest = max(largest, *(scores.num_bytes(name, part) for share in scored for part in share))
     return StepBatch(
-        groups, trajectories, shape, micro_batches, teachers, tuple(uses), cache, rewards, iteration, largest
+        trajectories,
+        shape,
+        mine(student, experts),
+        teachers,
+        tuple(uses),
+        cache,
+        scores,
+        rewards,
+        iteration,
+        largest,
     )
 
 
@@ -254,7 +260,7 @@ def train_step(learner: Learner, batches: Sequence[StepBatch]) -> dict[str, floa
         chunk.train()
         chunk.zero_grad_buffer()
     learner.optimizer.zero_grad()
-    loss = _build_loss(learner, batch)
+    loss = build_loss(learner, batch)
     if learner.bank is not None:
         learner.bank.check_files(learner.bank.names)
 
@@ -339,7 +345,8 @@ def _skip(learner: Learner, batch: StepBatch, metrics: dict[str, float]) -> dict
     }
 
 
-def _build_loss(learner: Learner, batch: StepBatch) -> BatchLoss:
+def build_loss(learner: Learner, batch: StepBatch) -> BatchLoss:
+    """The loss of one step, for the last stage. No collectives; waits for the batch's rewards."""
     facts = BatchFacts(
         token_weights=token_weights(batch.trajectories, learner.config.objective.reduction),
         outcome_advantages=outcome_advantages(

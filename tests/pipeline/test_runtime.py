@@ -76,7 +76,7 @@ def gradients(learner, batches, kind):
         chunk.train()
         chunk.zero_grad_buffer()
     batch, found = batches[0], []
-    loss = training_step._build_loss(learner, batch)
+    loss = training_step.build_loss(learner, batch)
     if kind == "megatron":
         for name, micro_batches in batch.teachers.items():
             chunk = learner.bank.make_resident(name)

@@ -205,7 +205,7 @@ def found(rank, case, model, parallel, schedule, logprobs):
     batch.proximal = {i: d + torch.tensor(logprobs[i], dtype=torch.float64) for i, d in proximal.items()}
     metrics = train_step(learner, [batch])
     assert len(batch.cache) == 0, "every cached hidden state is used exactly once"
-    return metrics, _models.pieces(learner, gradients=True)
+    return metrics, _models.pieces(learner, gradients=True), batch.cache.peak_bytes
 
 
 @pytest.fixture(scope="module")
@@ -226,20 +226,28 @@ def check(pools, ranks, case, model, parallel, schedule):
     # megatron-core rounds 1/tokens to float32, and routing probabilities too, on which the shapes of
     # micro-batches have a say.
     tolerance = 1e-6 if model == "MOE" else 1e-7
-    for metrics, _ in results:
+    for metrics, *_ in results:
         assert metrics["loss"] == pytest.approx(loss, rel=tolerance, abs=tolerance * 0.1)
-    assembled = _models.assemble([pieces for _, pieces in results])
+    assembled = _models.assemble([pieces for _, pieces, _ in results])
     assert assembled.keys() == gradients.keys()
     scale = max(value.abs().max().item() for value in gradients.values())
     for key, value in gradients.items():
         torch.testing.assert_close(
             assembled[key], value, rtol=0, atol=tolerance * scale, msg=lambda m, key=key: f"{key}: {m}"
         )
+    return [peak for *_, peak in results]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_batch_equals_the_equations(pools, case):
-    check(pools, 1, case, "GQA", {}, dict(micro_batch_size=3))
+    (peak,) = check(pools, 1, case, "GQA", {}, dict(micro_batch_size=3))
+    if all(kinds == {"sampled_token"} for kinds in map(kinds_of_domain, CASES[case][1].values())):
+        # One float64 log-prob for each token and teacher (`text` has two) was cached, not 32 numbers.
+        assert 0 < peak <= 8 * 2 * sum(len(t.response_ids) for t in make_batch()[0])
+
+
+def kinds_of_domain(objective):
+    return {objective["kind"], *objective.get("add", {})}
 
 
 @pytest.mark.parametrize(

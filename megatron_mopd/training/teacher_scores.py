@@ -1,0 +1,85 @@
+"""What the loss will need of a teacher's forward pass: picked out as it ends, and put into the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.config import Config, DomainObjectives
+from megatron_mopd.config.objectives import compares_tokens_only
+from megatron_mopd.data.batching import MicroBatch
+from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.objectives import sampled_token_logprobs
+from megatron_mopd.teachers.bank import TeacherBank
+from megatron_mopd.teachers.hidden_cache import HiddenCache
+from megatron_mopd.training.response_tokens import response_hidden
+
+
+class TeacherScores:
+    """Fills the cache of one step: hidden states of response positions, or, where the objective compares
+    nothing but sampled tokens, their log-probs (4 bytes a token instead of h x 2, 8 for a float64 model).
+    """
+
+    def __init__(
+        self,
+        cache: HiddenCache,
+        config: Config,
+        objectives: DomainObjectives,
+        groups: ParallelGroups,
+        bank: TeacherBank | None,
+        vocab_size: int,
+    ):
+        self._cache, self._config, self._objectives = cache, config, objectives
+        self._groups, self._bank, self._vocab_size = groups, bank, vocab_size
+
+    def keep(self, teacher: str, micro_batch: MicroBatch, hidden: Tensor) -> None:
+        """Take what is needed of `hidden` [s/cp(/tp), b, h], on the last stage; nothing of it is referred to
+        afterwards.
+
+        Collectives: those of `response_hidden`, and of `sampled_token_logprobs` over tensor-parallel ranks.
+        """
+        rows = response_hidden(hidden, micro_batch, self._groups)
+        counts, trajectories = micro_batch.loss_counts, micro_batch.trajectories
+        only = [self._keeps_log_probs(t) for t in trajectories]
+        if any(only):
+            log_probs = self._log_probs(teacher, rows, micro_batch, only)
+        for t, states, is_only, count in zip(trajectories, rows.split(counts), only, counts):
+            if not count:  # under context parallelism a rank may hold no response token of a trajectory
+                continue
+            if is_only:
+                self._cache.put_log_probs(t.index, teacher, log_probs[:count])
+                log_probs = log_probs[count:]
+            else:
+                self._cache.put(t.index, teacher, states)
+
+    def _keeps_log_probs(self, trajectory: Trajectory) -> bool:
+        return compares_tokens_only(self._objectives.of(trajectory.domain))
+
+    def _log_probs(self, teacher: str, rows: Tensor, micro_batch: MicroBatch, only: Sequence[bool]) -> Tensor:
+        """log T [n] of the sampled tokens of the trajectories that are `only` compared by them."""
+        counts = torch.tensor(micro_batch.loss_counts, dtype=torch.long)
+        chosen = torch.tensor(only).repeat_interleave(counts).to(rows.device)
+        if not bool(chosen.any()):
+            return rows.new_zeros(0)
+        with torch.no_grad():
+            return sampled_token_logprobs(
+                rows[chosen],
+                self._bank.head(teacher),
+                micro_batch.target_ids[chosen],
+                group=self._groups.tp,
+                temperature=self._config.rollout.temperature,
+                vocab_size=self._vocab_size,
+                chunk_size=self._config.objective.chunk_size,
+            )
+
+    def num_bytes(self, teacher: str, trajectories: Sequence[Trajectory]) -> int:
+        """What the cache will take for these, scored by `teacher` (a rank that holds all their tokens)."""
+        dtype = self._config.params_dtype
+        state = self._bank.config(teacher).hidden_size * self._cache.itemsize(dtype)
+        log_prob = 8 if dtype == "float64" else 4
+        return sum(
+            len(t.response_ids) * (log_prob if self._keeps_log_probs(t) else state) for t in trajectories
+        )
