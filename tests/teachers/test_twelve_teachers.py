@@ -1,4 +1,7 @@
-"""Twelve teachers of four architectures, weighted routing: loss and gradients equal the naive computation.
+"""Twelve teachers of six architectures, weighted routing: loss and gradients equal the naive computation.
+
+Two of them come from Hugging Face models of other families than the student's (DeepSeek-V3: latent attention,
+groups of experts; GLM-4.5: half of each head rotated, dense layers first): one converted, one as it is.
 
 The oracle runs every teacher on every sample, alone, in one process and in float64, and lets autograd
 differentiate sum_k w_k KL(p || q_k) from log-softmaxes; teachers that a domain does not have weigh 0.
@@ -6,17 +9,25 @@ differentiate sum_k w_k KL(p || q_k) from log-softmaxes; teachers that a domain 
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: F401  (before forking)
 
 from megatron_mopd.model.build import build_model
+from megatron_mopd.model.checkpoint import find_checkpoint, load_weights, read_architecture
+from megatron_mopd.model.convert import write_megatron
 from megatron_mopd.model.gpt import unwrap
+from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint
 from megatron_mopd.teachers.bank import TeacherSource
 from megatron_mopd.training.step import plan_step, train_step
 from tests import _models
 from tests._distributed import RankPool
 from tests._models import DENSE, MOE, SHARED
+from tests.model import _families
 
 DEEP_NARROW = DENSE | dict(num_layers=6, hidden_size=16, num_attention_heads=2, num_query_groups=2)
 WIDE_MOE = MOE | dict(num_layers=2, hidden_size=48, num_attention_heads=6, num_query_groups=2)
@@ -28,15 +39,18 @@ ARCHITECTURES = {
     "tied": TIED,
     "shared": SHARED | dict(num_layers=2, moe_layer_freq=[0, 1]),
 }
+LOADED = {"glm": "glm4-moe", "deepseek": "deepseek-v3"}
+"""Teacher -> the Hugging Face model that it is."""
 NAMES = [f"{architecture}{number}" for architecture in ARCHITECTURES for number in range(3)]
+NAMES = [name for name in NAMES if name not in ("narrow1", "shared2")] + list(LOADED)
 ROUTING = {
     "arith": {"narrow0": 0.5, "moe0": 1.5},
     "te*": {"tied0": 0.7, "shared0": 0.2, "moe1": 0.1},
     "default": "shared1",
-    "d0": "narrow1",
+    "d0": "glm",
     "d1": {"narrow2": {0: 1.0, 10: 0.0}, "moe2": {0: 0.0, 10: 1.0}},
     "d2": "tied1",
-    "d3": {"tied2": 1.0, "shared2": 0.3},
+    "d3": {"tied2": 1.0, "deepseek": 0.3},
 }
 DOMAINS = ["arith", "text", "other", "d0", "d1", "d2", "d3"]
 ITERATION = 4
@@ -46,9 +60,15 @@ TP2_PP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_mo
 EP2_PP2 = dict(expert_model_parallel_size=2, pipeline_model_parallel_size=2)
 
 
-def sources():
+def sources(loaded):
+    """`loaded`: teacher -> directory of its checkpoint; the others are drawn from seeds."""
     result = []
     for number, name in enumerate(NAMES):
+        if name in loaded:
+            model = read_architecture(find_checkpoint(loaded[name], name), name)
+            model = dataclasses.replace(model, load=loaded[name], make_vocab_size_divisible_by=8)
+            result.append(TeacherSource(name, model, 0))
+            continue
         architecture = name[:-1]
         model = _models.model_config(
             ARCHITECTURES[architecture], share_embeddings_and_output_weights=architecture == "tied"
@@ -57,8 +77,12 @@ def sources():
     return result
 
 
-def learner_for(parallel, **sections):
-    learner = _models.make_learner(MOE, parallel, sources=sources(), routing=ROUTING, **sections)
+def convert(rank, hf, output):
+    write_megatron(HuggingFaceCheckpoint.open(hf, "--hf"), Path(output))
+
+
+def learner_for(loaded, parallel, **sections):
+    learner = _models.make_learner(MOE, parallel, sources=sources(loaded), routing=ROUTING, **sections)
     learner.domains = sorted(DOMAINS)
     return learner
 
@@ -84,18 +108,19 @@ def log_probs(model, head, trajectory):
     return (hidden[first:-1] @ head.t()[:, : _models.VOCAB]).log_softmax(-1)
 
 
-def naive(rank):
+def naive(rank, loaded):
     """(loss, gradients) of the mean over response tokens."""
     torch.set_grad_enabled(True)
-    learner = learner_for({})
+    learner = learner_for(loaded, {})
+    build = partial(build_model, groups=learner.groups, params_dtype="float64", max_sequence_length=64)
     student = unwrap(learner.chunks[0]).train()
     batch = trajectories()
     own = {t.index: log_probs(student, student.head_weight(), t) for t in batch}
     loss = torch.zeros((), dtype=torch.float64)
-    for source in sources():
-        (teacher,) = build_model(
-            source.model, learner.groups, "float64", max_sequence_length=64, seed=source.seed, frozen=True
-        )
+    for source in sources(loaded):
+        (teacher,) = build(source.model, seed=None if source.model.load else source.seed, frozen=True)
+        if source.model.load:
+            load_weights([teacher], find_checkpoint(source.model.load, "test"), learner.groups, "test")
         for t in batch:
             with torch.no_grad():
                 other = log_probs(teacher, teacher.head_weight(), t)
@@ -108,8 +133,8 @@ def naive(rank):
     return loss.item(), _models.pieces(learner, gradients=True)
 
 
-def step(rank, parallel, schedule, storage):
-    learner = learner_for(parallel, schedule=schedule, teacher_storage=storage)
+def step(rank, loaded, parallel, schedule, storage):
+    learner = learner_for(loaded, parallel, schedule=schedule, teacher_storage=storage)
     batch = plan_step(learner, trajectories(), iteration=ITERATION)
     metrics = train_step(learner, [batch])
     assert len(batch.cache) == 0
@@ -117,9 +142,20 @@ def step(rank, parallel, schedule, storage):
 
 
 @pytest.fixture(scope="module")
-def oracle():
+def loaded(tmp_path_factory):
+    """Directories of the teachers that are loaded: a Hugging Face model, and one converted."""
+    directory = tmp_path_factory.mktemp("loaded")
+    for name, case in LOADED.items():
+        _families.make(case, directory / name, torch.float64)
     with RankPool(1, timeout=120) as pool:
-        ((loss, pieces),) = pool.run(naive)
+        pool.run(convert, directory / "deepseek", directory / "converted")
+    return {"glm": str(directory / "glm"), "deepseek": str(directory / "converted")}
+
+
+@pytest.fixture(scope="module")
+def oracle(loaded):
+    with RankPool(1, timeout=120) as pool:
+        ((loss, pieces),) = pool.run(naive, loaded)
     return loss, _models.assemble([pieces])
 
 
@@ -139,9 +175,9 @@ def pool():
     ],
     ids=["tp2-pp2", "ep2-pp2", "ep2-pp2-vpp2", "cp2-megatron"],
 )
-def test_twelve_teachers_equal_the_naive_computation(pool, oracle, parallel, schedule, storage):
+def test_twelve_teachers_equal_the_naive_computation(pool, loaded, oracle, parallel, schedule, storage):
     loss, gradients = oracle
-    results = pool.run(step, parallel, schedule, storage)
+    results = pool.run(step, loaded, parallel, schedule, storage)
     for metrics, *_ in results:
         assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
     found = _models.assemble([pieces for _, pieces, *_ in results])
@@ -153,8 +189,8 @@ def test_twelve_teachers_equal_the_naive_computation(pool, oracle, parallel, sch
             found[key], value, rtol=0, atol=1e-6 * scale, msg=lambda m, key=key: f"{key}: {m}"
         )
     metrics = results[0][0]
-    alone = {"shared1", "narrow1", "tied1"}
-    mixtures = {"moe0+narrow0", "moe1+shared0+tied0", "moe2+narrow2", "shared2+tied2"}
+    alone = {"shared1", "glm", "tied1"}
+    mixtures = {"moe0+narrow0", "moe1+shared0+tied0", "moe2+narrow2", "deepseek+tied2"}
     assert {key.split("/")[1] for key in metrics if key.endswith("/kl")} == alone | mixtures
     tokens = sum(value for key, value in metrics.items() if key.startswith("teacher/") and "/tokens" in key)
     assert tokens == metrics["tokens"]
