@@ -30,6 +30,7 @@ from megatron_mopd.config import Config, ConfigError, load_config, save_config
 from megatron_mopd.config.objectives import samples_per_prompt
 from megatron_mopd.data.prompts import PromptSampler
 from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.model.background_save import CheckpointWriter
 from megatron_mopd.observe.progress import say
 from megatron_mopd.observe.report import draw_report
 from megatron_mopd.observe.run_log import RunLog
@@ -67,6 +68,7 @@ def train(config: Config) -> dict[str, float]:
     watchdog = Watchdog(60 * config.guard.hang_timeout_minutes, run_directory(config) / "stacks")
     with contextlib.closing(log), watchdog, StopRequest(run.groups) as stop:
         metrics = iterate(run, first, alarms, log, best, watchdog, stop)
+    run.lifeline.release()
     run.rewarder.close()
     if config.log.report:
         if run.learner.pipeline is not None:
@@ -91,7 +93,9 @@ def iterate(
     metrics: dict[str, float] = {}
     batches: deque[StepBatch] = deque()  # optimizer steps whose samples are there
     sampled_for = first
+    saver = CheckpointWriter()
     for iteration in range(first, last):
+        saver.check()
         started = time.perf_counter()
         reach = iteration + config.rollout.batches_ahead * config.schedule.steps_per_rollout
         while sampled_for <= min(reach, last - 1):
@@ -132,9 +136,13 @@ def iterate(
             watchdog.begin(f"checkpoint of iteration {done}")
             keep = True if is_asked else None  # whoever is asked to stop is to go on later
             best.saved(done, metrics)
-            save(run.learner, done, run.tokenizer, alarms, with_optimizer=keep)
+            save(run.learner, done, run.tokenizer, alarms, with_optimizer=keep, writer=saver)
         if is_asked:
+            saver.wait()
+            run.lifeline.release()
             raise Preempted(done)
+    watchdog.begin("the last checkpoint")
+    saver.wait()
     if first >= last:
         metrics = evaluation(run)
         log.step(first, metrics)

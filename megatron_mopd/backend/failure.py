@@ -15,18 +15,19 @@ _LET_THE_FIRST_SPEAK = 1.0
 """Seconds that other ranks wait before they end too: the launcher stops the whole job at the first exit."""
 
 
-def is_first_to_fail(message: str) -> bool:
+def is_first_to_fail(message: str, store: dist.Store | None = None) -> bool:
     """Whether this rank is the one to say why the job ends; the others' errors are consequences or copies.
 
     The first rank to ask is. Where ranks are not connected yet, rank 0 is. Under torchrun the message also
     goes into torchrun's closing report, under "Root Cause". Other ranks wait a moment before they get their
-    answer, so that the first one's message is out before the launcher ends the job. Collectives: none.
+    answer, so that the first one's message is out before the launcher ends the job. store: where to ask;
+    default, that of torch.distributed. Collectives: none.
     """
     rank = os.environ.get("RANK", "0")
     first = rank == "0"
-    if dist.is_initialized():
+    if store is not None or dist.is_initialized():
         try:
-            store = dist.distributed_c10d._get_default_store()
+            store = store or dist.distributed_c10d._get_default_store()
             first = store.compare_set(FIRST_FAILURE, "", rank).decode() == rank
         except (dist.DistError, RuntimeError):
             first = True  # whoever kept the store is gone: better told twice than not at all

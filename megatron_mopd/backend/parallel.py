@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_mopd.backend import cpu, versions
 from megatron_mopd.backend.launch import read_launch
 from megatron_mopd.backend.network import interface_names, interface_problems
+from megatron_mopd.backend.lifeline import Lifeline
 from megatron_mopd.config import ConfigError, ParallelConfig
 
 
@@ -115,15 +116,17 @@ def select_device(name: str) -> torch.device:
     return device
 
 
-def start_ranks(device: torch.device, timeout_minutes: float) -> None:
+def start_ranks(device: torch.device, timeout_minutes: float) -> Lifeline:
     """Initialise torch.distributed from torchrun's variables, or a world of one process without them.
 
-    Every rank checks in with the store first; when some do not within the timeout, all the others raise
-    `ConfigError` naming the missing ranks; so do variables that do not fit together, or name a network
-    interface that is not there. Collectives: none before all ranks are known to be there.
+    Returns the connection over which the ranks notice each other's death; whoever may end before the others
+    do releases it (an ordinary end of the interpreter does, too). Every rank checks in with the store first;
+    when some do not within the timeout, all the others raise `ConfigError` naming the missing ranks; so do
+    variables that do not fit together, or name a network interface that is not there. Collectives: none
+    before all ranks are known to be there.
     """
     if dist.is_initialized():
-        return
+        return Lifeline()
     timeout = timedelta(minutes=timeout_minutes)
     launch = read_launch(os.environ)
     rank, world_size = launch.rank, launch.world_size
@@ -149,6 +152,8 @@ def start_ranks(device: torch.device, timeout_minutes: float) -> None:
             ) from None
         # A restarted job must not find the check-ins of the attempt before it.
         store = dist.PrefixStore(f"megatron_mopd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    lifeline = Lifeline(store, rank, world_size)
+    if world_size > 1:
         _check_in(store, rank, world_size, timeout_minutes)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(
@@ -159,6 +164,8 @@ def start_ranks(device: torch.device, timeout_minutes: float) -> None:
         timeout=timeout,
         device_id=None if device.type == "cpu" else device,
     )
+    lifeline.connected()
+    return lifeline
 
 
 def _check_in(store: dist.Store, rank: int, world_size: int, timeout_minutes: float) -> None:

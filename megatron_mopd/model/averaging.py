@@ -10,6 +10,7 @@ import torch
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import ConfigError
 from megatron_mopd.data.tokenizer import load_tokenizer
+from megatron_mopd.model.background_save import write_checkpoint
 from megatron_mopd.model.build import build_model
 from megatron_mopd.model.checkpoint import (
     TOKENIZER_DIRECTORY,
@@ -17,7 +18,6 @@ from megatron_mopd.model.checkpoint import (
     load_weights,
     model_state,
     read_model_config,
-    write_checkpoint,
 )
 
 

@@ -29,7 +29,6 @@ from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import ConfigError, ModelConfig, model_config_from_dict, to_dict
 from megatron_mopd.data.tokenizer import load_tokenizer
 from megatron_mopd.model.checksums import verify_checksums, write_checksums
-from megatron_mopd.model.companions import take_over_companions
 from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint, is_hugging_face, read_config
 from megatron_mopd.model.initialize import sharded_tensors
 
@@ -191,29 +190,6 @@ def _clear_padding(chunk: torch.nn.Module, vocab_size: int) -> None:
             sharded.data[max(0, vocab_size - sharded.global_offset[0]) :].zero_()
 
 
-def write_checkpoint(
-    directory: str | Path,
-    iteration: int,
-    state: dict[str, Any],
-    model: ModelConfig,
-    tokenizer_fingerprint: str,
-    save_tokenizer: Callable[[Path], None],
-) -> Path:
-    """Write `state` (a sharded state dict) as `iter_*` and point the tracker at it. Collective over all
-    ranks.
-
-    What travels with a Hugging Face model is taken over from the run's last checkpoint, or from the one that
-    the model was loaded from.
-    """
-    directory = Path(directory)
-
-    def write(partial: Path) -> None:
-        dist_checkpointing.save(state, str(partial))
-        take_over_companions(_companion_places(directory, model), partial / HUGGING_FACE_DIRECTORY)
-
-    return publish_checkpoint(directory, iteration, write, model, tokenizer_fingerprint, save_tokenizer)
-
-
 def publish_checkpoint(
     directory: str | Path,
     iteration: int,
@@ -228,8 +204,7 @@ def publish_checkpoint(
     the previous checkpoint as the newest one.
     """
     directory = Path(directory)
-    final = iteration_directory(directory, iteration)
-    partial = final.with_name(f".{final.name}.incomplete")
+    partial = partial_directory(directory, iteration)
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -239,21 +214,37 @@ def publish_checkpoint(
     if dist.get_rank() == 0:
         if save_tokenizer is not None:
             save_tokenizer(partial / TOKENIZER_DIRECTORY)
-        architecture = {key: value for key, value in to_dict(model).items() if key != "load"}
-        description = {"model": architecture, "tokenizer": tokenizer_fingerprint}
-        (partial / MODEL_FILE).write_text(json.dumps(description, indent=2))
+        describe_checkpoint(partial, model, tokenizer_fingerprint)
     dist.barrier()
     write_checksums(partial)
     if dist.get_rank() == 0:
-        _flush_to_disk(partial)
-        remove_checkpoint(final)
-        partial.rename(final)
-        tracker = directory / TRACKER
-        tracker.with_suffix(".tmp").write_text(str(iteration))
-        tracker.with_suffix(".tmp").replace(tracker)
-        _sync(directory)
+        put_in_place(partial, directory, iteration)
     dist.barrier()
-    return final
+    return iteration_directory(directory, iteration)
+
+
+def partial_directory(directory: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration is written before it is complete."""
+    return Path(directory) / f".{iteration_directory(directory, iteration).name}.incomplete"
+
+
+def describe_checkpoint(partial: Path, model: ModelConfig, tokenizer_fingerprint: str) -> None:
+    """Write architecture and tokenizer fingerprint. One rank alone."""
+    architecture = {key: value for key, value in to_dict(model).items() if key != "load"}
+    description = {"model": architecture, "tokenizer": tokenizer_fingerprint}
+    (partial / MODEL_FILE).write_text(json.dumps(description, indent=2))
+
+
+def put_in_place(partial: Path, directory: Path, iteration: int) -> None:
+    """Give a complete directory its name, and point the tracker at it, once it is on disk. One rank alone."""
+    _flush_to_disk(partial)
+    final = iteration_directory(directory, iteration)
+    remove_checkpoint(final)
+    partial.rename(final)
+    tracker = directory / TRACKER
+    tracker.with_suffix(".tmp").write_text(str(iteration))
+    tracker.with_suffix(".tmp").replace(tracker)
+    _sync(directory)
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -265,7 +256,7 @@ def remove_checkpoint(path: Path) -> None:
         shutil.rmtree(leaving, ignore_errors=True)
 
 
-def _companion_places(directory: Path, model: ModelConfig) -> list[Path]:
+def companion_places(directory: Path, model: ModelConfig) -> list[Path]:
     """Where to look for what travels with a Hugging Face model: the run's last checkpoint, then its start."""
     places = []
     for root in (directory, model.load):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -21,13 +22,22 @@ def write_checksums(directory: Path) -> None:
 
     Collectives: one all-gather of about 100 bytes a file.
     """
-    sums = {name: {"bytes": (directory / name).stat().st_size} for name in _share(_files(directory))}
-    for name, entry in sums.items():
-        entry["sha256"] = _sha256(directory / name)
-    gathered = _gather(sums)
+    gathered = _gather({name: sum_up(directory / name) for name in _share(_files(directory))})
     if _rank() == 0:
-        everything = {name: entry for part in gathered for name, entry in part.items()}
-        (directory / CHECKSUM_FILE).write_text(json.dumps(dict(sorted(everything.items())), indent=1))
+        write_sums(directory, {name: entry for part in gathered for name, entry in part.items()})
+
+
+def write_sums(directory: Path, known: dict[str, Any]) -> None:
+    """Write `checksums.json`: entries of `sum_up` that are known, and those of all other files, summed up
+    here. One rank alone.
+    """
+    sums = known | {name: sum_up(directory / name) for name in _files(directory) if name not in known}
+    (directory / CHECKSUM_FILE).write_text(json.dumps(dict(sorted(sums.items())), indent=1))
+
+
+def sum_up(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def verify_checksums(directory: Path, where: str) -> None:

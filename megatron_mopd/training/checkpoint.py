@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from megatron_mopd.config import ConfigError
 from megatron_mopd.data.tokenizer import Tokenizer
+from megatron_mopd.model.background_save import CheckpointWriter
 from megatron_mopd.model.checkpoint import (
     MODEL_FILE,
     complete_iterations,
@@ -23,7 +24,6 @@ from megatron_mopd.model.checkpoint import (
     model_state,
     read_model_config,
     remove_checkpoint,
-    write_checkpoint,
 )
 from megatron_mopd.model.checksums import verify_checksums
 from megatron_mopd.model.gpt import unwrap
@@ -72,64 +72,80 @@ def save(
     alarms: Alarms | None = None,
     *,
     with_optimizer: bool | None = None,
+    writer: CheckpointWriter | None = None,
 ) -> Path:
     """Write the checkpoint of `iteration` (steps done), then remove those that need not be kept.
 
-    with_optimizer: default, what `checkpoint.save_optimizer` says. Collective over all ranks. Raises
-    `OSError` on every rank alike when the disk cannot take another checkpoint; the last one stays.
+    with_optimizer: default, what `checkpoint.save_optimizer` says. writer: writes it beside training, and has
+    to be waited for before the run ends; without one this returns when the checkpoint is complete. Collective
+    over all ranks. Raises on every rank alike: `OSError` when the disk cannot take another checkpoint,
+    `SaveError` when it, or the one that `writer` still wrote, could not be written; the last one stays.
     """
     settings = learner.config.checkpoint
     if with_optimizer is None:
         with_optimizer = settings.save_optimizer
-    if problem := _lack_of_space(learner, with_optimizer):
-        raise OSError(errno.ENOSPC, f"iteration {iteration} cannot be saved: {problem}")
+    if writer is not None:
+        writer.wait()
     state = _state(learner, iteration, with_optimizer, is_loading=False)
     if with_optimizer and alarms is not None:
         state["alarms"] = alarms.state_dict()
-    directory = checkpoints_directory(learner.config.run_dir)
-    path = write_checkpoint(
-        directory, iteration, state, learner.model, tokenizer.fingerprint(), tokenizer.save
+    size = sum(
+        tensor.data.nbytes
+        for tensor in sharded_tensors(state)
+        if tensor.data is not None and is_main_replica(tensor.replica_id)
     )
-    if settings.keep_last and dist.get_rank() == 0:
+    if problem := _lack_of_space(learner, size):
+        raise OSError(errno.ENOSPC, f"iteration {iteration} cannot be saved: {problem}")
+    directory = checkpoints_directory(learner.config.run_dir)
+
+    def remove_older() -> None:
         # Later ones, which resuming passed over because they are damaged, are overwritten when the run gets
         # there.
         older = [i for i in complete_iterations(directory) if i <= iteration][settings.keep_last :]
         best = best_iteration(directory)
-        for number in older:
+        for number in older if settings.keep_last else ():
             if number != best and not (settings.keep_every and number % settings.keep_every == 0):
                 remove_checkpoint(iteration_directory(directory, number))
+
+    background = writer or CheckpointWriter()
+    path = background.start(
+        directory, iteration, state, learner.model, tokenizer.fingerprint(), tokenizer.save, remove_older
+    )
+    if writer is None:
+        background.wait()
     return path
 
 
 def check_space(learner: Learner) -> None:
     """`ConfigError` on every rank alike when the run's disk has no room for one checkpoint. Collective."""
-    if problem := _lack_of_space(learner, learner.config.checkpoint.save_optimizer):
-        raise ConfigError(f"run_dir: {problem}")
-
-
-def _lack_of_space(learner: Learner, with_optimizer: bool) -> str | None:
-    """What is missing for a checkpoint, or `None`. Collectives: one all-reduce of one float64 over all ranks
-    and a broadcast of rank 0's view of the disk.
-    """
-    size = torch.zeros(1, dtype=torch.float64, device=learner.groups.device)
+    size = 0
     for tensor in sharded_tensors(model_state([unwrap(c) for c in learner.chunks], learner.groups)):
         if tensor.data is not None and is_main_replica(tensor.replica_id):
             # Two moments, and a master copy where the weights are of lower precision, in at least float32.
             width = tensor.data.element_size()
-            moments = (2 + (width < 4)) * max(4, width) if with_optimizer else 0
+            moments = (2 + (width < 4)) * max(4, width) if learner.config.checkpoint.save_optimizer else 0
             size += tensor.data.numel() * (width + moments)
-    dist.all_reduce(size)
-    needed = size.item() * _SPACE_MARGIN
+    if problem := _lack_of_space(learner, size):
+        raise ConfigError(f"run_dir: {problem}")
+
+
+def _lack_of_space(learner: Learner, size: int) -> str | None:
+    """What is missing for a checkpoint of which this rank writes `size` bytes, or `None`.
+
+    Collectives: one all-reduce of two float64 over all ranks; the free space is what rank 0 sees.
+    """
     directory = Path(learner.config.run_dir)
-    free: list[float | None] = [None]
+    free = 0
     if dist.get_rank() == 0:
         existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
-        free = [shutil.disk_usage(existing).free]
-    dist.broadcast_object_list(free, src=0)
-    if free[0] >= needed:
+        free = shutil.disk_usage(existing).free
+    totals = torch.tensor([size, free], dtype=torch.float64, device=learner.groups.device)
+    dist.all_reduce(totals)
+    needed, free = totals[0].item() * _SPACE_MARGIN, totals[1].item()
+    if free >= needed:
         return None
     return (
-        f"a checkpoint takes about {needed / 1e9:.3g} GB, {directory} has {free[0] / 1e9:.3g} GB left; make "
+        f"a checkpoint takes about {needed / 1e9:.3g} GB, {directory} has {free / 1e9:.3g} GB left; make "
         "room, or keep fewer with checkpoint.keep_last"
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_mopd.backend.lifeline import Lifeline
 from megatron_mopd.backend.parallel import (
     ParallelGroups,
     build_parallel_groups,
@@ -64,6 +65,8 @@ class Run:
     rewarder: Rewarder
     start_alarms: list[str]
     """What the teachers' fingerprints say; already printed."""
+    lifeline: Lifeline
+    """To be released before this rank ends by itself."""
 
 
 def build_run(config: Config) -> Run:
@@ -72,7 +75,7 @@ def build_run(config: Config) -> Run:
     Raises `ConfigError` for a user's mistake, before anything is trained. Collective over all ranks.
     """
     device = select_device(config.device)
-    start_ranks(device, config.parallel.distributed_timeout_minutes)
+    lifeline = start_ranks(device, config.parallel.distributed_timeout_minutes)
     inputs = check_inputs(config, dist.get_world_size())
     tokenizer, student, routing = inputs.tokenizer, inputs.student, inputs.routing
 
@@ -127,7 +130,7 @@ def build_run(config: Config) -> Run:
     )
     rewarder = Rewarder(config, groups, tokenizer.decode)
     shared = (config, groups, tokenizer, inputs.prompts, inputs.eval_prompts)
-    return Run(*shared, learner, engine, rewarder, alarms)
+    return Run(*shared, learner, engine, rewarder, alarms, lifeline)
 
 
 def check_inputs(config: Config, world_size: int) -> Inputs:

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,6 +30,8 @@ from tests import _runs
 RANKS = 2
 PATIENCE = float(os.environ.get("FAULT_PATIENCE", "120"))
 """Seconds that a run may take, and that the other ranks may take to end after the first one has."""
+TIME_TO_END = 30.0
+"""Seconds from a rank's death to the end of the whole job."""
 
 
 class Job:
@@ -40,9 +43,11 @@ class Job:
         fault: Callable[[int], None] | None = None,
         ranks: int = RANKS,
         as_launcher: bool = False,
+        kill: tuple[int, float] | None = None,
     ):
-        """as_launcher: SIGTERM to the other ranks at the first failure, as torchrun does."""
-        self._as_launcher = as_launcher
+        """as_launcher: SIGTERM to the other ranks at the first failure, as torchrun does. kill: this rank, so
+        many seconds after the start, wherever it is then."""
+        self._as_launcher, self._kill, self._started = as_launcher, kill, time.monotonic()
         context = multiprocessing.get_context("fork")
         self._directory = tempfile.TemporaryDirectory()
         ports = context.SimpleQueue()
@@ -62,9 +67,13 @@ class Job:
         first_end = None
         while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
             time.sleep(0.02)
+            if self._kill is not None and time.monotonic() - self._started > self._kill[1]:
+                self.processes[self._kill[0]].kill()
+                self._kill = None
             if first_end is None and not all(process.is_alive() for process in self.processes):
                 first_end = time.monotonic()
                 deadline = min(deadline, first_end + PATIENCE)
+                self.first_end_at = first_end - self._started
                 if self._as_launcher and any(process.exitcode for process in self.processes):
                     for process in self.processes:
                         process.terminate()
@@ -169,13 +178,20 @@ def kill_after(seconds: float) -> Callable[[], None]:
     return act
 
 
-def random_kill(rng: random.Random, last_call: int) -> tuple[str, Callable[[int], None]]:
-    """A random rank dies at a random moment of a random phase; with a description."""
-    name = rng.choice(["build_run", "sample", "train_step", "save", "save"])
-    number = 1 if name == "build_run" else rng.randint(1, last_call)
-    victim, seconds = rng.randrange(RANKS), rng.uniform(0, 0.5)
-    description = f"rank {victim}, {seconds:.2f} s into call {number} of {name}"
-    return description, before(name, number, victim, kill_after(seconds))
+def random_kill(rng: random.Random, seconds: float) -> tuple[str, dict]:
+    """A random rank dies at a random moment: of a start that takes about `seconds`, or of a random phase.
+
+    Returns a description, and what to give to `Job`.
+    """
+    victim = rng.randrange(RANKS)
+    if rng.random() < 0.5:
+        after = rng.uniform(0, seconds)
+        return f"rank {victim}, {after:.2f} s after the start", {"kill": (victim, after)}
+    name = rng.choice(["build_run", "resume", "sample", "train_step", "save", "save", "save"])
+    number = 1 if name in ("build_run", "resume") else rng.randint(1, 2)
+    after = rng.uniform(0, 0.3)
+    description = f"rank {victim}, {after:.2f} s into call {number} of {name}"
+    return description, {"fault": before(name, number, victim, kill_after(after))}
 
 
 def broken_gradients(steps: set[int], victim: int = 1, value: float = float("nan")) -> Callable[[int], None]:
@@ -237,24 +253,41 @@ def flip_bit(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def survive(directory: Path, name: str, kills: int, rng: random.Random, say=lambda text: None) -> int:
+@dataclass
+class Tally:
+    """What the random deaths of `survive` came to."""
+
+    deaths: int = 0
+    during_a_save: int = 0
+    """Deaths that left an incomplete checkpoint behind."""
+    slowest: float = 0.0
+    """Most seconds from a death to the end of the whole job."""
+
+
+def survive(
+    directory: Path, name: str, kills: int, rng: random.Random, seconds: float, tally: Tally, say=print
+) -> None:
     """Start the run `name` again after each of `kills` random deaths, then let it finish.
 
-    Returns how many deaths happened before the run was over by itself.
+    seconds: what a start takes that nothing happens to. Fails when a job outlives a rank's death by
+    `TIME_TO_END`, or ends in another way than by death or success.
     """
     command = arguments(directory, name)
-    died = 0
     for _ in range(kills):
-        description, fault = random_kill(rng, last_call=2)
-        job = Job(command, fault, as_launcher=True).wait()
+        description, fault = random_kill(rng, seconds)
+        job = Job(command, as_launcher=True, **fault).wait()
         happened = -signal.SIGKILL in job.statuses
-        died += happened
+        incomplete = len(list((directory / name / "checkpoints").glob(".*.incomplete")))
+        tally.deaths += happened
+        tally.during_a_save += happened and incomplete
         outcome = f"died, {job.seconds_to_end:.1f} s to the end" if happened else "was over before"
-        say(f"{name}: {description}: {outcome}")
+        say(f"{name}: {description}: {outcome}{', a save was incomplete' if incomplete else ''}")
         assert happened or job.statuses == [0] * RANKS, job.printed
+        if happened:
+            tally.slowest = max(tally.slowest, job.seconds_to_end)
+            assert job.seconds_to_end < TIME_TO_END, f"{description}:\n{job.printed}"
     job = Job(command).wait()
     assert job.statuses == [0] * RANKS, job.printed
-    return died
 
 
 def write_inputs(directory: Path) -> None:

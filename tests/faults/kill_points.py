@@ -14,6 +14,7 @@ import argparse
 import random
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from tests import _runs
@@ -30,20 +31,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(options.directory or temporary)
         harness.write_inputs(directory)
+        started = time.monotonic()
         job = harness.Job(harness.arguments(directory, "reference")).wait()
         assert job.statuses == [0] * harness.RANKS, job.printed
-        rng, died, runs, equal = random.Random(options.seed), 0, 0, 0
-        while died < options.kills:
+        seconds = time.monotonic() - started
+        rng, tally, runs, equal = random.Random(options.seed), harness.Tally(), 0, 0
+        while tally.deaths < options.kills:
             name = f"run_{runs}"
-            kills = min(options.kills_per_run, options.kills - died)
-            died += harness.survive(directory, name, kills, rng, say=lambda text: print(text, flush=True))
+            kills = min(options.kills_per_run, options.kills - tally.deaths)
+            harness.survive(directory, name, kills, rng, seconds, tally, say)
             runs += 1
             same = _runs.comparable(directory / name) == _runs.comparable(directory / "reference")
             same &= harness.fingerprint(directory / name) == harness.fingerprint(directory / "reference")
             equal += same
             verdict = "equal" if same else "DIFFERENT"
-            print(f"{name}: {verdict}; {died} deaths so far, {equal} of {runs} runs equal", flush=True)
+            say(
+                f"{name}: {verdict}; {tally.deaths} deaths so far ({tally.during_a_save} of them during a "
+                f"save), the job's end at most {tally.slowest:.1f} s after; {equal} of {runs} runs equal"
+            )
     sys.exit(0 if equal == runs else 1)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import torch
 from megatron_mopd.config import ConfigError
 from megatron_mopd.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_mopd.model.averaging import average_checkpoints
+from megatron_mopd.model.background_save import write_checkpoint
 from megatron_mopd.model.build import build_model
-from megatron_mopd.model.checkpoint import load_weights, model_state, write_checkpoint
+from megatron_mopd.model.checkpoint import load_weights, model_state
 from tests import _models
 from tests._distributed import run_ranks
 

@@ -12,13 +12,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_mopd.config import ConfigError
+from megatron_mopd.model.background_save import write_checkpoint
 from megatron_mopd.model.build import build_model
 from megatron_mopd.model.checkpoint import (
     find_checkpoint,
     model_state,
     publish_checkpoint,
     read_architecture,
-    write_checkpoint,
 )
 from megatron_mopd.model.convert import MegatronCheckpoint, write_hugging_face, write_megatron
 from megatron_mopd.model.families import FAMILIES, computes, matching_family

@@ -1,0 +1,216 @@
+"""Writing checkpoints beside training: it waits while tensors are copied into host memory, not for the disk.
+
+A thread of each rank writes that rank's files and sums them up. It tells rank 0's through the store, which
+completes the directory and gives it its name: no thread takes part in a collective, so training never waits
+for one and the order of its own collectives does not change.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mopd.backend.planned_save import PlannedSave, SaveStrategy, plan_save
+from megatron_mopd.config import ModelConfig
+from megatron_mopd.model.checkpoint import (
+    HUGGING_FACE_DIRECTORY,
+    TOKENIZER_DIRECTORY,
+    companion_places,
+    describe_checkpoint,
+    iteration_directory,
+    partial_directory,
+    put_in_place,
+)
+from megatron_mopd.model.checksums import sum_up, write_sums
+from megatron_mopd.model.companions import take_over_companions
+from megatron_mopd.model.initialize import sharded_tensors
+
+_KEYS = "megatron_mopd/save"
+_LONGEST_POLL = 0.25
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the one before it is still there."""
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time. Every rank has one and calls its methods in the same order."""
+
+    def __init__(self):
+        self.nbytes = 0
+        """Bytes of this rank's tensors in the last checkpoint."""
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+        self._strategies: dict[tuple[str, ...], tuple[Any, SaveStrategy]] = {}
+        self._store: dist.Store | None = None
+        self._leftover: list[str] = []
+        if dist.get_world_size() > 1:
+            # A connection of its own: a store waits inside its lock.
+            self._store = dist.distributed_c10d._get_default_store().clone()
+
+    def start(
+        self,
+        directory: str | Path,
+        iteration: int,
+        state: dict[str, Any],
+        model: ModelConfig,
+        tokenizer_fingerprint: str,
+        save_tokenizer: Callable[[Path], None],
+        finished: Callable[[], None] | None = None,
+    ) -> Path:
+        """Begin to write `state` (a sharded state dict) as `iter_*`; it may change when this returns.
+
+        Waits for the checkpoint before, and raises its error. `finished` is called on rank 0, in its thread,
+        when the directory is complete and the tracker points at it. What travels with a Hugging Face model is
+        taken over from the run's last checkpoint, or from the one that the model was loaded from. Returns the
+        directory's name to be.
+
+        Collectives: those of `plan_save`; one all-reduce of two integers; two barriers.
+        """
+        self.wait()
+        directory = Path(directory)
+        partial = partial_directory(directory, iteration)
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        strategy, number, is_known = self._strategy(state)
+        save = plan_save(state, partial, strategy, is_known)
+        take_over_companions(companion_places(directory, model), partial / HUGGING_FACE_DIRECTORY)
+        self.nbytes = save.nbytes
+
+        def complete(sums: dict[str, Any]) -> None:
+            save_tokenizer(partial / TOKENIZER_DIRECTORY)
+            describe_checkpoint(partial, model, tokenizer_fingerprint)
+            write_sums(partial, sums)
+            put_in_place(partial, directory, iteration)
+            if finished is not None:
+                finished()
+
+        self._thread = threading.Thread(
+            target=self._run,
+            args=(save, partial, number, iteration, complete),
+            name="checkpoint",
+            daemon=True,
+        )
+        self._thread.start()
+        return iteration_directory(directory, iteration)
+
+    def wait(self) -> None:
+        """Until nothing is being written any more. Raises `SaveError`, on every rank alike, when the last
+        checkpoint could not be."""
+        if self._thread is not None:
+            self._thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raise the error of a checkpoint that is known to have failed; does not wait."""
+        if self._thread is not None and not self._thread.is_alive():
+            self._thread = None
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise SaveError(error)
+
+    def _strategy(self, state: dict[str, Any]) -> tuple[SaveStrategy, int, bool]:
+        """The plans kept for states of this structure on all ranks; a number for the save, which no other of
+        the job has; whether there was one."""
+        kind = tuple(sorted(state))
+        structure = [
+            (t.key, t.global_offset, t.local_shape, str(t.dtype), t.replica_id)
+            for t in sharded_tensors(state)
+        ]
+        known, strategy = self._strategies.get(kind, (None, None))
+        values = [int(known != structure), time.time_ns() if dist.get_rank() == 0 else 0]
+        device = "cpu" if dist.get_backend() == "gloo" else torch.device("cuda", torch.cuda.current_device())
+        agreed = torch.tensor(values, device=device)
+        dist.all_reduce(agreed)
+        has_changed, number = agreed.tolist()
+        if has_changed:
+            strategy = SaveStrategy()
+            self._strategies[kind] = structure, strategy
+        return strategy, number, not has_changed
+
+    def _run(
+        self,
+        save: PlannedSave,
+        partial: Path,
+        number: int,
+        iteration: int,
+        complete: Callable[[dict[str, Any]], None],
+    ) -> None:
+        failed = f"iteration {iteration} could not be saved, the checkpoint before it is still there: "
+        try:
+            names, written = save.write_part()
+            message = (None, {name: sum_up(partial / name) for name in names}, written)
+        except Exception as error:
+            message = (f"{failed}rank {dist.get_rank()}: {type(error).__name__}: {error}", {}, [])
+        save.buckets.clear()  # the copies' memory
+        try:
+            messages = self._gather(number, message)
+            if messages is None:
+                self._error = self._answer(number)
+                return
+            self._error = next((error for error, _, _ in messages if error is not None), None)
+            if self._error is None:
+                try:
+                    save.finish([written for _, _, written in messages])
+                    complete({name: entry for _, sums, _ in messages for name, entry in sums.items()})
+                except Exception as error:
+                    self._error = f"{failed}{type(error).__name__}: {error}"
+            if self._store is not None:
+                self._store.set(f"{_KEYS}/{number}/outcome", self._error or "")
+        except RuntimeError as error:  # whoever kept the store is gone
+            self._error = f"{failed}{error}"
+
+    def _gather(self, number: int, message: tuple) -> list[tuple] | None:
+        """Everyone's message on rank 0, `None` elsewhere."""
+        if self._store is None:
+            return [message]
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        if rank != 0:
+            self._store.set(f"{_KEYS}/{number}/{rank}", pickle.dumps(message))
+            return None
+        for key in self._leftover:  # every rank has read the outcome of the save before
+            self._store.delete_key(key)
+        self._leftover = [f"{_KEYS}/{number}/outcome"]
+        messages = [message]
+        for other in range(1, world_size):
+            key = f"{_KEYS}/{number}/{other}"
+            # From a rank of this job, over the store that also carries torch's own pickled objects.
+            messages.append(pickle.loads(self._get(key)))
+            self._store.delete_key(key)
+        return messages
+
+    def _answer(self, number: int) -> str | None:
+        return self._get(f"{_KEYS}/{number}/outcome").decode() or None
+
+    def _get(self, key: str) -> bytes:
+        """A value that another rank will set, without a limit of time: the watchdog has one."""
+        pause = 0.002
+        while not self._store.check([key]):
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_POLL)
+        return self._store.get(key)
+
+
+def write_checkpoint(
+    directory: str | Path,
+    iteration: int,
+    state: dict[str, Any],
+    model: ModelConfig,
+    tokenizer_fingerprint: str,
+    save_tokenizer: Callable[[Path], None],
+) -> Path:
+    """`CheckpointWriter.start`, and wait for its end. Collective over all ranks."""
+    writer = CheckpointWriter()
+    path = writer.start(directory, iteration, state, model, tokenizer_fingerprint, save_tokenizer)
+    writer.wait()
+    return path
