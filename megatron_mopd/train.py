@@ -24,6 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mopd.backend.failure import is_first_to_fail
+from megatron_mopd.backend.lifeline import LIFELINE_NOTICES
 from megatron_mopd.backend.parallel import seed_model_parallel
 from megatron_mopd.backend.watchdog import Watchdog
 from megatron_mopd.config import Config, ConfigError, load_config, save_config
@@ -42,6 +43,7 @@ from megatron_mopd.training.evaluate import evaluate, evaluate_pass_at
 from megatron_mopd.training.guards import first_step_alarms
 from megatron_mopd.training.monitors import Alarms, rollout_metrics
 from megatron_mopd.training.preemption import PREEMPTED_STATUS, Preempted, StopRequest
+from megatron_mopd.training.rollout_log import open_rollout_log
 from megatron_mopd.training.sampling import draw_trajectories
 from megatron_mopd.training.setup import Run, build_run, run_directory
 from megatron_mopd.training.step import StepBatch, plan_steps, train_step
@@ -177,15 +179,17 @@ def sample(
     number, rest = divmod(iteration, config.schedule.steps_per_rollout)
     assert rest == 0, "a rollout batch starts where the last one ended"
     size = config.schedule.steps_per_rollout * config.schedule.global_batch_size
+    prompts = sampler.batch(number, size // samples_per_prompt(config))
+    seed = config.seed * 1_000_003 + number  # every rollout has its own stream, whatever was drawn before it
     return draw_trajectories(
         run.engine,
-        sampler.batch(number, size // samples_per_prompt(config)),
+        prompts,
         run.learner.objectives,
         config.rollout,
         run.tokenizer,
         samples_per_prompt=samples_per_prompt(config),
-        # Every rollout draws from its own stream, whatever was drawn before it.
-        seed=config.seed * 1_000_003 + number,
+        seed=seed,
+        log=open_rollout_log(run.learner, number, prompts, seed),
     )
 
 
@@ -268,6 +272,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _leave(PREEMPTED_STATUS)
     except Exception as error:
         # One rank's failure ends the job: the others wait in a collective until the launcher stops them.
+        if isinstance(error, RuntimeError):
+            # A collective breaks when a rank dies: the lifeline, which is about to notice, says which one.
+            time.sleep(LIFELINE_NOTICES)
         is_mistake = isinstance(error, ConfigError)
         message = f"error: {error}" if is_mistake else f"{type(error).__name__}: {error}"
         if is_first_to_fail(message):

@@ -29,6 +29,8 @@ _DIED = b"d"
 _THE_FAILING_SPEAK = 6.0
 """Seconds for ranks that know of a failure to say so themselves, before this one ends without a word."""
 _RANK_0_SPEAKS = 1.0
+LIFELINE_NOTICES = 1.0
+"""Seconds within which a death is noticed here, once a collective has broken because of it."""
 
 
 class Lifeline:

@@ -164,8 +164,10 @@ class RolloutConfig:
     """Longest pattern, in tokens, that `repetition_stop` looks for."""
     batches_ahead: int = 0
     """Rollout batches sampled before the one that is being trained on is used up: their samples come from
-    weights that many batches older, and teachers can score them in the pipeline's bubbles. After a resume
-    they are sampled anew, from the restored weights."""
+    weights that many batches older, and teachers can score them in the pipeline's bubbles."""
+    write_ahead: bool = True
+    """Write sampled tokens into `rollouts/` of the run directory every few seconds: a run that is interrupted
+    does not sample them again, and goes on with unfinished responses (not with `routing_replay`)."""
     max_batch_size: int = 256
     """Most sequences decoded at once on one data-parallel rank (bounds the KV cache)."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_mopd.model.kv_cache import KeyValueCache
 from megatron_mopd.model.packing import PackedDocuments
 from megatron_mopd.rollout.engine import SamplingParams
+from megatron_mopd.rollout.write_ahead import CONTINUES, CUT, STOPPED, Piece
 
 _CACHE_GRANULARITY = 64
 """Cache lengths are multiples of this, so that whatever megatron-core tabulates by length is made only a few
@@ -27,6 +28,14 @@ class Request:
     """The prompt."""
     limit: int
     """Most tokens the response may have."""
+    given: tuple[int, ...] = ()
+    """Tokens that the response has already, from an interrupted start."""
+    given_logprobs: tuple[float, ...] = ()
+
+    @property
+    def read_ids(self) -> tuple[int, ...]:
+        """What the first forward pass reads."""
+        return (*self.token_ids, *self.given)
 
 
 @dataclass(frozen=True)
@@ -63,11 +72,11 @@ class DecodingBatch:
 
     def __init__(self, requests: Sequence[Request], sampling: SamplingParams, device: torch.device):
         self.requests = requests
-        prompts = list(dict.fromkeys(request.token_ids for request in requests))
+        prompts = list(dict.fromkeys(request.read_ids for request in requests))
         row_of = {prompt: row for row, prompt in enumerate(prompts)}
         longest = max(map(len, prompts))
         self.position = 0
-        """Tokens of the response that every row has so far."""
+        """Tokens that were sampled for every row so far."""
         self._sampling, self._device = sampling, device
         self._stop = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
 
@@ -76,15 +85,21 @@ class DecodingBatch:
 
         # Of the rows now in the batch: which request, and of the prefill: which prompt's row it comes from.
         self._slots = torch.arange(len(requests), device=device)
-        self._source = per_row([row_of[request.token_ids] for request in requests])
+        self._source = per_row([row_of[request.read_ids] for request in requests])
         self._alive = torch.ones(len(requests), dtype=torch.bool, device=device)
-        self._limits = per_row([request.limit for request in requests])
+        self._limits = per_row([request.limit - len(request.given) for request in requests])
+        self._starts = per_row([len(request.given) for request in requests])  # of all requests
         self._prompt_lengths = per_row([len(prompt) for prompt in prompts])
         self._indices = per_row([request.index for request in requests])
         self._routing: list[tuple[int, Tensor, Tensor]] = []  # forward pass, its rows' slots, their experts
         # Of all requests, finished or not.
-        steps = max(request.limit for request in requests)
-        self._tokens = torch.zeros((len(requests), steps), dtype=torch.long, device=device)
+        steps = max(request.limit - len(request.given) for request in requests)
+        # Given tokens end at column `first`; what is before them repeats nothing.
+        self._first = first = int(self._starts.max())
+        self._tokens = (-1 - torch.arange(first + steps, device=device)).repeat(len(requests), 1)
+        for row, request in enumerate(requests):
+            self._tokens[row, first - len(request.given) : first] = per_row(request.given)
+        self._logged = torch.zeros(len(requests), dtype=torch.long)
         self._logprobs = torch.zeros((len(requests), steps), dtype=torch.double, device=device)
         self._lengths = torch.zeros(len(requests), dtype=torch.long, device=device)
         self._stopped = torch.zeros(len(requests), dtype=torch.bool, device=device)
@@ -106,6 +121,11 @@ class DecodingBatch:
     def trajectories(self) -> Tensor:
         """`Trajectory.index` of every row to sample, [b]."""
         return self._indices[self._slots]
+
+    @property
+    def positions(self) -> Tensor:
+        """Position in its response of the token that every row samples next, [b]."""
+        return self._starts[self._slots] + self.position
 
     def attention_mask(self) -> Tensor | None:
         """[rows, 1, 1, stored + 1], True where a query must not look: before the prompt. `None` for the
@@ -142,7 +162,7 @@ class DecodingBatch:
         self.documents = None
         alive = self._alive
         slots = self._slots[alive]
-        self._tokens[slots, self.position] = tokens[alive]
+        self._tokens[slots, self._first + self.position] = tokens[alive]
         self._logprobs[slots, self.position] = logprobs[alive]
         self._lengths[slots] += 1
         stops = alive & torch.isin(tokens, self._stop)
@@ -164,7 +184,7 @@ class DecodingBatch:
 
     def _repeating(self) -> Tensor:
         """Rows [b] whose last tokens are one pattern `repetition_stop` times in a row."""
-        times, have = self._sampling.repetition_stop, self.position
+        times, have = self._sampling.repetition_stop, self._first + self.position
         repeating = torch.zeros_like(self._alive)
         longest = min(self._sampling.repetition_max_period, have // times) if times > 1 else 0
         if longest:
@@ -200,9 +220,29 @@ class DecodingBatch:
             strict=True,
         )
         return [
-            Response(tuple(ids[:n]), tuple(logprobs[:n]), end, routing)
-            for ids, logprobs, n, end, routing in rows
+            Response(
+                (*request.given, *ids[self._first : self._first + n]),
+                (*request.given_logprobs, *logprobs[:n]),
+                end,
+                routing,
+            )
+            for request, (ids, logprobs, n, end, routing) in zip(self.requests, rows)
         ]
+
+    def unlogged(self) -> list[Piece]:
+        """What was sampled since the last call."""
+        going_on = torch.zeros_like(self._stopped)
+        going_on[self._slots[self._alive]] = True
+        pieces, lengths = [], self._lengths.cpu()
+        state = torch.where(going_on, CONTINUES, torch.where(self._stopped, STOPPED, CUT)).tolist()
+        for row in (lengths > self._logged).nonzero().flatten().tolist():
+            request, start, end = self.requests[row], int(self._logged[row]), int(lengths[row])
+            tokens = self._tokens[row, self._first + start : self._first + end].tolist()
+            logprobs = self._logprobs[row, start:end].tolist()
+            place = len(request.given) + start
+            pieces.append(Piece(request.index, place, tuple(tokens), tuple(logprobs), state[row]))
+        self._logged = lengths
+        return pieces
 
     def _routes(self, lengths: list[int]) -> list[Tensor | None]:
         """`Response.routing` of every request, from the records of all forward passes and chunks."""

@@ -19,6 +19,7 @@ from megatron_mopd.objectives.vocab_shard import VocabShard
 from megatron_mopd.rollout.batches import DecodingBatch, Request, Response
 from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.sampling import sample_tokens
+from megatron_mopd.rollout.write_ahead import RolloutLog
 
 OnToken = Callable[[int, int], None]
 """Is told `Trajectory.index` and token id of every sampled token, as it is sampled, on every rank of the
@@ -43,8 +44,9 @@ class Decoder:
         sampling: SamplingParams,
         seed: int,
         on_token: OnToken | None = None,
+        log: RolloutLog | None = None,
     ):
-        self._on_token = on_token
+        self._on_token, self._log = on_token, log
         self._chunks, self._groups = chunks, groups
         self._sampling, self._seed, self._vocab_size = sampling, seed, vocab_size
         self._rank, self._size = groups.pp.rank(), groups.pp_size
@@ -74,14 +76,22 @@ class Decoder:
             outgoing = self._compute(tick, incoming)
             incoming, sampled = self._exchange(tick, outgoing)
             if sampled is not None:
-                lane = (tick + 1) % self._stages
-                batch = self._lanes[lane]
+                number = (tick + 1) % self._stages
+                batch = self._lanes[number]
                 if self._on_token is not None:
                     for index, token in batch.new_tokens(sampled[0]):
                         self._on_token(index, token)
-                if batch.advance(*sampled):
+                is_complete = batch.advance(*sampled)
+                if self._log is not None:
+                    if is_complete:
+                        self._log.append(batch.unlogged())
+                    elif self._log.is_due():
+                        self._log.append(
+                            piece for other in filter(None, self._lanes) for piece in other.unlogged()
+                        )
+                if is_complete:
                     done += zip(batch.requests, batch.responses(), strict=True)
-                    self._lanes[lane] = None
+                    self._lanes[number] = None
             tick += 1
 
     def _anyone_has_work(self, here: bool) -> bool:
@@ -128,7 +138,7 @@ class Decoder:
             self._sampling,
             seed=self._seed,
             trajectories=batch.trajectories,
-            position=batch.position,
+            position=batch.positions,
         )
         return torch.stack(sampled, dim=1).double() if self._size > 1 else sampled
 

@@ -10,6 +10,7 @@ from megatron_mopd.config import RolloutConfig
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.rollout.routing import RoutingRecords
+from megatron_mopd.rollout.write_ahead import RolloutLog
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,18 @@ class RolloutEngine(Protocol):
     """Expert choices of the last `generate` with `keep_routing`, as far as this rank made them."""
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, samples_per_prompt: int = 1
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        samples_per_prompt: int = 1,
+        log: RolloutLog | None = None,
     ) -> list[Trajectory]:
         """`samples_per_prompt` responses to every prompt, the same full list on every rank.
 
         Every rank passes the same arguments. The list is in the order of `Trajectory.index`, which is
-        position of the prompt x samples_per_prompt + sample. Equal seeds give equal tokens. Raises
+        position of the prompt x samples_per_prompt + sample. Equal seeds give equal tokens. `log` has what an
+        interrupted start sampled, which is not sampled again, and takes what is sampled now. Raises
         `ValueError`, on every rank, for a prompt that leaves no room for a response.
         """

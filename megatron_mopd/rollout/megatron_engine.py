@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from megatron_mopd.rollout.decoder import Decoder, OnToken
 from megatron_mopd.rollout.decoding_mode import decoding_mode
 from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.routing import RoutingRecords
+from megatron_mopd.rollout.write_ahead import STOPPED, Known, RolloutLog
 
 
 class MegatronEngine:
@@ -56,6 +58,7 @@ class MegatronEngine:
         seed: int,
         samples_per_prompt: int = 1,
         on_token: OnToken | None = None,
+        log: RolloutLog | None = None,
     ) -> list[Trajectory]:
         """See `RolloutEngine.generate`; `on_token` watches this data-parallel rank's tokens as they come.
 
@@ -69,23 +72,39 @@ class MegatronEngine:
         every rank when a log-prob is not finite.
         """
         requests = self._requests(prompts, sampling, samples_per_prompt)
-        groups = self._groups
+        groups, known = self._groups, log.known if log is not None else {}
+        complete = {
+            i: Response(known[i].token_ids, known[i].logprobs, known[i].state == STOPPED)
+            for i in range(len(requests))
+            if i in known and known[i].is_complete
+        }
         by_length = sorted(range(len(prompts)), key=lambda p: -len(prompts[p].token_ids))
-        shares = [
+        open_prompts = [
             [
-                requests[p * samples_per_prompt + s]
-                for p in by_length[rank :: groups.dp_size]
-                for s in range(samples_per_prompt)
+                _continued(requests[i], known.get(i))
+                for i in range(p * samples_per_prompt, (p + 1) * samples_per_prompt)
+                if i not in complete
             ]
+            for p in by_length
+        ]
+        open_prompts = [samples for samples in open_prompts if samples]
+        shares = [
+            [request for samples in open_prompts[rank :: groups.dp_size] for request in samples]
             for rank in range(groups.dp_size)
         ]
         rows_per_lane = max(1, self._max_batch_size // groups.pp_size)
         batches = split_evenly(shares[groups.dp.rank()], rows_per_lane, groups.pp_size)
-        with decoding_mode(self._chunks):
-            decoded = Decoder(self._chunks, groups, self._vocab_size, sampling, seed, on_token).run(batches)
-        by_index = {request.index: response for request, response in decoded}
+        responses, by_index = complete, {}
+        if open_prompts:
+            with decoding_mode(self._chunks):
+                decoder = Decoder(self._chunks, groups, self._vocab_size, sampling, seed, on_token, log)
+                decoded = decoder.run(batches)
+            by_index = {request.index: response for request, response in decoded}
+            mine = [by_index[request.index] for request in shares[groups.dp.rank()]]
+            responses |= self._gather(mine, shares)
+        if log is not None:
+            log.close()
         self.routing = self._routing_records(by_index, requests) if sampling.keep_routing else None
-        responses = self._gather([by_index[request.index] for request in shares[groups.dp.rank()]], shares)
         if self.routing is not None:
             self.routing.tokens |= {
                 i: len(requests[i].token_ids) + len(r.token_ids) for i, r in responses.items()
@@ -158,3 +177,9 @@ class MegatronEngine:
         gathered = padded.new_empty((self._groups.dp_size, most, 2))
         dist.all_gather(list(gathered.unbind(0)), padded, group=self._groups.dp)
         return gathered.cpu()
+
+
+def _continued(request: Request, known: Known | None) -> Request:
+    if known is None:
+        return request
+    return replace(request, given=known.token_ids, given_logprobs=known.logprobs)

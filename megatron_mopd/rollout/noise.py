@@ -38,11 +38,14 @@ def _mix_32_(x: Tensor) -> Tensor:
     return x
 
 
-def gumbel_noise(seed: int, trajectories: Tensor, position: int, first_id: int, columns: int) -> Tensor:
+def gumbel_noise(
+    seed: int, trajectories: Tensor, position: int | Tensor, first_id: int, columns: int
+) -> Tensor:
     """Standard Gumbel noise for each (seed, trajectory, response position, vocabulary id): [b, columns] fp32.
 
-    `trajectories` [b] int64 names the rows and the columns are the ids `first_id`, `first_id + 1`, ...: any
-    tensor-parallel shard, batch or order of work gets the same number for the same four keys. Two 32-bit
+    `trajectories` [b] int64 names the rows, `position` is one number for all or [b], and the columns are the
+    ids `first_id`, `first_id + 1`, ...: any tensor-parallel shard, batch or order of work gets the same
+    number for the same four keys. Two 32-bit
     words of a 64-bit key of (seed, trajectory, position) go into the hash of each id. The noise reaches from
     about -3.1 to 21.5, so events rarer than about 5e-10 do not occur.
     """

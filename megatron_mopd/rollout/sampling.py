@@ -23,7 +23,7 @@ def sample_tokens(
     *,
     seed: int,
     trajectories: Tensor,
-    position: int,
+    position: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Draw one token a row from vocab-parallel logits [b, V/tp]: (token ids [b] int64, log-probs [b] fp64).
 
@@ -65,13 +65,15 @@ def sample_tokens(
 
 
 def _noisy_max(
-    logits: Tensor, first_id: int, seed: int, trajectories: Tensor, position: int
+    logits: Tensor, first_id: int, seed: int, trajectories: Tensor, position: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Largest logit + noise of every row and its column, a bounded number of rows at a time."""
     rows = max(1, _NOISE_ELEMENTS // logits.size(1))
     best = []
-    for part, names in zip(logits.split(rows), trajectories.split(rows), strict=True):
-        noise = gumbel_noise(seed, names, position, first_id, logits.size(1))
+    positions = torch.as_tensor(position, device=trajectories.device).expand_as(trajectories)
+    parts = (logits.split(rows), trajectories.split(rows), positions.split(rows))
+    for part, names, places in zip(*parts, strict=True):
+        noise = gumbel_noise(seed, names, places, first_id, logits.size(1))
         best.append((noise.to(logits.dtype) if logits.dtype != noise.dtype else noise).add_(part).max(dim=1))
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 

@@ -33,6 +33,7 @@ from megatron_mopd.teachers.manifest import changed_teachers
 from megatron_mopd.training.best import best_iteration
 from megatron_mopd.training.monitors import Alarms
 from megatron_mopd.training.optimizer import allocate_state, regroup_state, separate_steps
+from megatron_mopd.training.rollout_log import remove_rollout_logs
 from megatron_mopd.training.step import Learner
 
 # Optimizer state in the shape of the parameters it belongs to: the only form that any other layout can load.
@@ -62,6 +63,9 @@ def _state(learner: Learner, iteration: int, with_optimizer: bool, is_loading: b
         state["iteration"] = iteration
         state["manifest"] = learner.manifest
         state["skipped"] = learner.skipped.state_dict()
+        # Batches that are sampled but not trained on yet: their weights are gone when the run resumes.
+        next_batch = iteration // learner.config.schedule.steps_per_rollout
+        state["sampled_from"] = {n: w for n, w in learner.sampled_from.items() if n >= next_batch}
     return state
 
 
@@ -106,6 +110,7 @@ def save(
         for number in older if settings.keep_last else ():
             if number != best and not (settings.keep_every and number % settings.keep_every == 0):
                 remove_checkpoint(iteration_directory(directory, number))
+        remove_rollout_logs(learner.config.run_dir, iteration // learner.config.schedule.steps_per_rollout)
 
     background = writer or CheckpointWriter()
     path = background.start(
@@ -232,6 +237,7 @@ def _load(learner: Learner, path: Path, newest: int, alarms: Alarms | None) -> i
     learner.scheduler.load_state_dict(state["scheduler"])
     if "skipped" in common:
         learner.skipped.load_state_dict(common["skipped"])
+    learner.sampled_from |= common.get("sampled_from", {})
     if alarms is not None and "alarms" in common:
         alarms.load_state_dict(common["alarms"])
     return state["iteration"]

@@ -11,6 +11,7 @@ from megatron_mopd.data.tokenizer import Tokenizer
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.rollout.engine import RolloutEngine, SamplingParams
 from megatron_mopd.rollout.routing import RoutingRecords
+from megatron_mopd.rollout.write_ahead import RolloutLog
 
 
 def draw_trajectories(
@@ -22,6 +23,7 @@ def draw_trajectories(
     *,
     samples_per_prompt: int,
     seed: int,
+    log: RolloutLog | None = None,
 ) -> tuple[list[Trajectory], RoutingRecords | None]:
     """`samples_per_prompt` trajectories for each prompt, the same list on every rank, ordered by index.
 
@@ -36,7 +38,11 @@ def draw_trajectories(
     if asked:
         sampling = SamplingParams.from_config(rollout, tokenizer.eos_id)
         drawn = engine.generate(
-            [prompts[position] for position in asked], sampling, seed=seed, samples_per_prompt=samples
+            [prompts[position] for position in asked],
+            sampling,
+            seed=seed,
+            samples_per_prompt=samples,
+            log=log,
         )
         index_of = {t.index: asked[t.index // samples] * samples + t.index % samples for t in drawn}
         trajectories = [dataclasses.replace(t, index=index_of[t.index]) for t in drawn]

@@ -67,6 +67,8 @@ class Learner:
     """`None` when no domain's objective has teachers."""
     bank: TeacherBank | None = None
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
+    sampled_from: dict[int, int] = field(default_factory=dict)
+    """Rollout batch -> identity of the weights that it is sampled from (`rollout_log`)."""
     pipeline: PipelineDriver | None = field(init=False, default=None)
     """`None` when megatron-core's own schedules are used."""
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from megatron_mopd import train
 from megatron_mopd.model.checksums import CHECKSUM_FILE
+from megatron_mopd.rollout import write_ahead
 from megatron_mopd.training import step
 from tests import _runs
 
@@ -176,6 +177,29 @@ def kill_after(seconds: float) -> Callable[[], None]:
         threading.Thread(target=die, daemon=True).start()
 
     return act
+
+
+def kill_while_sampling(number: int, victim: int, records: int) -> Callable[[int], None]:
+    """Write every token down at once; `kill -9` of rank `victim` in its `number`-th rollout, after so many
+    records of it."""
+
+    def fault(rank: int) -> None:
+        write_ahead.FLUSH_SECONDS = 0.0
+
+        def act() -> None:
+            append, left = write_ahead.RolloutLog.append, [records]
+
+            def counted(self, pieces):
+                append(self, pieces)
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            write_ahead.RolloutLog.append = counted
+
+        before("sample", number, victim, act)(rank)
+
+    return fault
 
 
 def random_kill(rng: random.Random, seconds: float) -> tuple[str, dict]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import shutil
 import signal
 
@@ -133,7 +135,42 @@ def test_a_hang_is_cut_with_every_rank_s_stack(directory):
     assert sum("guard.hang_timeout_minutes" in text for text in job.stderr) == 1
 
 
+def test_random_kills(directory, reference):
+    """`kill -9` of a random rank at five random moments; `python -m tests.faults.kill_points` has more."""
+    tally = harness.Tally()
+    harness.survive(directory, "killed", 5, random.Random(7), 8.0, tally)
+    assert tally.deaths >= 2
+    assert_equal(directory / "killed", reference)
+
+
+def test_killed_while_sampling(directory, reference):
+    """What was sampled is not sampled again, and the rest is what would have been sampled."""
+    command = harness.arguments(directory, "sampling")
+    job = Job(command, harness.kill_while_sampling(2, 1, 2)).wait()
+    assert job.statuses == [1, -signal.SIGKILL], job.printed
+    assert job.stderr[0].strip().splitlines()[-1].startswith("error: rank 1 died without a word")
+    job = Job(command).wait()
+    assert job.statuses == DONE, job.printed
+    pattern = r"rollout batch 1: \d+ of \d+ responses were sampled before the run was interrupted"
+    assert re.search(pattern, job.stdout[0]), job.stdout[0]
+    assert_equal(directory / "sampling", reference)
+
+
+def test_batches_sampled_ahead_resume_exactly(directory):
+    """Two batches wait in the checkpoint for their steps; they come from older weights than it has."""
+    ahead = {"rollout": {"batches_ahead": 1}}
+    job = Job(harness.arguments(directory, "ahead", **ahead)).wait()
+    assert job.statuses == DONE, job.printed
+    command = harness.arguments(directory, "ahead_killed", **ahead)
+    job = Job(command, before("train_step", 4, 0, lambda: os.kill(os.getpid(), signal.SIGKILL))).wait()
+    assert job.statuses == [-signal.SIGKILL, 1], job.printed
+    job = Job(command).wait()
+    assert job.statuses == DONE, job.printed
+    assert "ALARM: rollout batch" not in job.stdout[0]
+    assert_equal(directory / "ahead_killed", directory / "ahead")
+
+
 def test_the_faults_replace_what_train_calls():
     """The harness would test nothing if these names were not looked up at the call."""
-    for name in ("build_run", "sample", "train_step", "save"):
+    for name in ("build_run", "resume", "sample", "train_step", "save"):
         assert name in train.iterate.__code__.co_names + train.train.__code__.co_names

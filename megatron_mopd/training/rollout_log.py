@@ -1,0 +1,98 @@
+"""Which log a rollout batch's tokens go to, and what they were sampled from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+
+from megatron_mopd.config.objectives import samples_per_prompt
+from megatron_mopd.data.prompt import Prompt
+from megatron_mopd.model.checkpoint import model_state
+from megatron_mopd.model.gpt import unwrap
+from megatron_mopd.model.initialize import sharded_tensors
+from megatron_mopd.observe.progress import say
+from megatron_mopd.rollout.write_ahead import RolloutLog
+from megatron_mopd.training.step import Learner
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def open_rollout_log(
+    learner: Learner, number: int, prompts: Sequence[Prompt], seed: int
+) -> RolloutLog | None:
+    """The log of rollout batch `number`; `None` where there is none (`rollout.write_ahead`, and with routing
+    replay, whose records are not kept).
+
+    What was sampled by other weights, from other prompts or another distribution is not used: the log's
+    identity is a digest of all of it. A batch that was sampled before the checkpoint that this start resumed
+    from (`rollout.batches_ahead`) has the weights of then, which the checkpoint names.
+
+    Collectives: those of `weights_identity` and `RolloutLog`.
+    """
+    rollout = learner.config.rollout
+    asked = [prompt for prompt in prompts if learner.objectives.of(prompt.domain).kind != "sft"]
+    if not asked or not rollout.write_ahead or rollout.routing_replay:
+        return None
+    is_pending = number in learner.sampled_from
+    weights = learner.sampled_from.get(number)
+    if weights is None:
+        weights = weights_identity(learner)
+    learner.sampled_from[number] = weights
+    sources = {
+        "batch": number,
+        "seed": seed,
+        "weights": weights,
+        "rollout": repr(rollout),
+        "prompts": [prompt.token_ids for prompt in asked],
+    }
+    identity = hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+    log = RolloutLog(_directory(learner.config.run_dir, number), identity, learner.groups)
+    wanted = len(asked) * samples_per_prompt(learner.config)
+    complete = sum(known.is_complete for known in log.known.values())
+    if log.known:
+        say(
+            f"rollout batch {number}: {complete} of {wanted} responses were sampled before the run was "
+            f"interrupted, {len(log.known) - complete} are continued"
+        )
+    if is_pending and complete < wanted:
+        say(
+            f"ALARM: rollout batch {number} had been sampled by weights that are gone, and its log is not "
+            "complete: the rest comes from the restored ones"
+        )
+    return log
+
+
+def weights_identity(learner: Learner) -> int:
+    """A number that changes whenever a weight does, and not with the layout: the wrapped sum of all bit
+    patterns, each tensor's times a factor of its own.
+
+    Collectives: one all-reduce of one int64 over all ranks.
+    """
+    state = model_state([unwrap(chunk) for chunk in learner.chunks], learner.groups)
+    total = torch.zeros(1, dtype=torch.int64, device=learner.groups.device)
+    for tensor in sharded_tensors(state):
+        if tensor.data is not None and is_main_replica(tensor.replica_id):
+            digest = hashlib.sha256(tensor.key.encode()).digest()
+            factor = int.from_bytes(digest[:4], "little") | 1
+            bits = tensor.data.detach().contiguous().view(_INTEGERS[tensor.data.element_size()])
+            total += bits.sum(dtype=torch.int64) * factor
+    dist.all_reduce(total)
+    return int(total)
+
+
+def remove_rollout_logs(run_dir: str, before: int) -> None:
+    """Delete the logs of rollout batches that no resume needs again. One rank alone."""
+    for path in _directory(run_dir, 0).parent.glob("batch_*"):
+        if path.name < _directory(run_dir, before).name:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _directory(run_dir: str, number: int) -> Path:
+    return Path(run_dir) / "rollouts" / f"batch_{number:09d}"

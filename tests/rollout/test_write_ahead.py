@@ -1,0 +1,146 @@
+"""Tokens that were sampled before a run was killed are found again, and not sampled a second time."""
+
+import os
+
+import pytest
+
+from megatron_mopd.rollout import write_ahead
+from megatron_mopd.rollout.write_ahead import CONTINUES, CUT, STOPPED, Known, Piece, RolloutLog, join, read
+from tests import _models
+from tests._distributed import run_ranks
+from tests.rollout._engines import engine, plain, prompts, sampling
+
+PIECES = [
+    Piece(0, 0, (5, 6), (-0.5, -1.25), CONTINUES),
+    Piece(3, 0, (7,), (-2.0,), STOPPED),
+    Piece(0, 2, (8,), (-0.1,), CUT),
+    Piece(4, 0, (9, 9), (-0.3, -0.4), CONTINUES),
+]
+WHOLE = {
+    0: Known((5, 6, 8), (-0.5, -1.25, -0.1), CUT),
+    3: Known((7,), (-2.0,), STOPPED),
+    4: Known((9, 9), (-0.3, -0.4), CONTINUES),
+}
+
+
+def write(directory):
+    """A log of three records after its first; the file's bytes, and where each record ends."""
+    groups = _models.groups_for({})
+    log = RolloutLog(directory, "weights and prompts", groups)
+    ends = []
+    for part in (PIECES[:2], PIECES[2:3], PIECES[3:]):
+        log.append(part)
+        (path,) = directory.glob("*.log")
+        ends.append(path.stat().st_size)
+    log.close()
+    return path.name, path.read_bytes(), ends
+
+
+def test_torn_and_damaged_logs_give_what_is_whole(tmp_path):
+    name, data, ends = run_ranks(1, lambda rank: write(tmp_path / "log"))[0]
+    path = tmp_path / "log" / name
+    assert join(read(path, "weights and prompts")) == WHOLE
+    assert join(read(path, "other weights")) == {}
+    whole_pieces = (0, 2, 3, 4)
+    for size in range(len(data)):  # torn at every byte
+        path.write_bytes(data[:size])
+        complete = sum(size >= end for end in ends)
+        assert list(read(path, "weights and prompts")) == PIECES[: whole_pieces[complete]]
+    for place in range(0, len(data), 3):  # one bit flipped
+        path.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
+        complete = sum(place >= end for end in ends)
+        assert list(read(path, "weights and prompts")) == PIECES[: whole_pieces[complete]]
+    assert list(read(tmp_path / "nowhere", "weights and prompts")) == []
+
+
+def test_pieces_of_several_starts_are_joined():
+    again = [Piece(0, 1, (6, 8), (-1.25, -0.1), CUT), Piece(4, 3, (1,), (0.0,), STOPPED)]  # one after a gap
+    assert join(PIECES[:2] + PIECES[3:] + again) == WHOLE
+    assert join(reversed(PIECES)) == WHOLE
+
+
+class Killed(Exception):
+    pass
+
+
+def interrupted(rank, layout, directory, settings):
+    """Generate at once; then killed twice and continued; then from a log that has everything."""
+    made, _ = engine(_models.MOE, layout, max_batch_size=6)
+    asked, params, groups = prompts(7), sampling(**settings), made._groups
+    write_ahead.FLUSH_SECONDS = 0.0
+    expected = made.generate(asked, params, seed=3, samples_per_prompt=2)
+    sampled, outcomes = [], []
+
+    def log():
+        return RolloutLog(directory, "same", groups)
+
+    for budget in (5, 4, 10**6):
+        left, new, opened = [budget], [], log()
+
+        def on_token(index, token, left=left, new=new):
+            new.append((index, token))
+            left[0] -= 1
+            if left[0] < -6 * 2:  # in the middle of a later step; those before it are in the log
+                raise Killed
+
+        before = sum(len(known.token_ids) for known in opened.known.values())
+        complete = {i for i, known in opened.known.items() if known.is_complete}
+        try:
+            outcome = made.generate(
+                asked, params, seed=3, samples_per_prompt=2, on_token=on_token, log=opened
+            )
+        except Killed:
+            outcome = None
+        sampled.append((before, len(new), complete & {index for index, _ in new}))
+        outcomes.append(outcome)
+    again = made.generate(
+        asked, params, seed=3, samples_per_prompt=2, on_token=lambda *_: pytest.fail("sampled"), log=log()
+    )
+    return plain(expected), [o and plain(o) for o in outcomes], plain(again), sampled
+
+
+@pytest.mark.parametrize("settings", [{}, {"stop_token_ids": (), "repetition_stop": 2}])
+def test_an_interrupted_rollout_is_continued_token_by_token(tmp_path, settings):
+    ((expected, outcomes, again, sampled),) = run_ranks(
+        1, lambda rank: interrupted(rank, None, tmp_path, settings)
+    )
+    assert outcomes[:2] == [None, None]
+    for result in (outcomes[2], again):
+        for wanted, got in zip(expected, result, strict=True):
+            assert got[:3] == wanted[:3] and got[4] == wanted[4]  # tokens and endings
+            assert got[3] == pytest.approx(wanted[3], abs=1e-12)  # log-probs, in other batches
+    assert again == outcomes[2]
+    total = sum(len(response) for _, _, response, *_ in expected)
+    (none, *_), (first, *_), (second, new, _) = sampled
+    assert none == 0 < first < second and second + new == total  # nothing twice
+    assert all(not resampled for *_, resampled in sampled)
+
+
+def test_a_log_on_several_ranks(tmp_path):
+    """Two data-parallel ranks write a log each; another layout reads both."""
+
+    def generate(rank, layout, budget):
+        made, _ = engine(_models.DENSE, layout)
+        write_ahead.FLUSH_SECONDS = 0.0
+        log, new = RolloutLog(tmp_path, "same", made._groups), []
+
+        def on_token(index, token):
+            new.append(index)
+            if len(new) > budget:
+                raise Killed
+
+        try:
+            result = plain(made.generate(prompts(6), sampling(), seed=3, on_token=on_token, log=log))
+        except Killed:
+            result = None
+        return result, len(new), sum(len(known.token_ids) for known in log.known.values())
+
+    expected = run_ranks(
+        1, lambda rank: plain(engine(_models.DENSE)[0].generate(prompts(6), sampling(), seed=3))
+    )
+    first = run_ranks(2, lambda rank: generate(rank, {}, 8))
+    assert [result for result, *_ in first] == [None, None] and len(os.listdir(tmp_path)) == 2
+    second = run_ranks(2, lambda rank: generate(rank, {"tensor_model_parallel_size": 2}, 10**6))
+    for result, new, known in second:
+        assert [got[:3] for got in result] == [wanted[:3] for wanted in expected[0]]
+        assert known > 8 and known + new == sum(len(response) for _, _, response, *_ in result)
