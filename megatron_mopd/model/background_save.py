@@ -150,7 +150,7 @@ class CheckpointWriter:
         try:
             names, written = save.write_part()
             message = (None, {name: sum_up(partial / name) for name in names}, written)
-        except Exception as error:
+        except BaseException as error:
             message = (f"{failed}rank {dist.get_rank()}: {type(error).__name__}: {error}", {}, [])
         save.buckets.clear()  # the copies' memory
         try:
@@ -163,7 +163,7 @@ class CheckpointWriter:
                 try:
                     save.finish([written for _, _, written in messages])
                     complete({name: entry for _, sums, _ in messages for name, entry in sums.items()})
-                except Exception as error:
+                except BaseException as error:
                     self._error = f"{failed}{type(error).__name__}: {error}"
             if self._store is not None:
                 self._store.set(f"{_KEYS}/{number}/outcome", self._error or "")

@@ -12,6 +12,7 @@ import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: F401  (before forking)
 
 from megatron_mopd.config import ConfigError
+from megatron_mopd.model.background_save import SaveError
 from megatron_mopd.model.checkpoint import (
     TRACKER,
     find_checkpoint,
@@ -226,7 +227,7 @@ def crash_everywhere(rank, run_dir):
         remaining = operation
         try:
             checkpoint.save(learner, 2, Tokenizer())
-        except Crash:
+        except (Crash, SaveError):  # on the training path, or in the thread beside it
             newest = latest_iteration(directory)
             expected = {1: old, 2: {name: value + 1.0 for name, value in old.items()}}[newest]
             path = iteration_directory(directory, newest)
