@@ -12,13 +12,14 @@ import json
 import logging
 import os
 import pickle
-import resource
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import math_verify
 import reasoning_gym
+
+from megatron_mopd.data.confinement import confine
 
 # It warns that timeouts are off (the process is killed instead) and about every expression it cannot read.
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -66,12 +67,13 @@ def _task(name: str, params: str) -> reasoning_gym.dataset.ProceduralDataset:
 
 
 def _serve() -> None:
-    """Answer pickled (verifier, response, answer, entry) with a pickled score or `None`, until input ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    replies = os.fdopen(os.dup(1), "wb")
+    """Answer pickled (verifier, response, answer, entry) with a line of JSON, a score or null, until input
+    ends. Not with a pickle: a response that takes this process over must not reach the one that reads.
+    """
+    replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not end up between the replies
-    pickle.dump("ready", replies)
-    replies.flush()
+    confine(_MEMORY_BYTES)
+    print('"ready"', file=replies, flush=True)
     while True:
         try:
             name, *arguments = pickle.load(sys.stdin.buffer)
@@ -81,8 +83,7 @@ def _serve() -> None:
             score = SCORES[name](*arguments)
         except Exception:
             score = None
-        pickle.dump(score, replies)
-        replies.flush()
+        print(json.dumps(score if isinstance(score, float) else None), file=replies, flush=True)
 
 
 if __name__ == "__main__":
