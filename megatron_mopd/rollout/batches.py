@@ -241,7 +241,7 @@ class DecodingBatch:
             logprobs = self._logprobs[row, start:end].tolist()
             place = len(request.given) + start
             pieces.append(Piece(request.index, place, tuple(tokens), tuple(logprobs), state[row]))
-        self._logged = lengths
+        self._logged = lengths.clone()  # on the CPU it is the counter itself
         return pieces
 
     def _routes(self, lengths: list[int]) -> list[Tensor | None]:

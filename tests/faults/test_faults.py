@@ -153,7 +153,15 @@ def test_killed_while_sampling(directory, reference):
     assert job.statuses == DONE, job.printed
     pattern = r"rollout batch 1: \d+ of \d+ responses were sampled before the run was interrupted"
     assert re.search(pattern, job.stdout[0]), job.stdout[0]
-    assert_equal(directory / "sampling", reference)
+    assert fingerprint(directory / "sampling") == fingerprint(reference)
+    # Rows that are continued sit in other batches: their log-probs agree to rounding.
+    for line, expected in zip(
+        _runs.comparable(directory / "sampling"), _runs.comparable(reference), strict=True
+    ):
+        assert line == {
+            key: pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
+            for key, value in expected.items()
+        }
 
 
 def test_batches_sampled_ahead_resume_exactly(directory):
