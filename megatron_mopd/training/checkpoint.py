@@ -110,7 +110,9 @@ def save(
         for number in older if settings.keep_last else ():
             if number != best and not (settings.keep_every and number % settings.keep_every == 0):
                 remove_checkpoint(iteration_directory(directory, number))
-        remove_rollout_logs(learner.config.run_dir, iteration // learner.config.schedule.steps_per_rollout)
+        schedule = learner.config.schedule
+        batch, is_last = iteration // schedule.steps_per_rollout, iteration >= schedule.train_iters
+        remove_rollout_logs(learner.config.run_dir, batch, is_last)
 
     background = writer or CheckpointWriter()
     path = background.start(

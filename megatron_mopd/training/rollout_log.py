@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -87,11 +88,17 @@ def weights_identity(learner: Learner) -> int:
     return int(total)
 
 
-def remove_rollout_logs(run_dir: str, before: int) -> None:
-    """Delete the logs of rollout batches that no resume needs again. One rank alone."""
-    for path in _directory(run_dir, 0).parent.glob("batch_*"):
+def remove_rollout_logs(run_dir: str, before: int, is_last: bool) -> None:
+    """Delete the logs of rollout batches that no resume needs again; of a run's last checkpoint, all of them.
+    One rank alone.
+    """
+    directory = _directory(run_dir, 0).parent
+    for path in directory.glob("batch_*"):
         if path.name < _directory(run_dir, before).name:
             shutil.rmtree(path, ignore_errors=True)
+    if is_last:  # earlier, another rank may be about to put a log there
+        with contextlib.suppress(OSError):
+            directory.rmdir()
 
 
 def _directory(run_dir: str, number: int) -> Path:
