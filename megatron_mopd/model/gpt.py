@@ -18,7 +18,7 @@ class HiddenStateGPT(GPTModel):
     output elsewhere; never logits. `head_weight()` is this rank's shard of the output head, [padded
     vocabulary / tp, h].
 
-    Rotary positions are given per token, so packed documents, context-parallel slices and left-padded prompts
+    Rotary positions are given per token, so packed documents, context-parallel slices and decoded rows
     all use the positions 0, 1, 2, ... of their own document.
     """
 

@@ -22,7 +22,7 @@ class LatentSelfAttention(MLASelfAttention):
     """megatron-core's weights and linear layers, with rotary angles per token and a cache of keys and values.
 
     The stock forward pass counts positions from the start of the row, which is wrong for packed documents and
-    left-padded prompts. The cache holds expanded keys and values, already rotated.
+    prompts that are decoded. The cache holds expanded keys and values, already rotated.
 
     Collectives beyond those of the linear layers, per token over TP: with column-parallel down projections
     one all-gather of q_lora_rank + kv_lora_rank + rope channels; under Transformer Engine's duplicated ones
