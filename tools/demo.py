@@ -170,13 +170,13 @@ class Demo:
             student=dict(load=str(self.run_dir / "base/checkpoints")),
             teachers=[*teachers, dict(name="self")],
             routing={task: task for task in EXPERTS} | dict(default="self"),
-            # Where the student is sure of a wrong answer, p near 0 or 1, the reverse KL has no gradient. With it
-            # alone the student answers "no" to every date after twenty steps and needs hundreds to recover;
-            # some forward KL beside it keeps the way out open.
+            # Where the student is sure of a wrong answer, p near 0 or 1, the reverse KL has no gradient. With
+            # it alone the student answers "no" to every date after twenty steps and needs hundreds to
+            # recover; some forward KL beside it keeps the way out open.
             objective=dict(kind="full_vocab_kl", add=dict(forward_kl=1.0)),
             optimizer=optimizer(1.2e-3, warmup=10),
             schedule=dict(
-                train_iters=440, global_batch_size=480, steps_per_rollout=4, max_tokens_per_micro_batch=4096
+                train_iters=320, global_batch_size=480, steps_per_rollout=4, max_tokens_per_micro_batch=4096
             ),
             checkpoint=dict(save_interval=40),
         )
