@@ -71,7 +71,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
 # No expert for this one: its teacher is `self`.
 GENERAL: dict[str, dict[str, Any]] = {"gcd": dict(max_value=40)}
 # Shares of the prompts, 1 where none is given. The base sees little of what is learned quickly, so that every
-# expert has something to add; where nothing is to be learned, merging needs few samples.
+# expert has something to add; merging takes more samples where answers are long or hard.
 BASE_WEIGHT = dict(spiral_matrix=0.4, string_insertion=0.4, calendar_arithmetic=0.2, syllogism=0.1, aiw=0.15)
 MOPD_WEIGHT = dict(
     calendar_arithmetic=1.5,
@@ -79,10 +79,10 @@ MOPD_WEIGHT = dict(
     complex_arithmetic=1.4,
     rotate_matrix=1.4,
     palindrome_generation=1.2,
-    leg_counting=1.2,
+    leg_counting=1.6,
     basic_arithmetic=1.2,
     string_insertion=0.8,
-    gcd=0.3,
+    spiral_matrix=0.8,
     aiw=0.5,
 )
 TASKS = EXPERTS | GENERAL
