@@ -32,21 +32,23 @@ from megatron_mopd.config.objectives import samples_per_prompt
 from megatron_mopd.data.prompts import PromptSampler
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.background_save import CheckpointWriter
-from megatron_mopd.observe.progress import say
+from megatron_mopd.model.gpt import unwrap
+from megatron_mopd.observe.progress import phase, say
 from megatron_mopd.observe.report import draw_report
-from megatron_mopd.observe.run_log import RunLog
+from megatron_mopd.observe.run_log import RunLog, device_name
 from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.routing import RoutingRecords
 from megatron_mopd.training.best import BestCheckpoint
 from megatron_mopd.training.checkpoint import check_space, checkpoints_directory, resume, save
 from megatron_mopd.training.evaluate import evaluate, evaluate_pass_at
+from megatron_mopd.training.flops import forward_cost, peak_flops, step_flops, utilization
 from megatron_mopd.training.guards import first_step_alarms
 from megatron_mopd.training.monitors import Alarms, rollout_metrics
 from megatron_mopd.training.preemption import PREEMPTED_STATUS, Preempted, StopRequest
 from megatron_mopd.training.rollout_log import open_rollout_log
 from megatron_mopd.training.sampling import draw_trajectories
 from megatron_mopd.training.setup import Run, build_run, run_directory
-from megatron_mopd.training.step import StepBatch, plan_steps, train_step
+from megatron_mopd.training.step import Learner, StepBatch, plan_steps, train_step
 from megatron_mopd.training.token_samples import TokenSamples
 
 
@@ -96,13 +98,15 @@ def iterate(
     batches: deque[StepBatch] = deque()  # optimizer steps whose samples are there
     sampled_for = first
     saver = CheckpointWriter()
+    aside: dict[str, float] = {}  # seconds between two steps
     for iteration in range(first, last):
         saver.check()
         started = time.perf_counter()
         reach = iteration + config.rollout.batches_ahead * config.schedule.steps_per_rollout
         while sampled_for <= min(reach, last - 1):
             watchdog.begin(f"rollout for iteration {sampled_for + 1}")
-            trajectories, routing = sample(run, sampler, sampled_for)
+            with phase("sampling", often=True):
+                trajectories, routing = sample(run, sampler, sampled_for)
             rewards = run.rewarder.start(trajectories)
             batches += plan_steps(run.learner, trajectories, rewards, routing, sampled_for)
             sampled_for += config.schedule.steps_per_rollout
@@ -116,7 +120,8 @@ def iterate(
             )
         metrics = train_step(run.learner, batches)
         batch = batches.popleft()
-        metrics |= _timing(batch, sampled - started, time.perf_counter() - started)
+        metrics |= _timing(run, batch, sampled - started, time.perf_counter() - started) | aside
+        aside = {}
         observed = rollout_metrics(batch.trajectories, batch.rewards.collect())
         metrics |= observed
 
@@ -128,7 +133,9 @@ def iterate(
             log.samples(done, samples_of(run, batch))
         if done == last or _every(config.schedule.eval_interval, done):
             watchdog.begin(f"evaluation after iteration {done}")
-            metrics |= evaluation(run)
+            begun = time.perf_counter()
+            if evaluated := evaluation(run):
+                metrics |= evaluated | {"time/evaluate": time.perf_counter() - begun}
         log.step(done, metrics)
         # Between two steps of one rollout batch nothing can be saved: its samples are in memory alone.
         is_between = done % config.schedule.steps_per_rollout == 0
@@ -138,7 +145,10 @@ def iterate(
             watchdog.begin(f"checkpoint of iteration {done}")
             keep = True if is_asked else None  # whoever is asked to stop is to go on later
             best.saved(done, metrics)
-            save(run.learner, done, run.tokenizer, alarms, with_optimizer=keep, writer=saver)
+            begun = time.perf_counter()
+            with phase(f"saving iteration {done}", often=True):
+                save(run.learner, done, run.tokenizer, alarms, with_optimizer=keep, writer=saver)
+            aside["time/save"] = time.perf_counter() - begun
         if is_asked:
             saver.wait()
             run.lifeline.release()
@@ -204,18 +214,20 @@ def evaluation(run: Run) -> dict[str, float]:
         stop_token_ids=SamplingParams.from_config(rollout, run.tokenizer.eos_id).stop_token_ids,
     )
     shared = (run.engine, list(run.eval_prompts), run.tokenizer)
-    metrics = evaluate(*shared, greedy, run.groups, seed=run.config.seed)
+    with phase(f"evaluating {len(run.eval_prompts)} prompts", often=True):
+        metrics = evaluate(*shared, greedy, run.groups, seed=run.config.seed)
     if settings.pass_at:
         sampling = replace(greedy, temperature=settings.temperature, top_p=settings.top_p)
         samples = settings.samples_per_prompt or max(settings.pass_at)
-        metrics |= evaluate_pass_at(
-            *shared,
-            sampling,
-            run.groups,
-            seed=run.config.seed,
-            pass_at=settings.pass_at,
-            samples_per_prompt=samples,
-        )
+        with phase(f"sampling {samples} responses to each of them", often=True):
+            metrics |= evaluate_pass_at(
+                *shared,
+                sampling,
+                run.groups,
+                seed=run.config.seed,
+                pass_at=settings.pass_at,
+                samples_per_prompt=samples,
+            )
     return metrics
 
 
@@ -234,14 +246,30 @@ def _is_sampled(run: Run, done: int) -> bool:
     return done in (1, run.config.schedule.train_iters) or _every(log.sample_interval, done)
 
 
-def _timing(batch: StepBatch, rollout: float, total: float) -> dict[str, float]:
+def _timing(run: Run, batch: StepBatch, rollout: float, total: float) -> dict[str, float]:
+    """Where a step's time went on this rank, and what it achieved."""
     lengths = [len(t.response_ids) for t in batch.trajectories]
+    learner, busy = run.learner, sum(batch.seconds.values())
+    peak = peak_flops(device_name(run.groups.device), run.config.params_dtype)
     return {
         "time/rollout": rollout,
         **{f"time/{name}": value for name, value in batch.seconds.items()},
+        "time/other": max(0.0, total - rollout - busy),
+        **utilization(_flops(learner, batch), busy, run.groups.world_size, peak),
         "tokens_per_second": sum(map(len, batch.trajectories)) / total,
         "response_length": sum(lengths) / max(1, len(lengths)),
     }
+
+
+def _flops(learner: Learner, batch: StepBatch) -> float:
+    """Of this step's scoring and learning; what was scored ahead of time counts where it is used."""
+    vocabulary, bank = learner.model.vocab_size, learner.bank
+    return step_flops(
+        batch.trajectories,
+        forward_cost(unwrap(learner.chunks[0]).config, vocabulary),
+        {name: forward_cost(bank.config(name), vocabulary) for name in bank.names} if bank else {},
+        lambda domain: learner.mixture(domain, batch.iteration),
+    )
 
 
 def _every(interval: int, iteration: int) -> bool:

@@ -370,6 +370,10 @@ class LogConfig:
     """Iterations between lines on the terminal; `metrics.jsonl` has every iteration."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run directory."""
+    wandb_project: str | None = None
+    """Project on Weights & Biases that gets the metrics too (`pip install wandb`); `None`: none is sent."""
+    wandb_name: str | None = None
+    """What the run is called there; default: the name of `run_dir`."""
     report: bool = True
     """Draw `report.png` at the end."""
     sample_interval: int = 50

@@ -39,6 +39,7 @@ from megatron_mopd.model.hugging_face import CONFIG, INDEX, SINGLE_FILE, Hugging
 from megatron_mopd.model.safetensors_files import FilePlan, FileWriter, TensorInfo
 from megatron_mopd.model.streamed_checkpoint import Chunk, ChunkReader, share_of, write_chunks
 from megatron_mopd.model.weight_source import Companions, WeightSource
+from megatron_mopd.observe.progress import phase, progress
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 
@@ -59,7 +60,8 @@ def write_megatron(source: WeightSource, output: Path, *, dtype: torch.dtype | N
     """
 
     def write(partial: Path) -> None:
-        write_chunks(partial, [_chunk(source, weight, dtype) for weight in source.weights])
+        with phase("converting"):
+            write_chunks(partial, [_chunk(source, weight, dtype) for weight in source.weights])
         write_companions(source.companions, source.family, partial / HUGGING_FACE_DIRECTORY)
 
     fingerprint, save_tokenizer = "none", None
@@ -157,7 +159,7 @@ def write_hugging_face(
     dist.barrier()
     copies = {original: copy for copy, original in companions.aliases.items()}
     sizes = [torch.Size(weight.shape).numel() * source.dtype(weight).itemsize for weight in source.weights]
-    for index in share_of(sizes, dist.get_rank(), dist.get_world_size()):
+    for index in progress(share_of(sizes, dist.get_rank(), dist.get_world_size()), "converting"):
         for name, tensor in source.hugging_face_tensors(source.weights[index]):
             writer.write(name, tensor)
             if name in copies:

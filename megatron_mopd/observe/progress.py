@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar for anything that takes a few seconds, and one line per training step.
+"""Progress on the terminal: a bar for whatever takes more than a moment, and one line per training step.
 
 Only rank 0 speaks. Where output goes to a file or a pipe there are no bars and no colours: at most one plain
 line for a phase, and the step lines.
@@ -6,9 +6,12 @@ line for a phase, and the step lines.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -31,6 +34,8 @@ Item = TypeVar("Item")
 _BAR_AFTER_SECONDS = 0.7
 _LINE_AFTER_SECONDS = 3.0
 _DOMAINS_SHOWN = 3
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_SPARK_WIDTH = 8
 
 
 def progress(iterable: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
@@ -65,6 +70,42 @@ def progress(iterable: Iterable[Item], description: str, total: int | None = Non
         print(f"{description}: {count} in {format_seconds(seconds)}", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def phase(description: str, often: bool = False) -> Iterator[None]:
+    """Show that something goes on which cannot be counted; as `progress`, without a number.
+
+    `often`: it happens every few steps, so that without a terminal it leaves no line.
+    """
+    if not is_main_rank():
+        yield
+        return
+    start = time.monotonic()
+    bar = _bar(counted=False) if is_terminal() else None
+    lock, ended = threading.Lock(), False
+
+    def show() -> None:
+        with lock:
+            if not ended:
+                bar.add_task(description, total=None)
+                bar.start()
+
+    timer = threading.Timer(_BAR_AFTER_SECONDS, show)
+    timer.daemon = True
+    if bar is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        if bar is not None:
+            timer.cancel()
+            with lock:
+                ended = True
+                bar.stop()
+    seconds = time.monotonic() - start
+    if seconds > _LINE_AFTER_SECONDS and not often:
+        print(f"{description}: {format_seconds(seconds)}", file=sys.stderr, flush=True)
+
+
 def say(text: str) -> None:
     """One line from the job, on rank 0's standard output."""
     if is_main_rank():
@@ -80,6 +121,13 @@ class StepLine:
         self._first = first_iteration
         self._start = time.monotonic()
         self._console = Console(highlight=False, soft_wrap=True)
+        self._kl: dict[str, list[float]] = {}
+
+    def record(self, metrics: Mapping[str, Any]) -> None:
+        """Take down a step's KL of every domain for the curves; every step, also those not shown."""
+        for name, value in flatten(metrics).items():
+            if name.startswith("kl/") and _is_finite(value):
+                self._kl.setdefault(name.removeprefix("kl/"), []).append(value)
 
     def show(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """Print the line of `iteration`, the number of steps done so far, from metrics named as in
@@ -105,9 +153,11 @@ class StepLine:
                 break
         domains = {k.removeprefix("kl/"): v for k, v in flat.items() if k.startswith("kl/") and v is not None}
         if domains:
-            yield f"({_largest(domains)})", "dim"
-        if flat.get("reward") is not None:
-            yield f"reward {flat['reward']:.3f}", "green"
+            yield f"({self._largest(domains)})", "dim"
+        rewards = [flat["reward"]] if _is_finite(flat.get("reward")) else []
+        rewards = rewards or [v for k, v in flat.items() if k.startswith("reward/") and _is_finite(v)]
+        if rewards:
+            yield f"reward {sum(rewards) / len(rewards):.3f}", "green"
         if flat.get("accuracy") is not None:
             yield f"accuracy {flat['accuracy']:.1%}", "green"
         if flat.get("grad_norm") is not None:
@@ -119,12 +169,41 @@ class StepLine:
         times = {
             k.removeprefix("time/"): v for k, v in flat.items() if k.startswith("time/") and v is not None
         }
-        if times:
-            yield " ".join(f"{name} {seconds:.2f}s" for name, seconds in times.items()), "dim"
+        if flat.get("tflops") is not None:
+            share = f" ({flat['mfu']:.0%})" if flat.get("mfu") is not None else ""
+            yield f"{flat['tflops']:.3g} TFLOP/s{share}", ""
+        idle = [v for k, v in flat.items() if k.startswith("idle/") and _is_finite(v)]
+        if idle:
+            yield f"idle {sum(idle) / len(idle):.0%}", ""
+        whole = sum(times.values())
+        if whole > 0:
+            split = " ".join(f"{name} {seconds / whole:.0%}" for name, seconds in times.items())
+            yield f"{format_seconds(whole)}: {split}", "dim"
         done = iteration - self._first
         if done > 0 and iteration < self._total:
             each = (time.monotonic() - self._start) / done
             yield f"ETA {format_seconds(each * (self._total - iteration))}", "magenta"
+
+    def _largest(self, domains: dict[str, float]) -> str:
+        """The domains furthest from their teachers with their curves, and how many others there are."""
+        worst = sorted(domains.items(), key=lambda item: -item[1])[:_DOMAINS_SHOWN]
+        curves = {name: sparkline(self._kl.get(name, ())) for name, _ in worst}
+        text = " ".join(f"{name} {value:.3g}{curves[name]}" for name, value in worst)
+        return text if len(domains) <= _DOMAINS_SHOWN else f"{text} +{len(domains) - _DOMAINS_SHOWN} lower"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """The course of positive values in up to eight blocks, on a logarithmic scale; nothing for fewer than two
+    values, or where the output cannot show blocks.
+    """
+    values = [value for value in values if value > 0]
+    if len(values) < 2 or not (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf"):
+        return ""
+    count = min(_SPARK_WIDTH, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    heights = [math.log(sum(values[a:b]) / (b - a)) for a, b in zip(edges, edges[1:])]
+    low, span = min(heights), max(heights) - min(heights)
+    return "".join(_BLOCKS[round(7 * (h - low) / span) if span > 1e-9 else 0] for h in heights)
 
 
 def is_terminal() -> bool:
@@ -132,22 +211,19 @@ def is_terminal() -> bool:
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
-def _largest(domains: dict[str, float]) -> str:
-    """The domains furthest from their teachers, and how many others there are."""
-    worst = sorted(domains.items(), key=lambda item: -item[1])[:_DOMAINS_SHOWN]
-    text = " ".join(f"{name} {value:.3g}" for name, value in worst)
-    return text if len(domains) <= _DOMAINS_SHOWN else f"{text} +{len(domains) - _DOMAINS_SHOWN} lower"
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _bar() -> Progress:
+def _bar(counted: bool = True) -> Progress:
+    columns = [SpinnerColumn(), TextColumn("{task.description}")]
+    if counted:
+        columns += [BarColumn(bar_width=32), MofNCompleteColumn(), TimeElapsedColumn()]
+        columns += [TextColumn("left"), TimeRemainingColumn()]
+    else:
+        columns += [TimeElapsedColumn()]
     return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=32),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        *columns,
         console=Console(stderr=True),
         transient=True,
     )

@@ -24,6 +24,7 @@ from megatron_mopd.config import Config
 from megatron_mopd.observe.journal import ALARMS_FILE, FACTS_FILE, SAMPLES_FILE, Journal
 from megatron_mopd.observe.metrics import MetricsWriter, is_main_rank
 from megatron_mopd.observe.progress import StepLine
+from megatron_mopd.observe.weights_and_biases import WeightsAndBiases
 
 _PACKAGES = (
     "torch",
@@ -50,8 +51,10 @@ class RunLog:
         resumed = first or None
         self._metrics = MetricsWriter(config.run_dir, config.log.tensorboard, resumed_iteration=resumed)
         self._line = StepLine(self._last, first_iteration=first)
-        self._alarms = self._samples = None
+        self._alarms = self._samples = self._tracker = None
         if self._is_main:
+            if config.log.wandb_project is not None:
+                self._tracker = WeightsAndBiases(config)
             self._alarms = Journal(Path(config.run_dir) / ALARMS_FILE, resumed)
             self._samples = Journal(Path(config.run_dir) / SAMPLES_FILE, resumed)
 
@@ -75,6 +78,9 @@ class RunLog:
     def step(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of `iteration` (steps done), and show its line when it is its turn."""
         self._metrics.log(iteration, metrics)
+        self._line.record(metrics)
+        if self._tracker is not None:
+            self._tracker.log(iteration, metrics)
         interval = self._config.log.log_interval
         if iteration > self._first and (iteration == self._last or iteration % interval == 0):
             self._line.show(iteration, metrics)
@@ -92,7 +98,7 @@ class RunLog:
 
     def close(self) -> None:
         """Close every file; safe to call twice."""
-        for file in (self._metrics, self._alarms, self._samples):
+        for file in (self._metrics, self._alarms, self._samples, self._tracker):
             if file is not None:
                 file.close()
 

@@ -161,6 +161,8 @@ def _seesaw(
         return None
     columns = sorted(student)
     rows = {"base": _accuracies(base)}
+    if not rows["base"].keys() & student.keys():
+        return None
     home = {}
     for domain, path in experts.items():
         if accuracies := _accuracies(path):

@@ -58,7 +58,7 @@ class _Axis:
 
     def __init__(self, low: float, high: float, start: float, end: float, log: bool = False):
         if high <= low:
-            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+            low, high = (low / 2, high * 2) if log else (min(0.0, 2 * low), max(0.0, 2 * high) or 1.0)
         self.log, self.low, self.high, self.start, self.end = log, low, high, start, end
 
     def __call__(self, value: float) -> float:
@@ -165,10 +165,11 @@ def stacked_areas(lines: Sequence[Line], *, width: int = 560, height: int = 230,
             f'<text class="tick" x="46" y="{y_axis(tick) + 3.5:.1f}" text-anchor="end">{number(tick)}</text>'
         )
     for tick in x_axis.ticks(6):
-        parts.append(
-            f'<text class="tick" x="{x_axis(tick):.1f}" y="{height - 8}" text-anchor="middle">'
-            f"{tick:.0f}</text>"
-        )
+        if tick == int(tick):
+            parts.append(
+                f'<text class="tick" x="{x_axis(tick):.1f}" y="{height - 8}" text-anchor="middle">'
+                f"{tick:.0f}</text>"
+            )
     return _svg(width, height, parts, label)
 
 

@@ -36,6 +36,7 @@ from megatron_mopd.config import ModelConfig, TeacherStorageConfig, to_dict
 from megatron_mopd.model.build import build_model
 from megatron_mopd.model.checkpoint import find_checkpoint, load_weights
 from megatron_mopd.model.gpt import HiddenStateGPT
+from megatron_mopd.observe.progress import progress
 from megatron_mopd.teachers import placement
 from megatron_mopd.teachers.channel import Arrival, Traffic, open_channel
 from megatron_mopd.teachers.encoding import Encoding
@@ -164,7 +165,7 @@ class TeacherBank:
 
     def _load(self, sources: list[TeacherSource], build) -> None:
         """Fill the store, one teacher after another, through the slots."""
-        for source in sources:
+        for source in progress(sources, "loading teachers"):
             name, skeleton = source.name, self._skeleton_of[source.name]
             keys = [(name, segment.name) for segment in skeleton.segments.values()]
             if placement.are_kept(self.store, {key: self._encodings[key].num_bytes for key in keys}):

@@ -27,7 +27,8 @@ from megatron_mopd.data.verifiers import has_verdict
 from megatron_mopd.model.build import build_model
 from megatron_mopd.model.checkpoint import find_checkpoint, load_weights, read_model_config
 from megatron_mopd.model.router_replay import install_routing_replay
-from megatron_mopd.observe.progress import say
+from megatron_mopd.observe.progress import phase, say
+from megatron_mopd.observe.weights_and_biases import check_tracking
 from megatron_mopd.rollout.engine import RolloutEngine
 from megatron_mopd.rollout.megatron_engine import MegatronEngine
 from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
@@ -88,7 +89,8 @@ def build_run(config: Config) -> Run:
         seed=config.seed if student.load is None else None,
     )
     if student.load is not None:
-        load_weights(chunks, find_checkpoint(student.load, "student.load"), groups, "student.load")
+        with phase("loading the student"):
+            load_weights(chunks, find_checkpoint(student.load, "student.load"), groups, "student.load")
     if config.rollout.routing_replay:
         install_routing_replay(chunks)
     bank, fingerprints, alarms = None, {}, []
@@ -138,6 +140,7 @@ def check_inputs(config: Config, world_size: int) -> Inputs:
 
     Raises `ConfigError` for a user's mistake. Collectives: none.
     """
+    check_tracking(config.log)
     tokenizer = load_tokenizer(config.data.tokenizer)
     objectives = DomainObjectives(config.objective)
     student = resolve_student(config, tokenizer)

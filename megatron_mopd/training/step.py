@@ -276,6 +276,7 @@ def train_step(learner: Learner, batches: Sequence[StepBatch]) -> dict[str, floa
         shares = learner.pipeline.idle_shares
         metrics |= {f"idle/stage_{stage}": share for stage, share in enumerate(shares)}
         seconds = scoring_seconds(learner.pipeline.recent[-1].recording.events())
+        batch.seconds["score"] = sum(seconds.values())
     else:
         names = list(batch.teachers)
         for number, (name, micro_batches) in enumerate(batch.teachers.items()):

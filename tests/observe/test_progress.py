@@ -1,9 +1,19 @@
 """Progress: quiet where nobody watches, silent on other ranks, and never in the way of the iteration."""
 
+import io
+import time
+
 import pytest
 
 from megatron_mopd.observe import progress as module
-from megatron_mopd.observe.progress import StepLine, format_count, format_seconds, progress
+from megatron_mopd.observe.progress import (
+    StepLine,
+    format_count,
+    format_seconds,
+    phase,
+    progress,
+    sparkline,
+)
 
 METRICS = {
     "loss": 0.5,
@@ -45,6 +55,59 @@ def test_a_bar_on_a_terminal_is_stopped_when_the_loop_breaks(capfd, monkeypatch)
     assert list(progress((x for x in "ab"), "sampling", total=2)) == ["a", "b"]
 
 
+def test_phases_that_cannot_be_counted(capfd, monkeypatch):
+    with phase("loading"):
+        pass
+    monkeypatch.setattr(module, "_LINE_AFTER_SECONDS", -1.0)
+    with phase("sampling", often=True):
+        pass
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(KeyError), phase("loading"):
+        raise KeyError
+    assert capfd.readouterr() == ("", "")
+    with phase("loading"):
+        pass
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("loading: ") and err.count("\n") == 1
+
+
+def test_a_phase_on_a_terminal_is_shown_after_a_moment_and_gone_at_its_end(capfd, monkeypatch):
+    shown = []
+    bar = module._bar(counted=False)
+    monkeypatch.setattr(bar, "start", lambda: shown.append("start"))
+    monkeypatch.setattr(bar, "stop", lambda: shown.append("stop"))
+    monkeypatch.setattr(module, "_bar", lambda counted: bar)
+    monkeypatch.setattr(module, "is_terminal", lambda: True)
+    with phase("saving"):
+        pass
+    assert shown == ["stop"], "too short to be shown"
+    monkeypatch.setattr(module, "_BAR_AFTER_SECONDS", 0.0)
+    with phase("saving"):
+        deadline = time.monotonic() + 20
+        while "start" not in shown and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert shown == ["stop", "start", "stop"] and [task.description for task in bar.tasks] == ["saving"]
+
+
+def test_curves_of_the_domains(monkeypatch):
+    line = StepLine(total=100)
+    for step in range(64):
+        line.record({"kl": {"gcd": 2.0**-step, "sort": 1.0, "none": 0.0}})
+    assert line.render(64, {"kl/gcd": 2.0**-63, "kl/sort": 1.0, "kl/none": 0.0}).plain == (
+        "step  64/100  (sort 1▁▁▁▁▁▁▁▁ gcd 1.08e-19█▇▆▅▄▃▂▁ none 0)  ETA 0.0s"
+    )
+    assert sparkline([3.0]) == "" and sparkline([1.0, 100.0, 10.0]) == "▁█▅"
+    monkeypatch.setattr(module.sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert sparkline([1.0, 2.0]) == ""
+
+
+def test_what_a_gpu_and_a_pipeline_add():
+    metrics = {"loss": 1.0, "tflops": 412.3, "mfu": 0.417, "idle/stage_0": 0.1, "idle/stage_1": 0.2}
+    metrics |= {"reward/a": 0.25, "reward/b": 0.75}
+    text = StepLine(9).render(9, metrics).plain
+    assert text == "step 9/9  loss 1  reward 0.500  412 TFLOP/s (42%)  idle 15%"
+
+
 def test_other_ranks_are_silent(capfd, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr(module, "_LINE_AFTER_SECONDS", -1.0)
@@ -67,7 +130,7 @@ def test_step_line(capfd):
         "grad 0.917",
         "len 9.5",
         "12.3k tok/s",
-        "rollout 1.25s student 0.50s",
+        "1.8s: rollout 71% student 29%",
         "ETA 6m 00s",
     ):
         assert part in out, part
