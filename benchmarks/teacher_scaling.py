@@ -1,7 +1,7 @@
 """What the twelfth teacher costs: step time, device bytes and host bytes with 1, 2, 4 and 12 teachers.
 
-    python benchmarks/teacher_scaling.py [--mode host|mmap] [--steps 12]
-    torchrun --nproc-per-node 2 benchmarks/teacher_scaling.py --mode host_sharded
+    python benchmarks/teacher_scaling.py [--mode host mmap] [--steps 12]
+    torchrun --nproc-per-node 2 benchmarks/teacher_scaling.py --mode host host_sharded mmap
     python benchmarks/teacher_scaling.py --slow-store       # load time hidden behind scoring time
 
 The same trajectories, in as many domains as the largest count, are scored by 1, 2, 4 or 12 teachers; the
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mopd.backend.parallel import build_parallel_groups, select_device, start_ranks
-from megatron_mopd.config import ModelConfig, config_from_dict
+from megatron_mopd.config import Config, ModelConfig, config_from_dict
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.build import build_model
@@ -71,7 +71,7 @@ class SlowStore:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mode", default="host", help="host, host_sharded or mmap")
+    parser.add_argument("--mode", nargs="+", default=["host"], help="host, host_sharded or mmap, or several")
     parser.add_argument("--dtype", default=None, help="resting form: int8 or fp8")
     parser.add_argument("--teachers", type=int, nargs="+", default=[1, 2, 4, 12])
     parser.add_argument("--steps", type=int, default=12, help="measured steps for each number of teachers")
@@ -79,24 +79,34 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as directory:
-        config = config_from_dict(
-            {
-                "run_dir": directory,
-                "schedule": {"global_batch_size": 48, "micro_batch_size": 4},
-                "teacher_storage": {"mode": options.mode, "dtype": options.dtype},
-                "optimizer": {"use_distributed_optimizer": False},
-            }
-        )
-        device = select_device("auto")
-        start_ranks(device, 10)
-        groups = build_parallel_groups(config.parallel, device, seed=1)
-        learners = {n: learner(config, groups, n, Path(directory) / str(n)) for n in options.teachers}
-        if options.slow_store:
-            slow_store(learners[max(learners)])
-        else:
-            scaling(learners, options)
+    device = select_device("auto")
+    start_ranks(device, 10)
+    with tempfile.TemporaryDirectory() as name:
+        directory = [name]
+        dist.broadcast_object_list(directory)  # the files of `mmap` are shared
+        groups = None
+        for mode in options.mode:
+            config = configuration(directory[0], mode, options.dtype)
+            groups = groups or build_parallel_groups(config.parallel, device, seed=1)
+            path = Path(directory[0]) / mode
+            learners = {n: learner(config, groups, n, path / str(n)) for n in options.teachers}
+            if options.slow_store:
+                slow_store(learners[max(learners)])
+            else:
+                scaling(learners, mode, options)
+        dist.barrier()
     dist.destroy_process_group()
+
+
+def configuration(directory: str, mode: str, dtype: str | None) -> Config:
+    return config_from_dict(
+        {
+            "run_dir": directory,
+            "schedule": {"global_batch_size": 48, "micro_batch_size": 4},
+            "teacher_storage": {"mode": mode, "dtype": dtype},
+            "optimizer": {"use_distributed_optimizer": False},
+        }
+    )
 
 
 def learner(config, groups, teachers: int, directory: Path) -> Learner:
@@ -132,7 +142,7 @@ def one_step(item: Learner, seed: int) -> tuple[float, dict[str, float]]:
     return time.perf_counter() - started, metrics
 
 
-def scaling(learners: dict[int, Learner], options) -> None:
+def scaling(learners: dict[int, Learner], mode: str, options) -> None:
     times: dict[int, list[float]] = {n: [] for n in learners}
     metrics: dict[int, dict[str, float]] = {}
     for step in range(options.steps + 2):
@@ -142,16 +152,18 @@ def scaling(learners: dict[int, Learner], options) -> None:
                 times[n].append(seconds)
     if dist.get_rank() == 0:
         first = min(learners)
-        print(f"{options.mode}, {options.dtype or 'float32'}, {dist.get_world_size()} ranks")
-        print("teachers  step (ms)  ratio  device bytes  host bytes  predicted  loads/step")
+        print(f"{mode}, {options.dtype or 'float32'}, {dist.get_world_size()} ranks")
+        print("teachers  step (ms)  ratio  device bytes  host bytes  predicted  loads/step  hidden")
         for n, item in learners.items():
             # Paired ratios: the two steps of a pair ran one after the other.
             ratio = statistics.median(a / b for a, b in zip(times[n], times[first]))
             loads = sum(value for key, value in metrics[n].items() if key.endswith("/loads"))
-            predicted = item.bank.host_bytes_by_mode()[options.mode]
+            predicted = item.bank.host_bytes_by_mode()[mode]
+            hidden = [value for key, value in metrics[n].items() if key.endswith("/load_hidden")]
+            share = f"{statistics.mean(hidden):6.2f}" if hidden else "     -"
             step, bank = 1e3 * statistics.median(times[n]), item.bank
             sizes = f"{bank.device_bytes():12d}  {bank.host_bytes():10d}  {predicted:9d}"
-            print(f"{n:8d}  {step:9.1f}  {ratio:5.3f}  {sizes}  {loads:10.0f}")
+            print(f"{n:8d}  {step:9.1f}  {ratio:5.3f}  {sizes}  {loads:10.0f}  {share}", flush=True)
 
 
 def slow_store(item: Learner) -> None:

@@ -52,7 +52,7 @@ def sample_tokens(
     else:
         score, column = _noisy_max(logits, shard.offset, seed, trajectories, position)
         chosen = logits.gather(1, column.unsqueeze(1)).squeeze(1)
-    largest = logits.amax(dim=1)
+    largest = score if sampling.temperature == 0 else logits.amax(dim=1)
     # A shard with nothing to draw from has -inf everywhere: subtract 0 there, inf - inf would be NaN.
     total = (logits - largest.nan_to_num(neginf=0.0).unsqueeze(1)).exp_().sum(dim=1)
     local = torch.stack((score, column + shard.offset, chosen, largest, total)).double()
