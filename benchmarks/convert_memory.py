@@ -12,7 +12,6 @@ import argparse
 import filecmp
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -152,6 +151,13 @@ def run(ranks: int, direction: str, source: Path, target: Path) -> tuple[int, fl
     return max(r["peak"] for r in reports), max(r["seconds"] for r in reports)
 
 
+def peak_resident() -> int:
+    """Most bytes of this process in memory so far. Not `ru_maxrss`, which starts with the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(peak) * 1024
+
+
 def work(direction: str, source: str, target: str) -> None:
     """One rank of one conversion; prints its peak memory and time."""
     dist.barrier()
@@ -159,7 +165,7 @@ def work(direction: str, source: str, target: str) -> None:
     opened = open_checkpoint(source, "--worker")
     (write_megatron if direction == "to_megatron" else write_hugging_face)(opened, Path(target))
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident()
     print(json.dumps({"peak": peak, "seconds": seconds}) + "\n", end="", flush=True)
     dist.destroy_process_group()
 
