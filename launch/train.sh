@@ -68,13 +68,29 @@ arguments=(
   --max-restarts "${MAX_RESTARTS:-0}"
 )
 if [[ -n ${RDZV_ENDPOINT:-} ]]; then
+  # torchrun takes a node for the endpoint's host when the node's name resolves to the same address. In many
+  # containers and clouds it does not, and all nodes wait for a server that nobody starts: there the addresses
+  # that the node really has decide.
+  host=${RDZV_ENDPOINT%:*}
+  addresses() { getent ahosts "$1" 2>/dev/null | cut -d ' ' -f 1 | sort -u || true; }
+  known=" $(addresses "$(hostname)" | tr '\n' ' ')"
+  own=" $(hostname -I 2>/dev/null || true) ${LOCAL_ADDR:-} "
+  serves=""
+  for address in $(addresses "$host"); do
+    if [[ $own == *" $address "* && $known != *" $address "* ]]; then
+      serves=",is_host=true"
+    fi
+  done
+  # The ranks' own meeting point is a new one at every start. The one that torchrun's agents share keeps its
+  # address from the first start, and an agent that comes back later waits for it in vain (torch 2.13).
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
   # The nodes meet at the endpoint and are numbered there. With MAX_RESTARTS above 0, the others wait
   # for the replacement of a lost node (JOIN_TIMEOUT, seconds), and all start again.
   arguments+=(
     --rdzv-backend c10d
     --rdzv-endpoint "$RDZV_ENDPOINT"
     --rdzv-id "${RUN_ID:-megatron_mopd}"
-    --rdzv-conf "join_timeout=${JOIN_TIMEOUT:-1800}${RDZV_CONF:+,$RDZV_CONF}"
+    --rdzv-conf "join_timeout=${JOIN_TIMEOUT:-1800}$serves${RDZV_CONF:+,$RDZV_CONF}"
   )
   [[ -n ${LOCAL_ADDR:-} ]] && arguments+=(--local-addr "$LOCAL_ADDR")
 else

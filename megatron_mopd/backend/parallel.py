@@ -150,8 +150,11 @@ def start_ranks(device: torch.device, timeout_minutes: float) -> Lifeline:
                 f"rank {rank} could not reach the rendezvous at {host}:{port} within {timeout_minutes:g} "
                 f"minutes ({str(error).splitlines()[0]}); check that rank 0 is running and the port is open"
             ) from None
-        # A restarted job must not find the check-ins of the attempt before it.
-        store = dist.PrefixStore(f"megatron_mopd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        # A restarted job must not find the check-ins of the attempt before it in a store that outlives the
+        # ranks. In one that rank 0 has just made there are none, and agents may count differently: one that
+        # replaces a lost node's begins at 0.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_owns_store else "0"
+        store = dist.PrefixStore(f"megatron_mopd/{attempt}", store)
     lifeline = Lifeline(store, rank, world_size)
     if world_size > 1:
         _check_in(store, rank, world_size, timeout_minutes)

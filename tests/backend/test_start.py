@@ -57,6 +57,15 @@ def test_missing_ranks_are_named(store, monkeypatch):
         parallel.start_ranks(CPU, 0.01)
 
 
+def test_agents_that_count_restarts_differently(store, monkeypatch):
+    """Rank 0 serves the store (launch/train.sh on several nodes): a replaced node's count begins at 0."""
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    store.set("megatron_mopd/0/arrived/0", "yes")
+    with pytest.raises(ConfigError, match="only 2 of 3 ranks started .* missing: 2. "):
+        parallel.start_ranks(CPU, 0.01)
+
+
 def test_no_rendezvous(store, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(ConfigError, match="rank 1 could not reach the rendezvous at 127.0.0.1:1 within 0.02"):

@@ -71,7 +71,9 @@ class Agent:
     def __init__(self, node: Node, log: Path, settings: dict[str, str], arguments: list[str]):
         self.node, self.log = node, log
         environment = {name: value for name, value in os.environ.items() if not name.startswith("GLOO_")}
-        environment |= {"PYTHON": sys.executable, "LOCAL_ADDR": node.address, "NETWORK": node.interface}
+        environment |= {"PYTHON": sys.executable, "NETWORK": node.interface}
+        if node.enter:
+            environment["LOCAL_ADDR"] = node.address
         environment |= {"PYTHONPATH": str(LAUNCHER.parents[1])} | settings
         with open(log, "ab") as output:
             self.process = subprocess.Popen(

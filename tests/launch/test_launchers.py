@@ -92,6 +92,15 @@ def test_several_nodes(record):
     assert environment["OMP_NUM_THREADS"] == "4"
 
 
+def test_the_node_that_has_the_address_serves_the_rendezvous(record):
+    """Whatever its host name resolves to."""
+    several = dict(NNODES="2", NPROC_PER_NODE="1", LOCAL_ADDR="198.51.100.7")
+    for host, serves in (("198.51.100.7", True), ("198.51.100.8", False)):
+        _, seen = record("train.sh", "--config", "c.yaml", RDZV_ENDPOINT=f"{host}:29400", **several)
+        settings = config_from_args(torchrun(seen))[0].rdzv_configs
+        assert (settings.get("is_host") == "true") is serves
+
+
 def test_several_nodes_need_a_rendezvous(record):
     done, _ = record("train.sh", "--config", "c.yaml", NNODES="2")
     assert done.returncode == 2

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -56,6 +57,9 @@ def main() -> None:
         "--work", type=Path, help="directory for inputs, logs and runs; default: a temporary one"
     )
     options = parser.parse_args()
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("asked to stop")
+    )  # so that agents and nodes are removed
     with tempfile.TemporaryDirectory() as temporary, two_nodes() as nodes:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)

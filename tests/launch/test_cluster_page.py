@@ -1,0 +1,41 @@
+"""docs/cluster.md: its commands name files that exist, and a line of its table is what the estimate says."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+from pathlib import Path
+
+from benchmarks import cluster_memory
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "cluster.md").read_text()
+
+
+def test_every_file_that_a_command_names_is_there():
+    commands = re.findall(r"^    (.*)$", PAGE, re.MULTILINE)
+    assert len(commands) > 8
+    for command in commands:
+        for path in re.findall(r"(?:launch|tools|benchmarks)/[\w./]+", command):
+            assert (ROOT / path).is_file(), path
+        for module in re.findall(r"-m ((?:tests|megatron_mopd)[\w.]+)", command):
+            assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+def test_the_table_says_what_the_estimate_says(tmp_path):
+    row = re.search(r"^\| 32 GPUs: TP 2, PP 2, EP 8 \(the recipe\) \|(.*)\|$", PAGE, re.MULTILINE)[1]
+    written = [float(cell) for cell in row.split("|")]
+    load = cluster_memory.describe("qwen3_30b_a3b", tmp_path)
+    context = multiprocessing.get_context("fork")  # the imagined world leaves nothing behind here
+    answers = context.SimpleQueue()
+    child = context.Process(
+        target=lambda: answers.put(cluster_memory.estimated("qwen3_30b_a3b", load, (32, 2, 2, 8, 1)))
+    )
+    child.start()
+    child.join(200)
+    assert not answers.empty(), "the estimate failed"
+    sizes, total, host = answers.get()
+    found = [*sizes, total, host]
+    assert len(written) == len(found)
+    for name, there, now in zip([*cluster_memory.COMPONENTS, "total", "host"], written, found):
+        assert abs(there - now) <= 0.01 * now + 0.06, f"{name}: {there} on the page, {now:.1f} estimated"
