@@ -32,7 +32,7 @@ if [[ $nnodes != 1 && -z ${RDZV_ENDPOINT:-} ]]; then
 fi
 
 has_gpu=false
-if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
+if [[ $(nvidia-smi --list-gpus 2>/dev/null || true) == *GPU* ]]; then
   has_gpu=true
 fi
 $has_gpu && default_ranks=gpu || default_ranks=1

@@ -107,13 +107,24 @@ def test_several_nodes_need_a_rendezvous(record):
     assert done.stderr.strip() == "error: NNODES=2 needs RDZV_ENDPOINT=HOST:PORT, the same on every node"
 
 
+def test_gpus_are_found_however_slowly_they_are_listed(record, tmp_path):
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text(
+        '#!/usr/bin/env bash\nfor n in 0 1 2; do echo "GPU $n: H100" || exit 1; sleep 0.1; done\n'
+    )
+    listing.chmod(0o755)
+    _, seen = record("train.sh", "--config", "c.yaml")
+    assert torchrun(seen).nproc_per_node == "gpu"
+    assert seen["environment"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+
 def test_slurm(record, tmp_path):
     """With srun that starts its command once, as on the first of two nodes."""
     srun = tmp_path / "srun"
     srun.write_text('#!/usr/bin/env bash\n[[ $1 == --kill-on-bad-exit=1 ]] || exit 9\nshift\nexec "$@"\n')
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(
-        '#!/usr/bin/env bash\n[[ $1,$2,$3 == "show,hostnames,n[3-4]" ]] && printf "n3\\nn4\\n"\n'
+        '#!/usr/bin/env bash\n[[ $1,$2,$3 == "show,hostnames,n[3-4]" ]] && echo n3 && sleep 0.1 && echo n4\n'
     )
     for script in (srun, scontrol):
         script.chmod(0o755)
