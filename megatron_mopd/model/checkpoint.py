@@ -31,6 +31,7 @@ from megatron_mopd.data.tokenizer import load_tokenizer
 from megatron_mopd.model.checksums import verify_checksums, write_checksums
 from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint, is_hugging_face, read_config
 from megatron_mopd.model.initialize import sharded_tensors
+from megatron_mopd.model.pickled_files import refuse_code
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_FILE = "model.json"
@@ -132,6 +133,7 @@ def load_weights(chunks: list[torch.nn.Module], checkpoint: Path, groups: Parall
         load_hugging_face_weights(chunks, checkpoint, where)
         return
     verify_checksums(checkpoint, where)
+    refuse_code(checkpoint, where)
     state = model_state(chunks, groups)
     for part in state.values():  # Transformer Engine's FP8 statistics, which the local spec does not have
         for name in [name for name in part if name.endswith("_extra_state")]:

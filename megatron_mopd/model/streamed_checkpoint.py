@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_mopd.config import ConfigError
+from megatron_mopd.model.pickled_files import pickle_problem
 
 Shape = tuple[int, ...]
 
@@ -127,6 +128,8 @@ class ChunkReader:
     def __init__(self, directory: Path, where: str):
         self._directory, self._where = directory, where
         self._reader = dcp.FileSystemReader(str(directory))
+        if problem := pickle_problem(directory):
+            raise ConfigError(f"{where}: {directory}: {problem}")
         try:
             metadata = self._reader.read_metadata()
         except Exception as error:  # whatever unpickling a damaged file raises

@@ -28,6 +28,7 @@ from megatron_mopd.model.checkpoint import (
 from megatron_mopd.model.checksums import verify_checksums
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.initialize import sharded_tensors
+from megatron_mopd.model.pickled_files import refuse_code
 from megatron_mopd.observe.progress import say
 from megatron_mopd.teachers.manifest import changed_teachers
 from megatron_mopd.training.best import best_iteration
@@ -179,6 +180,7 @@ def resume(learner: Learner, alarms: Alarms | None = None) -> int:
         path = iteration_directory(directory, iteration)
         try:
             verify_checksums(path, "run_dir")
+            refuse_code(path, "run_dir")
         except ConfigError as error:
             say(f"resume: passed over {path.name}: {error}")
             first_error = first_error or error

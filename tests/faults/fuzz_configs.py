@@ -1,0 +1,243 @@
+"""Mutated configurations: each trains one step of a small model, or is refused with a key's name.
+
+    python -m tests.faults.fuzz_configs [--count 10000] [--seed 0] [--train-every 1]
+
+Each configuration is a valid one with one to three changes: a value of any type and size, a missing or
+misspelt key, a section that is none. What is accepted runs as one process: everything is built and one rollout
+and one optimizer step are done, with sizes cut down (a model of 10^12 weights is a valid configuration).
+Anything but success and `ConfigError` is a failure, and so is an error that names no key, and more than
+`--seconds` for one of them. Prints each failure once, and the tally; status 1 when there was one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import copy
+import dataclasses
+import io
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import typing
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import torch
+from hypothesis import strategies as st
+
+from megatron_mopd import train
+from megatron_mopd.backend.parallel import destroy_parallel_groups
+from megatron_mopd.config import Config, ConfigError, config_from_dict
+from megatron_mopd.config.loading import _CHOICES, _TRANSFORMER_FIELDS
+from megatron_mopd.data.prompts import PromptSampler
+from megatron_mopd.training.setup import build_run
+from megatron_mopd.training.step import plan_steps, train_step
+from tests.faults import harness
+
+KINDS = ["full_vocab_kl", "top_k_kl", "forward_kl", "jsd", "sampled_token", "grpo", "sft"]
+WORDS = [
+    *KINDS,
+    "ppo_clip",
+    "recompute",
+    "behaviour",
+    "tis",
+    "icepop",
+    "sequence_mask",
+    "domain_mean",
+    "self",
+]
+WORDS += ["sequence_mean", "loss", "advantage", "teacher", "student", "default", "add", "copy", "exact_match"]
+WORDS += [choice for choices in _CHOICES.values() for choice in choices if choice]
+NUMBERS = [-1, 0, 1, 2, 3, 4, 7, 16, 300, 2**31, 2**62, -0.5, 0.25, 0.999, 1.5, 1e-8, 1e30]
+NUMBERS += [float("nan"), float("inf")]
+ODD = [None, True, False, "", "x", "é\n", "1e-4", [], [1], ["x"], {}, {"a": 1}, {"x": {"y": 2}}, [{}]]
+
+
+def paths_of(cls: type, prefix: tuple = ()) -> list[tuple]:
+    """Every key of the configuration's sections as a path; list sections by their first entry."""
+    found = []
+    for name, hint in typing.get_type_hints(cls).items():
+        inner = next(iter(typing.get_args(hint)), None) if typing.get_origin(hint) is list else None
+        if dataclasses.is_dataclass(hint):
+            found += [(*prefix, name), *paths_of(hint, (*prefix, name))]
+        elif dataclasses.is_dataclass(inner):
+            found += [(*prefix, name), *paths_of(inner, (*prefix, name, 0))]
+        elif name != "transformer":
+            found.append((*prefix, name))
+    return found
+
+
+PATHS = paths_of(Config)
+PATHS += [("student", name) for name in sorted(_TRANSFORMER_FIELDS)]
+PATHS += [("objective", "per_domain", "add", f.name) for f in dataclasses.fields(Config().objective)]
+PATHS += [("routing", "default"), ("routing", "copy", "self"), ("objective", "add", "sft")]
+NAMES = {str(part) for path in PATHS for part in path if part != 0}
+
+values = st.one_of(st.sampled_from(NUMBERS), st.sampled_from(WORDS), st.sampled_from(ODD))
+changes = st.tuples(
+    st.sampled_from(["set", "set", "set", "set", "drop", "misspell"]), st.sampled_from(PATHS), values
+)
+
+
+def changed(base: dict, mutations) -> dict:
+    """The configuration `base` after some mutations; those whose place is gone are left out."""
+    result = copy.deepcopy(base)
+    for action, path, value in mutations:
+        place: Any = result
+        with contextlib.suppress(KeyError, IndexError, TypeError, AttributeError):
+            for part in path[:-1]:
+                place = place.setdefault(part, {}) if isinstance(place, dict) else place[part]
+            if action == "set":
+                place[path[-1]] = copy.deepcopy(value)
+            else:
+                old = place.pop(path[-1], value)
+                if action == "misspell":
+                    place[f"{path[-1]}s"] = old
+    return result
+
+
+def cut_down(config: Config, directory: str) -> Config:
+    """The same with sizes at which a step takes a fraction of a second, in a run directory of its own."""
+
+    def limited(section, **limits):
+        smaller = {name: limit for name, limit in limits.items() if (getattr(section, name) or 0) > limit}
+        return dataclasses.replace(section, **smaller)
+
+    model = dict(config.student.transformer)
+    for name, value in harness._runs.MODEL.items():
+        if isinstance(model.get(name), int) and model[name] > 64:
+            model[name] = value
+    student = limited(config.student, vocab_size=600, make_vocab_size_divisible_by=64)
+    schedule = limited(config.schedule, steps_per_rollout=2)
+    samples = config.rollout.samples_per_prompt
+    if schedule.global_batch_size > 16:
+        schedule = dataclasses.replace(schedule, global_batch_size=samples if samples <= 16 else 4)
+    return dataclasses.replace(
+        config,
+        run_dir=directory,
+        student=dataclasses.replace(student, transformer=model),
+        schedule=schedule,
+        rollout=limited(config.rollout, max_new_tokens=6, samples_per_prompt=4, max_batch_size=64),
+        rewards=limited(config.rewards, workers=1),
+    )
+
+
+def one_step(config: Config, directory: str) -> None:
+    """Everything that `train` builds, one rollout and one optimizer step."""
+    try:
+        run = build_run(cut_down(config, directory))
+        try:
+            sampler = PromptSampler(run.prompts, config.seed)
+            trajectories, routing = train.sample(run, sampler, 0)
+            batches = plan_steps(run.learner, trajectories, run.rewarder.start(trajectories), routing, 0)
+            metrics = train_step(run.learner, batches)
+            assert "loss" in metrics
+        finally:
+            run.rewarder.close()
+    finally:
+        destroy_parallel_groups()
+
+
+class Hang(BaseException):
+    pass
+
+
+class Fuzzer:
+    """Counts what configurations come to, and keeps each kind of failure with its first example."""
+
+    def __init__(self, directory: Path, train_every: int = 1, seconds: int = 120):
+        harness.write_inputs(directory)
+        self.base = harness.configuration(directory, "run")
+        self.base["schedule"] |= {"train_iters": 2, "steps_per_rollout": 1, "global_batch_size": 4}
+        self.base["checkpoint"] = {}
+        self.directory, self.train_every, self.seconds = directory, train_every, seconds
+        self.tally: collections.Counter[str] = collections.Counter()
+        self.failures: dict[str, str] = {}
+
+    def check(self, mutations) -> None:
+        signal.signal(signal.SIGALRM, self._hang)
+        signal.alarm(self.seconds)
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                config = config_from_dict(changed(self.base, mutations))
+                self.tally["accepted"] += 1
+                if self.tally["accepted"] % self.train_every == 0:
+                    one_step(config, str(self.directory / "run"))
+                    self.tally["trained"] += 1
+        except ConfigError as error:
+            self.tally["refused"] += 1
+            words = set(re.findall(r"\w+", str(error)))
+            if not words & NAMES:
+                self._fail(f"names no key: {error}", mutations)
+        except Hang:
+            self._fail("hang", mutations)
+        except Exception as error:
+            places = [f for f in traceback.extract_tb(error.__traceback__) if "megatron_mopd" in f.filename]
+            place = f"{Path(places[-1].filename).name}:{places[-1].lineno}" if places else "?"
+            reason = next(iter(str(error).splitlines()), "")
+            self._fail(f"{type(error).__name__} at {place}: {reason[:160]}", mutations)
+        finally:
+            signal.alarm(0)
+
+    def _hang(self, number, frame) -> None:
+        raise Hang
+
+    def _fail(self, kind: str, mutations) -> None:
+        self.tally["failed"] += 1
+        key = re.sub(r"\d+\.?\d*", "#", kind)
+        if key not in self.failures:
+            self.failures[key] = f"{kind}\n    {mutations}"
+            print(f"FAILED {self.failures[key]}", file=sys.stderr, flush=True)
+
+    def run(self, count: int, seed: int) -> None:
+        @hypothesis.seed(seed)
+        @hypothesis.settings(
+            max_examples=count,
+            deadline=None,
+            database=None,
+            phases=(hypothesis.Phase.generate,),
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        @hypothesis.given(st.lists(changes, min_size=1, max_size=3))
+        def example(mutations):
+            self.tally["configurations"] += 1
+            self.check(mutations)
+
+        example()
+
+    def report(self) -> str:
+        return ", ".join(f"{self.tally[name]} {name}" for name in _COUNTS)
+
+
+_COUNTS = ("configurations", "refused", "accepted", "trained", "failed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=10000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train-every", type=int, default=1, help="train every n-th accepted one")
+    parser.add_argument("--seconds", type=int, default=120, help="most time for one of them")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        os.chdir(temporary)  # relative run directories land there
+        fuzzer = Fuzzer(Path(temporary), options.train_every, options.seconds)
+        fuzzer.run(options.count, options.seed)
+    print(f"{fuzzer.report()} in {len(fuzzer.failures)} ways, {time.monotonic() - started:.0f} s")
+    sys.exit(1 if fuzzer.failures else 0)
+
+
+if __name__ == "__main__":
+    main()
