@@ -157,7 +157,8 @@ def iterate(
     saver.wait()
     if first >= last:
         metrics = evaluation(run)
-        log.step(first, metrics)
+        if metrics:
+            log.step(first, metrics)
     return metrics
 
 

@@ -5,6 +5,7 @@ Every key is known and of the right type, or a `ConfigError` names it and the ne
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -110,6 +111,7 @@ _OWNED_ELSEWHERE = {f.name: f"parallel.{f.name}" for f in dataclasses.fields(Par
 _OWNED_ELSEWHERE |= dict.fromkeys(("params_dtype", "bf16", "fp16", "pipeline_dtype"), "params_dtype")
 _OWNED_ELSEWHERE |= {"calculate_per_token_loss": "objective.reduction"}
 _TRANSFORMER_FIELDS = {f.name for f in dataclasses.fields(MLATransformerConfig)}
+_TRANSFORMER_HINTS = typing.get_type_hints(MLATransformerConfig)
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "params_dtype": ("float32", "bfloat16", "float64"),
@@ -213,7 +215,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
         elif cls is ModelConfig and key in _OWNED_ELSEWHERE:
             raise ConfigError(f"{dotted}: set {_OWNED_ELSEWHERE[key]} instead")
         elif cls is ModelConfig and key in _TRANSFORMER_FIELDS:
-            extra[key] = value
+            extra[key] = _check_transformer_field(key, value, dotted)
         else:
             candidates = known - {"transformer"} | (_TRANSFORMER_FIELDS if cls is ModelConfig else set())
             raise ConfigError(f"unknown key {dotted!r}{nearest(str(key), candidates)}")
@@ -222,6 +224,56 @@ def _build(cls: type, values: Any, where: str) -> Any:
     if cls is ObjectiveConfig:
         built["per_domain"] = _build_overrides(built.get("per_domain", {}), f"{where}.per_domain")
     return cls(**built)
+
+
+def _check_transformer_field(key: str, value: Any, where: str) -> Any:
+    """`value` when it fits the type that megatron-core declares; of enumerations, megatron-core's own check
+    is left.
+    """
+    hint = _TRANSFORMER_HINTS[key]
+    if key != "activation_func" and value is not None and ("Callable" in str(hint) or "Context" in str(hint)):
+        raise ConfigError(f"{where}: is a function of megatron-core's, which a configuration cannot name")
+    allowed = _plain_types(hint)
+    if allowed is None or _fits(value, allowed):
+        return value
+    if float in allowed and isinstance(value, str):
+        with contextlib.suppress(ConfigError):  # 1e-4, which YAML reads as a string
+            return _convert(float, value, where)
+    names = ", ".join(sorted("null" if kind is type(None) else _name(kind) for kind in allowed))
+    raise ConfigError(f"{where}: expected {names}, found {value!r}")
+
+
+def _plain_types(hint: Any) -> set[Any] | None:
+    """The types that a hint allows: classes, `list[...]`s, choices; `None` when it names anything else."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        parts = [_plain_types(part) for part in arguments]
+        return None if None in parts else set().union(*parts)
+    if hint in (int, float, bool, str, type(None)) or origin in (list, typing.Literal):
+        return {hint}
+    return None
+
+
+def _fits(value: Any, allowed: set[Any]) -> bool:
+    for hint in allowed:
+        if typing.get_origin(hint) is typing.Literal:
+            fits = value in typing.get_args(hint)
+        elif typing.get_origin(hint) is list:
+            inner = _plain_types(typing.get_args(hint)[0])
+            fits = isinstance(value, list) and (inner is None or all(_fits(item, inner) for item in value))
+        elif hint is float:
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        else:
+            fits = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+        if fits:
+            return True
+    return False
+
+
+def _name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
 
 
 def _build_overrides(values: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,15 @@ from megatron_mopd.model.initialize import initialize_weights
 from megatron_mopd.model.rotary import RotaryAngles, check_scaling
 from megatron_mopd.model.specs import block_spec, uses_transformer_engine
 
+_REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "squared_relu": squared_relu}
@@ -122,7 +131,7 @@ def transformer_config(
     cls = MLATransformerConfig if values.get("multi_latent_attention") else TransformerConfig
     try:
         return cls(**values)
-    except (AssertionError, ValueError, TypeError) as error:
+    except (AssertionError, ImportError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{where}: megatron-core refuses this model: {' '.join(str(error).split())}"
         ) from None
@@ -188,6 +197,28 @@ def build_model(
         model, groups.config, params_dtype, groups.device.type, frozen=frozen, where=where
     )
     assert model.vocab_size is not None, "vocab_size is resolved from the tokenizer before building"
+    try:
+        chunks = _build_chunks(model, config, groups, max_sequence_length)
+    except ConfigError:
+        raise
+    except _REFUSALS as error:
+        # Combinations of fields that megatron-core notices only where they are used, in whatever way.
+        raise ConfigError(
+            f"{where}: megatron-core cannot build this model: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}; set here: {', '.join(sorted(model.transformer))}"
+        ) from error
+    if seed is not None:
+        initialize_weights(chunks, config, seed)
+    if frozen:
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+            chunk.eval()
+    return chunks
+
+
+def _build_chunks(
+    model: ModelConfig, config: TransformerConfig, groups: ParallelGroups, max_sequence_length: int
+) -> list[HiddenStateGPT]:
     num_chunks = config.virtual_pipeline_model_parallel_size or 1
     chunks = []
     for chunk in range(num_chunks):
@@ -214,10 +245,4 @@ def build_model(
                 vp_stage=vp_stage,
             ).to(groups.device)
         )
-    if seed is not None:
-        initialize_weights(chunks, config, seed)
-    if frozen:
-        for chunk in chunks:
-            chunk.requires_grad_(False)
-            chunk.eval()
     return chunks

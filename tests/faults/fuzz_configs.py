@@ -3,10 +3,10 @@
     python -m tests.faults.fuzz_configs [--count 10000] [--seed 0] [--train-every 1]
 
 Each configuration is a valid one with one to three changes: a value of any type and size, a missing or
-misspelt key, a section that is none. What is accepted runs as one process: everything is built and one rollout
-and one optimizer step are done, with sizes cut down (a model of 10^12 weights is a valid configuration).
-Anything but success and `ConfigError` is a failure, and so is an error that names no key, and more than
-`--seconds` for one of them. Prints each failure once, and the tally; status 1 when there was one.
+misspelt key, a section that is none. What is accepted runs as one process: everything is built and one
+rollout and one optimizer step are done, with sizes cut down (a model of 10^12 weights is a valid
+configuration). Anything but success and `ConfigError` is a failure, and so is an error that names no key, and
+more than `--seconds` for one of them. Prints each failure once, and the tally; status 1 when there was one.
 """
 
 from __future__ import annotations

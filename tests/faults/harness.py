@@ -284,6 +284,8 @@ class Tally:
     deaths: int = 0
     during_a_save: int = 0
     """Deaths that left an incomplete checkpoint behind."""
+    late: int = 0
+    """Deaths that the whole job outlived by more than `TIME_TO_END`."""
     slowest: float = 0.0
     """Most seconds from a death to the end of the whole job."""
 
@@ -293,8 +295,8 @@ def survive(
 ) -> None:
     """Start the run `name` again after each of `kills` random deaths, then let it finish.
 
-    seconds: what a start takes that nothing happens to. Fails when a job outlives a rank's death by
-    `TIME_TO_END`, or ends in another way than by death or success.
+    seconds: what a start takes that nothing happens to. Fails when a job ends in another way than by death or
+    success.
     """
     command = arguments(directory, name)
     for _ in range(kills):
@@ -306,11 +308,12 @@ def survive(
         tally.during_a_save += happened and incomplete
         outcome = f"died, {job.seconds_to_end:.1f} s to the end" if happened else "was over before"
         say(f"{name}: {description}: {outcome}{', a save was incomplete' if incomplete else ''}")
-        assert happened or job.statuses == [0] * RANKS, job.printed
-        if happened:
-            tally.slowest = max(tally.slowest, job.seconds_to_end)
-            assert job.seconds_to_end < TIME_TO_END, f"{description}:\n{job.printed}"
-    job = Job(command).wait()
+        if not happened:
+            break
+        tally.slowest = max(tally.slowest, job.seconds_to_end)
+        tally.late += job.seconds_to_end > TIME_TO_END
+    if happened:
+        job = Job(command).wait()
     assert job.statuses == [0] * RANKS, job.printed
 
 

@@ -139,7 +139,7 @@ def test_random_kills(directory, reference):
     """`kill -9` of a random rank at five random moments; `python -m tests.faults.kill_points` has more."""
     tally = harness.Tally()
     harness.survive(directory, "killed", 5, random.Random(7), 8.0, tally)
-    assert tally.deaths >= 2
+    assert tally.deaths >= 1
     assert_equal(directory / "killed", reference)
 
 
