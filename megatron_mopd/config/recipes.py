@@ -98,7 +98,7 @@ def _domain_objective(own: Any, where: str) -> Any:
 
 
 def _recipe(name: Any, where: str) -> dict[str, Any]:
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         close = difflib.get_close_matches(str(name), RECIPES, n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ConfigError(f"{where}: unknown recipe {name!r}, known: {', '.join(sorted(RECIPES))}{hint}")

@@ -31,6 +31,8 @@ from tests import _runs
 RANKS = 2
 PATIENCE = float(os.environ.get("FAULT_PATIENCE", "120"))
 """Seconds that a run may take, and that the other ranks may take to end after the first one has."""
+LAUNCHER_PATIENCE = 30.0
+"""Seconds from torchrun's SIGTERM to its SIGKILL."""
 TIME_TO_END = 30.0
 """Seconds from a rank's death to the end of the whole job."""
 
@@ -78,6 +80,7 @@ class Job:
                 if self._as_launcher and any(process.exitcode for process in self.processes):
                     for process in self.processes:
                         process.terminate()
+                    deadline = min(deadline, first_end + LAUNCHER_PATIENCE)
         hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
         for process in self.processes:
             process.kill()
@@ -90,7 +93,8 @@ class Job:
             [(directory / f"{rank}.{kind}").read_text() for rank in range(len(self.processes))]
             for kind in ("out", "err")
         )
-        assert not hung, f"ranks {hung} did not end:\n{self.printed}"
+        self.killed_by_launcher = hung if self._as_launcher else []
+        assert self._as_launcher or not hung, f"ranks {hung} did not end:\n{self.printed}"
         return self
 
     @property
@@ -239,9 +243,31 @@ def broken_gradients(steps: set[int], victim: int = 1, value: float = float("nan
     return fault
 
 
-def hang(number: int, victim: int, timeout: float) -> Callable[[int], None]:
-    """Rank `victim` sleeps in its `number`-th optimizer step; from then on its watchdog waits `timeout`
-    seconds only (so that a slow machine's start does not count).
+def flipped_gradient_bit(number: int, victim: int, bit: int) -> Callable[[int], None]:
+    """On rank `victim` one bit of one float32 gradient element is flipped in its `number`-th step."""
+
+    def fault(rank: int) -> None:
+        if rank != victim:
+            return
+        original, calls = step.all_finite, [0]
+
+        def wrapped(loss, chunks, groups):
+            calls[0] += 1
+            if calls[0] == number:
+                weight = dict(chunks[0].named_parameters())["module.decoder.final_layernorm.weight"]
+                weight.main_grad.view(torch.int32)[3] ^= 1 << bit
+            return original(loss, chunks, groups)
+
+        step.all_finite = wrapped
+
+    return fault
+
+
+def hang(
+    number: int, victim: int, timeout: float, how: Callable[[], None] = lambda: time.sleep(600)
+) -> Callable[[int], None]:
+    """Rank `victim` sleeps (or does `how`) in its `number`-th optimizer step; from then on the watchdogs wait
+    `timeout` seconds only (so that a slow machine's start does not count).
     """
 
     def fault(rank: int) -> None:
@@ -253,11 +279,13 @@ def hang(number: int, victim: int, timeout: float) -> Callable[[int], None]:
                 made.append(self)
 
         def act() -> None:
-            made[0]._timeout = timeout
-            time.sleep(600)
+            # The others' patience is longer: a victim that can notices first.
+            made[0]._timeout = timeout if rank == victim else 3 * timeout
+            if rank == victim:
+                how()
 
         train.Watchdog = Recorded
-        before("train_step", number, victim, act)(rank)
+        before("train_step", number, rank, act)(rank)
 
     return fault
 

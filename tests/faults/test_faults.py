@@ -15,7 +15,8 @@ from megatron_mopd import train
 from megatron_mopd.observe.metrics import read_metrics
 from megatron_mopd.training.preemption import PREEMPTED_STATUS
 from tests import _runs
-from tests.faults import harness
+from tests._distributed import run_ranks
+from tests.faults import fuzz_configs, fuzz_inputs, harness
 from tests.faults.harness import RANKS, Job, before, fingerprint
 
 DONE = [0] * RANKS
@@ -182,3 +183,24 @@ def test_the_faults_replace_what_train_calls():
     """The harness would test nothing if these names were not looked up at the call."""
     for name in ("build_run", "resume", "sample", "train_step", "save"):
         assert name in train.iterate.__code__.co_names + train.train.__code__.co_names
+
+
+def test_mutated_configurations_train_or_name_a_key(tmp_path, monkeypatch):
+    """Forty of what `python -m tests.faults.fuzz_configs` makes; one in ten of the accepted is trained."""
+    monkeypatch.chdir(tmp_path)
+
+    def fuzz(rank):
+        fuzzer = fuzz_configs.Fuzzer(tmp_path, train_every=10)
+        fuzzer.run(40, seed=1)
+        return dict(fuzzer.tally), fuzzer.failures
+
+    ((tally, failures),) = run_ranks(1, fuzz, timeout=240)
+    assert not failures
+    assert tally["refused"] > 10 and tally["trained"] > 0
+
+
+def test_damaged_inputs_are_read_or_refused(tmp_path):
+    """Ten of what `python -m tests.faults.fuzz_inputs` makes."""
+    tally, failures = fuzz_inputs.fuzz(tmp_path, 10, seed=2, seconds=60)
+    assert not failures
+    assert sum(tally.values()) == 10
