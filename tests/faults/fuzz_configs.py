@@ -143,7 +143,7 @@ def one_step(config: Config, directory: str) -> None:
         finally:
             run.rewarder.close()
     finally:
-        destroy_parallel_groups()
+        destroy_parallel_groups(keep_models_working=False)  # each group has threads that poll
 
 
 class Hang(BaseException):

@@ -186,17 +186,17 @@ def test_the_faults_replace_what_train_calls():
 
 
 def test_mutated_configurations_train_or_name_a_key(tmp_path, monkeypatch):
-    """Forty of what `python -m tests.faults.fuzz_configs` makes; one in ten of the accepted is trained."""
+    """Forty of what `python -m tests.faults.fuzz_configs` makes; one in three of the accepted is trained."""
     monkeypatch.chdir(tmp_path)
 
     def fuzz(rank):
-        fuzzer = fuzz_configs.Fuzzer(tmp_path, train_every=10)
+        fuzzer = fuzz_configs.Fuzzer(tmp_path, train_every=3)
         fuzzer.run(40, seed=1)
         return dict(fuzzer.tally), fuzzer.failures
 
     ((tally, failures),) = run_ranks(1, fuzz, timeout=240)
     assert not failures
-    assert tally["refused"] > 10 and tally["trained"] > 0
+    assert tally["refused"] > 10 and tally.get("trained", 0) > 0
 
 
 def test_damaged_inputs_are_read_or_refused(tmp_path):
