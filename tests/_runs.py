@@ -169,7 +169,7 @@ def comparable(run_dir: Path) -> list[dict]:
     """The run's metrics without what clocks say, and without the teachers' loads: after a start the bank is
     empty.
     """
-    clocks = ("time/", "tokens_per_second", "idle/")
+    clocks = ("time/", "tokens_per_second", "idle/", "tflops")
     loads = ("/loads", "/load_seconds", "/load_hidden", "/score_seconds")
     return [
         {k: v for k, v in line.items() if not k.startswith(clocks) and not k.endswith(loads)}
