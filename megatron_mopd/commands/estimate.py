@@ -5,7 +5,8 @@
 
 The first needs no GPU, no second process and no weights; checkpoints only have to have their descriptions.
 `--check` also builds the run, trains one step on responses of full length, and prints what was allocated
-beside what was estimated; it ends with status 1 when a component differs by more than 10%.
+beside what was estimated, for every stage; it ends with status 1 when a component of any rank differs by
+more than 10%.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import multiprocessing
 import os
 import sys
 import warnings
+from dataclasses import replace
 
+import torch
 import torch.distributed as dist
 
 from megatron_mopd.backend.parallel import fewest_ranks, select_device
@@ -128,24 +131,33 @@ def _answer(queue, config: Config, world_size: int, ranks: list[int]) -> None:
 
 
 def check(config: Config) -> int:
-    """One real step; prints both numbers of every component and returns the exit status."""
+    """One real step on all ranks; prints both numbers of every component of every stage and returns the exit
+    status."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if not torch.cuda.is_available():
+        config = replace(config, device="cpu")
     expected = estimate_apart(config, world_size, [rank])[rank]
     found = measure(config)
-    status = 0
-    if dist.get_rank() == 0:
-        print(f"{'bytes on rank 0':24}{'estimated':>14}{'allocated':>14}{'ratio':>8}")
-    for name, size in (expected.device | expected.host).items():
-        if name not in found:
-            continue
-        real = found[name]
-        ratio = size / real if real else (1.0 if size == 0 else float("inf"))
-        if dist.get_rank() == 0:
-            print(f"{name:24}{size:14d}{real:14d}{ratio:8.3f}")
-        if not 0.9 <= ratio <= 1.1:
-            status = 1
+    sizes = expected.device | expected.host | ({"teacher files": expected.disk} if expected.disk else {})
+    rows: list[list[tuple[str, int, int]]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(rows, [(name, size, found.get(name, 0)) for name, size in sizes.items()])
+    status, shown = 0, None
+    for number, compared in enumerate(rows):
+        status |= any(not is_close(size, real) for _, size, real in compared)
+        if rank == 0 and compared != shown:  # ranks of a stage often are alike
+            shown = compared
+            print(f"{f'bytes on rank {number}':24}{'estimated':>14}{'allocated':>14}{'ratio':>8}")
+            for name, size, real in compared:
+                ratio = size / real if real else float(size > 0)
+                print(f"{name:24}{size:14d}{real:14d}{ratio:8.3f}{'' if is_close(size, real) else '  OFF'}")
+    sys.stdout.flush()
     dist.destroy_process_group()
     return status
+
+
+def is_close(estimated: int, allocated: int) -> bool:
+    """Whether an estimate is within a tenth of the truth."""
+    return abs(estimated - allocated) <= 0.1 * allocated
 
 
 if __name__ == "__main__":

@@ -8,19 +8,23 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_mopd.config import Config
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.training.setup import Run, build_run
-from megatron_mopd.training.step import Learner, plan_step, train_step
+from megatron_mopd.training.step import Learner, build_loss, plan_step, train_step
 
 
 def measure(config: Config) -> dict[str, int]:
     """Bytes by component after one step on responses of full length. Collective over all ranks.
 
     Activations are the tensors that autograd keeps for the backward pass, at their peak; parameters, and
-    what the loss keeps of the head, are not among them.
+    what the loss keeps of the head, are not among them. The loss (last stage) is what one micro-batch's
+    forward pass of it makes, at its peak.
     """
     run = build_run(config)
     learner = run.learner
@@ -39,10 +43,13 @@ def measure(config: Config) -> dict[str, int]:
         "activations": saved.peak,
         "hidden cache": batch.cache.peak_bytes,
     }
+    if learner.groups.is_last_stage:
+        found["loss"] = _loss_bytes(learner, longest_trajectories(run))
     if learner.bank is not None:
         found |= {
             "teacher slots": learner.bank.device_bytes(),
             "teacher storage": learner.bank.host_bytes(),
+            "teacher files": learner.bank.disk_bytes(),
         }
     run.rewarder.close()
     return found
@@ -60,6 +67,50 @@ def longest_trajectories(run: Run) -> list[Trajectory]:
         logprobs = (0.0,) * config.rollout.max_new_tokens
         result.append(Trajectory(prompt, tuple(ids[length:]), index, logprobs))
     return result
+
+
+def _loss_bytes(learner: Learner, trajectories: list[Trajectory]) -> int:
+    """Peak of the loss of one micro-batch, on random hidden states of student and teachers."""
+    batch = plan_step(learner, trajectories)
+
+    def states(micro_batch, config) -> Tensor:
+        rows, length = micro_batch.tokens.shape
+        length //= learner.groups.tp_size if config.sequence_parallel else 1
+        device = learner.groups.device
+        return torch.randn(length, rows, config.hidden_size, device=device, dtype=config.params_dtype)
+
+    for name, micro_batches in batch.teachers.items():
+        for micro_batch in micro_batches:
+            batch.scores.keep(name, micro_batch, states(micro_batch, learner.bank.config(name)))
+    loss = build_loss(learner, batch)
+    hidden = states(batch.student[0], unwrap(learner.chunks[-1]).config).requires_grad_()
+    with MadeBytes() as made:
+        loss(batch.student[0], hidden)
+    return made.peak
+
+
+class MadeBytes(TorchDispatchMode):
+    """Memory of the tensors that are made while it is active, at its peak."""
+
+    def __init__(self):
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {_storage(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        self._made = {key: item for key, item in self._made.items() if not item[0].expired()}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and _storage(tensor) not in given | self._made.keys():
+                storage = tensor.untyped_storage()
+                self._made[_storage(tensor)] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 class SavedBytes:

@@ -19,17 +19,20 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_mopd.backend.parallel import ParallelGroups, build_parallel_groups, destroy_parallel_groups
-from megatron_mopd.config import Config, ModelConfig
+from megatron_mopd.config import Config, DomainObjectives, ModelConfig
+from megatron_mopd.config.objectives import compares_tokens_only, needs_teachers
 from megatron_mopd.model.build import DTYPES, build_model
-from megatron_mopd.model.specs import moe_layer_pattern
+from megatron_mopd.objectives.torch_kernels import TILE_ELEMENTS
+from megatron_mopd.pipeline.instructions import Plan, StudentForward, TeacherForward
 from megatron_mopd.pipeline.plan import Planner
-from megatron_mopd.pipeline.problem import CostModel, PlanRequest, split_groups
+from megatron_mopd.pipeline.problem import CostModel, Limits, PlanRequest, split_groups
 from megatron_mopd.pipeline.simulate import simulate
 from megatron_mopd.teachers import placement
 from megatron_mopd.teachers.bank import TeacherSource
 from megatron_mopd.teachers.encoding import Encoding
 from megatron_mopd.teachers.hidden_cache import DTYPES as CACHE_DTYPES
 from megatron_mopd.teachers.layout import Skeleton
+from megatron_mopd.training.activation_memory import SavedActivations
 
 
 class _OnMeta(TorchFunctionMode):
@@ -76,7 +79,10 @@ def estimate_rank(
     max_mixture: int,
     groups: ParallelGroups,
 ) -> RankMemory:
-    """Memory of the rank that `groups` belong to, at its peak, when every response has full length."""
+    """Memory of the rank that `groups` belong to, at its peak, when every response has full length.
+
+    Of a GPU, unless `device` is `cpu`: there norms and loss are not single kernels and keep more.
+    """
     with _OnMeta(), torch.device("meta"):
         chunks = build_model(student, groups, config.params_dtype, max_sequence_length=config.data.seq_length)
         itemsize = DTYPES[config.params_dtype].itemsize
@@ -86,7 +92,7 @@ def estimate_rank(
             "student weights": parameters * itemsize,
             "gradients": parameters * (4 if itemsize == 2 else itemsize),
             "optimizer": _optimizer_bytes(config, groups, parameters - experts, experts, itemsize),
-            "activations": activation_bytes(config, chunks, groups, itemsize),
+            "activations": activation_bytes(config, chunks, groups, itemsize, config.device == "cpu"),
         }
         host = {}
         disk = 0
@@ -98,7 +104,7 @@ def estimate_rank(
         cache = _cache_bytes(config, teachers, max_mixture, groups)
         home = device if config.teacher_storage.hidden_cache_device == "device" else host
         home["hidden cache"] = cache
-        device["logits chunk"] = _logits_bytes(config, student, chunks, itemsize)
+        device["loss"] = _loss_bytes(config, student, teachers, max_mixture, chunks, groups, itemsize)
     return RankMemory(device, host, disk, (experts, parameters - experts))
 
 
@@ -159,34 +165,79 @@ def _cache_bytes(
     samples = -(-schedule.global_batch_size // groups.dp_size)
     width = max(source.model.transformer["hidden_size"] for source in teachers)
     itemsize = CACHE_DTYPES[storage.hidden_cache_dtype or config.params_dtype].itemsize
-    per_sample = config.rollout.max_new_tokens * width * itemsize * max_mixture // groups.cp_size
+    per_token = width * itemsize
+    if _only_tokens(config):  # a log-prob instead of a state
+        per_token = 8 if config.params_dtype == "float64" else 4
+    per_sample = config.rollout.max_new_tokens * per_token * max_mixture // groups.cp_size
     if schedule.kind == "megatron" or schedule.max_tokens_per_micro_batch:
         held = samples
     else:
-        held = _planned_states(config, groups, samples) * schedule.micro_batch_size
+        held = _scored_at_once(_planned(config, groups)) * schedule.micro_batch_size
     size = min(held, samples) * per_sample
     return size if storage.hidden_cache_bytes is None else min(size, storage.hidden_cache_bytes)
 
 
-def _planned_states(config: Config, groups: ParallelGroups, samples: int) -> int:
-    """Scored micro-batches that a step's plan holds at once, with one teacher a sample and equal costs."""
-    count = -(-samples // config.schedule.micro_batch_size)
+def _planned(config: Config, groups: ParallelGroups) -> Plan:
+    """A step as it will be planned, with one teacher a sample and costs that have not been measured yet."""
+    schedule = config.schedule
+    count = -(-schedule.global_batch_size // groups.dp_size // schedule.micro_batch_size)
     request = PlanRequest(
         groups.pp_size,
         count,
         CostModel.build(groups.pp_size, groups.vpp_size, teacher_forward={"any": 1.0}),
         groups.vpp_size,
         split_groups({"any": count}),
-        config.schedule.kind,
+        schedule.kind,
+        Limits(activations=schedule.max_activations, cached_states=schedule.max_cached_states),
     )
-    return max(simulate([Planner(effort=0).plan(request)]).peak_cached_states)
+    return Planner(effort=0).plan(request)
 
 
-def _logits_bytes(config: Config, student: ModelConfig, chunks, itemsize: int) -> int:
-    """Two chunks of logits, and the head's gradient before it is added to the others."""
-    head = chunks[-1].head_weight()
-    rows = min(config.objective.chunk_size, _micro_batch_tokens(config))
-    return 2 * rows * head.shape[0] * itemsize + head.numel() * (4 if itemsize == 2 else itemsize)
+def _scored_at_once(plan: Plan) -> int:
+    """Micro-batches that are scored and wait for the loss at the same time."""
+    held = most = 0
+    releases, last_chunk = plan.request.releases(), plan.request.virtual_stages - 1
+    for entry in plan.stages[-1]:
+        if isinstance(entry, TeacherForward):
+            held += 1
+        elif isinstance(entry, StudentForward) and entry.chunk == last_chunk:
+            held -= releases[entry.microbatch]
+        most = max(most, held)
+    return most
+
+
+def _loss_bytes(
+    config: Config,
+    student: ModelConfig,
+    teachers: list[TeacherSource],
+    max_mixture: int,
+    chunks,
+    groups: ParallelGroups,
+    itemsize: int,
+) -> int:
+    """What the loss of one micro-batch takes: chunks of the student's and the teachers' logits (and of their
+    mixture), the head's gradient before it is added to the others, and of every response token the student's
+    hidden state, its gradient, and the teachers' states; on the CPU also the tiles of a divergence.
+    """
+    head, wide = chunks[-1].head_weight(), max(itemsize, 4)
+    share = config.rollout.max_new_tokens / config.data.seq_length
+    rows = int(_micro_batch_tokens(config) * share / groups.cp_size)
+    chunk = min(config.objective.chunk_size, rows) * head.shape[0]
+    logits, states = chunk * itemsize, 2 * student.transformer["hidden_size"]
+    tiles = 0
+    if teachers and not _only_tokens(config):
+        # Teachers' logits are mixed in float32 at least.
+        logits += chunk * (itemsize + (wide if max_mixture > 1 else 0))
+        states += max(source.model.transformer["hidden_size"] for source in teachers) * max_mixture
+        tiles = 8 * wide * min(chunk, TILE_ELEMENTS["cpu"])
+    kept = head.numel() * wide + rows * states * itemsize
+    return logits + kept + (tiles if config.device == "cpu" else 0)
+
+
+def _only_tokens(config: Config) -> bool:
+    """Whether every objective that has teachers compares sampled tokens only."""
+    objectives = [o for o in DomainObjectives(config.objective).all() if needs_teachers(o)]
+    return all(compares_tokens_only(objective) for objective in objectives)
 
 
 def _micro_batch_tokens(config: Config) -> int:
@@ -195,48 +246,26 @@ def _micro_batch_tokens(config: Config) -> int:
     return schedule.max_tokens_per_micro_batch or schedule.micro_batch_size * config.data.seq_length
 
 
-def activation_bytes(config: Config, chunks, groups: ParallelGroups, itemsize: int) -> int:
+def activation_bytes(config: Config, chunks, groups: ParallelGroups, itemsize: int, on_cpu: bool) -> int:
     """What the student's forward passes keep for their backward passes, at the most, on this stage.
 
-    In 1F1B a stage holds as many micro-batches as there are stages from it to the last.
+    A stage holds as many chunks' passes as the step's plan (or megatron-core's 1F1B) has in flight.
     """
     model: TransformerConfig = chunks[0].config
     tokens = _micro_batch_tokens(config) // groups.cp_size
-    stages = groups.pp_size
-    microbatches = -(-config.schedule.global_batch_size // groups.dp_size // config.schedule.micro_batch_size)
-    in_flight = min(microbatches, stages - groups.pp.rank())
-    if groups.vpp_size > 1:
-        in_flight = min(microbatches, in_flight + stages) / groups.vpp_size
-    pattern = moe_layer_pattern(model)
-    held = [layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers]
-    per_token = sum(_layer_elements(model, pattern[layer]) for layer in held)
-    return int(in_flight * tokens * per_token * itemsize)
-
-
-def _layer_elements(model: TransformerConfig, is_moe: bool) -> float:
-    """Numbers that one layer keeps for each token, on each tensor-parallel rank.
-
-    Norm inputs and outputs, queries, keys and values before and after the rotary embedding, attention's
-    output, and the feed-forward block's projections; recomputed layers keep their input only.
-    """
-    h, tp = model.hidden_size, model.tensor_model_parallel_size
-    if model.recompute_granularity == "full":
-        return h / (tp if model.sequence_parallel else 1)
-    query = model.num_attention_heads * model.kv_channels
-    key_value = model.num_query_groups * model.kv_channels
-    split = tp if model.sequence_parallel else 1
-    gated = 2 if model.gated_linear_unit else 1
-
-    def feed_forward(width: int) -> float:
-        # Up projection, its halves' activation and product; the gate's float32 copy is not kept.
-        return width * (2 * gated + 1)
-
-    attention = 2 * h / split + h + (2 * query + 2 * key_value + query) / tp
-    if not is_moe:
-        return attention + 2 * h / split + h + feed_forward(model.ffn_hidden_size) / tp
-    topk, width = model.moe_router_topk, model.moe_ffn_hidden_size or model.ffn_hidden_size
-    routed = topk * (2 * h + feed_forward(width) / (model.expert_tensor_parallel_size or 1))
-    shared = 0.0
-    if model.moe_shared_expert_intermediate_size:
-        shared = h + feed_forward(model.moe_shared_expert_intermediate_size) / tp
-    return attention + 3 * h / split + routed / 1 + shared + 3 * model.num_moe_experts / split
+    stages, rank = groups.pp_size, groups.pp.rank()
+    if config.schedule.kind == "megatron":
+        count = -(-config.schedule.global_batch_size // groups.dp_size // config.schedule.micro_batch_size)
+        in_flight = min(count, stages - rank)
+        if groups.vpp_size > 1:
+            in_flight = min(count * groups.vpp_size, in_flight + stages * (groups.vpp_size - 1) + stages - 1)
+    else:
+        in_flight = simulate([_planned(config, groups)]).peak_activations[rank]
+    saved = SavedActivations(model, itemsize, on_cpu)
+    per_token = sum(
+        saved.stage(
+            [layer.layer_number - 1 for layer in chunk.decoder.layers], chunk.pre_process, chunk.post_process
+        )
+        for chunk in chunks
+    )
+    return int(in_flight * tokens * per_token / len(chunks))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
+import os
 
 import pytest
+import torch.distributed as dist
 
 from megatron_mopd.commands import estimate
 from megatron_mopd.config import config_from_dict
@@ -42,17 +46,61 @@ def inputs(tmp_path_factory):
 def configuration(directory, student, **sections):
     values = _runs.values(
         directory,
-        objective={"kind": "full_vocab_kl"},
         routing={"default": "self"},
         rollout={"max_new_tokens": 20},
-        **sections,
+        **{"objective": {"kind": "full_vocab_kl"}} | sections,
     )
     return config_from_dict(values | {"student": student, "teachers": [{"name": "self"}]})
 
 
-@pytest.mark.parametrize("student", [DENSE, MOE], ids=["dense", "moe"])
-def test_a_small_run_allocates_what_was_estimated(inputs, student):
-    assert in_a_process(estimate.check, configuration(inputs, student)) == 0
+TP2_PP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2)
+EP2_PP2 = dict(expert_model_parallel_size=2, pipeline_model_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    "student, parallel, sections",
+    [
+        (DENSE, {}, {}),
+        (MOE, {}, dict(objective={"kind": "sampled_token", "temperature": 1.0})),
+        (DENSE, TP2_PP2, dict(params_dtype="bfloat16", teacher_storage={"mode": "host_sharded"})),
+        (MOE, EP2_PP2, dict(teacher_storage={"mode": "mmap"})),
+    ],
+    ids=["dense", "moe", "dense-tp2-pp2-bf16", "moe-ep2-pp2-files"],
+)
+def test_a_small_run_allocates_what_was_estimated(inputs, tmp_path, student, parallel, sections):
+    """Every component of every rank within a tenth."""
+    config = configuration(inputs, student, parallel=parallel, run_dir=str(tmp_path), **sections)
+    statuses, printed = on_ranks(4 if parallel else 1, estimate.check, config)
+    print(printed)
+    assert set(statuses) == {0}, printed
+    assert "bytes on rank 0" in printed and ("bytes on rank 2" in printed) == bool(parallel), "every stage"
+
+
+def on_ranks(count, function, *arguments):
+    """Results of `function` on forked ranks as torchrun would start them, and what rank 0 printed."""
+    context = multiprocessing.get_context("fork")
+    ports, answers = context.SimpleQueue(), context.SimpleQueue()
+
+    def rank_main(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports.get()), GLOO_SOCKET_IFNAME="lo")
+        os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", OMP_NUM_THREADS="1")
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            status = function(*arguments)
+        answers.put((rank, status, out.getvalue()))
+
+    ranks = [context.Process(target=rank_main, args=(rank,)) for rank in range(count)]
+    for process in ranks:
+        process.start()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for _ in ranks:
+        ports.put(store.port)
+    for process in ranks:
+        process.join(280)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0] * count
+    found = sorted(answers.get() for _ in ranks)
+    return [status for _, status, _ in found], found[0][2]
 
 
 def test_components_of_a_large_world_shrink_as_the_layout_says(inputs):
@@ -77,7 +125,7 @@ def test_components_of_a_large_world_shrink_as_the_layout_says(inputs):
     both = first.device["student weights"] + last.device["student weights"]
     # Dense weights over TP 2, experts over EP 4, norms and the router on every rank.
     assert whole.device["student weights"] / 4 < both < whole.device["student weights"] / 1.6
-    assert "logits chunk" not in first.device and last.device["logits chunk"] > 0
+    assert "loss" not in first.device and last.device["loss"] > 0
     # 16 replicas of the optimizer's dense part, 8 of its experts.
     assert first.device["optimizer"] < first.device["gradients"] * 2 / 7
     assert first.host["teacher storage"] < first.device["student weights"] / 7
