@@ -31,6 +31,7 @@ _PER_DOMAIN = (
     ("length", "response length", False),
     ("reward", "reward", False),
 )
+_PHASES = "rollout score train other evaluate save"
 Part = dict[str, Any]
 
 
@@ -85,7 +86,7 @@ def _parts(record: RunRecord) -> Iterator[Part | None]:
 
 
 def _name(record: RunRecord) -> str:
-    path = record.directory.resolve()
+    path = record.directory.absolute()
     return f"{path.parent.name}/{path.name}"
 
 
@@ -271,9 +272,10 @@ def _teachers(record: RunRecord) -> Part | None:
 
 
 def _times(record: RunRecord) -> Part | None:
-    times = record.below("time")
-    if not times:
+    found = record.below("time")
+    if not found:
         return None
+    times = {name: found[name] for name in sorted(found, key=lambda name: (_PHASES.find(name) % 99, name))}
     iterations = sorted({x for points in times.values() for x, _ in points})
     lines, shares = [], []
     whole = sum(y for points in times.values() for _, y in points) or 1.0

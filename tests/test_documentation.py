@@ -1,0 +1,185 @@
+"""Every command of README.md and docs/ is executed by a test, or marked here with what it needs; links and
+files that the documentation names are there.
+"""
+
+from __future__ import annotations
+
+import ast
+import multiprocessing
+import os
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from megatron_mopd.observe.metrics import read_metrics
+from megatron_mopd.training.best import best_iteration
+from tests import _runs
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CLUSTER, LONG, MODEL = "needs a cluster", "takes long", "needs a dense model to start from"
+FLOW = "test_documentation.py::test_from_hugging_face_directories_to_a_merged_one"
+DOCUMENTED = "tools/test_document_configuration.py::test_a_changed_page_is_noticed"
+_PROGRAMS = tuple("python torchrun make pytest pip sbatch srun bash sh kubectl mopd-".split())
+_FILES = r"\b(?:tools|benchmarks|tests|launch|megatron_mopd)/[a-z_\d/]+\.(?:py|sh|yaml)\b"
+
+# Beginning of a command -> a test that executes it, or why none does. The longest that fits counts.
+COMMANDS = {
+    "python tools/make_small_experts.py": FLOW,
+    "python -m megatron_mopd.train --config runs/own/mopd.yaml": FLOW,
+    "python tools/report.py": FLOW,
+    "python tools/convert_megatron_to_hf.py": FLOW,
+    "python tools/document_configuration.py": DOCUMENTED,
+    "python tools/convert_hf_to_megatron.py": FLOW,
+    "python tools/generate.py": FLOW,
+    "python tools/plan_pipeline.py": FLOW,
+    "python tools/doctor.py": "tools/test_doctor.py",
+    "python tools/estimate.py": "training/test_memory.py",
+    "python tools/upcycle_to_moe.py": MODEL,
+    "python -m megatron_mopd.train --config launch/recipes/": LONG,
+    "python benchmarks/": LONG,
+    "torchrun --nproc-per-node 2 benchmarks/": LONG,
+    "python -m pytest": LONG,
+    "make ": LONG,
+    "torchrun ": CLUSTER,
+    "sbatch ": CLUSTER,
+    "kubectl ": CLUSTER,
+}
+
+
+# Commands of other pages, with what there is after the flow in place of a user's own.
+OTHERS = [
+    ["tools/convert_hf_to_megatron.py", "--hf", "runs/own/base", "--output", "checkpoints/base"],
+    ["tools/generate.py", "--checkpoint", "runs/own/merged", "--prompt", "3+4="],
+    "tools/plan_pipeline.py --stages 4 --microbatches 12 --teachers 3 --steps-per-rollout 2".split(),
+]
+
+
+def commands(page):
+    """Shell lines of a page, from fenced and from indented blocks; continued lines are one."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    fenced = re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    others = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in fenced for line in block.splitlines()]
+    lines += [line[4:] for line in others.splitlines() if line.startswith("    ")]
+    for line in lines:
+        line = " ".join(line.split("   #")[0].removeprefix("$ ").split())
+        if line.startswith(_PROGRAMS):
+            yield line
+
+
+def entry_of(command):
+    return max((start for start in COMMANDS if f"{command} ".startswith(start)), key=len, default=None)
+
+
+def test_every_command_is_executed_or_marked():
+    found = {(page.name, command) for page in PAGES for command in commands(page)}
+    assert len(found) > 15
+    unknown = [f"{page}: {command}" for page, command in sorted(found) if entry_of(command) is None]
+    assert not unknown, "give each a test or a mark in COMMANDS"
+
+
+def test_the_tests_that_are_named_are_there():
+    for command, covered in COMMANDS.items():
+        if covered in (CLUSTER, LONG, MODEL):
+            continue
+        file, _, name = covered.partition("::")
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert name in functions if name else any(f.startswith("test_") for f in functions), command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_links_that_a_page_names_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(_FILES, text):
+        assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_the_index_names_every_page():
+    readme = (ROOT / "README.md").read_text()
+    for page in PAGES[1:]:
+        assert f"docs/{page.name}" in readme, page.name
+
+
+def _blocks(language):
+    text = (ROOT / "docs/your_own_experts.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def _forked(function, *arguments):
+    process = multiprocessing.get_context("fork").Process(target=_quietly, args=(function, arguments))
+    process.start()
+    process.join(250)
+    status = process.exitcode
+    if status is None:
+        process.kill()
+    return status
+
+
+def _quietly(function, arguments):
+    torch.set_num_threads(1)
+    status = 1
+    try:
+        function(*arguments)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def _script(arguments):
+    sys.argv = arguments
+    runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+
+
+def test_from_hugging_face_directories_to_a_merged_one(tmp_path, monkeypatch):
+    """The commands of docs/your_own_experts.md in their order, with fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    (yaml,), (python,) = _blocks("yaml"), _blocks("python")
+    fewer = {
+        "tools/make_small_experts.py": ["--steps", "20"],
+        "megatron_mopd.train": ["schedule.train_iters=4", "schedule.eval_interval=2"],
+    }
+    fewer["megatron_mopd.train"] += ["schedule.global_batch_size=16", "optimizer.lr_warmup_iters=0"]
+    executed = []
+    for command in commands(ROOT / "docs/your_own_experts.md"):
+        if COMMANDS[entry_of(command)] != FLOW:
+            continue
+        program, *arguments = shlex.split(command)
+        assert program == "python"
+        if arguments[0] == "-m":
+            (tmp_path / "runs/own/mopd.yaml").write_text(yaml)
+            outcome = _runs.run_main([*arguments[2:], *fewer[arguments[1]]])
+            assert outcome.statuses == [0], outcome.printed
+        else:
+            assert _forked(_script, [*arguments, *fewer.get(arguments[0], [])]) == 0, command
+        executed.append(arguments[1] if arguments[0] == "-m" else Path(arguments[0]).stem)
+    assert executed == ["make_small_experts", "megatron_mopd.train", "report", "convert_megatron_to_hf"]
+
+    run = tmp_path / "runs/own/mopd"
+    lines = read_metrics(run)
+    assert len(lines) == 4
+    assert {"kl/add", "kl/reverse", "accuracy/add", "pass_at_4/reverse"} <= lines[-1].keys()
+    assert lines[-1]["loss"] < lines[0]["loss"], "the student moves towards its teachers"
+    assert best_iteration(run / "checkpoints") in (2, 4)
+    assert (run / "report.html").stat().st_size > 20_000
+    assert _forked(exec, compile(python, "the last block", "exec"), {}) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "runs/own/merged")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "runs/own/base")
+    changed = [not torch.equal(a, b) for a, b in zip(merged.parameters(), base.parameters(), strict=True)]
+    assert sum(changed) > len(changed) / 2
+
+    for arguments in OTHERS:
+        assert _forked(_script, arguments) == 0, arguments
+    assert (tmp_path / "checkpoints/base/iter_0000000/model.json").exists()
