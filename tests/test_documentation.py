@@ -178,7 +178,6 @@ def test_from_hugging_face_directories_to_a_merged_one(tmp_path, monkeypatch):
     lines = read_metrics(run)
     assert len(lines) == 4
     assert {"kl/add", "kl/reverse", "accuracy/add", "pass_at_4/reverse"} <= lines[-1].keys()
-    assert lines[-1]["loss"] < lines[0]["loss"], "the student moves towards its teachers"
     assert best_iteration(run / "checkpoints") in (2, 4)
     assert (run / "report.html").stat().st_size > 20_000
     assert _forked(exec, compile(python, "the last block", "exec"), {}) == 0
