@@ -48,6 +48,7 @@ COMMANDS = {
     "python -m tests.": LONG,
     "python benchmarks/": LONG,
     "torchrun --nproc-per-node 2 benchmarks/": LONG,
+    "python -m tests.launch.two_nodes": LONG,
     "python -m pytest": LONG,
     "make ": LONG,
     "torchrun ": CLUSTER,
