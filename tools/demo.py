@@ -10,7 +10,7 @@ Six stages, each an ordinary command that it prints, each skipped when its resul
     experts     twelve continuations of the base, one task each: each gains at home and loses elsewhere
     average     the mean of the twelve experts' weights, for comparison
     mopd        the base samples, the experts score, it is pulled towards them (on-policy distillation)
-    report      who is good at what: a table here, and the picture `seesaw.png`
+    report      who is good at what: a table here, the picture `seesaw.png`, and the page `mopd/report.html`
 
 The thirteenth task has no expert. Its teacher is `self`, the student as it was at the start, which keeps it
 there. Everything is scored on prompts that no stage was trained on.
@@ -345,6 +345,7 @@ def main() -> None:
     stages.train(demo.mopd(), demo.processes)
     stage("report")
     headroom = report(demo)
+    stages.command(str(TOOLS / "report.py"), str(demo.run_dir / "mopd"))
     minutes = (time.monotonic() - began) / 60
     print(f"The student recovered {headroom['mean']:.0%} of the experts' headroom ({minutes:.1f} minutes).")
 
