@@ -7,6 +7,7 @@ would, calls `fault(rank)` in each before it begins (to plant what goes wrong), 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -146,6 +147,17 @@ def fingerprint(run_dir: Path, iteration: int = 6) -> dict[str, str]:
         for name, entry in json.loads(path.read_text()).items()
         if name.endswith(".distcp")
     }
+
+
+def agree(found: list[dict], expected: list[dict]) -> bool:
+    """Whether two runs' metrics have the same keys and values, numbers up to rounding."""
+
+    def alike(a, b) -> bool:
+        return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-8) if isinstance(a, float) else a == b
+
+    return len(found) == len(expected) and all(
+        a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a) for a, b in zip(found, expected)
+    )
 
 
 # Faults: what `fault(rank)` plants. `train` looks its functions up at the call, so they can be replaced.
