@@ -19,11 +19,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 
 from megatron_mopd import train
+from megatron_mopd.model import background_save
 from megatron_mopd.model.checksums import CHECKSUM_FILE
 from megatron_mopd.rollout import write_ahead
 from megatron_mopd.training import step
@@ -163,13 +165,15 @@ def agree(found: list[dict], expected: list[dict]) -> bool:
 # Faults: what `fault(rank)` plants. `train` looks its functions up at the call, so they can be replaced.
 
 
-def before(name: str, number: int, victim: int, act: Callable[[], None]) -> Callable[[int], None]:
-    """Call `act` on rank `victim` when `train.NAME` is called for the `number`-th time (from 1)."""
+def before(
+    name: str, number: int, victim: int, act: Callable[[], None], module: ModuleType = train
+) -> Callable[[int], None]:
+    """Call `act` on rank `victim` when `module.NAME` is called for the `number`-th time (from 1)."""
 
     def fault(rank: int) -> None:
         if rank != victim:
             return
-        original, calls = getattr(train, name), [0]
+        original, calls = getattr(module, name), [0]
 
         def wrapped(*args, **kwargs):
             calls[0] += 1
@@ -177,7 +181,7 @@ def before(name: str, number: int, victim: int, act: Callable[[], None]) -> Call
                 act()
             return original(*args, **kwargs)
 
-        setattr(train, name, wrapped)
+        setattr(module, name, wrapped)
 
     return fault
 
@@ -227,7 +231,13 @@ def random_kill(rng: random.Random, seconds: float) -> tuple[str, dict]:
     if rng.random() < 0.5:
         after = rng.uniform(0, seconds)
         return f"rank {victim}, {after:.2f} s after the start", {"kill": (victim, after)}
-    name = rng.choice(["build_run", "resume", "sample", "train_step", "save", "save", "save"])
+    if rng.random() < 0.4:  # while a checkpoint is written, summed up or put in its place
+        name, number = rng.choice(["plan_save", "sum_up", "put_in_place"]), rng.randint(1, 2)
+        victim = 0 if name == "put_in_place" else victim
+        after = rng.uniform(0, 0.02)
+        description = f"rank {victim}, {after:.3f} s into call {number} of {name}"
+        return description, {"fault": before(name, number, victim, kill_after(after), background_save)}
+    name = rng.choice(["build_run", "resume", "sample", "train_step", "save", "save"])
     number = 1 if name in ("build_run", "resume") else rng.randint(1, 2)
     after = rng.uniform(0, 0.3)
     description = f"rank {victim}, {after:.2f} s into call {number} of {name}"

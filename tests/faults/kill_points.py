@@ -5,8 +5,8 @@
 Each death is `kill -9` of a random rank at a random moment of start-up, sampling, training or saving; the run
 is then started again, and again after the next death, until it ends by itself. Every byte of its last
 checkpoint's tensors has to be that of the undisturbed run, and so have its metrics; those that are made of
-the log-probs of responses continued from the rollout log agree to rounding, and the run's line says so. Prints the tally; exit status 1 when a
-run differs.
+the log-probs of responses continued from the rollout log agree to rounding, and the run's line says so.
+Prints the tally; exit status 1 when a run differs.
 """
 
 from __future__ import annotations
