@@ -23,7 +23,8 @@ from pathlib import Path
 
 from megatron_mopd.config import load_config
 from megatron_mopd.data.prompts import PromptSampler
-from megatron_mopd.train import evaluation, sample
+from megatron_mopd.train import sample
+from megatron_mopd.training.evaluate import evaluation
 from megatron_mopd.training.setup import build_run
 from megatron_mopd.training.step import plan_step, train_step
 

@@ -17,9 +17,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
 import torch.distributed as dist
 
@@ -32,24 +30,20 @@ from megatron_mopd.config.objectives import samples_per_prompt
 from megatron_mopd.data.prompts import PromptSampler
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.background_save import CheckpointWriter
-from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.observe.progress import phase, say
 from megatron_mopd.observe.report import draw_report
-from megatron_mopd.observe.run_log import RunLog, device_name
-from megatron_mopd.rollout.engine import SamplingParams
+from megatron_mopd.observe.run_log import RunLog
 from megatron_mopd.rollout.routing import RoutingRecords
 from megatron_mopd.training.best import BestCheckpoint
 from megatron_mopd.training.checkpoint import check_space, checkpoints_directory, resume, save
-from megatron_mopd.training.evaluate import evaluate, evaluate_pass_at
-from megatron_mopd.training.flops import forward_cost, peak_flops, step_flops, utilization
-from megatron_mopd.training.guards import first_step_alarms
+from megatron_mopd.training.evaluate import evaluation
 from megatron_mopd.training.monitors import Alarms, rollout_metrics
 from megatron_mopd.training.preemption import PREEMPTED_STATUS, Preempted, StopRequest
 from megatron_mopd.training.rollout_log import open_rollout_log
 from megatron_mopd.training.sampling import draw_trajectories
 from megatron_mopd.training.setup import Run, build_run, run_directory
-from megatron_mopd.training.step import Learner, StepBatch, plan_steps, train_step
-from megatron_mopd.training.token_samples import TokenSamples
+from megatron_mopd.training.step import StepBatch, plan_steps, train_step
+from megatron_mopd.training.step_record import alarms_of, samples_of, start_sampling_tokens, time_split
 
 
 def train(config: Config) -> dict[str, float]:
@@ -114,19 +108,16 @@ def iterate(
         watchdog.begin(f"optimizer step {iteration + 1}")
         # Dropout of every step has a stream of its own, so that a resumed run draws the same.
         seed_model_parallel(config.seed + 1_000_003 * iteration)
-        if _is_sampled(run, iteration + 1):
-            batches[0].samples = TokenSamples(
-                batches[0].trajectories, config.log.samples_per_domain, run.groups.device
-            )
+        start_sampling_tokens(run, batches[0])
         metrics = train_step(run.learner, batches)
         batch = batches.popleft()
-        metrics |= _timing(run, batch, sampled - started, time.perf_counter() - started) | aside
+        metrics |= time_split(run, batch, sampled - started, time.perf_counter() - started) | aside
         aside = {}
         observed = rollout_metrics(batch.trajectories, batch.rewards.collect())
         metrics |= observed
 
         done = iteration + 1
-        for message in _alarms(run, alarms, iteration, batch, metrics, observed):
+        for message in alarms_of(run, alarms, iteration, batch, metrics, observed):
             say(f"ALARM: {message}")
             log.alarm(done, message)
         if batch.samples is not None:
@@ -162,24 +153,6 @@ def iterate(
     return metrics
 
 
-def _alarms(
-    run: Run,
-    alarms: Alarms,
-    iteration: int,
-    batch: StepBatch,
-    metrics: dict[str, float],
-    observed: dict[str, float],
-) -> list[str]:
-    messages = alarms.rollout(batch.trajectories, batch.rewards.collect(), observed)
-    if run.learner.skipped.in_a_row:
-        left_out = f"step {iteration + 1} was left out: its loss or a gradient is not finite (see evidence/)"
-        return [*messages, left_out]
-    messages += alarms.step(metrics)
-    if iteration == 0 and run.learner.routing is not None:
-        messages += first_step_alarms(metrics, run.learner.routing, run.config.teachers)
-    return messages
-
-
 def sample(
     run: Run, sampler: PromptSampler, iteration: int
 ) -> tuple[list[Trajectory], RoutingRecords | None]:
@@ -201,75 +174,6 @@ def sample(
         samples_per_prompt=samples_per_prompt(config),
         seed=seed,
         log=open_rollout_log(run.learner, number, prompts, seed),
-    )
-
-
-def evaluation(run: Run) -> dict[str, float]:
-    """On the held-out prompts, per domain: accuracy of greedy answers, and pass@k of sampled ones."""
-    if run.eval_prompts is None:
-        return {}
-    rollout, settings = run.config.rollout, run.config.evaluation
-    greedy = SamplingParams(
-        max_new_tokens=rollout.max_new_tokens,
-        temperature=0.0,
-        stop_token_ids=SamplingParams.from_config(rollout, run.tokenizer.eos_id).stop_token_ids,
-    )
-    shared = (run.engine, list(run.eval_prompts), run.tokenizer)
-    with phase(f"evaluating {len(run.eval_prompts)} prompts", often=True):
-        metrics = evaluate(*shared, greedy, run.groups, seed=run.config.seed)
-    if settings.pass_at:
-        sampling = replace(greedy, temperature=settings.temperature, top_p=settings.top_p)
-        samples = settings.samples_per_prompt or max(settings.pass_at)
-        with phase(f"sampling {samples} responses to each of them", often=True):
-            metrics |= evaluate_pass_at(
-                *shared,
-                sampling,
-                run.groups,
-                seed=run.config.seed,
-                pass_at=settings.pass_at,
-                samples_per_prompt=samples,
-            )
-    return metrics
-
-
-def samples_of(run: Run, batch: StepBatch) -> Iterator[dict[str, Any]]:
-    """The step's sample for the report: responses with the divergence of every token, teachers and reward."""
-    rewards = batch.rewards.collect()
-    for index, entry in batch.samples.lines(run.tokenizer):
-        mixture = run.learner.mixture(entry["domain"], batch.iteration)
-        yield entry | {"teachers": dict(mixture), "reward": rewards.get(index)}
-
-
-def _is_sampled(run: Run, done: int) -> bool:
-    log = run.config.log
-    if run.learner.routing is None or not log.sample_interval or not log.samples_per_domain:
-        return False
-    return done in (1, run.config.schedule.train_iters) or _every(log.sample_interval, done)
-
-
-def _timing(run: Run, batch: StepBatch, rollout: float, total: float) -> dict[str, float]:
-    """Where a step's time went on this rank, and what it achieved."""
-    lengths = [len(t.response_ids) for t in batch.trajectories]
-    learner, busy = run.learner, sum(batch.seconds.values())
-    peak = peak_flops(device_name(run.groups.device), run.config.params_dtype)
-    return {
-        "time/rollout": rollout,
-        **{f"time/{name}": value for name, value in batch.seconds.items()},
-        "time/other": max(0.0, total - rollout - busy),
-        **utilization(_flops(learner, batch), busy, run.groups.world_size, peak),
-        "tokens_per_second": sum(map(len, batch.trajectories)) / total,
-        "response_length": sum(lengths) / max(1, len(lengths)),
-    }
-
-
-def _flops(learner: Learner, batch: StepBatch) -> float:
-    """Of this step's scoring and learning; what was scored ahead of time counts where it is used."""
-    vocabulary, bank = learner.model.vocab_size, learner.bank
-    return step_flops(
-        batch.trajectories,
-        forward_cost(unwrap(learner.chunks[0]).config, vocabulary),
-        {name: forward_cost(bank.config(name), vocabulary) for name in bank.names} if bank else {},
-        lambda domain: learner.mixture(domain, batch.iteration),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,37 @@ from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.tokenizer import Tokenizer
 from megatron_mopd.data.verifiers import score
-from megatron_mopd.observe.progress import progress
+from megatron_mopd.observe.progress import phase, progress
 from megatron_mopd.rollout.engine import RolloutEngine, SamplingParams
+from megatron_mopd.training.setup import Run
+
+
+def evaluation(run: Run) -> dict[str, float]:
+    """On the held-out prompts, per domain: accuracy of greedy answers, and pass@k of sampled ones."""
+    if run.eval_prompts is None:
+        return {}
+    rollout, settings = run.config.rollout, run.config.evaluation
+    greedy = SamplingParams(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=0.0,
+        stop_token_ids=SamplingParams.from_config(rollout, run.tokenizer.eos_id).stop_token_ids,
+    )
+    shared = (run.engine, list(run.eval_prompts), run.tokenizer)
+    with phase(f"evaluating {len(run.eval_prompts)} prompts", often=True):
+        metrics = evaluate(*shared, greedy, run.groups, seed=run.config.seed)
+    if settings.pass_at:
+        sampling = replace(greedy, temperature=settings.temperature, top_p=settings.top_p)
+        samples = settings.samples_per_prompt or max(settings.pass_at)
+        with phase(f"sampling {samples} responses to each of them", often=True):
+            metrics |= evaluate_pass_at(
+                *shared,
+                sampling,
+                run.groups,
+                seed=run.config.seed,
+                pass_at=settings.pass_at,
+                samples_per_prompt=samples,
+            )
+    return metrics
 
 
 def evaluate(
