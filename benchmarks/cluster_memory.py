@@ -52,7 +52,7 @@ ARCHITECTURES = {
     ),
 }
 VOCABULARY = 151936
-COMPONENTS = ("student weights", "gradients", "optimizer", "activations", "teacher slots", "logits chunk")
+COMPONENTS = ("student weights", "gradients", "optimizer", "activations", "teacher slots", "loss")
 # student -> (ranks, TP, PP, EP, CP); the first is the recipe's own.
 LAYOUTS = {
     "qwen3_30b_a3b": [

@@ -234,6 +234,8 @@ def _check_transformer_field(key: str, value: Any, where: str) -> Any:
     if key != "activation_func" and value is not None and ("Callable" in str(hint) or "Context" in str(hint)):
         raise ConfigError(f"{where}: is a function of megatron-core's, which a configuration cannot name")
     allowed = _plain_types(hint)
+    if key == "q_lora_rank":  # declared an integer, but null is how megatron-core spells "not compressed"
+        allowed = {int, type(None)}
     if allowed is None or _fits(value, allowed):
         return value
     if float in allowed and isinstance(value, str):
