@@ -7,15 +7,20 @@ them, without an interpreter start: the ranks are forked from this process and c
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import json
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_mopd import train
 from megatron_mopd.config.loading import config_from_dict, save_config
@@ -175,3 +180,21 @@ def comparable(run_dir: Path) -> list[dict]:
         {k: v for k, v in line.items() if not k.startswith(clocks) and not k.endswith(loads)}
         for line in read_metrics(run_dir)
     ]
+
+
+def contents(checkpoint: Path) -> dict[str, str]:
+    """What a checkpoint of these tests holds: of a tensor the SHA-256 of its bytes, of everything else its
+    value. A pickle of equal values may differ in what it writes once and refers to afterwards.
+    """
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    found = {}
+    for index, place in metadata.storage_data.items():
+        with open(checkpoint / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            data = file.read(place.length)
+        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+            value = repr(torch.load(io.BytesIO(data), weights_only=False))
+        else:
+            value = hashlib.sha256(data).hexdigest()
+        found[f"{index.fqn} {tuple(index.offset or ())}"] = value
+    return found

@@ -88,7 +88,7 @@ def pickle_problem(checkpoint: Path) -> str | None:
     # Whatever a damaged or hostile file makes a reader raise.
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        return f"{name} is not readable as tensors and plain values: {reason}"
+        return f"{name} cannot be read as tensors and plain values: {reason}"
     return None
 
 

@@ -6,7 +6,6 @@ would, calls `fault(rank)` in each before it begins (to plant what goes wrong), 
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
@@ -26,7 +25,6 @@ import torch.distributed as dist
 
 from megatron_mopd import train
 from megatron_mopd.model import background_save
-from megatron_mopd.model.checksums import CHECKSUM_FILE
 from megatron_mopd.rollout import write_ahead
 from megatron_mopd.training import step
 from tests import _runs
@@ -142,13 +140,8 @@ def arguments(directory: Path, name: str, **sections) -> list[str]:
 
 
 def fingerprint(run_dir: Path, iteration: int = 6) -> dict[str, str]:
-    """SHA-256 of every tensor file of a checkpoint: weights and optimizer state, to the bit."""
-    path = run_dir / "checkpoints" / f"iter_{iteration:07d}" / CHECKSUM_FILE
-    return {
-        name: entry["sha256"]
-        for name, entry in json.loads(path.read_text()).items()
-        if name.endswith(".distcp")
-    }
+    """What a checkpoint holds: weights and optimizer state, to the bit."""
+    return _runs.contents(run_dir / "checkpoints" / f"iter_{iteration:07d}")
 
 
 def agree(found: list[dict], expected: list[dict]) -> bool:

@@ -173,9 +173,8 @@ def test_interrupted_run_continues_with_the_same_metrics(directory, base, expert
     assert "step 3/4" in outcome.stdout[0] and "step 2/4" not in outcome.stdout[0]
     assert _runs.comparable(path) == _runs.comparable(directory / "mopd")
     assert not (path / "checkpoints" / ".iter_0000004.incomplete").exists()
-    before = (directory / "mopd" / "checkpoints" / "iter_0000004").glob("*.distcp")
-    for file in before:
-        assert (path / "checkpoints" / "iter_0000004" / file.name).stat().st_size == file.stat().st_size
+    there, again = (run_dir / "checkpoints" / "iter_0000004" for run_dir in (directory / "mopd", path))
+    assert _runs.contents(again) == _runs.contents(there)
 
     # The run is over: started again it only evaluates.
     outcome = run(directory, "resumed", **sections)
