@@ -140,6 +140,11 @@ def test_slurm(record, tmp_path):
     assert (config.max_nodes, config.nproc_per_node) == (2, 8)
     assert (config.run_id, config.rdzv_endpoint) == ("1042", "n3:29442")
     assert seen["arguments"][-2:] == ["--config", "c.yaml"]
+    # A task of a job array.
+    _, seen = record(
+        "slurm.sbatch", "--config", "c_%a.yaml", "seed=%a", "x=5%", **job, SLURM_ARRAY_TASK_ID="7"
+    )
+    assert seen["arguments"][-4:] == ["--config", "c_7.yaml", "seed=7", "x=5%"]
 
 
 def test_kubernetes():
