@@ -1,6 +1,6 @@
 """What saving costs training: the same steps with and without checkpoints written beside them.
 
-    python benchmarks/checkpoint_overhead.py [--interval 50] [--repeats 5]
+    python benchmarks/checkpoint_overhead.py [--interval 50] [--repeats 5]      # about nine minutes
     torchrun --nproc-per-node 2 benchmarks/checkpoint_overhead.py parallel.expert_model_parallel_size=2
 
 Windows of `--interval` optimizer steps alternate in one process, on one model: one kind begins with a save
@@ -25,6 +25,7 @@ import torch.distributed as dist
 from trainer_overhead import make_batch, make_learner, timed
 
 from megatron_mopd.model.background_save import CheckpointWriter
+from megatron_mopd.observe.progress import progress
 from megatron_mopd.training.checkpoint import checkpoints_directory, save
 from megatron_mopd.training.step import plan_step, train_step
 
@@ -84,11 +85,11 @@ def measure(arguments: argparse.Namespace, learner) -> None:
 
     train_step(learner, [plan_step(learner, trajectories)])
     for _ in range(3):  # the first ones plan
-        with_save()
+        save(learner, next(iterations), NoTokenizer(), writer=writer)
+        writer.wait()
         remove(learner)
-    begun.clear()
     seconds: dict[str, list[float]] = {"saving": [], "not saving": [], "waiting": []}
-    for pair in range(arguments.repeats):
+    for pair in progress(range(arguments.repeats), "pairs of windows"):
         windows = [("saving", with_save), ("not saving", steps)]
         for name, window in windows if pair % 2 else reversed(windows):
             seconds[name].append(timed(window, learner.groups.device))
