@@ -1,12 +1,14 @@
-"""What saving costs training: the same steps with and without checkpoints written beside them.
+"""What saving costs training: the same steps with and without a checkpoint written beside them.
 
-    python benchmarks/checkpoint_overhead.py [--interval 50] [--repeats 5]      # about nine minutes
+    python benchmarks/checkpoint_overhead.py [--interval 50] [--repeats 40]      # about seven minutes
     torchrun --nproc-per-node 2 benchmarks/checkpoint_overhead.py parallel.expert_model_parallel_size=2
 
-Windows of `--interval` optimizer steps alternate in one process, on one model: one kind begins with a save
+Short windows of optimizer steps alternate in one process, on one model: one kind begins with a save
 (weights and optimizer state, checksums, atomic rename) and ends when the checkpoint is complete, the other
-saves nothing. The ratio of each pair of windows is taken and the median of the ratios printed; the target is
-at most 1.02. Beside it, what a save that training waits for would have cost.
+saves nothing. A save changes nothing outside its window, so the difference of a pair is what one save costs;
+the median over all pairs, divided by the time of `--interval` steps, is its share of a run. Windows as long
+as the interval would measure the machine's noise, of several percent, instead. Beside it: a save that
+training waits for.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 import torch.distributed as dist
 from trainer_overhead import make_batch, make_learner, timed
 
+from megatron_mopd.backend.host_memory import long_lived_objects
 from megatron_mopd.model.background_save import CheckpointWriter
 from megatron_mopd.observe.progress import progress
 from megatron_mopd.training.checkpoint import checkpoints_directory, save
@@ -46,7 +49,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="trajectories a step")
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--interval", type=int, default=50, help="steps from one checkpoint to the next")
-    parser.add_argument("--repeats", type=int, default=5, help="pairs of windows")
+    parser.add_argument(
+        "--window", type=int, default=3, help="steps in a window; a save has to fit into them"
+    )
+    parser.add_argument("--repeats", type=int, default=40, help="pairs of windows")
     parser.add_argument("--schedule", default="bubble_fill", help="schedule.kind")
     parser.add_argument("--directory", help="where checkpoints go; default: a temporary directory")
     parser.add_argument("layout", nargs="*", help="for example parallel.expert_model_parallel_size=2")
@@ -58,7 +64,8 @@ def main() -> None:
     dist.broadcast_object_list(directory, src=0)
     learner.config = dataclasses.replace(learner.config, run_dir=directory[0])
     try:
-        measure(arguments, learner)
+        with long_lived_objects():  # as in `megatron_mopd.train`
+            measure(arguments, learner)
     finally:
         if arguments.directory is None and dist.get_rank() == 0:
             shutil.rmtree(directory[0], ignore_errors=True)
@@ -67,10 +74,11 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, learner) -> None:
     trajectories, writer, iterations = make_batch(arguments.batch), CheckpointWriter(), iter(range(10**9))
-    begun: list[float] = []  # seconds that training waited for each save
+    begun: list[float] = []  # seconds that training waited when a save began
+    ended: list[float] = []  # and at the end of its window, for a save that was not complete
 
     def steps() -> None:
-        for _ in range(arguments.interval):
+        for _ in range(arguments.window):
             train_step(learner, [plan_step(learner, trajectories)])
 
     def with_save() -> None:
@@ -78,12 +86,14 @@ def measure(arguments: argparse.Namespace, learner) -> None:
         save(learner, next(iterations), NoTokenizer(), writer=writer)
         begun.append(time.perf_counter() - started)
         steps()
+        started = time.perf_counter()
         writer.wait()
+        ended.append(time.perf_counter() - started)
 
     def waited_for() -> None:
         save(learner, next(iterations), NoTokenizer())
 
-    train_step(learner, [plan_step(learner, trajectories)])
+    steps()
     for _ in range(3):  # the first ones plan
         save(learner, next(iterations), NoTokenizer(), writer=writer)
         writer.wait()
@@ -94,12 +104,13 @@ def measure(arguments: argparse.Namespace, learner) -> None:
         for name, window in windows if pair % 2 else reversed(windows):
             seconds[name].append(timed(window, learner.groups.device))
             remove(learner)
-        seconds["waiting"].append(timed(waited_for, learner.groups.device))
-        remove(learner)
+        if pair % 4 == 0:
+            seconds["waiting"].append(timed(waited_for, learner.groups.device))
+            remove(learner)
     size = torch.tensor([float(writer.nbytes)], dtype=torch.float64, device=learner.groups.device)
     dist.all_reduce(size)
     if dist.get_rank() == 0:
-        report(arguments, seconds, begun, size.item())
+        report(arguments, seconds, begun, ended, size.item())
 
 
 def remove(learner) -> None:
@@ -110,23 +121,35 @@ def remove(learner) -> None:
 
 
 def report(
-    arguments: argparse.Namespace, seconds: dict[str, list[float]], begun: list[float], size: float
+    arguments: argparse.Namespace,
+    seconds: dict[str, list[float]],
+    begun: list[float],
+    ended: list[float],
+    size: float,
 ) -> None:
-    ratios = [a / b for a, b in zip(seconds["saving"], seconds["not saving"])]
-    plain = statistics.median(seconds["not saving"])
-    waiting = statistics.median(seconds["waiting"])
+    costs = sorted(a - b for a, b in zip(seconds["saving"], seconds["not saving"]))
+    step = statistics.median(seconds["not saving"]) / arguments.window
+    interval = arguments.interval * step
+    # The interval of order statistics that holds the median with 95% confidence.
+    margin = round(0.98 * len(costs) ** 0.5)
+    low, high = costs[max(0, len(costs) // 2 - margin)], costs[min(len(costs) - 1, len(costs) // 2 + margin)]
+    cost, waiting = statistics.median(costs), statistics.median(seconds["waiting"])
     print(
         f"{arguments.kind}, {dist.get_world_size()} ranks, {' '.join(arguments.layout) or 'data parallel'}: "
-        f"a checkpoint of {size / 1e6:.1f} MB every {arguments.interval} steps, {arguments.repeats} pairs of "
-        "windows"
+        f"a checkpoint of {size / 1e6:.1f} MB every {arguments.interval} steps of {step:.3f} s; "
+        f"{len(costs)} pairs of windows"
     )
-    print(f"  a step without saving: median {plain / arguments.interval:.4f} s")
-    print(f"  training waits at a save: median {statistics.median(begun):.3f} s, most {max(begun):.3f} s")
     print(
-        f"  saving / not saving: median {statistics.median(ratios):.4f}, from {min(ratios):.4f} to "
-        f"{max(ratios):.4f}; target at most 1.02"
+        f"  training waits when a save begins: median {statistics.median(begun):.3f} s, most {max(begun):.3f}"
     )
-    print(f"  a save that training waits for: {waiting:.3f} s, a ratio of {1 + waiting / plain:.4f}")
+    print(f"  and for its end after {arguments.window} steps: median {statistics.median(ended):.3f} s")
+    print(f"  a save costs training {cost:.3f} s (95% interval of the median: {low:.3f} to {high:.3f})")
+    print(
+        f"  saving / not saving: {1 + cost / interval:.4f} ({1 + low / interval:.4f} to "
+        f"{1 + high / interval:.4f}); target at most 1.02"
+    )
+    print(f"  a save that training waits for: {waiting:.3f} s, {1 + waiting / interval:.4f}")
+    print(f"  shortest interval at 1.02: {max(1, round(cost / 0.02 / step))} steps")
 
 
 if __name__ == "__main__":

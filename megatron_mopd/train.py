@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from megatron_mopd.backend.failure import is_first_to_fail
+from megatron_mopd.backend.host_memory import long_lived_objects
 from megatron_mopd.backend.lifeline import LIFELINE_NOTICES
 from megatron_mopd.backend.parallel import seed_model_parallel
 from megatron_mopd.backend.watchdog import Watchdog
@@ -64,7 +65,7 @@ def train(config: Config) -> dict[str, float]:
         log.alarm(0, message)
     best = BestCheckpoint(checkpoints_directory(config.run_dir), config.checkpoint.best_metric, first)
     watchdog = Watchdog(60 * config.guard.hang_timeout_minutes, run_directory(config) / "stacks")
-    with contextlib.closing(log), watchdog, StopRequest(run.groups) as stop:
+    with contextlib.closing(log), watchdog, StopRequest(run.groups) as stop, long_lived_objects():
         metrics = iterate(run, first, alarms, log, best, watchdog, stop)
     run.lifeline.release()
     run.rewarder.close()
