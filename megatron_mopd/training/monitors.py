@@ -19,6 +19,11 @@ ENTROPY_COLLAPSE = 0.1
 """Share of the first batch's entropy below which sampling has become deterministic."""
 ALWAYS_CUT = 0.9
 """Share of responses that run into the length limit above which stop tokens are out of reach."""
+GRADIENT_SPIKE = 30.0
+"""Norm of the gradient, relative to the typical one so far, that a bad batch or broken hardware explains
+better than training does."""
+_STEPS_TO_KNOW = 3
+"""Steps before a gradient's norm is compared with the typical one."""
 FEWEST_VERDICTS = 64
 """So many verdicts of a domain in a row have to be equal before the reward counts as constant."""
 
@@ -55,6 +60,7 @@ class Alarms:
         self._first_entropy: dict[str, float] = {}
         self._equal: dict[str, tuple[float, int]] = {}
         self._failed: dict[str, int] = {}
+        self._typical_gradient = (0.0, 0)  # moving mean of the norm's logarithm, steps in it
 
     def state_dict(self) -> dict[str, Any]:
         """What has been seen so far, in plain containers: a resumed run raises the same alarms."""
@@ -64,6 +70,7 @@ class Alarms:
             "first_entropy": dict(self._first_entropy),
             "equal": {domain: list(seen) for domain, seen in self._equal.items()},
             "failed": dict(self._failed),
+            "typical_gradient": list(self._typical_gradient),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -73,6 +80,8 @@ class Alarms:
         self._first_entropy = dict(state["first_entropy"])
         self._equal = {domain: (value, count) for domain, (value, count) in state["equal"].items()}
         self._failed = dict(state["failed"])
+        mean, steps = state.get("typical_gradient", (0.0, 0))  # checkpoints of before have none
+        self._typical_gradient = mean, steps
 
     def rollout(
         self,
@@ -121,8 +130,8 @@ class Alarms:
         return alarms
 
     def step(self, metrics: Mapping[str, float]) -> list[str]:
-        """What the metrics of an optimizer step say about the divergence from the teachers."""
-        alarms = []
+        """What the metrics of an optimizer step say: its gradient, the divergence from the teachers."""
+        alarms = self._gradient(metrics.get("grad_norm", 0.0))
         for key, value in metrics.items():
             if not key.startswith("kl/"):
                 continue
@@ -142,6 +151,23 @@ class Alarms:
                 again=False,
             )
         return alarms
+
+    def _gradient(self, norm: float) -> list[str]:
+        if not (math.isfinite(norm) and norm > 0):
+            return []
+        mean, steps = self._typical_gradient
+        typical = math.exp(mean)
+        is_spike = steps >= _STEPS_TO_KNOW and norm > GRADIENT_SPIKE * typical
+        # At most a spike's worth goes into the mean, so that one bad step does not hide the next.
+        limited = min(norm, GRADIENT_SPIKE * typical) if steps else norm
+        weight = max(0.05, 1 / (steps + 1))
+        self._typical_gradient = mean + weight * (math.log(limited) - mean), steps + 1
+        return self._once(
+            "gradient",
+            is_spike,
+            f"the gradient's norm is {norm:.3g}, {norm / typical:.0f} times the usual {typical:.3g}: a batch "
+            "unlike the others, too large an optimizer.lr, or broken hardware",
+        )
 
     def _once(self, key: str, holds: bool, message: str, again: bool = True) -> list[str]:
         """`message` when `holds` begins to be true; with `again` also after it was false in between."""

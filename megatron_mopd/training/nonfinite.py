@@ -1,4 +1,8 @@
-"""Steps whose loss or gradient is not finite: left out on all ranks alike, counted, with evidence on disk."""
+"""Steps whose loss or gradient is not finite: left out on all ranks alike, counted, with evidence on disk.
+
+A gradient whose square overflows float32 counts as not finite: its norm would be infinite, and clipping would
+turn every other gradient into zero. A flipped exponent bit in memory or on the way looks like that.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,9 @@ import torch.distributed as dist
 
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.data.trajectory import Trajectory
+
+LARGEST_GRADIENT = 1e18
+"""Largest magnitude of a gradient's element; with it the sum of 3e2 squares still is a float32."""
 
 
 @dataclass
@@ -40,7 +47,7 @@ def all_finite(loss: float, chunks: Sequence[torch.nn.Module], groups: ParallelG
             if buffer.grad_data.numel():
                 # The largest magnitude is NaN or infinite when one element is, and needs no copy of them all.
                 largest = torch.linalg.vector_norm(buffer.grad_data, math.inf)
-                bad += (~torch.isfinite(largest)).float()
+                bad += (~(largest <= LARGEST_GRADIENT)).float()  # NaN is not less than anything
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     return not bad.item()
 
@@ -64,7 +71,7 @@ def save_evidence(
     for number, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():
             gradient = getattr(parameter, "main_grad", None)
-            if gradient is not None and (count := int((~torch.isfinite(gradient)).sum())):
+            if gradient is not None and (count := int((~(gradient.abs() <= LARGEST_GRADIENT)).sum())):
                 names[f"chunk {number}: {name}"] = {"not_finite": count, "elements": gradient.numel()}
     if names:
         (path / f"rank_{groups.rank}.json").write_text(json.dumps(names, indent=1))

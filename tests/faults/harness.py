@@ -259,7 +259,8 @@ def broken_gradients(steps: set[int], victim: int = 1, value: float = float("nan
 
 
 def flipped_gradient_bit(number: int, victim: int, bit: int) -> Callable[[int], None]:
-    """On rank `victim` one bit of one float32 gradient element is flipped in its `number`-th step."""
+    """On rank `victim` one bit of one float32 gradient element, of those that its optimizer reads, is flipped
+    in its `number`-th step."""
 
     def fault(rank: int) -> None:
         if rank != victim:
@@ -269,8 +270,11 @@ def flipped_gradient_bit(number: int, victim: int, bit: int) -> Callable[[int], 
         def wrapped(loss, chunks, groups):
             calls[0] += 1
             if calls[0] == number:
-                weight = dict(chunks[0].named_parameters())["module.decoder.final_layernorm.weight"]
-                weight.main_grad.view(torch.int32)[3] ^= 1 << bit
+                # The distributed optimizer of a rank reads its own share of the reduced gradients.
+                buffer = chunks[0].buffers[0]
+                bits = buffer.buckets[0].grad_data.view(torch.int32)
+                mine = bits.chunk(buffer.data_parallel_world_size)[buffer.data_parallel_group.rank()]
+                mine[mine.nonzero()[0]] ^= torch.tensor(1 << bit).to(torch.int32)
             return original(loss, chunks, groups)
 
         step.all_finite = wrapped

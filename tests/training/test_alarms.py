@@ -1,12 +1,14 @@
 """Runs that go wrong without an error: wrong checkpoints, rewards that say nothing; and combinations with a
 wrong gradient, which the configuration refuses."""
 
+import math
+
 import pytest
 
 from megatron_mopd.config import ConfigError, TeacherConfig, config_from_dict
 from megatron_mopd.teachers.routing import Routing
 from megatron_mopd.training.guards import first_step_alarms
-from megatron_mopd.training.monitors import FEWEST_VERDICTS, KL_CEILING, Alarms
+from megatron_mopd.training.monitors import FEWEST_VERDICTS, GRADIENT_SPIKE, KL_CEILING, Alarms
 from tests._models import trajectory
 
 TEACHERS = [TeacherConfig("expert", "e"), TeacherConfig("other", "o", kl_floor=0.01, kl_ceiling=9.0)]
@@ -36,6 +38,19 @@ def test_a_teacher_that_has_nothing_in_common_with_the_student():
     assert alarms.step({"kl/math": 0.2, "loss": 9.0}) == []
     (alarm,) = Alarms().step({"kl/math": 2 * KL_CEILING})
     assert "'math'" in alarm and "is its teacher the right one?" in alarm
+
+
+def test_a_gradient_unlike_the_others():
+    alarms = Alarms()
+    norms = [2.0, 1.0, 0.9, 1.1, 0.2 * GRADIENT_SPIKE, 3 * GRADIENT_SPIKE, math.nan, 1.0, 4 * GRADIENT_SPIKE]
+    said = [alarms.step({"grad_norm": norm}) for norm in norms]
+    assert [len(messages) for messages in said] == [0, 0, 0, 0, 0, 1, 0, 0, 1]
+    assert "the gradient's norm is 90" in said[5][0] and "broken hardware" in said[5][0]
+    assert Alarms().step({"grad_norm": 1e6}) == []  # nothing to compare the first steps with
+
+    resumed = Alarms()
+    resumed.load_state_dict(alarms.state_dict())
+    assert resumed.step({"grad_norm": 1.0}) == [] and len(resumed.step({"grad_norm": 1e6})) == 1
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
