@@ -18,6 +18,7 @@
 #   LOCAL_ADDR      this node's address, when its host name does not resolve on the other nodes
 #   RDZV_CONF       more settings of the rendezvous, such as keep_alive_interval=2,keep_alive_max_attempt=3 (a node
 #                   that is silent for the product, 15 s by default, counts as lost)
+#   STOP_TIMEOUT    seconds that ranks get to finish their step and save once the launcher was asked to stop (870)
 #   MODULE          what every rank runs (megatron_mopd.train); megatron_mopd.commands.doctor examines the hosts
 #                   and measures the network instead, with the very same launch
 #   PYTHON          the interpreter (python)
@@ -62,10 +63,16 @@ fi
 # Output shows at once, not when a buffer is full: a killed rank's last words are then in the log.
 export PYTHONUNBUFFERED=1
 
+# Asked to stop (SIGTERM, or SIGUSR1 from Slurm), torchrun passes the signal on, and the ranks finish their step and
+# save. It would end at SIGUSR1 itself, and kill the ranks after 30 s. Ranks that are stopped because another one
+# failed still get 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${STOP_TIMEOUT:-870}
+
 arguments=(
   --nproc-per-node "${NPROC_PER_NODE:-$default_ranks}"
   --nnodes "$nnodes"
   --max-restarts "${MAX_RESTARTS:-0}"
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 )
 if [[ -n ${RDZV_ENDPOINT:-} ]]; then
   # torchrun takes a node for the endpoint's host when the node's name resolves to the same address. In many

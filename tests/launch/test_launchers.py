@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,38 @@ def test_one_node(record):
     assert "NCCL_SOCKET_IFNAME" not in seen["environment"]
 
 
+def test_ranks_have_time_to_save(record):
+    """Slurm's signal is passed on, and ranks get longer than torchrun's 30 s; less than a pod does."""
+    _, seen = record("train.sh", "--config", "c.yaml")
+    handled = config_from_args(torchrun(seen))[0].signals_to_handle.split(",")
+    assert {"SIGTERM", "SIGINT", "SIGUSR1"} <= set(handled)
+    patience = int(seen["environment"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    (job_set,) = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert 600 < patience < pod["terminationGracePeriodSeconds"]
+    _, seen = record("train.sh", "--config", "c.yaml", STOP_TIMEOUT="60")
+    assert seen["environment"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "60"
+
+
+def test_torchrun_passes_slurms_signal_on(tmp_path):
+    """For real: without being told, torchrun ends at once and leaves its ranks behind (torch 2.13)."""
+    (tmp_path / "stoppable.py").write_text(
+        "import signal, sys, time\n"
+        "def save(*_):\n    time.sleep(0.5)\n    print('saved', flush=True)\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGUSR1, save)\nprint('started', flush=True)\ntime.sleep(120)\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    environment = kept | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
+    environment |= {"MODULE": "stoppable", "NPROC_PER_NODE": "2"}
+    command = ["bash", str(LAUNCH / "train.sh")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command, env=environment, **pipes)
+    assert [process.stdout.readline() for _ in range(2)] == ["started\n"] * 2
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=60)[0] == "saved\n" * 2
+    assert process.returncode == 1
+
+
 def test_several_nodes(record):
     settings = dict(
         NNODES="4",
@@ -118,23 +152,27 @@ def test_gpus_are_found_however_slowly_they_are_listed(record, tmp_path):
     assert seen["environment"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
 
 
-def test_slurm(record, tmp_path):
-    """With srun that starts its command once, as on the first of two nodes."""
-    srun = tmp_path / "srun"
-    srun.write_text('#!/usr/bin/env bash\n[[ $1 == --kill-on-bad-exit=1 ]] || exit 9\nshift\nexec "$@"\n')
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(
-        '#!/usr/bin/env bash\n[[ $1,$2,$3 == "show,hostnames,n[3-4]" ]] && echo n3 && sleep 0.1 && echo n4\n'
-    )
-    for script in (srun, scontrol):
-        script.chmod(0o755)
-    job = dict(
+@pytest.fixture
+def job(tmp_path):
+    """A job's environment, with srun that starts its command once, as on the first of two nodes."""
+    programs = {
+        "srun": '[[ $1,$2 == --kill-on-bad-exit=1,--cpu-bind=none ]] || exit 9\nshift 2\nexec "$@"',
+        "scontrol": f'[[ $1 == requeue ]] && echo "$2" >> {tmp_path}/requeued && exit\n'
+        '[[ $1,$2,$3 == "show,hostnames,n[3-4]" ]] && echo n3 && sleep 0.1 && echo n4',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    return dict(
         SLURM_JOB_NODELIST="n[3-4]",
         SLURM_NNODES="2",
         SLURM_JOB_ID="1042",
         SLURM_SUBMIT_DIR=str(LAUNCH.parent),
         NPROC_PER_NODE="8",
     )
+
+
+def test_slurm(record, job):
     _, seen = record("slurm.sbatch", "--config", "c.yaml", **job)
     config, *_ = config_from_args(torchrun(seen))
     assert (config.max_nodes, config.nproc_per_node) == (2, 8)
@@ -147,6 +185,38 @@ def test_slurm(record, tmp_path):
     assert seen["arguments"][-4:] == ["--config", "c_7.yaml", "seed=7", "x=5%"]
 
 
+@pytest.mark.parametrize(
+    "saves_with, array, requeued",
+    [
+        (1, {}, "1042\n"),
+        (1, {"SLURM_ARRAY_JOB_ID": "1040", "SLURM_ARRAY_TASK_ID": "2"}, "1040_2\n"),
+        (0, {}, None),  # that was the last iteration
+    ],
+)
+def test_a_slurm_job_that_is_asked_to_stop(job, tmp_path, saves_with, array, requeued):
+    """The script waits until the step has saved, and is requeued when its time limit came first."""
+    launched = tmp_path / "python"
+    launched.write_text(
+        "#!/usr/bin/env bash\n"
+        f'trap "sleep 0.3; echo saved; exit {saves_with}" USR1\n'
+        "echo started\nfor n in {1..300}; do sleep 0.1; done\n"
+    )
+    launched.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    environment = os.environ | job | array | {"PYTHON": str(launched), "PATH": path}
+    command = ["bash", str(LAUNCH / "slurm.sbatch"), "--config", "c.yaml"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGTERM)  # of a preemption, which the step gets by itself
+    time.sleep(0.3)
+    assert process.poll() is None, "it waits for the step"
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=60)[0] == "saved\n"
+    assert process.returncode == saves_with
+    record = tmp_path / "requeued"
+    assert (record.read_text() if record.exists() else None) == requeued
+
+
 def test_kubernetes():
     """The file is YAML, sets what train.sh reads, and says the number of nodes everywhere alike."""
     (job_set,) = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
@@ -157,6 +227,9 @@ def test_kubernetes():
     assert (LAUNCH.parent / container["command"][0]).samefile(LAUNCH / "train.sh")
     environment = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert set(environment) <= SETTINGS
+    # A JobSet without it is refused: https://github.com/kubernetes-sigs/jobset/issues/377
+    for rule in spec["podFailurePolicy"]["rules"]:
+        assert [condition["status"] for condition in rule["onPodConditions"]] == ["True"]
     assert spec["completions"] == spec["parallelism"] == int(environment["NNODES"])
     name = job_set["metadata"]["name"]
     host, port = environment["RDZV_ENDPOINT"].split(":")
