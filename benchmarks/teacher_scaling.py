@@ -5,8 +5,9 @@
     python benchmarks/teacher_scaling.py --slow-store       # load time hidden behind scoring time
 
 The same trajectories, in as many domains as the largest count, are scored by 1, 2, 4 or 12 teachers; the
-number of scored tokens does not change. Medians over interleaved steps, so that what else the machine does
-falls on all counts alike.
+number of scored tokens does not change. Every data-parallel rank has one full micro-batch of each domain, so
+that twelve teachers need no more micro-batches than one. Medians over interleaved steps, so that what else
+the machine does falls on all counts alike.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from megatron_mopd.teachers.routing import Routing
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_mopd.training.step import Learner, plan_step, train_step
 
-VOCAB, SEQUENCE_LENGTH, DOMAINS = 2000, 64, 12
+VOCAB, SEQUENCE_LENGTH, DOMAINS, MICRO_BATCH = 2000, 64, 12, 4
 MODEL = dict(
     num_layers=4,
     hidden_size=128,
@@ -102,7 +103,10 @@ def configuration(directory: str, mode: str, dtype: str | None) -> Config:
     return config_from_dict(
         {
             "run_dir": directory,
-            "schedule": {"global_batch_size": 48, "micro_batch_size": 4},
+            "schedule": {
+                "global_batch_size": DOMAINS * MICRO_BATCH * dist.get_world_size(),
+                "micro_batch_size": MICRO_BATCH,
+            },
             "teacher_storage": {"mode": mode, "dtype": dtype},
             "optimizer": {"use_distributed_optimizer": False},
         }
@@ -124,12 +128,13 @@ def learner(config, groups, teachers: int, directory: Path) -> Learner:
 
 
 def trajectories(seed: int) -> list[Trajectory]:
-    """48 trajectories of 48 tokens, half of them response, four in each of twelve domains."""
+    """Trajectories of 48 tokens, half of them response: of each domain a micro-batch for each rank."""
     rng = random.Random(seed)
     result = []
-    for index in range(48):
+    for index in range(DOMAINS * MICRO_BATCH * dist.get_world_size()):
         ids = [rng.randrange(VOCAB) for _ in range(48)]
-        prompt = Prompt("", tuple(ids[:24]), f"domain{index % 12:02d}", None, "exact_match", None, index, "")
+        domain = f"domain{index % DOMAINS:02d}"
+        prompt = Prompt("", tuple(ids[:24]), domain, None, "exact_match", None, index, "")
         result.append(Trajectory(prompt, tuple(ids[24:]), index))
     return result
 
