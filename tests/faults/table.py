@@ -84,7 +84,8 @@ def outcome(job: Job, run_dir: Path, reference: Path) -> str:
     if any(job.statuses):
         return f"ends with {job.statuses}"
     if harness.fingerprint(run_dir) != harness.fingerprint(reference):
-        return "other weights"
+        left_out = [line for line in _runs.comparable(run_dir) if "skipped_steps" in line]
+        return "other weights" + (", a step less" if left_out else "")
     same = _runs.comparable(run_dir) == _runs.comparable(reference)
     return "equal" if same else "weights equal, log-probs of continued responses to rounding"
 
