@@ -13,8 +13,6 @@ recipes=$(dirname "$0")/recipes
 
 declare -A tasks=(
   [leg_counting]='{min_animals: 2, max_animals: 2, max_instances: 3}'
-  [simple_equations]='{min_terms: 2, max_terms: 2, max_value: 9, operators: ["+", "-"], operators_weights: [0.5, 0.5]}'
-  [spiral_matrix]='{min_n: 2, max_n: 3}'
   [palindrome_generation]='{min_length: 3, max_length: 4}'
 )
 
