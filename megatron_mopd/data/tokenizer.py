@@ -42,6 +42,9 @@ _HUGGING_FACE_PATTERNS = (
     "chat_template.*",
     "additional_chat_templates",
 )
+_PROBE = "a Z 0 9 + \u00e9 \u6f22 \n"
+"""What a tokenizer has to be able to cut into tokens, or be refused before a run: letters, digits, and what
+most vocabularies have no token of its own for."""
 
 
 class Tokenizer(Protocol):
@@ -89,9 +92,11 @@ class SentencePieceTokenizer:
         try:
             self._proto = Path(model_file).read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._proto)
-        except (OSError, RuntimeError) as error:
+            self.vocab_size = self._processor.vocab_size()
+            self._processor.id_to_piece(list(range(self.vocab_size)))  # every piece is text
+            self._processor.encode(_PROBE)
+        except (OSError, RuntimeError, ValueError) as error:  # ValueError: text that is not UTF-8
             raise ConfigError(f"{model_file}: not a SentencePiece model: {_one_line(error)}") from None
-        self.vocab_size = self._processor.vocab_size()
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
             raise ConfigError(f"{model_file}: the SentencePiece model has no end-of-sequence token")
@@ -128,19 +133,20 @@ class HuggingFaceTokenizer:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(directory), local_files_only=True, trust_remote_code=False
             )
+            self._vocab = self._tokenizer.get_vocab()
+            # Not len(vocab): ids may have holes, and every id must be a row of the embedding.
+            self.vocab_size = max(self._vocab.values()) + 1
+            self.decode(self.encode(_PROBE))
+            first = self._tokenizer("a")["input_ids"][:1]
         except Exception as error:  # whatever a broken directory raises, it is the user's to mend
             raise ConfigError(f"{directory}: not a usable tokenizer directory: {_one_line(error)}") from None
         if self._tokenizer.eos_token_id is None:
             raise ConfigError(f"{directory}: the tokenizer has no end-of-sequence token (eos_token)")
-        self._vocab = self._tokenizer.get_vocab()
-        # Not len(vocab): ids may have holes, and every id must be a row of the embedding.
-        self.vocab_size = max(self._vocab.values()) + 1
         self.eos_id = self._tokenizer.eos_token_id
         pad_id, bos_id = self._tokenizer.pad_token_id, self._tokenizer.bos_token_id
         self.pad_id = self.eos_id if pad_id is None else pad_id
         # Many tokenizers name a beginning-of-sequence token that they never put before a text.
-        uses_bos = bos_id is not None and self._tokenizer("a")["input_ids"][:1] == [bos_id]
-        self.bos_id = bos_id if uses_bos else None
+        self.bos_id = bos_id if bos_id is not None and first == [bos_id] else None
         self.has_chat_template = self._tokenizer.chat_template is not None
 
     def encode(self, text: str) -> list[int]:

@@ -203,6 +203,29 @@ def test_bad_paths(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_that_cannot_encode(huggingface_directory, tmp_path):
+    """It loads, and fails at the first text: refused before a run."""
+    directory = shutil.copytree(huggingface_directory, tmp_path / "copy")
+    settings = json.loads((directory / "tokenizer_config.json").read_text()) | {"model_max_length": "long"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="not a usable tokenizer directory"):
+        load_tokenizer(directory)
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="<unk>"))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    fast.save_pretrained(tmp_path / "words")
+    with pytest.raises(ConfigError, match="UNK"):
+        load_tokenizer(tmp_path / "words")
+
+
+def test_a_piece_that_is_not_text(sentencepiece_file, tmp_path):
+    model = bytearray(sentencepiece_file.read_bytes())
+    model[model.index("\u2581".encode())] = 0xB5
+    (tmp_path / "damaged.model").write_bytes(model)
+    with pytest.raises(ConfigError, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path / "damaged.model")
+
+
 def test_code_in_a_directory_is_never_run(huggingface_directory, tmp_path):
     shutil.copytree(huggingface_directory, tmp_path / "hf")
     config_file = tmp_path / "hf" / "tokenizer_config.json"

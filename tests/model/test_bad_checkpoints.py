@@ -144,6 +144,12 @@ def test_settings_that_nothing_here_computes(model, changes, message):
     refused(model, message)
 
 
+@pytest.mark.parametrize("theta", [[10000.0], {"a": 1}, "many"])
+def test_a_value_of_another_type(model, theta):
+    configure(model, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    refused(model, "config.json")
+
+
 def test_damaged_configuration(model):
     (model / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="no complete checkpoint"):

@@ -208,9 +208,14 @@ class Family:
         compute."""
         try:
             changed = self.to_megatron(config)
+            values = {ours: getattr(config, theirs) for theirs, ours in self.fields.items()}
         except Unsupported as problem:
             raise ConfigError(f"{where}: {problem}") from None
-        values = {ours: getattr(config, theirs) for theirs, ours in self.fields.items()}
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            # transformers checks few types and ranges: a list where a number belongs, no attention heads.
+            raise ConfigError(
+                f"{where}: config.json has a value that makes no sense: {type(error).__name__}: {error}"
+            ) from None
         values = {**self.constants, **values, **changed}
         for name in [name for name, value in changed.items() if value is None]:
             del values[name]  # the field's own default
