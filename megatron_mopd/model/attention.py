@@ -101,12 +101,17 @@ class ScaledDotProductAttention(MegatronModule):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments) -> Tensor:
         """Gather each bucket's documents into rows, attend causally, scatter back. All inputs [T, 1, heads,
-        d].
+        d]. Documents that continue a shared one see it before themselves.
         """
         output = query.new_zeros(query.size(0), query.size(2), value.size(3))
-        for index, valid in documents.buckets:
-            rows = [x.squeeze(1)[index].transpose(1, 2) for x in (query, key, value)]
-            attended = self._attend(*rows, causal=True).transpose(1, 2)
+        for number, (index, valid) in enumerate(documents.buckets):
+            seen, how = index, {"causal": True}
+            if documents.shared and number > 0:
+                before = torch.arange(documents.shared, device=index.device).expand(len(index), -1)
+                seen = torch.cat((before, index), dim=1)
+                how = {"mask": causal_lower_right(index.size(1), seen.size(1))}
+            rows = [x.squeeze(1)[i].transpose(1, 2) for x, i in ((query, index), (key, seen), (value, seen))]
+            attended = self._attend(*rows, **how).transpose(1, 2)
             output = output.index_put((index[valid],), attended[valid])
         return output.transpose(0, 1).unsqueeze(0)
 

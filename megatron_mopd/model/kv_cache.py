@@ -13,12 +13,14 @@ class KeyValueCache(StaticInferenceContext):
     Of one row and group, all positions lie together: that is how attention reads them, once per decoded
     token. All rows share one write position, `sequence_len_offset`, so prompts end at the same one, and the
     attention mask hides what lies before a shorter prompt. The prompts themselves arrive packed, end to end
-    in one row, and are laid out here: no forward pass computes padding. It is megatron-core's static context,
+    in one row, and are laid out here: no forward pass computes padding, nor twice what all prompts begin
+    with. It is megatron-core's static context,
     so its modules accept it; storage and row handling are ours.
     """
 
-    def __init__(self, prompt_lengths: Tensor, max_sequence_length: int):
-        """Rows for as many prompts as there are `prompt_lengths` [rows], in tokens."""
+    def __init__(self, prompt_lengths: Tensor, max_sequence_length: int, shared: int = 0):
+        """Rows for as many prompts as there are `prompt_lengths` [rows], in tokens. Their first `shared`
+        tokens are the same, and arrive once, before the rest of each."""
         super().__init__(len(prompt_lengths), max_sequence_length)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.longest_prompt = int(prompt_lengths.max())
@@ -26,7 +28,11 @@ class KeyValueCache(StaticInferenceContext):
         device = prompt_lengths.device
         self._rows = torch.arange(len(prompt_lengths), device=device).repeat_interleave(prompt_lengths)
         shift = self.longest_prompt - prompt_lengths.cumsum(0)
-        self._columns = torch.arange(len(self._rows), device=device) + shift[self._rows]
+        place = torch.arange(len(self._rows), device=device)
+        self._columns = place + shift[self._rows]
+        # The same of the packed row, where only the first prompt brings the shared tokens.
+        start = (prompt_lengths.cumsum(0) - prompt_lengths)[self._rows]
+        self._arrival = torch.where(place - start < shared, place - start, place - shared * self._rows)
 
     def append(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens' key and value, and return those that their queries may look at.
@@ -46,8 +52,8 @@ class KeyValueCache(StaticInferenceContext):
             )
         keys, values = self._layers[layer_number]
         if self.sequence_len_offset == 0:
-            keys[self._rows, :, self._columns] = key.squeeze(1)
-            values[self._rows, :, self._columns] = value.squeeze(1)
+            keys[self._rows, :, self._columns] = key.squeeze(1)[self._arrival]
+            values[self._rows, :, self._columns] = value.squeeze(1)[self._arrival]
             return key, value
         end = self.sequence_len_offset + key.size(0)
         assert end <= self.max_sequence_length, f"KV cache of {self.max_sequence_length} positions is full"

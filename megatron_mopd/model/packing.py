@@ -27,20 +27,24 @@ class PackedDocuments(PackedSeqParams):
     """
     whole: bool = False
     """Every context-parallel rank holds the documents whole, as it does while sampling."""
+    shared: int = 0
+    """All documents continue this many tokens at the start of the row: a document of its own, the first, and
+    the only one of the first bucket."""
 
     @classmethod
     def from_lengths(
-        cls, lengths: list[int], device: torch.device, *, whole: bool = False
+        cls, lengths: list[int], device: torch.device, *, whole: bool = False, first_is_shared: bool = False
     ) -> PackedDocuments:
         """Documents grouped into buckets whose padded length is the longest member's, at most twice the
-        shortest's.
+        shortest's. With `first_is_shared` the others continue the first, and attend to it as well.
         """
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
         groups: dict[int, list[int]] = {}
         for document, length in enumerate(lengths):
-            groups.setdefault(max(length - 1, 0).bit_length(), []).append(document)
+            bucket = -1 if first_is_shared and document == 0 else max(length - 1, 0).bit_length()
+            groups.setdefault(bucket, []).append(document)
         buckets = []
         for _, documents in sorted(groups.items()):
             longest = max(lengths[d] for d in documents)
@@ -62,4 +66,5 @@ class PackedDocuments(PackedSeqParams):
             lengths=tuple(lengths),
             buckets=buckets,
             whole=whole,
+            shared=lengths[0] if first_is_shared else 0,
         )

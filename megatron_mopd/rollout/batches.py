@@ -13,6 +13,8 @@ from megatron_mopd.model.packing import PackedDocuments
 from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.write_ahead import CONTINUES, CUT, STOPPED, Piece
 
+_SHORTEST_SHARED = 8
+"""Tokens that prompts must begin with in common for these to be read only once."""
 _CACHE_GRANULARITY = 64
 """Cache lengths are multiples of this, so that whatever megatron-core tabulates by length is made only a few
 times."""
@@ -64,8 +66,8 @@ class DecodingBatch:
 
     Its state is a function of the requests and of the sampled tokens, so every rank of a pipeline keeps its
     own copy and only hidden states and sampled tokens travel. The first forward pass reads each distinct
-    prompt once, packed, so that no padding is computed; rows are multiplied to the samples of a prompt
-    afterwards, caches included. Rows that have
+    prompt once, packed, so that no padding is computed, and what all begin with (a system prompt, examples)
+    once for all; rows are multiplied to the samples of a prompt afterwards, caches included. Rows that have
     finished leave the batch when they are an eighth of it: below that, copying the cache costs more than the
     rows do.
     """
@@ -105,16 +107,19 @@ class DecodingBatch:
         self._stopped = torch.zeros(len(requests), dtype=torch.bool, device=device)
 
         total = -(-(longest + steps) // _CACHE_GRANULARITY) * _CACHE_GRANULARITY
-        self.cache = KeyValueCache(self._prompt_lengths, total)
+        self._shared = shared = _shared_length(prompts)
+        self.cache = KeyValueCache(self._prompt_lengths, total, shared)
         before = (longest - self._prompt_lengths).unsqueeze(1)
         self._is_before_prompt = torch.arange(total, device=device) < before
+        documents = [range(shared)] * (shared > 0) + [range(shared, len(prompt)) for prompt in prompts]
         self.documents: PackedDocuments | None = PackedDocuments.from_lengths(
-            [len(prompt) for prompt in prompts], device, whole=True
+            list(map(len, documents)), device, whole=True, first_is_shared=shared > 0
         )
         """Borders of the prompts while the next forward pass reads them, `None` afterwards."""
-        self.input_ids = per_row([[token for prompt in prompts for token in prompt]])
+        own = [token for prompt in prompts for token in prompt[shared:]]
+        self.input_ids = per_row([[*prompts[0][:shared], *own]])
         """Tokens that the next forward pass reads: [1, all prompts' tokens], then [rows, 1]."""
-        self.position_ids = per_row([[position for prompt in prompts for position in range(len(prompt))]])
+        self.position_ids = per_row([[position for document in documents for position in document]])
         """Their positions in their own document, of the same shape."""
 
     @property
@@ -138,7 +143,7 @@ class DecodingBatch:
         """Final hidden states [new, rows, h] -> those that are sampled from, one per response [b, h]."""
         if self.documents is None:
             return hidden[0]
-        return hidden[self._prompt_lengths.cumsum(0) - 1, 0]
+        return hidden[self._shared - 1 + (self._prompt_lengths - self._shared).cumsum(0), 0]
 
     def expand(self, logits: Tensor) -> Tensor:
         """Logits of the rows of the forward pass, one row per response that is being sampled [b, V/tp]."""
@@ -261,9 +266,22 @@ class DecodingBatch:
             decoded[slots, step - 1, first:last] = experts.transpose(0, 1)
         prefill, decoded = prefill.cpu(), decoded.cpu()
         prompts = dict.fromkeys(request.token_ids for request in self.requests)
-        parts = prefill.transpose(0, 1).split([len(prompt) for prompt in prompts])
-        of_prompt = dict(zip(prompts, parts, strict=True))
+        shared, *parts = prefill.transpose(0, 1).split(
+            [self._shared, *(len(prompt) - self._shared for prompt in prompts)]
+        )
+        of_prompt = {prompt: torch.cat((shared, part)) for prompt, part in zip(prompts, parts, strict=True)}
         return [
             torch.cat([of_prompt[request.token_ids], decoded[i, : length - 1]])
             for i, (request, length) in enumerate(zip(self.requests, lengths))
         ]
+
+
+def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens of all prompts are read once: those they begin with in common, but not a whole prompt,
+    and none where it would hardly save anything."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # in the order of their tokens: all others lie between
+    common = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    common = min(common, min(map(len, prompts)) - 1)
+    return common if common >= _SHORTEST_SHARED else 0

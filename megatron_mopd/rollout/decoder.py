@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mopd.backend.packed_weights import PackedWeights
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.model.gpt import HiddenStateGPT
 from megatron_mopd.model.kv_cache import KeyValueCache
@@ -43,10 +44,11 @@ class Decoder:
         vocab_size: int,
         sampling: SamplingParams,
         seed: int,
+        weights: PackedWeights,
         on_token: OnToken | None = None,
         log: RolloutLog | None = None,
     ):
-        self._on_token, self._log = on_token, log
+        self._weights, self._on_token, self._log = weights, on_token, log
         self._chunks, self._groups = chunks, groups
         self._sampling, self._seed, self._vocab_size = sampling, seed, vocab_size
         self._rank, self._size = groups.pp.rank(), groups.pp_size
@@ -131,7 +133,7 @@ class Decoder:
         if piece < self._stages - 1:
             return hidden.contiguous()
         weight = chunk.head_weight()
-        logits = batch.expand(batch.sampled_states(hidden) @ weight.t())
+        logits = batch.expand(self._weights.linear(batch.sampled_states(hidden), weight))
         sampled = sample_tokens(
             logits,
             VocabShard.of(weight.size(0), self._groups.tp, self._vocab_size),

@@ -20,6 +20,9 @@ from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.routing import RoutingRecords
 from megatron_mopd.rollout.write_ahead import STOPPED, Known, RolloutLog
 
+_WORTH_PACKING = 32
+"""Decoding steps from which on laying out the weights for them pays."""
+
 
 class MegatronEngine:
     """Samples from the student's chunks on this rank, with a KV cache; see `RolloutEngine`.
@@ -96,8 +99,11 @@ class MegatronEngine:
         batches = split_evenly(shares[groups.dp.rank()], rows_per_lane, groups.pp_size)
         responses, by_index = complete, {}
         if open_prompts:
-            with decoding_mode(self._chunks):
-                decoder = Decoder(self._chunks, groups, self._vocab_size, sampling, seed, on_token, log)
+            rows = max(map(len, batches), default=1) if sampling.max_new_tokens >= _WORTH_PACKING else None
+            with decoding_mode(self._chunks, packed_for_rows=rows) as weights:
+                decoder = Decoder(
+                    self._chunks, groups, self._vocab_size, sampling, seed, weights, on_token, log
+                )
                 decoded = decoder.run(batches)
             by_index = {request.index: response for request, response in decoded}
             mine = [by_index[request.index] for request in shares[groups.dp.rank()]]

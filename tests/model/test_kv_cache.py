@@ -1,17 +1,19 @@
 """The KV cache: what was stored comes back, row by row, whatever rows have left or multiplied."""
 
+import pytest
 import torch
 
 from megatron_mopd.model.kv_cache import KeyValueCache
 
 
-def test_rows_multiply_and_leave():
+@pytest.mark.parametrize("shared", [0, 2])
+def test_rows_multiply_and_leave(shared):
     """Packed prompts and one token a row, rows reordered in between, against plain slices; views, not
-    copies."""
+    copies. With shared tokens, every prompt begins with the first of the packed row."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([2, 5, 1])
-    first = [torch.randn(8, 1, 2, width, generator=generator) for width in (4, 6)]  # key and value differ
-    cache = KeyValueCache(lengths, 8)
+    first = [torch.randn(8 + shared, 1, 2, width, generator=generator) for width in (4, 6)]  # key, value
+    cache = KeyValueCache(lengths + shared, 8 + shared, shared)
     keys, values = cache.append(1, *first)
     assert torch.equal(keys, first[0]) and torch.equal(values, first[1])
     cache.sequence_len_offset += cache.longest_prompt
@@ -20,8 +22,10 @@ def test_rows_multiply_and_leave():
     new = [torch.randn(1, 4, 2, width, generator=generator) for width in (4, 6)]
     keys, values = cache.append(1, *new)
     for found, packed, added in ((keys, first[0], new[0]), (values, first[1], new[1])):
-        assert len(found) == 6 and torch.equal(found[5:], added)
-        prompts = packed.squeeze(1).split(lengths.tolist())
+        end = 5 + shared
+        assert len(found) == end + 1 and torch.equal(found[end:], added)
+        begin, *rest = packed.squeeze(1).split([shared, *lengths.tolist()])
+        prompts = [torch.cat((begin, own)) for own in rest]
         for column, row in enumerate(rows.tolist()):
-            assert torch.equal(found[5 - len(prompts[row]) : 5, column], prompts[row])
+            assert torch.equal(found[end - len(prompts[row]) : end, column], prompts[row])
     assert keys.untyped_storage().data_ptr() == cache.append(1, *new)[0].untyped_storage().data_ptr()

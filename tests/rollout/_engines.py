@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 
+from megatron_mopd.backend import packed_weights
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.model.build import build_model
+from megatron_mopd.rollout import megatron_engine
 from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.megatron_engine import MegatronEngine
 from tests import _models
@@ -14,14 +16,15 @@ LONGEST = 40
 STOPS = (3, 4, 5, 6, 7, 8, 9, 10)
 
 
-def prompts(count: int = 9, shortest: int = 1, longest: int = 17) -> list[Prompt]:
-    """Prompts of different lengths, the shortest and the longest possible among them."""
+def prompts(count: int = 9, shortest: int = 1, longest: int = 17, common: int = 0) -> list[Prompt]:
+    """Prompts of different lengths, the shortest and the longest possible among them, after `common` tokens
+    that all begin with."""
     rng = random.Random(count)
     lengths = [shortest, longest] + [rng.randint(shortest, longest) for _ in range(count)]
     return [
         Prompt(
             "",
-            tuple(rng.randrange(_models.VOCAB) for _ in range(length)),
+            (*range(20, 20 + common), *(rng.randrange(_models.VOCAB) for _ in range(length))),
             "arith",
             None,
             "none",
@@ -54,6 +57,12 @@ def engine(
         max_batch_size=max_batch_size,
     )
     return made, chunks
+
+
+def pack_everything(packed: bool = True) -> None:
+    """From now on in this process: rollouts of any length lay out weights of any size, or none do."""
+    packed_weights._SMALLEST = 0
+    megatron_engine._WORTH_PACKING = 1 if packed else 10**9
 
 
 def sampling(**changes) -> SamplingParams:

@@ -24,6 +24,7 @@ def state(chunks) -> dict:
                 holder = getattr(module, key)
                 holder = getattr(holder, "config", holder)
                 found[name, key] = holder.sequence_parallel
+        found[name, "product"] = "_forward_impl" in vars(module)
     return found
 
 
@@ -43,7 +44,10 @@ def test_switched_off_everywhere_and_restored_after_an_exception():
         switches = [key for key, value in before.items() if value and key[1] != "training"]
         # The configuration, all tensor-parallel linears, the embedding: there is something to switch.
         assert len(switches) > 20 and any("embedding" in name for name, _ in switches)
-        assert not any(inside.values())
+        assert not any(value for (_, key), value in inside.items() if key != "product")
+        # Every linear layer of the attention, experts and shared experts leaves its backward pass out.
+        assert sum(inside[key] for key in inside if key[1] == "product") > 20
+        assert not any(before[key] for key in before if key[1] == "product")
         assert after == before
         assert before["decoder.layers.0.self_attention", "training"] is False
         assert before["decoder.layers.1.self_attention", "training"] is True

@@ -1,10 +1,15 @@
 """The same prompts and seed give the same tokens on every parallel layout."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
+from megatron_mopd.backend import packed_weights
 from tests import _models
 from tests._distributed import RankPool, run_ranks
+from tests.rollout import _engines
 from tests.rollout._engines import engine, plain, prompts, sampling
 
 TP, PP, VPP = (
@@ -45,12 +50,14 @@ def ranks_of(layout: dict) -> int:
 
 
 def generate(rank, transformer, layout):
-    """All cases on one layout: small batches, fewer prompts than ranks, truncated sampling."""
+    """All cases on one layout: small batches, fewer prompts than ranks, truncated sampling, prompts that
+    begin alike."""
     made, chunks = engine(transformer, layout, max_batch_size=8)
     cases = [
         made.generate(prompts(7), sampling(max_new_tokens=6), seed=5, samples_per_prompt=2),
         made.generate(prompts(1), sampling(max_new_tokens=3, stop_token_ids=()), seed=6),
         made.generate(prompts(3), sampling(temperature=0.8, top_p=0.9, max_new_tokens=2), seed=7),
+        made.generate(prompts(5, longest=5, common=9), sampling(max_new_tokens=3), seed=8),
     ]
     restored = all(
         chunk.config.sequence_parallel == layout.get(SP, False) and chunk.training for chunk in chunks
@@ -105,6 +112,50 @@ def test_dense(layout, pools, expected):
 @pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=str)
 def test_mixture_of_experts(layout, pools, expected):
     check(pools(ranks_of(layout)), "SHARED" if len(layout) % 2 else "MOE", layout, expected)
+
+
+def generate_packed(rank, transformer, layout):
+    """Greedy responses with packed weights and without, and the rows of products that read a plain weight
+    while packed ones were there."""
+    made, _ = engine(transformer, layout, dtype="float32")
+    rows: list[int] = []
+
+    def linear(x, *others):
+        rows.append(x[..., 0].numel())
+        return F.linear(x, *others)
+
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_weights, "F", SimpleNamespace(linear=linear))
+        for packed in (True, False):
+            _engines.pack_everything(packed)
+            answers = made.generate(prompts(7), sampling(temperature=0.0, stop_token_ids=()), seed=5)
+            results.append((plain(answers), rows.copy()))
+            rows.clear()
+    return results
+
+
+@pytest.mark.parametrize(
+    "transformer, layout",
+    [
+        ("GQA", {TP: 2, SP: True}),
+        ("MOE", {EP: 2}),
+        ("SHARED", {TP: 2, SP: True, EP: 2, ETP: 1}),
+        ("SHARED", {TP: 2, SP: True, EP: 2, ETP: 2}),
+        ("DENSE", {PP: 2}),
+    ],
+    ids=str,
+)
+def test_packed_weights(transformer, layout, pools):
+    for packed, ordinary in pools(ranks_of(layout)).run(
+        generate_packed, getattr(_models, transformer), layout
+    ):
+        for row, expected_row in zip(packed[0], ordinary[0], strict=True):
+            assert row[:3] == expected_row[:3]
+            assert row[3] == pytest.approx(expected_row[3], abs=3e-5)
+        # Only long prompts and experts without a token read plain weights.
+        assert all(rows == 0 or rows > packed_weights._MOST_ROWS for rows in packed[1])
+        assert sum(0 < rows <= packed_weights._MOST_ROWS for rows in ordinary[1]) > 50
 
 
 def chained(rank):

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from megatron_mopd.rollout.batches import DecodingBatch, Request
+from megatron_mopd.rollout import batches
+from megatron_mopd.rollout.batches import DecodingBatch, Request, _shared_length
 from megatron_mopd.rollout.noise import gumbel_noise
 from tests import _models
 from tests._distributed import run_ranks
+from tests.model.test_latent_attention import MLA
 from tests.rollout import _engines
 from tests.rollout._engines import engine, plain, prompts, sampling
 
@@ -26,13 +28,17 @@ def full_logits(chunk, trajectory) -> torch.Tensor:
     return logits[start : start + len(trajectory.response_ids), :VOCAB]
 
 
-def against_full_forward(rank, transformer, tie):
-    """By temperature: largest difference of log-probs, tokens that are not argmax(logits + noise), tokens."""
+def against_full_forward(rank, transformer, tie, packed):
+    """By temperature: largest difference of log-probs, tokens that are not argmax(logits + noise), tokens.
+    Prompts have different beginnings, and common ones when greedy."""
     made, chunks = engine(transformer, dtype="float32", share_embeddings_and_output_weights=tie)
     results = []
+    if packed:
+        _engines.pack_everything()
     for temperature in (0.0, 1.0, 0.6):
         worst, wrong, count = 0.0, 0, 0
-        samples = made.generate(prompts(), sampling(temperature=temperature), seed=21, samples_per_prompt=2)
+        asked = prompts(longest=7, common=10) if temperature == 0 else prompts()
+        samples = made.generate(asked, sampling(temperature=temperature), seed=21, samples_per_prompt=2)
         for trajectory in samples:
             logits = full_logits(chunks[0], trajectory)
             assert logits.requires_grad  # a training forward pass, not one of the engine's
@@ -49,13 +55,35 @@ def against_full_forward(rank, transformer, tie):
     return results
 
 
-@pytest.mark.parametrize("transformer", ["DENSE", "GQA", "MOE", "SHARED"])
-def test_decoding_with_a_cache_equals_full_forward_passes(transformer):
-    for worst, wrong, count in run_one(
-        against_full_forward, getattr(_models, transformer), transformer == "GQA"
-    ):
-        assert count > 60 and wrong == 0
-        assert worst < 1e-5
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("transformer", ["DENSE", "GQA", "MOE", "SHARED", "MLA"])
+def test_decoding_with_a_cache_equals_full_forward_passes(transformer, packed):
+    architecture = MLA if transformer == "MLA" else getattr(_models, transformer)
+    for worst, wrong, count in run_one(against_full_forward, architecture, transformer == "GQA", packed):
+        assert count > 50 and wrong == 0
+        assert worst < 3e-5  # these models' logits reach 60
+
+
+def new_weights(rank):
+    """Greedy responses before and after the weights changed, with packed weights and without."""
+    made, chunks = engine(_models.MOE, dtype="float32")
+    results = []
+    for packed in (True, False, True, False):
+        _engines.pack_everything(packed)
+        results.append(plain(made.generate(prompts(), sampling(temperature=0.0), seed=5)))
+        if len(results) == 2:
+            with torch.no_grad():
+                for parameter in chunks[0].parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return results
+
+
+def test_packed_weights_are_those_of_the_moment():
+    before, before_plain, after, after_plain = run_one(new_weights)
+    tokens = [[row[2] for row in rows] for rows in (before, before_plain, after, after_plain)]
+    assert tokens[0] == tokens[1] and tokens[2] == tokens[3] and tokens[0] != tokens[2]
+    for (*_, logprobs, _), (*_, expected, _) in zip(before + after, before_plain + after_plain):
+        assert logprobs == pytest.approx(expected, abs=3e-5)
 
 
 def variants(rank):
@@ -142,6 +170,49 @@ def test_prompts_are_packed_and_their_rows_end_at_one_column():
     assert (~batch.attention_mask()).long().tolist() == [[[[1, 1, 1, 1]]], [[[0, 0, 1, 1]]]]
     assert batch.advance(torch.tensor([22, 4]), torch.zeros(2).double()) is False
     assert batch.trajectories.tolist() == [4]
+
+
+def test_what_all_prompts_begin_with_is_read_once():
+    begin = tuple(range(20, 30))
+    asked = [(*begin, 1, 2, 3), (*begin, 4), (*begin, 4), (*begin, 1, 5)]
+    batch = DecodingBatch([Request(i, p, 5) for i, p in enumerate(asked)], sampling(), torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[*begin, 1, 2, 3, 4, 1, 5]]
+    assert batch.position_ids.tolist() == [[*range(10), 10, 11, 12, 10, 10, 11]]
+    assert batch.documents.lengths == (10, 3, 1, 2) and batch.documents.shared == 10
+    hidden = torch.arange(16.0).view(16, 1, 1)
+    assert batch.expand(batch.sampled_states(hidden)).flatten().tolist() == [12, 13, 13, 15]
+    batch.advance(torch.tensor([20, 21, 3, 22]), torch.zeros(4).double())  # 3 is a stop token
+    assert batch.position_ids.tolist() == [[13], [11], [12]]
+    assert (~batch.attention_mask()).long().sum(dim=3).flatten().tolist() == [14, 12, 13]
+
+
+@pytest.mark.parametrize(
+    "asked, length",
+    [
+        ([(*range(9), 1), (*range(9), 2), (*range(9), 1, 3)], 9),
+        ([tuple(range(9)), tuple(range(12))], 8),  # every prompt keeps a token of its own
+        ([tuple(range(8)), tuple(range(12))], 0),  # 7 are not worth it
+        ([(1, *range(20)), (2, *range(20))], 0),
+        ([tuple(range(20))], 0),
+    ],
+    ids=str,
+)
+def test_how_much_is_shared(asked, length):
+    assert _shared_length(asked) == length
+
+
+def routes(rank, sharing):
+    if not sharing:
+        batches._SHORTEST_SHARED = 1000
+    made, chunks = engine(_models.MOE)
+    install_routing_replay(chunks)
+    made.generate(prompts(longest=7, common=10), sampling(keep_routing=True), seed=5, samples_per_prompt=2)
+    return {index: experts.tolist() for index, experts in made.routing.records.items()}
+
+
+def test_expert_choices_of_shared_tokens_belong_to_every_prompt():
+    shared, alone = run_one(routes, True), run_one(routes, False)
+    assert len(shared) == 18 and shared == alone
 
 
 def refuse(rank):
