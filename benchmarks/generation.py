@@ -2,18 +2,24 @@
 
     python benchmarks/generation.py --hf DIR [--batch-size 1 8 32]     # part of `make real-model`
 
-Both decode greedily with a KV cache in float32 on the CPU, for exactly as many tokens as asked, and take
-turns; the best of each is compared. Prompts have different lengths.
+Both decode greedily with a KV cache in float32 on the CPU and take turns; the best of each is compared, by
+the clock and in processor time, which other work on the machine disturbs less. Prompts have different lengths
+and begin alike (the chat template). First exactly as many tokens as asked, then up to `--until-stop` tokens a
+prompt, where only tokens up to a response's first stop token count. Last the limit: what the matrix products
+of decoding alone would allow, with plain weights and with weights in oneDNN's layout.
 """
 
 import argparse
 import time
 import warnings
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 import transformers
 from _real_model import OurModel, prompts, start
 
+from megatron_mopd.backend.packed_weights import PackedWeights
 from megatron_mopd.data.tokenizer import load_tokenizer
 from megatron_mopd.rollout.engine import SamplingParams
 
@@ -25,7 +31,8 @@ def main() -> None:
     parser.add_argument("--hf", required=True, help="Hugging Face directory of the model")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--until-stop", type=int, default=128, help="most tokens of the second part; 0 skips")
+    parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -34,46 +41,94 @@ def main() -> None:
     groups = start()  # after the other model: it changes what `torch` does on the CPU
     tokenizer = load_tokenizer(arguments.hf)
     asked = prompts(max(arguments.batch_size), tokenizer)
-    longest = max(len(prompt.token_ids) for prompt in asked) + arguments.new_tokens
-    ours = OurModel(arguments.hf, groups, longest)
-    sampling = SamplingParams(arguments.new_tokens, temperature=0.0)
+    most = max(arguments.new_tokens, arguments.until_stop)
+    ours = OurModel(arguments.hf, groups, max(len(prompt.token_ids) for prompt in asked) + most)
 
-    print(f"{torch.get_num_threads()} threads, {arguments.new_tokens} new tokens a prompt, float32")
-    print(f"{'batch':>5}  {'transformers':>12}  {'ours':>8}  ratio  same tokens")
+    threads = torch.get_num_threads()
+    print(f"{threads} thread(s), float32, {torch.backends.cpu.get_cpu_capability()}; tokens per second")
+    print(f"{'batch':>5}  {'tokens':<12}  {'transformers':>12}  {'ours':>8}  ratio  processor  same tokens")
+    for stop, most in ((False, arguments.new_tokens), (True, arguments.until_stop)):
+        for size in arguments.batch_size if most else ():
+            stops = (tokenizer.eos_id,) if stop else ()
+            compare(theirs, ours, asked[:size], tokenizer, most, stops, arguments.repeats)
     for size in arguments.batch_size:
-        batch = asked[:size]
-        best = {"ours": float("inf"), "theirs": float("inf")}
-        for _ in range(arguments.repeats):
-            started = time.perf_counter()
-            reference = generate_with_transformers(theirs, batch, arguments.new_tokens, tokenizer)
-            best["theirs"] = min(best["theirs"], time.perf_counter() - started)
-            started = time.perf_counter()
-            answers = ours.engine.generate(batch, sampling, seed=0)
-            best["ours"] = min(best["ours"], time.perf_counter() - started)
-        tokens = size * arguments.new_tokens
-        same = sum(list(a.response_ids) == b for a, b in zip(answers, reference, strict=True))
-        print(
-            f"{size:>5}  {tokens / best['theirs']:>10.1f}/s  {tokens / best['ours']:>6.1f}/s  "
-            f"{best['theirs'] / best['ours']:>5.2f}  {same} of {size}",
-            flush=True,
-        )
+        limit(ours, size, arguments.repeats)
 
 
-def generate_with_transformers(model, batch, new_tokens: int, tokenizer) -> list[list[int]]:
-    """Greedy continuations of left-padded prompts with the default cache."""
+def compare(theirs, ours, batch, tokenizer, most: int, stops: tuple[int, ...], repeats: int) -> None:
+    """One line: `most` tokens a prompt, or up to the first of `stops`."""
+    sampling = SamplingParams(most, temperature=0.0, stop_token_ids=stops)
+    best = {}
+    for _ in range(repeats):
+        for name, generate in (
+            ("theirs", lambda: generate_with_transformers(theirs, batch, most, tokenizer, stops)),
+            ("ours", lambda: [a.response_ids for a in ours.engine.generate(batch, sampling, seed=0)]),
+        ):
+            seconds, processor, answers = timed(generate)
+            known = best.get(name, (seconds, processor))
+            best[name] = min(known[0], seconds), min(known[1], processor), answers
+    reference, answers = best["theirs"][2], best["ours"][2]
+    same = sum(list(a) == list(b) for a, b in zip(answers, reference, strict=True))
+    tokens = sum(map(len, answers))
+    speeds = [tokens / best[name][0] for name in ("theirs", "ours")]
+    clock, processor = (best["theirs"][i] / best["ours"][i] for i in (0, 1))
+    what = f"to stop, {most}" if stops else f"{most}"
+    print(
+        f"{len(batch):>5}  {what:<12}  {speeds[0]:>10.1f}/s  {speeds[1]:>6.1f}/s  {clock:>5.2f}  "
+        f"{processor:>9.2f}  {same} of {len(batch)}",
+        flush=True,
+    )
+
+
+def generate_with_transformers(model, batch, most: int, tokenizer, stops=()) -> list[list[int]]:
+    """Greedy continuations of left-padded prompts with the default cache, cut after their first stop
+    token."""
     longest = max(len(prompt.token_ids) for prompt in batch)
     rows = [[tokenizer.pad_id] * (longest - len(p.token_ids)) + list(p.token_ids) for p in batch]
     mask = [[0] * (longest - len(p.token_ids)) + [1] * len(p.token_ids) for p in batch]
     output = model.generate(
         torch.tensor(rows),
         attention_mask=torch.tensor(mask),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
+        max_new_tokens=most,
+        min_new_tokens=None if stops else most,
         do_sample=False,
-        eos_token_id=None,
+        eos_token_id=list(stops) or None,
         pad_token_id=tokenizer.pad_id,
     )
-    return output[:, longest:].tolist()
+    answers = output[:, longest:].tolist()
+    ends = [next((i + 1 for i, token in enumerate(a) if token in stops), len(a)) for a in answers]
+    return [answer[:end] for answer, end in zip(answers, ends)]
+
+
+def limit(ours: OurModel, rows: int, repeats: int) -> None:
+    """Tokens per second if a decoding step were its matrix products and nothing else, by processor time."""
+    chunk = ours.chunks[0]
+    linears = [m.weight for m in chunk.modules() if hasattr(m, "_forward_impl") and m.weight is not None]
+    weights = [*{id(w): w for w in [*linears, chunk.head_weight()]}.values()]
+    inputs = {w.size(1): torch.randn(1, rows, w.size(1)) for w in weights}
+    packed = PackedWeights(weights, rows)
+
+    def step(linear) -> None:
+        for weight in weights:
+            linear(inputs[weight.size(1)], weight)
+
+    with torch.no_grad():
+        speeds = [
+            rows / min(timed(lambda: step(linear))[1] for _ in range(3 * repeats))  # noqa: B023
+            for linear in (F.linear, packed.linear)
+        ]
+    print(
+        f"batch {rows}: the matrix products of decoding alone would give {speeds[0]:.1f}/s with plain weights, "
+        f"{speeds[1]:.1f}/s with packed ones",
+        flush=True,
+    )
+
+
+def timed(function: Callable) -> tuple[float, float, object]:
+    """(seconds by the clock, seconds of processor time, result)."""
+    clock, processor = time.perf_counter(), time.process_time()
+    result = function()
+    return time.perf_counter() - clock, time.process_time() - processor, result
 
 
 if __name__ == "__main__":

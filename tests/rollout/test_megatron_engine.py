@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_mopd.model.router_replay import install_routing_replay
 from megatron_mopd.rollout import batches
 from megatron_mopd.rollout.batches import DecodingBatch, Request, _shared_length
 from megatron_mopd.rollout.noise import gumbel_noise
