@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 
@@ -177,6 +178,26 @@ def test_configuration_file_and_overrides(tmp_path, text, arguments, parts):
     if text is not None:
         path.write_text(text)
     check(_runs.run_main(["--config", str(path), *arguments]), 1, parts)
+
+
+def test_a_run_says_nothing_but_its_own_lines(inputs, tmp_path):
+    """In an interpreter of its own: no library's warnings, also where the run saves and is resumed."""
+    values = _runs.values(inputs, **mopd({"self": None}, {"default": "self"}), run_dir=str(tmp_path / "run"))
+    arguments = _runs.write_config(tmp_path / "config.yaml", values)
+    command = [sys.executable, "-m", "megatron_mopd.train", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment.pop("PYTHONWARNINGS", None)
+    for steps in (1, 2):
+        done = subprocess.run(
+            [*command, f"schedule.train_iters={steps}"],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=250,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        assert [line.split()[0] for line in done.stdout.splitlines() if "ALARM" not in line] == ["step"]
 
 
 def test_debug_shows_the_stack(tmp_path):
