@@ -7,6 +7,7 @@ What is computed twice (recompute), sampling and the divergence itself do not co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +18,20 @@ from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.specs import moe_layer_pattern
 from megatron_mopd.teachers.routing import Mixture
 
-# Dense bfloat16 without sparsity, in FLOP/s, from the manufacturer's data sheets; the first name that is part
-# of the device's counts.
+# Dense bfloat16 in FLOP/s, from the manufacturer's data sheets; most of them print twice that, with sparsity.
+# The first entry whose words are all words of the device's name counts.
 _PEAKS = {
+    "GB300": 2.5e15,
+    "B300": 2.25e15,
     "GB200": 2.5e15,
     "B200": 2.25e15,
-    "H200": 989.4e12,
     "GH200": 989.4e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
+    "H200 NVL": 835.5e12,
+    "H200": 989.4e12,
+    "H100 PCIe": 756.5e12,
+    "H100 NVL": 835.5e12,
     "H100": 989.4e12,
+    "H800 PCIe": 756.5e12,
     "H800": 989.4e12,
     "H20": 148e12,
     "A100": 312e12,
@@ -104,7 +109,10 @@ def peak_flops(device: str, params_dtype: str) -> float | None:
     """FLOP/s that the named device can reach at most; `None` where that is not known."""
     if params_dtype != "bfloat16":
         return None
-    return next((peak for name, peak in _PEAKS.items() if name in device), None)
+    words = set(
+        re.split(r"[\s-]+", device)
+    )  # of "NVIDIA A100-SXM4-80GB", and not those of "NVIDIA RTX A1000"
+    return next((peak for name, peak in _PEAKS.items() if words.issuperset(name.split())), None)
 
 
 def utilization(flops: float, seconds: float, ranks: int, peak: float | None) -> dict[str, Any]:

@@ -63,8 +63,15 @@ def test_a_step():
 def test_share_of_the_peak():
     peak = peak_flops("NVIDIA H100 80GB HBM3", "bfloat16")
     assert peak == 989.4e12
-    assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756.5e12
     assert peak_flops("NVIDIA GB200", "bfloat16") > peak_flops("NVIDIA B200", "bfloat16")
+    assert peak_flops("NVIDIA H200", "bfloat16") == peak_flops("NVIDIA GH200 480GB", "bfloat16") == peak
+    assert peak_flops("NVIDIA H200 NVL", "bfloat16") == peak_flops("NVIDIA H100 NVL", "bfloat16") == 835.5e12
+    assert peak_flops("NVIDIA H20-3e", "bfloat16") == 148e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
+    # Names that only contain one: other devices, whose peak is not known here.
+    for name in ("NVIDIA RTX A1000 Laptop GPU", "NVIDIA A10G", "NVIDIA L40", "NVIDIA H2000"):
+        assert peak_flops(name, "bfloat16") is None
     assert peak_flops("NVIDIA H100 80GB HBM3", "float32") is None
     assert peak_flops("CPU (x86_64, 1 threads a rank)", "bfloat16") is None
     assert utilization(8 * 989.4e12, 2.0, 8, peak) == pytest.approx({"tflops": 494.7, "mfu": 0.5})
