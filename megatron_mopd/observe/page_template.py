@@ -18,7 +18,7 @@ header, main, footer { max-width: 1220px; margin: 0 auto; padding: 0 20px; }
 header { padding-top: 26px; }
 h1 { font-size: 25px; margin: 0; } h2 { font-size: 18px; margin: 0 0 4px; } h3 { font-size: 14px; margin: 12px 0 2px; }
 p { margin: 4px 0 10px; } .muted, .note { color: var(--muted); } .note { font-size: 13px; }
-nav { margin: 10px 0 16px; } nav a { color: var(--main); margin-right: 16px; text-decoration: none; }
+nav { margin: 10px 0 16px; display: flex; flex-wrap: wrap; } nav a { color: var(--main); margin-right: 16px; text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px;
   margin-bottom: 16px; overflow-x: auto; }
@@ -26,7 +26,8 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 8px 14px; flex: 1 1 130px; }
 .tile b { display: block; font-size: 20px; white-space: nowrap; } .tile span { color: var(--muted); font-size: 13px; }
 .charts { display: flex; flex-wrap: wrap; gap: 8px 14px; } .charts > div { flex: 0 1 560px; }
-svg { max-width: 100%; height: auto; display: block; }
+svg { max-width: 100%; height: auto; display: block; } td svg { min-width: 110px; }
+.wide { overflow-x: auto; } .wide svg { min-width: min(var(--drawn), 760px); }
 svg text { fill: var(--ink); font-size: 11px; } svg .tick { fill: var(--muted); font-size: 10.5px; }
 svg .name { font-size: 12px; } svg .strong { font-weight: 700; } svg .on { fill: #fff; } svg .off { fill: #1f2933; }
 svg .grid { stroke: var(--line); } svg polyline { fill: none; stroke-linejoin: round; }
@@ -62,7 +63,7 @@ summary { cursor: pointer; color: var(--main); } footer { padding-bottom: 30px; 
 <h2>{{ part.title }}</h2>
 {% if part.note %}<p class="note">{{ part.note }}</p>{% endif %}
 {% if part.legend %}<p>{% for key in part.legend %}<span class="key"><i style="background:{{ key[1] }}"></i>{{ key[0] }}</span>{% endfor %}</p>{% endif %}
-{% for title, svg in part.wide %}{% if title %}<h3>{{ title }}</h3>{% endif %}{{ svg | safe }}{% endfor %}
+{% for title, svg in part.wide %}{% if title %}<h3>{{ title }}</h3>{% endif %}<div class="wide">{{ svg | safe }}</div>{% endfor %}
 {% if part.charts %}<div class="charts">{% for title, svg in part.charts %}
 <div><h3>{{ title }}</h3>{{ svg | safe }}</div>{% endfor %}</div>{% endif %}
 {% if part.table %}<table><thead><tr>{% for cell in part.table.head %}<th>{{ cell }}</th>{% endfor %}</tr></thead>

@@ -300,5 +300,6 @@ def _empty(width: int, height: int) -> str:
 def _svg(width: float, height: float, parts: Sequence[str], label: str) -> str:
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '
+        f'style="--drawn:{width:g}px" '
         f'aria-label="{escape(label)}">' + "".join(parts) + "</svg>"
     )

@@ -148,6 +148,8 @@ def test_everything_is_on_the_page(demo):
         "alarms who-is-good-at-what training domains teachers time pipeline samples configuration provenance"
     )
     assert page.ids == anchors.split()
+    wide = (demo / "mopd" / "report.html").read_text().count('<div class="wide">')
+    assert wide == 4, "see-saw, time split, pipeline planned and measured scroll on a narrow screen"
     for part in (
         "Iteration 40 of 80",
         "KL <grew>",
