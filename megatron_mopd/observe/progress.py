@@ -43,7 +43,7 @@ def progress(iterable: Iterable[Item], description: str, total: int | None = Non
 
     The bar appears after a moment, so that short phases do not flicker, and is gone at the end. Without a
     terminal a phase of more than a few seconds leaves one line with its duration. Other ranks than 0 print
-    nothing.
+    nothing. Within a `phase` its bar counts instead: a terminal has room for one.
     """
     if not is_main_rank():
         yield from iterable
@@ -51,7 +51,7 @@ def progress(iterable: Iterable[Item], description: str, total: int | None = Non
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
     start, count = time.monotonic(), 0
-    bar = _bar() if is_terminal() else None
+    bar = _bar() if is_terminal() and not _phases else None
     task = None
     try:
         for item in iterable:
@@ -62,6 +62,8 @@ def progress(iterable: Iterable[Item], description: str, total: int | None = Non
                 bar.start()
             if task is not None:
                 bar.update(task, completed=count)
+            elif total is not None:
+                advance(count, total)
     finally:
         if task is not None:
             bar.stop()
@@ -72,7 +74,7 @@ def progress(iterable: Iterable[Item], description: str, total: int | None = Non
 
 @contextlib.contextmanager
 def phase(description: str, often: bool = False) -> Iterator[None]:
-    """Show that something goes on which cannot be counted; as `progress`, without a number.
+    """Show that something goes on; as `progress`, but it counts only when what goes on calls `advance`.
 
     `often`: it happens every few steps, so that without a terminal it leaves no line.
     """
@@ -80,30 +82,61 @@ def phase(description: str, often: bool = False) -> Iterator[None]:
         yield
         return
     start = time.monotonic()
-    bar = _bar(counted=False) if is_terminal() else None
-    lock, ended = threading.Lock(), False
-
-    def show() -> None:
-        with lock:
-            if not ended:
-                bar.add_task(description, total=None)
-                bar.start()
-
-    timer = threading.Timer(_BAR_AFTER_SECONDS, show)
-    timer.daemon = True
-    if bar is not None:
-        timer.start()
+    shown = _Phase(description) if is_terminal() else None
+    if shown is not None:
+        _phases.append(shown)
     try:
         yield
     finally:
-        if bar is not None:
-            timer.cancel()
-            with lock:
-                ended = True
-                bar.stop()
+        if shown is not None:
+            _phases.remove(shown)
+            shown.end()
     seconds = time.monotonic() - start
     if seconds > _LINE_AFTER_SECONDS and not often:
         print(f"{description}: {format_seconds(seconds)}", file=sys.stderr, flush=True)
+
+
+def advance(done: int, total: int) -> None:
+    """How far the innermost `phase` is; nothing where none is shown, so that it may be called often."""
+    if _phases:
+        _phases[-1].advance(done, total)
+
+
+class _Phase:
+    """The bar of a phase, from the moment when it has lasted a little until `end`."""
+
+    def __init__(self, description: str):
+        self._description = description
+        self._done, self._total = 0, None
+        self._bar: Progress | None = None
+        self._lock, self._ended = threading.Lock(), False
+        self._timer = threading.Timer(_BAR_AFTER_SECONDS, self._show)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _show(self) -> None:
+        with self._lock:
+            if not self._ended:
+                self._bar = _bar(counted=self._total is not None)
+                self._bar.add_task(self._description, completed=self._done, total=self._total)
+                self._bar.start()
+
+    def advance(self, done: int, total: int) -> None:
+        with self._lock:
+            self._done, self._total = done, total
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+
+    def end(self) -> None:
+        self._timer.cancel()
+        with self._lock:
+            self._ended = True
+            if self._bar is not None:
+                self._bar.stop()
+
+
+_phases: list[_Phase] = []
+"""Those that are going on, the innermost last; empty without a terminal."""
 
 
 def say(text: str) -> None:

@@ -79,6 +79,8 @@ class DecodingBatch:
         longest = max(map(len, prompts))
         self.position = 0
         """Tokens that were sampled for every row so far."""
+        self.finished = 0
+        """Responses that are complete."""
         self._sampling, self._device = sampling, device
         self._stop = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
 
@@ -175,6 +177,7 @@ class DecodingBatch:
         self.position += 1
         self._alive = alive & ~stops & ~self._repeating() & (self._limits > self.position)
         count = int(self._alive.sum())
+        self.finished = len(self.requests) - count
         if count == 0:
             self.cache = None
             return True

@@ -17,6 +17,7 @@ from megatron_mopd.model.kv_cache import KeyValueCache
 from megatron_mopd.model.packing import PackedDocuments
 from megatron_mopd.model.router_replay import compact_dtype, routing_choices
 from megatron_mopd.objectives.vocab_shard import VocabShard
+from megatron_mopd.observe.progress import advance
 from megatron_mopd.rollout.batches import DecodingBatch, Request, Response
 from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.sampling import sample_tokens
@@ -62,9 +63,12 @@ class Decoder:
     def run(self, batches: Sequence[Sequence[Request]]) -> list[tuple[Request, Response]]:
         """Every request of `batches` with its response. All ranks of a pipeline pass the same batches.
 
-        Collectives: see `MegatronEngine.generate`.
+        A bar on the terminal, if there is one, counts this pipeline's complete responses. Collectives: see
+        `MegatronEngine.generate`.
         """
         queue, done = deque(batches), []
+        total = sum(map(len, batches))
+        advance(0, total)
         if self._size > 1:
             # With NCCL the first point-to-point call of a group has to involve all its ranks.
             dist.all_reduce(torch.zeros(1, device=self._groups.device), group=self._groups.pp)
@@ -94,6 +98,7 @@ class Decoder:
                 if is_complete:
                     done += zip(batch.requests, batch.responses(), strict=True)
                     self._lanes[number] = None
+                advance(len(done) + sum(lane.finished for lane in filter(None, self._lanes)), total)
             tick += 1
 
     def _anyone_has_work(self, here: bool) -> bool:

@@ -8,6 +8,7 @@ import pytest
 from megatron_mopd.observe import progress as module
 from megatron_mopd.observe.progress import (
     StepLine,
+    advance,
     format_count,
     format_seconds,
     phase,
@@ -72,21 +73,56 @@ def test_phases_that_cannot_be_counted(capfd, monkeypatch):
 
 
 def test_a_phase_on_a_terminal_is_shown_after_a_moment_and_gone_at_its_end(capfd, monkeypatch):
-    shown = []
-    bar = module._bar(counted=False)
-    monkeypatch.setattr(bar, "start", lambda: shown.append("start"))
-    monkeypatch.setattr(bar, "stop", lambda: shown.append("stop"))
-    monkeypatch.setattr(module, "_bar", lambda counted: bar)
-    monkeypatch.setattr(module, "is_terminal", lambda: True)
+    bars = shown_bars(monkeypatch)
     with phase("saving"):
         pass
-    assert shown == ["stop"], "too short to be shown"
+    assert bars == [], "too short to be shown"
     monkeypatch.setattr(module, "_BAR_AFTER_SECONDS", 0.0)
     with phase("saving"):
-        deadline = time.monotonic() + 20
-        while "start" not in shown and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert shown == ["stop", "start", "stop"] and [task.description for task in bar.tasks] == ["saving"]
+        wait_for(lambda: bars)
+    ((bar, is_counted, happened),) = bars
+    assert happened == ["start", "stop"] and [task.description for task in bar.tasks] == ["saving"]
+    assert not is_counted and bar.tasks[0].total is None
+
+
+def shown_bars(monkeypatch):
+    """(bar, whether it counts, what was called) of every bar from now on, on what counts as a terminal."""
+    bars, make = [], module._bar
+
+    def recorded(counted=True):
+        bar, happened = make(counted), []
+        bar.start, bar.stop = lambda: happened.append("start"), lambda: happened.append("stop")
+        bars.append((bar, counted, happened))
+        return bar
+
+    monkeypatch.setattr(module, "_bar", recorded)
+    monkeypatch.setattr(module, "is_terminal", lambda: True)
+    return bars
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_a_phase_counts_what_goes_on_in_it(monkeypatch):
+    """Sampling says how many responses are complete, then the same bar how many were verified."""
+    bars = shown_bars(monkeypatch)
+    advance(1, 2)  # no phase: nothing to show it on
+    monkeypatch.setattr(module, "_BAR_AFTER_SECONDS", 0.05)
+    with phase("evaluating"):
+        advance(0, 8)
+        wait_for(lambda: bars)
+        ((bar, is_counted, _),) = bars
+        (task,) = bar.tasks
+        assert is_counted and (task.completed, task.total) == (0, 8)
+        advance(5, 8)
+        assert (task.completed, task.total) == (5, 8)
+        monkeypatch.setattr(module, "_BAR_AFTER_SECONDS", -1.0)
+        assert list(progress("abc", "verifying")) == ["a", "b", "c"]
+        assert (task.completed, task.total) == (3, 3)
+    assert len(bars) == 1
 
 
 def test_curves_of_the_domains(monkeypatch):

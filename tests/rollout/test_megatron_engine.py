@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_mopd.model.router_replay import install_routing_replay
-from megatron_mopd.rollout import batches
+from megatron_mopd.rollout import batches, decoder
 from megatron_mopd.rollout.batches import DecodingBatch, Request, _shared_length
 from megatron_mopd.rollout.noise import gumbel_noise
 from tests import _models
@@ -85,6 +85,23 @@ def test_packed_weights_are_those_of_the_moment():
     assert tokens[0] == tokens[1] and tokens[2] == tokens[3] and tokens[0] != tokens[2]
     for (*_, logprobs, _), (*_, expected, _) in zip(before + after, before_plain + after_plain):
         assert logprobs == pytest.approx(expected, abs=3e-5)
+
+
+def counted(rank):
+    """(responses that are complete, all) as a bar would be told of them."""
+    told = []
+    decoder.advance = lambda done, total: told.append((done, total))
+    made, _ = engine(_models.DENSE, max_batch_size=4)
+    made.generate(prompts(6), sampling(max_new_tokens=9), seed=5, samples_per_prompt=2)
+    return told
+
+
+def test_progress_counts_complete_responses():
+    told = run_one(counted)
+    assert {total for _, total in told} == {12}
+    done = [count for count, _ in told]
+    assert done[0] == 0 and done[-1] == 12 and done == sorted(done)
+    assert len(set(done)) > 4, "also within the three batches"
 
 
 def variants(rank):
