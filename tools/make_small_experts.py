@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="directory for models and prompts")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=100, help="training steps of each expert")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of each expert")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     domains, tokenizer = examples(options.seed), make_tokenizer()

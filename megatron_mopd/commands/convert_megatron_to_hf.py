@@ -1,6 +1,6 @@
 """Convert a Megatron distributed checkpoint to a Hugging Face model directory.
 
-    python tools/convert_megatron_to_hf.py --checkpoint DIR --output DIR
+    python tools/convert_megatron_to_hf.py --checkpoint DIR --output DIR [--best]
     torchrun --nproc-per-node N tools/convert_megatron_to_hf.py --checkpoint DIR --output DIR
 
 A model that came from Hugging Face goes back into files of the same names, dtypes and order, with its
@@ -13,10 +13,11 @@ from pathlib import Path
 
 from megatron_mopd.commands.ranks import run_on_ranks, say
 from megatron_mopd.config import ConfigError
-from megatron_mopd.model.checkpoint import find_checkpoint
+from megatron_mopd.model.checkpoint import find_checkpoint, iteration_directory
 from megatron_mopd.model.convert import MegatronCheckpoint, require_empty, write_hugging_face
 from megatron_mopd.model.hugging_face import is_hugging_face
 from megatron_mopd.model.safetensors_files import named_dtype, parse_size
+from megatron_mopd.training.best import best_iteration
 
 
 def main() -> None:
@@ -24,6 +25,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="checkpoint directory, or one iter_* of it")
+    parser.add_argument(
+        "--best", action="store_true", help="the checkpoint that evaluated best (best.json), not the newest"
+    )
     parser.add_argument("--output", required=True, help="Hugging Face directory to make")
     parser.add_argument("--dtype", help="float32 or bfloat16; default: as they are")
     parser.add_argument("--max-shard-size", help="largest weight file, for example 5GB or 500MB")
@@ -35,6 +39,8 @@ def main() -> None:
         require_empty(output, arguments.overwrite)
         dtype, size = named_dtype(arguments.dtype), parse_size(arguments.max_shard_size)
         path = find_checkpoint(arguments.checkpoint, "--checkpoint")
+        if arguments.best:
+            path = _best(arguments.checkpoint)
         if is_hugging_face(path):
             raise ConfigError(f"--checkpoint: {path} is a Hugging Face model already")
         source = MegatronCheckpoint(path, "--checkpoint")
@@ -42,6 +48,17 @@ def main() -> None:
         say(f"wrote {output} ({source.family.architecture})")
 
     run_on_ranks(work)
+
+
+def _best(directory: str) -> Path:
+    iteration = best_iteration(directory)
+    if iteration is None:
+        raise ConfigError(
+            f"--best: no checkpoint in {directory} was evaluated; leave --best out for the newest, or train "
+            "with data.eval and checkpoint.save_best=true"
+        )
+    say(f"iteration {iteration} evaluated best")
+    return iteration_directory(directory, iteration)
 
 
 if __name__ == "__main__":
