@@ -236,6 +236,8 @@ def _check_transformer_field(key: str, value: Any, where: str) -> Any:
     allowed = _plain_types(hint)
     if key == "q_lora_rank":  # declared an integer, but null is how megatron-core spells "not compressed"
         allowed = {int, type(None)}
+    elif key == "activation_func":  # declared a function; `model/build.py` knows the names
+        allowed = {str}
     if allowed is None or _fits(value, allowed):
         return value
     if float in allowed and isinstance(value, str):

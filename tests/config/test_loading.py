@@ -121,6 +121,7 @@ def test_read_only():
         ({"log": {"report": 1}}, "log.report: expected bool, found 1"),
         ({"log": {"report": "yes"}}, "log.report: expected bool, found 'yes'"),
         ({"run_dir": 3}, "run_dir: expected str, found 3"),
+        ({"student": {"activation_func": 1.5}}, "student.activation_func: expected str, found 1.5"),
         ({"teachers": {"name": "a"}}, "teachers: expected a list"),
         ({"teachers": ["a"]}, "teachers[0]: expected a section with keys, found 'a'"),
         ({"routing": ["a"]}, "routing: expected a mapping"),
