@@ -3,8 +3,8 @@
     python -m tests.faults.fuzz_configs [--count 10000] [--seed 0] [--train-every 1]
 
 Each configuration is a valid one with one to three changes: a value of any type and size, a missing or
-misspelt key, a section that is none. What is accepted runs as one process: everything is built and one
-rollout and one optimizer step are done, with sizes cut down (a model of 10^12 weights is a valid
+misspelt key, a section that is none. What is accepted runs in a process of its own: everything is built and
+one rollout and one optimizer step are done, with sizes cut down (a model of 10^12 weights is a valid
 configuration). Anything but success and `ConfigError` is a failure, and so is an error that names no key, and
 more than `--seconds` for one of them. Prints each failure once, and the tally; status 1 when there was one.
 """
@@ -17,8 +17,10 @@ import contextlib
 import copy
 import dataclasses
 import io
+import json
 import os
 import re
+import select
 import signal
 import sys
 import tempfile
@@ -26,6 +28,7 @@ import time
 import traceback
 import typing
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,6 @@ import torch
 from hypothesis import strategies as st
 
 from megatron_mopd import train
-from megatron_mopd.backend.parallel import destroy_parallel_groups
 from megatron_mopd.config import Config, ConfigError, config_from_dict
 from megatron_mopd.config.loading import _CHOICES, _TRANSFORMER_FIELDS
 from megatron_mopd.data.prompts import PromptSampler
@@ -132,22 +134,48 @@ def cut_down(config: Config, directory: str) -> Config:
 
 def one_step(config: Config, directory: str) -> None:
     """Everything that `train` builds, one rollout and one optimizer step."""
-    try:
-        run = build_run(cut_down(config, directory))
+    run = build_run(cut_down(config, directory))
+    sampler = PromptSampler(run.prompts, config.seed)
+    trajectories, routing = train.sample(run, sampler, 0)
+    batches = plan_steps(run.learner, trajectories, run.rewarder.start(trajectories), routing, 0)
+    metrics = train_step(run.learner, batches)
+    assert "loss" in metrics
+
+
+def in_a_process(act: Callable[[], None], seconds: float) -> tuple[str, str]:
+    """`act` in a fork of this process, which ends with it: models, process groups and their threads are gone
+    then, and a crash of native code is an outcome like others. What it came to, and the message.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        outcome = "failed", "the process ended without a word"
         try:
-            sampler = PromptSampler(run.prompts, config.seed)
-            trajectories, routing = train.sample(run, sampler, 0)
-            batches = plan_steps(run.learner, trajectories, run.rewarder.start(trajectories), routing, 0)
-            metrics = train_step(run.learner, batches)
-            assert "loss" in metrics
+            act()
+            outcome = "trained", ""
+        except ConfigError as error:
+            outcome = "refused", str(error)
+        except BaseException as error:
+            outcome = "failed", _where(error)
         finally:
-            run.rewarder.close()
-    finally:
-        destroy_parallel_groups(keep_models_working=False)  # each group has threads that poll
+            os.write(writing, json.dumps(outcome).encode())
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        is_there, _, _ = select.select([pipe], [], [], seconds)
+        said = pipe.read() if is_there else b""
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if said:
+        return tuple(json.loads(said))
+    return "failed", f"ended with status {status}" if is_there else "hang"
 
 
-class Hang(BaseException):
-    pass
+def _where(error: BaseException) -> str:
+    places = [f for f in traceback.extract_tb(error.__traceback__) if "megatron_mopd" in f.filename]
+    place = f"{Path(places[-1].filename).name}:{places[-1].lineno}" if places else "?"
+    reason = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__} at {place}: {reason[:160]}"
 
 
 class Fuzzer:
@@ -163,33 +191,35 @@ class Fuzzer:
         self.failures: dict[str, str] = {}
 
     def check(self, mutations) -> None:
-        signal.signal(signal.SIGALRM, self._hang)
-        signal.alarm(self.seconds)
         printed = io.StringIO()
         try:
             with contextlib.redirect_stdout(printed):
                 config = config_from_dict(changed(self.base, mutations))
-                self.tally["accepted"] += 1
-                if self.tally["accepted"] % self.train_every == 0:
-                    one_step(config, str(self.directory / "run"))
-                    self.tally["trained"] += 1
         except ConfigError as error:
-            self.tally["refused"] += 1
-            words = set(re.findall(r"\w+", str(error)))
-            if not words & NAMES:
-                self._fail(f"names no key: {error}", mutations)
-        except Hang:
-            self._fail("hang", mutations)
+            return self._refused(str(error), mutations)
         except Exception as error:
-            places = [f for f in traceback.extract_tb(error.__traceback__) if "megatron_mopd" in f.filename]
-            place = f"{Path(places[-1].filename).name}:{places[-1].lineno}" if places else "?"
-            reason = next(iter(str(error).splitlines()), "")
-            self._fail(f"{type(error).__name__} at {place}: {reason[:160]}", mutations)
-        finally:
-            signal.alarm(0)
+            return self._fail(_where(error), mutations)
+        self.tally["accepted"] += 1
+        if self.tally["accepted"] % self.train_every:
+            return None
 
-    def _hang(self, number, frame) -> None:
-        raise Hang
+        def act() -> None:
+            with contextlib.redirect_stdout(printed):
+                one_step(config, str(self.directory / "run"))
+
+        outcome, message = in_a_process(act, self.seconds)
+        if outcome == "refused":
+            self._refused(message, mutations)
+        elif outcome == "failed":
+            self._fail(message, mutations)
+        else:
+            self.tally["trained"] += 1
+        return None
+
+    def _refused(self, message: str, mutations) -> None:
+        self.tally["refused"] += 1
+        if not set(re.findall(r"\w+", message)) & NAMES:
+            self._fail(f"names no key: {message}", mutations)
 
     def _fail(self, kind: str, mutations) -> None:
         self.tally["failed"] += 1
