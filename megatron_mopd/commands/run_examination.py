@@ -93,11 +93,9 @@ def layout_findings(config: Config, world_size: int) -> list[Finding]:
     }
     replicas = world_size // (sizes["TP"] * sizes["PP"] * sizes["CP"])
     text = " x ".join(f"{name} {size}" for name, size in sizes.items() if name != "EP")
-    findings = [
-        Finding(
-            Level.OK, "layout", f"{world_size} ranks = {text} x DP {replicas}, experts over EP {sizes['EP']}"
-        )
-    ]
+    ranks = f"{world_size} rank{'s' * (world_size != 1)}"
+    found = f"{ranks} = {text} x DP {replicas}, experts over EP {sizes['EP']}"
+    findings = [Finding(Level.OK, "layout", found)]
     if config.schedule.global_batch_size < replicas:
         text = (
             f"global_batch_size={config.schedule.global_batch_size} leaves some of {replicas} replicas idle"
