@@ -118,8 +118,8 @@ def limit(ours: OurModel, rows: int, repeats: int) -> None:
             for linear in (F.linear, packed.linear)
         ]
     print(
-        f"batch {rows}: the matrix products of decoding alone would give {speeds[0]:.1f}/s with plain weights, "
-        f"{speeds[1]:.1f}/s with packed ones",
+        f"batch {rows}: the matrix products of decoding alone would give {speeds[0]:.1f}/s with plain "
+        f"weights, {speeds[1]:.1f}/s with packed ones",
         flush=True,
     )
 

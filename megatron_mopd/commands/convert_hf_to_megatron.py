@@ -29,7 +29,7 @@ def main() -> None:
 
     def work() -> None:
         output = Path(arguments.output)
-        require_empty(output, arguments.overwrite)
+        require_empty(output, arguments.overwrite, source=arguments.hf)
         dtype = named_dtype(arguments.dtype)
         source = HuggingFaceCheckpoint.open(arguments.hf, "--hf")
         if left := len(source.companions.untrained):

@@ -36,7 +36,7 @@ def main() -> None:
 
     def work() -> None:
         output = Path(arguments.output)
-        require_empty(output, arguments.overwrite)
+        require_empty(output, arguments.overwrite, source=arguments.checkpoint)
         dtype, size = named_dtype(arguments.dtype), parse_size(arguments.max_shard_size)
         path = find_checkpoint(arguments.checkpoint, "--checkpoint")
         if arguments.best:

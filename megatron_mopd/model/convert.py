@@ -44,12 +44,17 @@ from megatron_mopd.observe.progress import phase, progress
 DEFAULT_SHARD_SIZE = 5 * 10**9
 
 
-def require_empty(directory: Path, overwrite: bool, flag: str = "--output") -> None:
-    """`ConfigError` when there is anything in `directory` and it may not be overwritten."""
+def require_empty(
+    directory: Path, overwrite: bool, flag: str = "--output", source: str | Path | None = None
+) -> None:
+    """`ConfigError` when there is anything in `directory` and it may not be overwritten, or when `source`,
+    which is read, lies in there."""
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{flag}: {directory} is a file")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise ConfigError(f"{flag}: {directory} is not empty; choose another directory, or add --overwrite")
+    if source is not None and Path(source).resolve().is_relative_to(directory.resolve()):
+        raise ConfigError(f"{flag}: {directory} holds the model that is read; choose another directory")
 
 
 def write_megatron(source: WeightSource, output: Path, *, dtype: torch.dtype | None = None) -> Path:

@@ -182,6 +182,9 @@ def test_code_in_the_checkpoint_is_never_executed_and_stays_behind(model, tmp_pa
     (model / "custom.py").write_text(f"open({str(marker)!r}, 'w')\nclass Custom: pass\n")
     auto_map = {"AutoConfig": "custom.Custom", "AutoModelForCausalLM": "custom.Custom"}
     configure(model, auto_map=auto_map)
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["custom.Custom", "custom.Custom"]}
+    (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     run_ranks(1, there_and_back, model, out, back)
     (model / "custom.py").unlink()
     same_files(model, back)
@@ -202,6 +205,10 @@ def test_output_directory(tmp_path):
         require_empty(tmp_path, overwrite=False)
     require_empty(tmp_path, overwrite=True)
     require_empty(tmp_path / "new", overwrite=False)
+    for source in (tmp_path, tmp_path / "checkpoints" / "iter_0000001", tmp_path / "new" / ".."):
+        with pytest.raises(ConfigError, match="--output: .* holds the model that is read"):
+            require_empty(tmp_path, overwrite=True, source=source)
+    require_empty(tmp_path / "new", overwrite=True, source=tmp_path)
     with pytest.raises(ConfigError, match="is a file"):
         require_empty(tmp_path / "file", overwrite=True)
 
@@ -265,6 +272,62 @@ def test_damaged_checkpoints_of_ours(original, tmp_path):
     assert ".metadata cannot be read as" in spoiled(".metadata", b"no pickle")
     assert "layout.json is not readable" in spoiled("hugging_face/layout.json", b"[]")
     assert "is damaged" in spoiled("__0_0.distcp", b"")
+
+
+@pytest.mark.parametrize(
+    "name, source, others",
+    [
+        ("convert_hf_to_megatron.py", "--hf", ""),
+        ("convert_megatron_to_hf.py", "--checkpoint", ""),
+        ("upcycle_to_moe.py", "--checkpoint", "--num-experts 4 --topk 2 --format hf"),
+    ],
+)
+def test_every_tool_leaves_what_is_in_the_output_alone(original, tmp_path, capfd, name, source, others):
+    """Also with --overwrite, when what it would replace is what it reads."""
+    output = Path(shutil.copytree(original, tmp_path / "output"))
+    for arguments in (
+        (source, original, "--output", output),
+        (source, output, "--output", output, "--overwrite"),
+        (source, output, "--output", tmp_path, "--overwrite"),
+    ):
+        with pytest.raises(RankError, match="exit code 2"):
+            run_ranks(1, tool, name, *arguments, *others.split())
+        message = capfd.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("error: --output: "), message
+        assert ("is not empty" if "--overwrite" not in arguments else "that is read") in message
+    same_files(original, output)
+
+
+def test_overwriting_replaces_a_model_whole(original, tmp_path):
+    """What was there is gone: weights of another size, further files, a later iteration."""
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    _families.make("llama", back, max_shard_size="20KB")
+    (back / "left over.txt").write_text("")
+    _families.make("llama", tmp_path / "other")
+    run_ranks(1, tool, "convert_hf_to_megatron.py", "--hf", tmp_path / "other", "--output", megatron)
+    (megatron / "iter_0000000").rename(megatron / "iter_0000007")
+    run_ranks(1, tool, "convert_hf_to_megatron.py", "--hf", original, "--output", megatron, "--overwrite")
+    run_ranks(1, tool, "convert_megatron_to_hf.py", "--checkpoint", megatron, "--output", back, "--overwrite")
+    same_files(original, back)
+
+
+def test_pickled_weights_beside_safetensors_are_not_read_and_stay_behind(model, tmp_path):
+    for name in ("pytorch_model.bin", "old.pth", "training.ckpt"):
+        (model / name).write_bytes(b"never read")
+    out, back = tmp_path / "out", tmp_path / "back"
+    run_ranks(1, there_and_back, model, out, back)
+    for name in ("pytorch_model.bin", "old.pth", "training.ckpt"):
+        (model / name).unlink()
+    same_files(model, back)
+
+
+def test_weights_in_an_index_must_be_safetensors(model):
+    path = model / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "pytorch_model.bin")
+    path.write_text(json.dumps(index))
+    torch.save({PROJECTION: torch.zeros(64, 32)}, model / "pytorch_model.bin")
+    refused(model, "pytorch_model.bin", "not a safetensors file")
 
 
 def test_sizes_and_dtypes():
