@@ -112,6 +112,7 @@ class RotaryAngles:
 
 def rotate(x: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate the first channels of x [s, b, heads, d] by `angles` [2, s, b or 1, 1, c / 2]; the rest passes.
+    Heads may have several dimensions, if `angles` has as many of size 1.
 
     Channel i is paired with channel i + c/2, or with its neighbour when `interleaved` (the rotated pairs then
     come out in the former order: queries and keys agree on it, which is all that attention needs).

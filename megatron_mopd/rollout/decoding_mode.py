@@ -6,7 +6,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 
 from megatron_mopd.backend.packed_weights import PackedWeights
@@ -47,12 +51,12 @@ def decoding_mode(
         for chunk in chunks:
             chunk.eval()
         for module in linears:
-            module._forward_impl = _without_gradient(weights)
+            module.forward = _without_gradient(module, weights)
         with torch.no_grad():
             yield weights
     finally:
         for module in linears:
-            vars(module).pop("_forward_impl", None)
+            vars(module).pop("forward", None)
         for owner, name, value in flags:
             setattr(owner, name, value)
         for module, was_training in training:
@@ -60,10 +64,13 @@ def decoding_mode(
 
 
 def _is_plain_linear(module: torch.nn.Module) -> bool:
-    """megatron-core's own linear layer on the CPU, whose product is `_forward_impl` and nothing else."""
+    """One of megatron-core's own linear layers on the CPU, inside a tensor-parallel block."""
     if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
         return False
-    return module.weight is not None and module.weight.device.type == "cpu"
+    if module.weight is None or module.weight.device.type != "cpu":
+        return False
+    column = isinstance(module, ColumnParallelLinear)
+    return not module.gather_output if column else module.input_is_parallel
 
 
 def _weights(chunks: Sequence[torch.nn.Module], linears: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
@@ -73,10 +80,24 @@ def _weights(chunks: Sequence[torch.nn.Module], linears: Sequence[torch.nn.Modul
     yield from found.values()
 
 
-def _without_gradient(weights: PackedWeights):
-    """The product of a linear layer that no backward pass follows; the layer itself communicates."""
+def _without_gradient(module: ColumnParallelLinear | RowParallelLinear, weights: PackedWeights):
+    """The forward pass of a linear layer that no backward pass follows: (output, bias to be added later).
 
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None = None, **_unused) -> Tensor:
-        return weights.linear(input, weight, bias)
+    Collectives: a row-parallel layer's all-reduce of its output, as ever.
+    """
+    adds_bias, later = not module.skip_bias_add, module.bias if module.skip_bias_add else None
+    reduces = (
+        isinstance(module, RowParallelLinear)
+        and not module.explicit_expert_comm
+        and module.tp_group is not None
+        and module.tp_group.size() > 1
+    )
+
+    def forward(input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not reduces:
+            return weights.linear(input_, module.weight, module.bias if adds_bias else None), later
+        output = weights.linear(input_, module.weight)
+        output = reduce_from_tensor_model_parallel_region(output, group=module.tp_group)
+        return (output + module.bias if adds_bias and module.bias is not None else output), later
 
     return forward

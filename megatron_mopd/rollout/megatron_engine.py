@@ -99,8 +99,9 @@ class MegatronEngine:
         batches = split_evenly(shares[groups.dp.rank()], rows_per_lane, groups.pp_size)
         responses, by_index = complete, {}
         if open_prompts:
-            rows = max(map(len, batches), default=1) if sampling.max_new_tokens >= _WORTH_PACKING else None
-            with decoding_mode(self._chunks, packed_for_rows=rows) as weights:
+            rows = max(map(len, batches), default=1)
+            packed_for_rows = rows if rows > 1 and sampling.max_new_tokens >= _WORTH_PACKING else None
+            with decoding_mode(self._chunks, packed_for_rows) as weights:
                 decoder = Decoder(
                     self._chunks, groups, self._vocab_size, sampling, seed, weights, on_token, log
                 )

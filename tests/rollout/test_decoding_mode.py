@@ -24,7 +24,7 @@ def state(chunks) -> dict:
                 holder = getattr(module, key)
                 holder = getattr(holder, "config", holder)
                 found[name, key] = holder.sequence_parallel
-        found[name, "product"] = "_forward_impl" in vars(module)
+        found[name, "product"] = "forward" in vars(module)
     return found
 
 
