@@ -1,10 +1,10 @@
 """The four systems' recipes at equal samples: headroom recovered, wall time and final KL.
 
     make demo
-    python benchmarks/recipes.py                     # all four, about three minutes each on two cores
+    python benchmarks/recipes.py                     # all four, about four minutes each on two cores
     python benchmarks/recipes.py glm5 deepseek_v4 --processes 1
 
-Each recipe trains the demo's base on four of the demo's experts (`launch/recipes/NAME_tiny.yaml`): the same
+Each recipe trains the demo's base on two of the demo's experts (`launch/recipes/NAME_tiny.yaml`): the same
 prompts, samples, steps and learning rate, so that only the objective differs. Headroom recovered is
 (student - base) / (expert - base) in held-out accuracy. The KL is the mean over the last tenth of the steps:
 exact for full-vocabulary objectives, the one-sample estimate for sampled-token ones. Wall time is that of all

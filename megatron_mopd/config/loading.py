@@ -166,6 +166,11 @@ def _check(config: Config) -> None:
     ):
         if not (value := attrgetter(dotted)(config)) >= 0:  # NaN is not either
             raise ConfigError(f"{dotted}: must be at least 0, found {value}")
+    for dotted in ("optimizer.adam_beta1", "optimizer.adam_beta2"):
+        if not 0 <= (value := attrgetter(dotted)(config)) < 1:
+            raise ConfigError(f"{dotted}: must be at least 0 and below 1, found {value}")
+    if (value := config.parallel.expert_tensor_parallel_size) is not None and value < 1:
+        raise ConfigError(f"parallel.expert_tensor_parallel_size: must be at least 1, found {value}")
     check_objectives(config)
     _check_evaluation(config)
     if not config.rewards.timeout_seconds > 0:

@@ -131,10 +131,9 @@ def transformer_config(
     cls = MLATransformerConfig if values.get("multi_latent_attention") else TransformerConfig
     try:
         return cls(**values)
-    except (AssertionError, ImportError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{where}: megatron-core refuses this model: {' '.join(str(error).split())}"
-        ) from None
+    except _REFUSALS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{where}: megatron-core refuses this model: {reason}") from None
 
 
 def _latent_attention_scale(model: ModelConfig, where: str) -> dict[str, Any]:

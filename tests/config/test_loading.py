@@ -133,6 +133,8 @@ def test_read_only():
         ({"rollout": {"top_p": 0.0}}, "0 < top_p <= 1"),
         ({"params_dtype": "float64"}, "use_distributed_optimizer=false"),
         ({"run_dir": ""}, "run_dir: missing"),
+        ({"optimizer": {"adam_beta2": 1.0}}, "optimizer.adam_beta2: must be at least 0 and below 1"),
+        ({"parallel": {"expert_tensor_parallel_size": 0}}, "parallel.expert_tensor_parallel_size: must be"),
     ],
 )
 def test_mistakes_name_the_key(section, message):
