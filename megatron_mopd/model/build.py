@@ -124,6 +124,10 @@ def transformer_config(
         raise ConfigError(
             f"{where}.normalization: only RMSNorm is supported, found {values['normalization']!r}"
         )
+    if not 0 < model.rotary_percent <= 1:
+        raise ConfigError(
+            f"{where}.rotary_percent: must be above 0 and at most 1, found {model.rotary_percent}"
+        )
     if problem := check_scaling(model.rope_scaling):
         raise ConfigError(f"{where}.rope_scaling: {problem}")
     if values.get("multi_latent_attention"):
