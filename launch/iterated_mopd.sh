@@ -26,6 +26,7 @@ for ((round = 1; round <= rounds; round++)); do
       "data.prompts=[{task: $task, params: ${tasks[$task]}, size: 12000, seed: $((20 + round))}]"
   done
   echo "== round $round: distillation into $student"
+  mkdir -p "$directory/mopd" # the paths of its teachers lead through it
   python -m megatron_mopd.train --config "$recipes/iterated_mopd.yaml" \
     "run_dir=$directory/mopd" "student.load=$student"
   student=$directory/mopd/checkpoints

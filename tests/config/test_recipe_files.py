@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,41 @@ def test_iterated():
     student = load_config(FOLDER / "iterated_mopd.yaml", ["run_dir=x/round_1/mopd"])
     assert student.teachers[0].load.startswith("x/round_1/mopd/../experts/")
     assert student.checkpoint.resume and student.recipe == "deepseek_v4"
+
+
+def test_the_stages_of_iterated_find_each_other(tmp_path):
+    """The script with a stand-in for training, which wants every checkpoint that its configuration names and
+    leaves one itself."""
+    stand_in = tmp_path / "bin" / "python"
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        f"""#!{sys.executable}
+import sys
+from pathlib import Path
+from megatron_mopd.config import load_config
+config = load_config(sys.argv[4], sys.argv[5:])
+for path in [config.student.load, *(teacher.load for teacher in config.teachers)]:
+    assert Path(path).is_dir(), path
+assert {{prompt.task for prompt in config.data.prompts}} >= {{t.name for t in config.teachers}}
+(Path(config.run_dir) / "checkpoints").mkdir(parents=True, exist_ok=True)
+print("trained", config.run_dir)
+"""
+    )
+    stand_in.chmod(0o755)
+    (tmp_path / "base").mkdir()
+    environment = os.environ | {"PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
+    script = FOLDER.parent / "iterated_mopd.sh"
+    done = subprocess.run(
+        ["bash", script, tmp_path / "base", tmp_path / "runs"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=FOLDER.parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    trained = [line for line in done.stdout.splitlines() if line.startswith("trained")]
+    assert len(trained) == 6 and trained[-1].endswith("round_2/mopd")
+    assert done.stdout.strip().endswith("round_2/mopd/checkpoints")
 
 
 def test_a_file_that_includes_itself(tmp_path):
