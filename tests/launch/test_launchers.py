@@ -227,7 +227,7 @@ def test_kubernetes():
     assert (LAUNCH.parent / container["command"][0]).samefile(LAUNCH / "train.sh")
     environment = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert set(environment) <= SETTINGS
-    # A JobSet without it is refused: https://github.com/kubernetes-sigs/jobset/issues/377
+    # Embedded Jobs have been refused without it: https://github.com/kubernetes/kubernetes/issues/131512
     for rule in spec["podFailurePolicy"]["rules"]:
         assert [condition["status"] for condition in rule["onPodConditions"]] == ["True"]
     assert spec["completions"] == spec["parallelism"] == int(environment["NNODES"])
