@@ -128,6 +128,12 @@ def transformer_config(
         raise ConfigError(
             f"{where}.rotary_percent: must be above 0 and at most 1, found {model.rotary_percent}"
         )
+    for key in ("softmax_scale", "layernorm_epsilon"):
+        if (value := values.get(key)) is not None and not value > 0:  # NaN is not either
+            raise ConfigError(f"{where}.{key}: must be above 0, found {value}")
+    for key in ("attention_dropout", "hidden_dropout"):
+        if not 0 <= values[key] < 1:
+            raise ConfigError(f"{where}.{key}: must be at least 0 and below 1, found {values[key]}")
     if problem := check_scaling(model.rope_scaling):
         raise ConfigError(f"{where}.rope_scaling: {problem}")
     if values.get("multi_latent_attention"):

@@ -1,0 +1,43 @@
+"""Values of an architecture that make no sense: refused by name when the model's configuration is made."""
+
+import pytest
+
+from megatron_mopd.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_mopd.model.build import transformer_config
+from tests import _models
+
+
+def made(transformer=(), **own):
+    model = ModelConfig(vocab_size=64, transformer=_models.DENSE | dict(transformer), **own)
+    return transformer_config(model, ParallelConfig(), "float32", "cpu", where="teachers[1]")
+
+
+def test_an_architecture_that_is_fine():
+    assert made(dict(softmax_scale=0.25), rotary_percent=0.5).softmax_scale == 0.25
+
+
+@pytest.mark.parametrize(
+    "transformer, own, message",
+    [
+        (dict(softmax_scale=-1), {}, "softmax_scale: must be above 0, found -1"),
+        (dict(layernorm_epsilon=float("nan")), {}, "layernorm_epsilon: must be above 0, found nan"),
+        (dict(attention_dropout=7), {}, "attention_dropout: must be at least 0 and below 1, found 7"),
+        ({}, dict(rotary_percent=2.0), "rotary_percent: must be above 0 and at most 1, found 2.0"),
+        ({}, dict(rotary_percent=float("nan")), "rotary_percent: must be"),
+        (dict(activation_func="tanh"), {}, "activation_func: not one of silu"),
+        (dict(normalization="LayerNorm"), {}, "normalization: only RMSNorm is supported"),
+        ({}, dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling: "),
+        (dict(num_query_groups=3), {}, "megatron-core refuses this model: "),
+    ],
+)
+def test_what_makes_no_sense(transformer, own, message):
+    with pytest.raises(ConfigError) as error:
+        made(transformer, **own)
+    assert str(error.value).startswith("teachers[1]") and message in str(error.value)
+
+
+def test_whatever_megatron_core_raises():
+    """Its own checks of this field end in a KeyError or an AttributeError, which name nothing."""
+    for field, value in (("pipeline_model_parallel_layout", 0.5), ("cuda_graph_scope", "int8")):
+        with pytest.raises(ConfigError, match="megatron-core refuses this model"):
+            made({field: value})
