@@ -27,7 +27,6 @@ def test_an_architecture_that_is_fine():
         (dict(activation_func="tanh"), {}, "activation_func: not one of silu"),
         (dict(normalization="LayerNorm"), {}, "normalization: only RMSNorm is supported"),
         ({}, dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling: "),
-        (dict(num_query_groups=3), {}, "megatron-core refuses this model: "),
     ],
 )
 def test_what_makes_no_sense(transformer, own, message):
