@@ -1,7 +1,7 @@
 """The four systems' recipes at equal samples: headroom recovered, wall time and final KL.
 
     make demo
-    python benchmarks/recipes.py                     # all four, about four minutes each on two cores
+    python benchmarks/recipes.py                     # all four, 9 to 16 minutes each on two busy cores
     python benchmarks/recipes.py glm5 deepseek_v4 --processes 1
 
 Each recipe trains the demo's base on two of the demo's experts (`launch/recipes/NAME_tiny.yaml`): the same

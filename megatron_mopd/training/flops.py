@@ -109,9 +109,8 @@ def peak_flops(device: str, params_dtype: str) -> float | None:
     """FLOP/s that the named device can reach at most; `None` where that is not known."""
     if params_dtype != "bfloat16":
         return None
-    words = set(
-        re.split(r"[\s-]+", device)
-    )  # of "NVIDIA A100-SXM4-80GB", and not those of "NVIDIA RTX A1000"
+    # "A100" is a word of "NVIDIA A100-SXM4-80GB", and none of "NVIDIA RTX A1000".
+    words = set(re.split(r"[\s-]+", device))
     return next((peak for name, peak in _PEAKS.items() if words.issuperset(name.split())), None)
 
 
