@@ -32,7 +32,8 @@ def full_logits(chunk, trajectory) -> torch.Tensor:
 def against_full_forward(rank, transformer, tie, packed):
     """By temperature: largest difference of log-probs, tokens that are not argmax(logits + noise), tokens.
     Prompts have different beginnings, and common ones when greedy."""
-    made, chunks = engine(transformer, dtype="float32", share_embeddings_and_output_weights=tie)
+    dtype = "float32" if packed else "float64"  # only float32 weights can be packed
+    made, chunks = engine(transformer, dtype=dtype, share_embeddings_and_output_weights=tie)
     results = []
     if packed:
         _engines.pack_everything()
@@ -62,7 +63,7 @@ def test_decoding_with_a_cache_equals_full_forward_passes(transformer, packed):
     architecture = MLA if transformer == "MLA" else getattr(_models, transformer)
     for worst, wrong, count in run_one(against_full_forward, architecture, transformer == "GQA", packed):
         assert count > 50 and wrong == 0
-        assert worst < 3e-5  # rounding: 1.1e-5 was seen
+        assert worst < (3e-5 if packed else 1e-5)  # float32's own rounding, seen: 1.1e-5
 
 
 def new_weights(rank):
