@@ -2,14 +2,16 @@
 
     python benchmarks/generation.py --hf DIR [--batch-size 1 8 32]     # part of `make real-model`
 
-Both decode greedily with a KV cache in float32 on the CPU and take turns; the best of each is compared, by
-the clock and in processor time, which other work on the machine disturbs less. Prompts have different lengths
-and begin alike (the chat template). First exactly as many tokens as asked, then up to `--until-stop` tokens a
-prompt, where only tokens up to a response's first stop token count. Last the limit: what the matrix products
-of decoding alone would allow, with plain weights and with weights in oneDNN's layout.
+Both decode greedily with a KV cache in float32 on the CPU, on one thread (`--threads`) as a rank of a job,
+and take turns: the ratios are medians over the turns, by the clock and in processor time, which other work on
+the machine disturbs less. Prompts have different lengths and begin alike (the chat template). First exactly
+as many tokens as asked, then up to `--until-stop` tokens a prompt, where only tokens up to a response's first
+stop token count. Last the limit: what the matrix products of decoding alone would allow, with plain weights
+and with weights in panels.
 """
 
 import argparse
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -32,8 +34,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--until-stop", type=int, default=128, help="most tokens of the second part; 0 skips")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
 
@@ -58,20 +62,21 @@ def main() -> None:
 def compare(theirs, ours, batch, tokenizer, most: int, stops: tuple[int, ...], repeats: int) -> None:
     """One line: `most` tokens a prompt, or up to the first of `stops`."""
     sampling = SamplingParams(most, temperature=0.0, stop_token_ids=stops)
-    best = {}
+    took = {"theirs": [], "ours": []}  # (seconds, processor seconds) of every turn
+    answers = {}
     for _ in range(repeats):
         for name, generate in (
             ("theirs", lambda: generate_with_transformers(theirs, batch, most, tokenizer, stops)),
             ("ours", lambda: [a.response_ids for a in ours.engine.generate(batch, sampling, seed=0)]),
         ):
-            seconds, processor, answers = timed(generate)
-            known = best.get(name, (seconds, processor))
-            best[name] = min(known[0], seconds), min(known[1], processor), answers
-    reference, answers = best["theirs"][2], best["ours"][2]
-    same = sum(list(a) == list(b) for a, b in zip(answers, reference, strict=True))
-    tokens = sum(map(len, answers))
-    speeds = [tokens / best[name][0] for name in ("theirs", "ours")]
-    clock, processor = (best["theirs"][i] / best["ours"][i] for i in (0, 1))
+            *seconds, answers[name] = timed(generate)
+            took[name].append(seconds)
+    same = sum(list(a) == list(b) for a, b in zip(answers["ours"], answers["theirs"], strict=True))
+    tokens = sum(map(len, answers["ours"]))
+    speeds = [tokens / statistics.median(clock for clock, _ in took[name]) for name in ("theirs", "ours")]
+    clock, processor = (
+        statistics.median(a[i] / b[i] for a, b in zip(took["theirs"], took["ours"])) for i in (0, 1)
+    )
     what = f"to stop, {most}" if stops else f"{most}"
     print(
         f"{len(batch):>5}  {what:<12}  {speeds[0]:>10.1f}/s  {speeds[1]:>6.1f}/s  {clock:>5.2f}  "
@@ -106,7 +111,7 @@ def limit(ours: OurModel, rows: int, repeats: int) -> None:
     linears = [m.weight for m in chunk.modules() if hasattr(m, "_forward_impl") and m.weight is not None]
     weights = [*{id(w): w for w in [*linears, chunk.head_weight()]}.values()]
     inputs = {w.size(1): torch.randn(1, rows, w.size(1)) for w in weights}
-    packed = PackedWeights(weights, rows)
+    packed = PackedWeights(weights)
 
     def step(linear) -> None:
         for weight in weights:

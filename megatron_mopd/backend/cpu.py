@@ -9,8 +9,10 @@ another library's behaviour.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
+import os
 
 import torch
 import torch.distributed
@@ -18,6 +20,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _installed = False
 
 
@@ -161,12 +164,27 @@ def _set_rng_state(state, *args, **kwargs):
     torch.set_rng_state(state)
 
 
+def _keep_freed_memory() -> None:
+    """Let the C library keep what large temporary tensors free for the next ones, up to 1 GB.
+
+    Given back to the system, it returns as zeroed pages, one fault per 4 KB: a few percent of the time of a
+    model of 100 million parameters. Only glibc is asked; `MALLOC_*` variables in the environment win.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that it takes
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
 def install() -> None:
     """Give megatron-core's CUDA calls their CPU meaning in this process. Idempotent."""
     global _installed
     if _installed:
         return
     _installed = True
+    _keep_freed_memory()
 
     # `with torch.device("meta")` recognizes factories by identity, and looks them up when it is first used:
     # it has to find the originals, which the wrappers below call. (`transformers` loads models under it; with

@@ -1,4 +1,4 @@
-"""Matrix products on the CPU with weights that are laid out for oneDNN once and then used many times."""
+"""Matrix products on the CPU with weights that are cut into panels once and then used many times."""
 
 from __future__ import annotations
 
@@ -8,33 +8,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_PANEL = 320
+"""Columns of a panel: few enough that the BLAS reads a panel where it lies instead of copying it first."""
 _SMALLEST = 1 << 18
-"""Elements of the smallest weight that is laid out: below, the operator itself costs more than it saves."""
-_MOST_ROWS = 64
-"""Products with more rows than this read a plain weight as fast."""
+"""Elements of the smallest weight that is cut: below, the calls cost more than they save."""
+_ROWS = range(4, 129)
+"""Products with fewer or more rows than these read a plain weight as fast."""
 
 
 class PackedWeights:
-    """Copies of weights in the layout that oneDNN's small matrix products read fastest.
+    """Copies of weights in panels [in, 320], which products with few rows read faster.
 
-    An ordinary product rearranges the weight on its way, which for the few rows of a decoding step costs up
-    to half as much again as the product itself. The copies take as much memory as the weights, and do not
-    follow when those change: make them where nothing changes, and drop them afterwards. What cannot be laid
-    out (another dtype than float32, another device, a small weight, a torch without oneDNN) is multiplied as
-    it is.
+    An ordinary product with a weight [out, in] rearranges it on its way, which for the few rows of a decoding
+    step costs up to half as much again as the product itself. The copies take as much memory as the weights,
+    and do not follow when those change: make them where nothing changes, and drop them afterwards. Small
+    weights, and those of another device or dtype than float32 and float64, are multiplied as they are.
     """
 
-    def __init__(self, weights: Iterable[Tensor] = (), rows: int = 1):
-        """Copies of those `weights` [out, in] that gain, laid out for inputs of about `rows` rows. No
-        collectives."""
-        self._packed: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: the weight (kept alive), its copy
-        if not _has_packed_products():
-            return
+    def __init__(self, weights: Iterable[Tensor] = ()):
+        """Copies of those `weights` [out, in] that gain. No collectives."""
+        self._packed: dict[
+            int, tuple[Tensor, list[Tensor]]
+        ] = {}  # by identity: the weight (kept alive), panels
         for weight in weights:
-            if weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() >= _SMALLEST:
-                with torch.no_grad():
-                    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), min(rows, _MOST_ROWS))
-                self._packed[id(weight)] = weight, packed
+            if (
+                weight.device.type == "cpu"
+                and weight.dtype in (torch.float32, torch.float64)
+                and weight.numel() >= _SMALLEST
+            ):
+                panels = [part.t().contiguous() for part in weight.detach().split(_PANEL)]
+                self._packed[id(weight)] = weight, panels
 
     def __len__(self) -> int:
         """Weights that have a copy."""
@@ -46,13 +49,12 @@ class PackedWeights:
         Equal to the plain product within the rounding of its sums.
         """
         found = self._packed.get(id(weight))
-        if found is None or not 0 < x.numel() <= _MOST_ROWS * x.size(-1):
+        if found is None or x.numel() // x.size(-1) not in _ROWS:
             return F.linear(x, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(x, found[1], bias, "none", [], "")
-
-
-def _has_packed_products() -> bool:
-    """Whether this build of torch has oneDNN's products with packed weights, and may use them."""
-    names = ("_reorder_linear_weight", "_linear_pointwise")
-    mkldnn = torch.backends.mkldnn
-    return mkldnn.is_available() and mkldnn.enabled and all(hasattr(torch.ops.mkldnn, n) for n in names)
+        rows = x.reshape(-1, x.size(-1))
+        output = rows.new_empty((len(rows), weight.size(0)))
+        for panel, columns in zip(found[1], output.split(_PANEL, dim=1)):
+            torch.mm(rows, panel, out=columns)
+        if bias is not None:
+            output += bias
+        return output.view(*x.shape[:-1], -1)

@@ -204,15 +204,17 @@ class CachedSelfAttention(SelfAttention):
         """
         mixed, _ = self.linear_qkv(hidden)
         channels = self.hidden_size_per_attention_head
-        mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1, channels))
-        heads, value = mixed[..., :-1, :], mixed[..., -1, :]  # [1, b, g, queries of a group + key, d]
+        mixed = mixed.view(hidden.size(1), self.num_query_groups_per_partition, -1, channels)
+        queries = mixed.size(2) - 2
+        heads, value = mixed.split((queries + 1, 1), dim=2)  # [b, g, queries of a group + key, d]
         if isinstance(self.q_layernorm, RMSNorm):
-            parts = self.q_layernorm(heads[..., :-1, :]), self.k_layernorm(heads[..., -1:, :])
-            heads = torch.cat(parts, dim=-2)
+            query, key = heads.split((queries, 1), dim=2)
+            heads = torch.cat((self.q_layernorm(query), self.k_layernorm(key)), dim=2)
         if angles is not None:
-            heads = rotate(heads, angles.unsqueeze(-2), self.config.rotary_interleaved)
-        keys, values = cache.append(self.layer_number, heads[..., -1, :], value)
-        attended = self.core_attention.attend(heads[0, ..., :-1, :], *map(_to_bhsd, (keys, values)), ~mask)
+            heads = rotate(heads, angles.transpose(1, 2), self.config.rotary_interleaved)
+        query, key = heads.split((queries, 1), dim=2)
+        keys, values = cache.append_tokens(self.layer_number, key, value)
+        attended = self.core_attention.attend(query, keys, values, cache.bias(mask, query.dtype))
         return self.linear_proj(attended.flatten(1).unsqueeze(0))
 
     def _adjust_key_value_for_inference(

@@ -23,6 +23,7 @@ class KeyValueCache(StaticInferenceContext):
         tokens are the same, and arrive once, before the rest of each."""
         super().__init__(len(prompt_lengths), max_sequence_length)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._bias: tuple[Tensor, Tensor] | None = None
         self.longest_prompt = int(prompt_lengths.max())
         # Of every token of the packed prompts: its row, and its column when all prompts end at the same one.
         device = prompt_lengths.device
@@ -40,32 +41,48 @@ class KeyValueCache(StaticInferenceContext):
         First all prompts at once, packed [tokens, 1, g, d], which come back as they are; from then on one
         token a row, [1, b, g, d], and all stored ones come back, [offset + 1, b, g, d] (views of the cache).
         """
+        if self.sequence_len_offset > 0:
+            stored = self.append_tokens(layer_number, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3))
+            return tuple(x.permute(2, 0, 1, 3) for x in stored)
+        for kept, new in zip(self._storage(layer_number, key.size(2), key, value), (key, value)):
+            kept[self._rows, :, self._columns] = new.squeeze(1)[self._arrival]
+        return key, value
+
+    def append_tokens(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the key and value of one token a row after the prompts, [b, g, 1, d], and return all that
+        are stored, [b, g, offset + 1, d]: how the cache itself lies in memory (views of it)."""
+        start, end = self.sequence_len_offset, self.sequence_len_offset + 1
+        assert end <= self.max_sequence_length, f"KV cache of {self.max_sequence_length} positions is full"
+        stored = self._storage(layer_number, key.size(1), key, value)
+        for kept, new in zip(stored, (key, value)):
+            kept.narrow(2, start, 1).copy_(new)
+        return tuple(kept.narrow(2, 0, end) for kept in stored)
+
+    def bias(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """What a `mask` (True: not to be looked at) adds to attention scores: 0 or -inf. Made once for all
+        layers that are given the same one."""
+        if self._bias is None or self._bias[0] is not mask:
+            self._bias = mask, torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
+        return self._bias[1]
+
+    def _storage(self, layer_number: int, groups: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values [b, groups, max_sequence_length, d], with channels as in `key` and
+        `value` [..., d]."""
         if layer_number not in self._layers:
             # Zeros, because what is masked is still multiplied by 0, and 0 x NaN is NaN.
             self._layers[layer_number] = tuple(
-                torch.zeros(
-                    (self.max_batch_size, x.size(2), self.max_sequence_length, x.size(3)),
-                    dtype=x.dtype,
-                    device=x.device,
-                )
+                x.new_zeros((self.max_batch_size, groups, self.max_sequence_length, x.size(3)))
                 for x in (key, value)
             )
-        keys, values = self._layers[layer_number]
-        if self.sequence_len_offset == 0:
-            keys[self._rows, :, self._columns] = key.squeeze(1)[self._arrival]
-            values[self._rows, :, self._columns] = value.squeeze(1)[self._arrival]
-            return key, value
-        end = self.sequence_len_offset + key.size(0)
-        assert end <= self.max_sequence_length, f"KV cache of {self.max_sequence_length} positions is full"
-        keys[:, :, self.sequence_len_offset : end] = key.permute(1, 2, 0, 3)
-        values[:, :, self.sequence_len_offset : end] = value.permute(1, 2, 0, 3)
-        return keys[:, :, :end].permute(2, 0, 1, 3), values[:, :, :end].permute(2, 0, 1, 3)
+        return self._layers[layer_number]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Keep only these batch rows [n], in this order and possibly repeated; the others' memory is freed.
 
         One layer at a time, and only the positions written so far: a long cache never exists twice.
         """
+        if torch.equal(rows, torch.arange(self.max_batch_size, device=rows.device)):
+            return
         for layer, (keys, values) in self._layers.items():
             self._layers[layer] = self._select(keys, rows), self._select(values, rows)
         self.max_batch_size = len(rows)

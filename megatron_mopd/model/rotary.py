@@ -100,29 +100,31 @@ class RotaryAngles:
         self._factor = attention_factor(scaling)
 
     def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Positions [b or 1, s] -> (cosines, sines) stacked, [2, s, b or 1, 1, channels / 2].
+        """Positions [b or 1, s] -> what `rotate` multiplies with, [2, s, b or 1, 1, channels]: cosines, and
+        sines that are negative for the first half of the channels.
 
         Computed in fp32 like every published implementation, then rounded to `dtype`.
         """
         if self._frequencies.device != position_ids.device:
             self._frequencies = self._frequencies.to(position_ids.device)
         angles = position_ids.transpose(0, 1).float().unsqueeze(-1) * self._frequencies
-        return (torch.stack((angles.cos(), angles.sin())) * self._factor).to(dtype).unsqueeze(3)
+        cosines, sines = angles.cos() * self._factor, angles.sin() * self._factor
+        factors = torch.stack((torch.cat((cosines, cosines), dim=-1), torch.cat((-sines, sines), dim=-1)))
+        return factors.to(dtype).unsqueeze(3)
 
 
 def rotate(x: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotate the first channels of x [s, b, heads, d] by `angles` [2, s, b or 1, 1, c / 2]; the rest passes.
-    Heads may have several dimensions, if `angles` has as many of size 1.
+    """Rotate the first c channels of x [s, b, heads, d] by `angles` [2, s, b or 1, 1, c]; the rest passes.
+    Any other shapes do that `angles` can be broadcast to.
 
     Channel i is paired with channel i + c/2, or with its neighbour when `interleaved` (the rotated pairs then
     come out in the former order: queries and keys agree on it, which is all that attention needs).
     """
     cosines, sines = angles.unbind(0)
-    width = 2 * cosines.size(-1)
-    rotated, passed = x[..., :width], x[..., width:]
+    width = cosines.size(-1)
+    turned = x if width == x.size(-1) else x[..., :width]
     if interleaved:
-        first, second = rotated[..., 0::2], rotated[..., 1::2]
-    else:
-        first, second = rotated.chunk(2, dim=-1)
-    pieces = [first * cosines - second * sines, second * cosines + first * sines]
-    return torch.cat(pieces if passed.size(-1) == 0 else [*pieces, passed], dim=-1)
+        turned = torch.cat((turned[..., 0::2], turned[..., 1::2]), dim=-1)
+    partners = turned.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    turned = torch.addcmul(turned * cosines, partners, sines)
+    return turned if width == x.size(-1) else torch.cat((turned, x[..., width:]), dim=-1)

@@ -6,14 +6,10 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    reduce_from_tensor_model_parallel_region,
-)
 from torch import Tensor
 
 from megatron_mopd.backend.packed_weights import PackedWeights
+from megatron_mopd.rollout.forward_only import forward_only, is_plain_linear
 
 # Every place where megatron-core keeps the choice: the configurations, and the modules that copied it when
 # built (tensor-parallel and Transformer Engine linears, the embedding and its vocabulary-parallel table, MTP
@@ -23,14 +19,12 @@ _MODULE_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_sc
 
 
 @contextlib.contextmanager
-def decoding_mode(
-    chunks: Sequence[torch.nn.Module], packed_for_rows: int | None = None
-) -> Iterator[PackedWeights]:
+def decoding_mode(chunks: Sequence[torch.nn.Module], packed: bool = False) -> Iterator[PackedWeights]:
     """No gradients, evaluation mode, and sequence parallelism off; everything restored on exit, exceptions
     included.
 
-    On the CPU the linear layers leave out what only a backward pass needs. With `packed_for_rows`, the rows
-    of a decoding step, their float32 weights and the output head's also exist laid out for such products
+    On the CPU the layers leave out what only a backward pass needs (`forward_only`). If `packed`, their
+    weights and the output head's also exist in panels for products with the few rows of a decoding step
     meanwhile (as much memory again as the weights); the result multiplies with these where it has them.
 
     One token cannot be scattered over tensor-parallel ranks, so the layers run with all-reduces instead of
@@ -43,19 +37,19 @@ def decoding_mode(
     flags = [(config, "sequence_parallel") for config in configs.values()]
     flags += [(module, name) for module in modules for name in _MODULE_FLAGS if name in vars(module)]
     flags = [(owner, name, getattr(owner, name)) for owner, name in flags if hasattr(owner, name)]
-    linears = [module for module in modules if _is_plain_linear(module)]
-    weights = PackedWeights(_weights(chunks, linears) if packed_for_rows else (), packed_for_rows or 1)
+    weights = PackedWeights(_weights(chunks) if packed else ())
+    lean = [(module, forward) for module in modules if (forward := forward_only(module, weights))]
     try:
         for owner, name, _ in flags:
             setattr(owner, name, False)
         for chunk in chunks:
             chunk.eval()
-        for module in linears:
-            module.forward = _without_gradient(module, weights)
+        for module, forward in lean:
+            module.forward = forward
         with torch.no_grad():
             yield weights
     finally:
-        for module in linears:
+        for module, _ in lean:
             vars(module).pop("forward", None)
         for owner, name, value in flags:
             setattr(owner, name, value)
@@ -63,41 +57,9 @@ def decoding_mode(
             module.training = was_training
 
 
-def _is_plain_linear(module: torch.nn.Module) -> bool:
-    """One of megatron-core's own linear layers on the CPU, inside a tensor-parallel block."""
-    if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
-        return False
-    if module.weight is None or module.weight.device.type != "cpu":
-        return False
-    column = isinstance(module, ColumnParallelLinear)
-    return not module.gather_output if column else module.input_is_parallel
-
-
-def _weights(chunks: Sequence[torch.nn.Module], linears: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
+def _weights(chunks: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
     """Weights [out, in] that a decoding step multiplies with, the output head included, each once."""
+    linears = [module.weight for chunk in chunks for module in chunk.modules() if is_plain_linear(module)]
     heads = [chunk.head_weight() for chunk in chunks if chunk.post_process]
-    found = {id(weight): weight for weight in [*(module.weight for module in linears), *heads]}
+    found = {id(weight): weight for weight in [*linears, *heads]}
     yield from found.values()
-
-
-def _without_gradient(module: ColumnParallelLinear | RowParallelLinear, weights: PackedWeights):
-    """The forward pass of a linear layer that no backward pass follows: (output, bias to be added later).
-
-    Collectives: a row-parallel layer's all-reduce of its output, as ever.
-    """
-    adds_bias, later = not module.skip_bias_add, module.bias if module.skip_bias_add else None
-    reduces = (
-        isinstance(module, RowParallelLinear)
-        and not module.explicit_expert_comm
-        and module.tp_group is not None
-        and module.tp_group.size() > 1
-    )
-
-    def forward(input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not reduces:
-            return weights.linear(input_, module.weight, module.bias if adds_bias else None), later
-        output = weights.linear(input_, module.weight)
-        output = reduce_from_tensor_model_parallel_region(output, group=module.tp_group)
-        return (output + module.bias if adds_bias and module.bias is not None else output), later
-
-    return forward

@@ -20,8 +20,8 @@ from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.routing import RoutingRecords
 from megatron_mopd.rollout.write_ahead import STOPPED, Known, RolloutLog
 
-_WORTH_PACKING = 32
-"""Decoding steps from which on laying out the weights for them pays."""
+_STEPS_WORTH_PACKING, _ROWS_WORTH_PACKING = 32, 4
+"""Decoding steps and rows from which on cutting the weights into panels for them pays."""
 
 
 class MegatronEngine:
@@ -100,8 +100,8 @@ class MegatronEngine:
         responses, by_index = complete, {}
         if open_prompts:
             rows = max(map(len, batches), default=1)
-            packed_for_rows = rows if rows > 1 and sampling.max_new_tokens >= _WORTH_PACKING else None
-            with decoding_mode(self._chunks, packed_for_rows) as weights:
+            packed = rows >= _ROWS_WORTH_PACKING and sampling.max_new_tokens >= _STEPS_WORTH_PACKING
+            with decoding_mode(self._chunks, packed) as weights:
                 decoder = Decoder(
                     self._chunks, groups, self._vocab_size, sampling, seed, weights, on_token, log
                 )

@@ -11,6 +11,9 @@ from megatron_mopd.rollout.noise import gumbel_noise
 
 _NOISE_ELEMENTS = 1 << 24
 """Noise is made for this many logits at a time (about 200 MB), whatever the batch and the vocabulary."""
+_CACHED_ELEMENTS = 1 << 18
+"""Exponentials on the CPU are made for this many logits at a time: 1 MB, which stays in a core's cache."""
+_BLOCK = 512
 _FIRST_CANDIDATES = 64
 """Top-p looks at this many tokens of each shard first; a nucleus that is wider asks for eight times as
 many."""
@@ -47,14 +50,13 @@ def sample_tokens(
         logits = logits.masked_fill(logits < threshold.unsqueeze(1), -torch.inf)
 
     if sampling.temperature == 0:
-        score, column = logits.max(dim=1)
+        score, column = _largest(logits)
         chosen = score
     else:
         score, column = _noisy_max(logits, shard.offset, seed, trajectories, position)
         chosen = logits.gather(1, column.unsqueeze(1)).squeeze(1)
     largest = score if sampling.temperature == 0 else logits.amax(dim=1)
-    # A shard with nothing to draw from has -inf everywhere: subtract 0 there, inf - inf would be NaN.
-    total = (logits - largest.nan_to_num(neginf=0.0).unsqueeze(1)).exp_().sum(dim=1)
+    total = _exponential_sum(logits, largest)
     local = torch.stack((score, column + shard.offset, chosen, largest, total)).double()
     score, token, chosen, largest, total = shard.all_gather(local).unbind(dim=1)  # each [tp, b]
     winner = score.argmax(dim=0, keepdim=True)
@@ -62,6 +64,31 @@ def sample_tokens(
     normalizer = maximum + (total * (largest - maximum).exp()).sum(dim=0).log()
     token = token.gather(0, winner).squeeze(0).long()
     return token, chosen.gather(0, winner).squeeze(0) - normalizer
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest logit of every row [b] and its column, the first where several are equal."""
+    columns = logits.size(1)
+    if logits.device.type != "cpu" or columns < 2 * _BLOCK:
+        return logits.max(dim=1)
+    # On the CPU a maximum is vectorized only without its place: find the block first, then look into it.
+    whole = columns // _BLOCK * _BLOCK
+    peaks = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(dim=2)
+    if whole < columns:
+        peaks = torch.cat((peaks, logits[:, whole:].amax(dim=1, keepdim=True)), dim=1)
+    start = (peaks.argmax(dim=1, keepdim=True) * _BLOCK).clamp_(max=columns - _BLOCK)
+    value, place = logits.gather(1, start + torch.arange(_BLOCK)).max(dim=1)
+    return value, start.squeeze(1) + place
+
+
+def _exponential_sum(logits: Tensor, largest: Tensor) -> Tensor:
+    """Sum of exp(logits - largest) of every row [b], a bounded number of rows at a time."""
+    # A shard with nothing to draw from has -inf everywhere: subtract 0 there, inf - inf would be NaN.
+    shift = largest.nan_to_num(neginf=0.0).unsqueeze(1)
+    elements = _CACHED_ELEMENTS if logits.device.type == "cpu" else _NOISE_ELEMENTS
+    rows = max(1, elements // logits.size(1))
+    parts = zip(logits.split(rows), shift.split(rows), strict=True)
+    return torch.cat([(part - most).exp_().sum(dim=1) for part, most in parts])
 
 
 def _noisy_max(

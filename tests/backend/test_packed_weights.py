@@ -1,48 +1,49 @@
-"""Products with weights in oneDNN's layout equal the plain ones, and are used only where they can be."""
+"""Products with weights cut into panels equal the plain ones, and are used only where they gain."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_mopd.backend import packed_weights
 from megatron_mopd.backend.packed_weights import PackedWeights
 
 
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("outputs", [640, 700])  # whole panels, and a rest
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 32, 64])
-def test_products_equal_plain_ones(rows, bias):
+@pytest.mark.parametrize("rows", [1, 4, 32, 128, 129])
+def test_products_equal_plain_ones(rows, bias, outputs, dtype, atol):
     generator = torch.Generator().manual_seed(rows)
-    weight = torch.nn.Parameter(torch.randn(700, 500, generator=generator))
-    x = torch.randn(1, rows, 500, generator=generator)
-    added = torch.randn(700, generator=generator) if bias else None
-    weights = PackedWeights([weight], rows=32)
-    assert len(weights) == packed_weights._has_packed_products()
+    weight = torch.nn.Parameter(torch.randn(outputs, 500, generator=generator, dtype=dtype))
+    x = torch.randn(1, rows, 500, generator=generator, dtype=dtype)
+    added = torch.randn(outputs, generator=generator, dtype=dtype) if bias else None
+    weights = PackedWeights([weight])
+    assert len(weights) == 1
     with torch.no_grad():
         found = weights.linear(x, weight, added)
+        # Rows that do not lie together, as after a transposition.
+        apart = weights.linear(x.transpose(0, 1).contiguous().transpose(0, 1), weight, added)
     exact = F.linear(x.double(), weight.double(), added.double() if bias else None)
-    # 500 products of size 1: rounding of at most a few 1e-6 each; a wrong layout is off by 20.
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
-    assert found.shape == (1, rows, 700) and not found.requires_grad
+    # 500 products of size 1: rounding of at most a few 1e-6 each; a wrong panel is off by 20.
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=atol)
+    torch.testing.assert_close(apart.double(), exact, rtol=0, atol=atol)
+    assert found.shape == (1, rows, outputs) and found.dtype == dtype and not found.requires_grad
 
 
 def test_the_packed_copy_is_what_is_multiplied():
     """It does not follow the weight, so results show which of the two was read."""
-    if not packed_weights._has_packed_products():
-        return  # this build of torch has plain products only
-    weight, x = torch.ones(600, 500), torch.ones(65, 500)
-    weights = PackedWeights([weight], rows=8)
+    weight, x = torch.ones(600, 500), torch.ones(129, 500)
+    weights = PackedWeights([weight])
     weight.zero_()
-    assert weights.linear(x[:64], weight).eq(500).all()
+    assert weights.linear(x[:128], weight).eq(500).all()
+    assert weights.linear(x[:4], weight).eq(500).all()
     assert weights.linear(x, weight).eq(0).all()  # more rows than a decoding step has
+    assert weights.linear(x[:3], weight).eq(0).all()  # so few that the plain product is as fast
     assert weights.linear(x[:0], weight).shape == (0, 600)
     assert weights.linear(x[:4], weight.clone()).eq(0).all()  # a weight that it does not know
 
 
-def test_what_is_not_packed(monkeypatch):
+def test_what_is_not_packed():
     large, small = torch.ones(600, 500), torch.ones(500, 500)
-    assert len(PackedWeights([small, large.double(), large.bfloat16(), large.to("meta")])) == 0
+    assert len(PackedWeights([small, large.bfloat16(), large.half(), large.to("meta")])) == 0
     with torch.no_grad():
-        assert PackedWeights([small]).linear(torch.ones(2, 500), small).eq(500).all()
-    monkeypatch.setattr(packed_weights, "_has_packed_products", lambda: False)
-    weights = PackedWeights([large])
-    assert len(weights) == 0 and weights.linear(torch.ones(2, 500), large).eq(500).all()
+        assert PackedWeights([small]).linear(torch.ones(4, 500), small).eq(500).all()

@@ -60,9 +60,11 @@ def engine(
 
 
 def pack_everything(packed: bool = True) -> None:
-    """From now on in this process: rollouts of any length lay out weights of any size, or none do."""
-    packed_weights._SMALLEST = 0
-    megatron_engine._WORTH_PACKING = 1 if packed else 10**9
+    """From now on in this process: rollouts of any length cut weights of any size into panels for any number
+    of rows, or none do."""
+    packed_weights._SMALLEST, packed_weights._ROWS = 0, range(1, 65)
+    megatron_engine._STEPS_WORTH_PACKING = 1 if packed else 10**9
+    megatron_engine._ROWS_WORTH_PACKING = 1
 
 
 def sampling(**changes) -> SamplingParams:

@@ -154,8 +154,8 @@ def test_packed_weights(transformer, layout, pools):
             assert row[:3] == expected_row[:3]
             assert row[3] == pytest.approx(expected_row[3], abs=3e-5)
         # Only long prompts and experts without a token read plain weights.
-        assert all(rows == 0 or rows > packed_weights._MOST_ROWS for rows in packed[1])
-        assert sum(0 < rows <= packed_weights._MOST_ROWS for rows in ordinary[1]) > 50
+        assert all(rows == 0 or rows > 64 for rows in packed[1])
+        assert sum(0 < rows <= 64 for rows in ordinary[1]) > 50
 
 
 def chained(rank):

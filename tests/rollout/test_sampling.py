@@ -62,6 +62,28 @@ def test_frequencies_and_logprobs_are_those_of_the_exact_distribution(params):
     torch.testing.assert_close(logprobs.float(), probabilities[tokens].log(), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("vocabulary", [1023, 1024, 1025, 1536, 5000])
+def test_greedy_finds_the_largest_logit_of_many(vocabulary):
+    """Wherever it is, and the first of equal ones: long rows are searched in blocks."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    for logits in (
+        torch.randn(vocabulary, vocabulary, generator=generator) + 9 * torch.eye(vocabulary),  # everywhere
+        torch.randint(0, 3, (50, vocabulary), generator=generator).float(),
+        torch.full((3, vocabulary), -torch.inf).index_fill_(1, torch.tensor([vocabulary - 1]), 1.0),
+    ):
+        ids, logprobs = sample_tokens(
+            logits,
+            VocabShard.of(vocabulary, None, vocabulary),
+            SamplingParams(1, temperature=0.0),
+            seed=0,
+            trajectories=torch.arange(len(logits)),
+            position=0,
+        )
+        assert torch.equal(ids, (logits == logits.amax(dim=1, keepdim=True)).int().argmax(dim=1))
+        exact = logits.double().log_softmax(dim=1).gather(1, ids.unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(logprobs, exact, rtol=0, atol=1e-5)
+
+
 def test_greedy_takes_the_largest_logit_and_reports_its_logprob_at_temperature_one():
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
     tokens, logprobs = draw(logits, VocabShard.of(30, None, 27), temperature=0.0)
