@@ -146,12 +146,19 @@ def _rank_main(rank, world_size, connection, parents_ends, timeout, inherited_ta
         while task is not None:
             _answer(connection, rank, *task, timeout)
             task = pickle.loads(connection.recv_bytes())
+            _forget_groups()
     except BaseException:
         connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
     # No interpreter shutdown: the parent's exit handlers and test plugins are not this process's to run.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _forget_groups():
+    """Destroy the groups of the tasks before, which all ranks have finished: every gloo group polls."""
+    for group in [group for group in dist.distributed_c10d._world.pg_map if group != dist.group.WORLD]:
+        dist.destroy_process_group(group)
 
 
 def _answer(connection, rank, fn, args, timeout):

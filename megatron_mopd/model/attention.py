@@ -114,7 +114,7 @@ class ScaledDotProductAttention(MegatronModule):
                 how = {"mask": causal_lower_right(index.size(1), seen.size(1))}
             rows = [x.squeeze(1)[i].transpose(1, 2) for x, i in ((query, index), (key, seen), (value, seen))]
             attended = self.attend(*rows, **how).transpose(1, 2)
-            output = output.index_put((index[valid],), attended[valid])
+            output.index_put_((index[valid],), attended[valid])
         return output.transpose(0, 1).unsqueeze(0)
 
     def _context_parallel(

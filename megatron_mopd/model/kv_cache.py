@@ -69,11 +69,11 @@ class KeyValueCache(StaticInferenceContext):
         """A layer's keys and values [b, groups, max_sequence_length, d], with channels as in `key` and
         `value` [..., d]."""
         if layer_number not in self._layers:
-            # Zeros, because what is masked is still multiplied by 0, and 0 x NaN is NaN.
-            self._layers[layer_number] = tuple(
-                x.new_zeros((self.max_batch_size, groups, self.max_sequence_length, x.size(3)))
-                for x in (key, value)
-            )
+            shape = (self.max_batch_size, groups, self.max_sequence_length)
+            self._layers[layer_number] = tuple(x.new_empty((*shape, x.size(3))) for x in (key, value))
+            for stored in self._layers[layer_number]:
+                # What is masked is still multiplied by 0, and 0 x NaN is NaN.
+                stored[:, :, : self.longest_prompt] = 0
         return self._layers[layer_number]
 
     def keep_rows(self, rows: Tensor) -> None:
