@@ -14,6 +14,7 @@ there at once. Rules that follow from forking:
   inherits an OpenMP pool's book-keeping without its threads waits for them for ever. Children run one thread.
 - `run_ranks` inherits `fn` and its arguments through the fork, so closures and lambdas work. `RankPool.run`
   pickles them: `fn` must be a module-level function of a module imported before the pool was made.
+- What a task builds on megatron-core's groups ends with it: the next `run` starts without any.
 - Return values are pickled by value: detached tensors, numbers, strings and containers of them.
 
 A failing rank's traceback is raised in the parent at once and the other ranks are killed; so is a rank that
@@ -156,9 +157,13 @@ def _rank_main(rank, world_size, connection, parents_ends, timeout, inherited_ta
 
 
 def _forget_groups():
-    """Destroy the groups of the tasks before, which all ranks have finished: every gloo group polls."""
-    for group in [group for group in dist.distributed_c10d._world.pg_map if group != dist.group.WORLD]:
-        dist.destroy_process_group(group)
+    """Destroy megatron-core's groups of the tasks before, which all ranks have finished: every gloo group has
+    threads that poll, and a pool that serves many layouts would spend its time on those."""
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is not None and parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+        for group in [group for group in dist.distributed_c10d._world.pg_map if group != dist.group.WORLD]:
+            dist.destroy_process_group(group)
 
 
 def _answer(connection, rank, fn, args, timeout):

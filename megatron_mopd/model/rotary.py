@@ -125,6 +125,6 @@ def rotate(x: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
     turned = x if width == x.size(-1) else x[..., :width]
     if interleaved:
         turned = torch.cat((turned[..., 0::2], turned[..., 1::2]), dim=-1)
-    partners = turned.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    partners = turned.roll(width // 2, dims=-1)
     turned = torch.addcmul(turned * cosines, partners, sines)
     return turned if width == x.size(-1) else torch.cat((turned, x[..., width:]), dim=-1)
