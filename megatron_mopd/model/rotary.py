@@ -126,5 +126,5 @@ def rotate(x: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
     if interleaved:
         turned = torch.cat((turned[..., 0::2], turned[..., 1::2]), dim=-1)
     partners = turned.roll(width // 2, dims=-1)
-    turned = torch.addcmul(turned * cosines, partners, sines)
+    turned = turned * cosines + partners * sines  # rounded as `transformers` rounds
     return turned if width == x.size(-1) else torch.cat((turned, x[..., width:]), dim=-1)

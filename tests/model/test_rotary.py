@@ -1,0 +1,35 @@
+"""Rotary embedding: rounded like `transformers`, and what it leaves alone."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from megatron_mopd.model.rotary import RotaryAngles, rotate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_bit_is_that_of_transformers(dtype):
+    generator = torch.Generator().manual_seed(1)
+    heads = torch.randn(2, 3, 50, 16, generator=generator).to(dtype)  # [b, heads, s, d]
+    positions = torch.arange(50).unsqueeze(0) + 900
+    config = LlamaConfig(hidden_size=48, num_attention_heads=3, head_dim=16, rope_theta=5000.0)
+    cosines, sines = LlamaRotaryEmbedding(config)(heads, positions)
+    expected, _ = apply_rotary_pos_emb(heads, heads, cosines, sines)
+    angles = RotaryAngles(16, 5000.0)(positions, dtype)
+    assert torch.equal(rotate(heads.permute(2, 0, 1, 3), angles).permute(1, 2, 0, 3), expected)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_pairs_turn_by_their_angle_and_the_rest_passes(interleaved):
+    """As complex numbers, in float64: channel pairs (x, y) become (x + iy) times exp(i position frequency)."""
+    x = torch.randn(7, 2, 3, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    positions = torch.arange(7).unsqueeze(0)
+    found = rotate(x, RotaryAngles(8, 100.0)(positions, torch.float64), interleaved)
+    pairs = x[..., :8].unflatten(-1, (4, 2)) if interleaved else x[..., :8].unflatten(-1, (2, 4)).mT
+    frequencies = 100.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    angle = positions[0, :, None, None, None] * frequencies
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angle), angle)
+    expected = torch.cat((turned.real, turned.imag, x[..., 8:]), dim=-1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # the angles themselves are float32
+    assert torch.equal(found[0, ..., :4], pairs[0, ..., 0])  # position 0 turns nothing
