@@ -22,7 +22,7 @@ def test_every_bit_is_that_of_transformers(dtype):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_pairs_turn_by_their_angle_and_the_rest_passes(interleaved):
-    """As complex numbers, in float64: channel pairs (x, y) become (x + iy) times exp(i position frequency)."""
+    """As complex numbers in float64: a pair (x, y) becomes (x + iy) times exp(i position frequency)."""
     x = torch.randn(7, 2, 3, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     positions = torch.arange(7).unsqueeze(0)
     found = rotate(x, RotaryAngles(8, 100.0)(positions, torch.float64), interleaved)
