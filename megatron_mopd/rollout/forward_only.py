@@ -1,8 +1,8 @@
 """Forward passes of megatron-core's layers that no backward pass follows, with fewer calls.
 
-For the few rows of a decoding step on the CPU, what surrounds the matrix products takes as long as they do:
-autograd's wrappers, activations in four kernels, temporary results in fresh memory. The numbers are the same
-within the rounding of a sum.
+For the few rows of a decoding step on the CPU, what surrounds the matrix products can take as long as they
+do: autograd's wrappers, activations in four kernels, temporary results in fresh memory. The numbers are the
+same within the rounding of a sum.
 """
 
 from __future__ import annotations
