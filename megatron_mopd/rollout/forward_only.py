@@ -32,8 +32,8 @@ def forward_only(module: torch.nn.Module, weights: PackedWeights) -> Callable | 
     """What may stand for `module.forward` while nothing is differentiated; `None` for a module that is left
     as it is.
 
-    Linear layers multiply with `weights` where it has theirs. Only modules on the CPU, in evaluation mode,
-    and of exactly the kinds that are known here: a subclass may compute something else.
+    Linear layers multiply with `weights` where it has theirs. Only modules on the CPU, of exactly the kinds
+    that are known here: a subclass may compute something else. No dropout: it is for evaluation mode.
     """
     if all(parameter.device.type != "cpu" for parameter in module.parameters()):
         return None
@@ -83,7 +83,7 @@ def _rms_norm(module: RMSNorm) -> Callable:
     epsilon = torch.full((), module.eps, dtype=module.weight.dtype, device=module.weight.device)
 
     def forward(x: Tensor) -> Tensor:
-        if x.dtype not in (torch.float32, torch.float64):
+        if x.dtype not in (torch.float32, torch.float64) or x.dtype != module.weight.dtype:
             return F.rms_norm(x, (x.size(-1),), module.weight, module.eps)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = torch.addcmul(epsilon, norm, norm, value=1 / x.size(-1)).rsqrt_()

@@ -14,6 +14,7 @@ _NOISE_ELEMENTS = 1 << 24
 _CACHED_ELEMENTS = 1 << 18
 """Exponentials on the CPU are made for this many logits at a time: 1 MB, which stays in a core's cache."""
 _BLOCK = 512
+"""Logits that are searched together for a row's largest, on the CPU."""
 _FIRST_CANDIDATES = 64
 """Top-p looks at this many tokens of each shard first; a nucleus that is wider asks for eight times as
 many."""

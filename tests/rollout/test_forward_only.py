@@ -37,8 +37,7 @@ def compare(rank, transformer):
     inputs, replaced = {}, []
 
     def keep(module, args, kwargs, output):
-        args, kwargs = ([x.clone() if torch.is_tensor(x) else x for x in args], dict(kwargs))
-        inputs[module] = args, kwargs
+        inputs[module] = _copies(args), _copies(kwargs)
 
     hooks = [m.register_forward_hook(keep, with_kwargs=True) for m in chunk.modules()]
     with torch.no_grad():
