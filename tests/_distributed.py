@@ -9,7 +9,7 @@
 Ranks are forked from the calling process, so whatever it has imported (megatron-core takes about 6 s) is
 there at once. Rules that follow from forking:
 
-- The parent must not hold a process group of its own, nor CUDA.
+- The parent must not hold a process group of its own, nor serve a store (see `_agent.py`), nor use CUDA.
 - Import this module before any torch work: it sets the parent to one intra-op thread, because a child that
   inherits an OpenMP pool's book-keeping without its threads waits for them for ever. Children run one thread.
 - `run_ranks` inherits `fn` and its arguments through the fork, so closures and lambdas work. `RankPool.run`

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_mopd import train
@@ -27,7 +26,7 @@ from megatron_mopd.config.loading import config_from_dict, save_config
 from megatron_mopd.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_mopd.model.checkpoint import MODEL_FILE
 from megatron_mopd.observe.metrics import read_metrics
-from tests import _distributed  # noqa: F401  (one thread before the fork)
+from tests._agent import Agent
 
 MODEL = dict(
     num_layers=2,
@@ -60,16 +59,12 @@ class Outcome:
 def run_main(arguments: list[str], world_size: int = 1, timeout: float = 280) -> Outcome:
     """`python -m megatron_mopd.train ARGUMENTS` on `world_size` forked ranks."""
     context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as name:
-        directory, ports, processes = Path(name), context.SimpleQueue(), []
+    with tempfile.TemporaryDirectory() as name, Agent() as agent:
+        directory, processes = Path(name), []
         for rank in range(world_size):
-            process = context.Process(target=_rank, args=(rank, world_size, ports, directory, arguments))
+            process = context.Process(target=_rank, args=(rank, world_size, agent, directory, arguments))
             process.start()
             processes.append(process)
-        # Served by the parent, as torchrun's agent does, and only after the forks.
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        for _ in processes:
-            ports.put(store.port)
         try:
             for process in processes:
                 process.join(timeout)
@@ -93,14 +88,12 @@ def run_main(arguments: list[str], world_size: int = 1, timeout: float = 280) ->
     return outcome
 
 
-def _rank(rank: int, world_size: int, ports, directory: Path, arguments: list[str]) -> None:
+def _rank(rank: int, world_size: int, agent: Agent, directory: Path, arguments: list[str]) -> None:
     for stream, kind in (("stdout", "out"), ("stderr", "err")):
         descriptor = os.open(directory / f"{rank}.{kind}", os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, {"stdout": 1, "stderr": 2}[stream])
         setattr(sys, stream, open(descriptor, "w", buffering=1))
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports.get()), GLOO_SOCKET_IFNAME="lo")
-    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", OMP_NUM_THREADS="1")
+    agent.set_environment(rank, world_size)
     is_first_to_fail = train.is_first_to_fail
 
     def recorded(message: str) -> bool:

@@ -18,8 +18,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_mopd import train
 from megatron_mopd.backend.parallel import start_ranks
+from megatron_mopd.commands.ranks import run_on_ranks
 from megatron_mopd.data.tokenizer import train_sentencepiece
 from tests import _runs
+from tests._agent import Agent
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +244,24 @@ def _launch(path, config):
         print(f"LAUNCHER: {error}", flush=True)
         status = 1
     os._exit(status)
+
+
+def _work_and_linger(rank, agent):
+    agent.set_environment(rank, 2)
+    run_on_ranks(dist.barrier)
+    time.sleep(rank)
+
+
+def test_a_rank_that_ends_first_is_not_taken_for_dead(capfd):
+    context = multiprocessing.get_context("fork")
+    with Agent() as agent:
+        ranks = [context.Process(target=_work_and_linger, args=(rank, agent)) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(60)
+            process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0], capfd.readouterr().err
 
 
 def test_one_failing_rank_ends_the_job_with_its_message(tmp_path):

@@ -171,6 +171,12 @@ def start_ranks(device: torch.device, timeout_minutes: float) -> Lifeline:
     return lifeline
 
 
+def end_ranks(lifeline: Lifeline) -> None:
+    """After the last collective of a job that has gone well: this rank may end before the others."""
+    lifeline.release()
+    dist.destroy_process_group()
+
+
 def _check_in(store: dist.Store, rank: int, world_size: int, timeout_minutes: float) -> None:
     store.set(f"arrived/{rank}", "yes")
     deadline = time.monotonic() + 60 * timeout_minutes

@@ -21,13 +21,13 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from megatron_mopd.backend.parallel import fewest_ranks, select_device
+from megatron_mopd.backend.parallel import end_ranks, fewest_ranks, select_device
 from megatron_mopd.config import Config, ConfigError, DomainObjectives, load_config
 from megatron_mopd.config.objectives import needs_teachers
 from megatron_mopd.data.tokenizer import load_tokenizer
 from megatron_mopd.training.measured_memory import measure
 from megatron_mopd.training.memory import RankMemory, estimate_rank, imagined_groups
-from megatron_mopd.training.setup import resolve_student, resolve_teachers
+from megatron_mopd.training.setup import build_run, resolve_student, resolve_teachers
 
 
 def estimate(config: Config, world_size: int, ranks: list[int]) -> dict[int, RankMemory]:
@@ -137,7 +137,9 @@ def check(config: Config) -> int:
     if not torch.cuda.is_available():
         config = replace(config, device="cpu")
     expected = estimate_apart(config, world_size, [rank])[rank]
-    found = measure(config)
+    run = build_run(config)
+    found = measure(run)
+    run.rewarder.close()
     sizes = expected.device | expected.host | ({"teacher files": expected.disk} if expected.disk else {})
     rows: list[list[tuple[str, int, int]]] = [[] for _ in range(world_size)]
     dist.all_gather_object(rows, [(name, size, found.get(name, 0)) for name, size in sizes.items()])
@@ -151,7 +153,7 @@ def check(config: Config) -> int:
                 ratio = size / real if real else float(size > 0)
                 print(f"{name:24}{size:14d}{real:14d}{ratio:8.3f}{'' if is_close(size, real) else '  OFF'}")
     sys.stdout.flush()
-    dist.destroy_process_group()
+    end_ranks(run.lifeline)
     return status
 
 

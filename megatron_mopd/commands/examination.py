@@ -19,6 +19,7 @@ from megatron_mopd.backend.launch import read_launch
 from megatron_mopd.backend.parallel import (
     build_parallel_groups,
     check_world_size,
+    end_ranks,
     select_device,
     start_ranks,
 )
@@ -117,7 +118,7 @@ def connected_findings(
     try:
         check_world_size(config.parallel, world_size)
         device = select_device(config.device)
-        start_ranks(device, config.parallel.distributed_timeout_minutes)
+        lifeline = start_ranks(device, config.parallel.distributed_timeout_minutes)
         groups = build_parallel_groups(config.parallel, device, config.seed)
     except ConfigError as error:
         return [Finding(Level.PROBLEM, "ranks", str(error))]
@@ -129,7 +130,7 @@ def connected_findings(
     measured = bandwidth.measure(groups, (network_mib or default) * 2**20)
     findings += bandwidth_findings(measured)
     dist.barrier()
-    dist.destroy_process_group()
+    end_ranks(lifeline)
     return findings
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from megatron_mopd.backend.parallel import start_ranks
+from megatron_mopd.backend.parallel import end_ranks, start_ranks
 from megatron_mopd.config import ConfigError
 
 
@@ -27,7 +27,7 @@ def run_on_ranks(
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     try:
-        start_ranks(device(), timeout_minutes=10)
+        lifeline = start_ranks(device(), timeout_minutes=10)
         work()
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
@@ -37,7 +37,7 @@ def run_on_ranks(
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
-    dist.destroy_process_group()
+    end_ranks(lifeline)
 
 
 def say(text: str) -> None:

@@ -12,21 +12,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_mopd.config import Config
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.gpt import unwrap
-from megatron_mopd.training.setup import Run, build_run
+from megatron_mopd.training.setup import Run
 from megatron_mopd.training.step import Learner, build_loss, plan_step, train_step
 
 
-def measure(config: Config) -> dict[str, int]:
+def measure(run: Run) -> dict[str, int]:
     """Bytes by component after one step on responses of full length. Collective over all ranks.
 
     Activations are the tensors that autograd keeps for the backward pass, at their peak; parameters, and
     what the loss keeps of the head, are not among them. The loss (last stage) is what one micro-batch's
     forward pass of it makes, at its peak.
     """
-    run = build_run(config)
     learner = run.learner
     batch = plan_step(learner, longest_trajectories(run))
     saved = SavedBytes(learner)
@@ -51,7 +49,6 @@ def measure(config: Config) -> dict[str, int]:
             "teacher storage": learner.bank.host_bytes(),
             "teacher files": learner.bank.disk_bytes(),
         }
-    run.rewarder.close()
     return found
 
 

@@ -19,6 +19,7 @@ from megatron_mopd.backend import failure, parallel, versions
 from megatron_mopd.backend.launch import Launch, read_launch
 from megatron_mopd.config import ConfigError, ParallelConfig
 from tests import _models
+from tests._agent import Agent
 from tests._distributed import RankPool, run_ranks
 
 CPU = torch.device("cpu")
@@ -27,18 +28,18 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def store(monkeypatch):
     """A rendezvous that an agent serves, as under torchrun; this process is rank 1 of three."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for name, value in dict(
-        RANK="1",
-        LOCAL_RANK="1",
-        WORLD_SIZE="3",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(server.port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-    ).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
-    return server
+    with Agent() as agent:
+        for name, value in dict(
+            RANK="1",
+            LOCAL_RANK="1",
+            WORLD_SIZE="3",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(agent.port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+        ).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+        yield dist.TCPStore("127.0.0.1", agent.port)
 
 
 def test_missing_ranks_are_named(store, monkeypatch):

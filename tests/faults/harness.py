@@ -21,13 +21,13 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import torch.distributed as dist
 
 from megatron_mopd import train
 from megatron_mopd.model import background_save
 from megatron_mopd.rollout import write_ahead
 from megatron_mopd.training import step
 from tests import _runs
+from tests._agent import Agent
 
 RANKS = 2
 PATIENCE = float(os.environ.get("FAULT_PATIENCE", "120"))
@@ -54,16 +54,15 @@ class Job:
         self._as_launcher, self._kill, self._started = as_launcher, kill, time.monotonic()
         context = multiprocessing.get_context("fork")
         self._directory = tempfile.TemporaryDirectory()
-        ports = context.SimpleQueue()
+        self._agent = Agent()
         self.processes = [
-            context.Process(target=_rank, args=(rank, ranks, ports, self._directory.name, arguments, fault))
+            context.Process(
+                target=_rank, args=(rank, ranks, self._agent, self._directory.name, arguments, fault)
+            )
             for rank in range(ranks)
         ]
         for process in self.processes:
             process.start()
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        for _ in self.processes:
-            ports.put(self._store.port)
 
     def wait(self, timeout: float = 2 * PATIENCE) -> Job:
         """Until all ranks have ended. Fails when some are still there long after the first."""
@@ -86,7 +85,7 @@ class Job:
         for process in self.processes:
             process.kill()
             process.join()
-        self._store = None  # its thread must not be running when the next job's ranks are forked
+        self._agent.close()
         self.statuses = [process.exitcode for process in self.processes]
         self.seconds_to_end = time.monotonic() - first_end if first_end else timeout
         directory = Path(self._directory.name)
@@ -103,10 +102,10 @@ class Job:
         return "\n".join(text for pair in zip(self.stdout, self.stderr) for text in pair if text)
 
 
-def _rank(rank, ranks, ports, directory, arguments, fault) -> None:
+def _rank(rank, ranks, agent, directory, arguments, fault) -> None:
     if fault is not None:
         fault(rank)
-    _runs._rank(rank, ranks, ports, Path(directory), arguments)
+    _runs._rank(rank, ranks, agent, Path(directory), arguments)
 
 
 def configuration(directory: Path, name: str, **sections) -> dict:

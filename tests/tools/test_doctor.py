@@ -10,10 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from megatron_mopd.backend import bandwidth, machine, network, software
 from megatron_mopd.backend.bandwidth import GroupBandwidth
@@ -21,6 +21,7 @@ from megatron_mopd.backend.finding import Level
 from megatron_mopd.commands import doctor, examination, run_examination
 from megatron_mopd.training.memory import RankMemory
 from tests import _models, _runs
+from tests._agent import Agent
 from tests._distributed import run_ranks
 
 TOOL = Path(__file__).parents[2] / "tools" / "doctor.py"
@@ -37,32 +38,27 @@ def inputs(tmp_path_factory):
 def examined(tmp_path, *arguments, world_size=1, **environment):
     """(exit status of every rank, what all printed) of the doctor on ranks as torchrun starts them."""
     context = multiprocessing.get_context("fork")
-    ports, output = context.SimpleQueue(), tmp_path / "doctor.log"
-    ranks = [
-        context.Process(target=_examine, args=(rank, world_size, ports, output, arguments, environment))
-        for rank in range(world_size)
-    ]
-    for rank in ranks:
-        rank.start()
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the agent's
-    for _ in ranks:
-        ports.put(store.port)
-    for rank in ranks:
-        rank.join(200)
-        rank.kill()
+    output = tmp_path / "doctor.log"
+    with Agent() as agent:
+        ranks = [
+            context.Process(target=_examine, args=(rank, world_size, agent, output, arguments, environment))
+            for rank in range(world_size)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(200)
+            rank.kill()
     return [rank.exitcode for rank in ranks], output.read_text()
 
 
-def _examine(rank, world_size, ports, output, arguments, environment):
+def _examine(rank, world_size, agent, output, arguments, environment):
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout = sys.stderr = open(1, "w", closefd=False)
-    port = str(ports.get())
     if world_size > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
-        os.environ.update(LOCAL_WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo")
+        agent.set_environment(rank, world_size)
     os.environ.update(environment)
     status = 1
     try:
@@ -71,6 +67,7 @@ def _examine(rank, world_size, ports, output, arguments, environment):
         status = end.code
     finally:
         sys.stdout.flush()
+        time.sleep(0.3 * rank)  # the others must not take rank 0, which ends first, for dead
         os._exit(status)
 
 

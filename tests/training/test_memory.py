@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import multiprocessing
-import os
+import time
 
 import pytest
-import torch.distributed as dist
 
 from megatron_mopd.commands import estimate
 from megatron_mopd.config import config_from_dict
 from tests import _runs
+from tests._agent import Agent
 
 DENSE = dict(
     num_layers=2,
@@ -79,25 +79,22 @@ def test_a_small_run_allocates_what_was_estimated(inputs, tmp_path, student, par
 def on_ranks(count, function, *arguments):
     """Results of `function` on forked ranks as torchrun would start them, and what rank 0 printed."""
     context = multiprocessing.get_context("fork")
-    ports, answers = context.SimpleQueue(), context.SimpleQueue()
+    answers = context.SimpleQueue()
 
     def rank_main(rank):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports.get()), GLOO_SOCKET_IFNAME="lo")
-        os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", OMP_NUM_THREADS="1")
+        agent.set_environment(rank, count)
         with contextlib.redirect_stdout(io.StringIO()) as out:
             status = function(*arguments)
+        time.sleep(0.3 * rank)  # the others must not take rank 0, which ends first, for dead
         answers.put((rank, status, out.getvalue()))
 
-    ranks = [context.Process(target=rank_main, args=(rank,)) for rank in range(count)]
-    for process in ranks:
-        process.start()
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for _ in ranks:
-        ports.put(store.port)
-    for process in ranks:
-        process.join(280)
-        process.kill()
+    with Agent() as agent:
+        ranks = [context.Process(target=rank_main, args=(rank,)) for rank in range(count)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(280)
+            process.kill()
     assert [process.exitcode for process in ranks] == [0] * count
     found = sorted(answers.get() for _ in ranks)
     return [status for _, status, _ in found], found[0][2]
