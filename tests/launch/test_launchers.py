@@ -83,9 +83,9 @@ def test_ranks_have_time_to_save(record):
 def test_torchrun_passes_slurms_signal_on(tmp_path):
     """For real: without being told, torchrun ends at once and leaves its ranks behind (torch 2.13)."""
     (tmp_path / "stoppable.py").write_text(
-        "import signal, sys, time\n"
-        "def save(*_):\n    time.sleep(0.5)\n    print('saved', flush=True)\n    sys.exit(75)\n"
-        "signal.signal(signal.SIGUSR1, save)\nprint('started', flush=True)\ntime.sleep(120)\n"
+        "import os, signal, sys, time\n"  # os.write: a line of one rank is not broken by another's
+        "def save(*_):\n    time.sleep(0.5)\n    os.write(1, b'saved\\n')\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGUSR1, save)\nos.write(1, b'started\\n')\ntime.sleep(120)\n"
     )
     kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     environment = kept | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
