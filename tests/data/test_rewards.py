@@ -1,7 +1,5 @@
 """Rewards in worker processes: order, verifiers that fail or hang, and that the caller does not wait."""
 
-import time
-
 import pytest
 
 from megatron_mopd.data.prompt import Prompt
@@ -34,9 +32,8 @@ def test_a_verifier_that_hangs_or_crashes_costs_one_reward(workers):
         (prompt(None), "4"),
         (prompt("5", "math_verify"), "5"),
     ]
-    started = time.perf_counter()
     futures = workers.submit(pairs)
-    assert time.perf_counter() - started < 0.5, "handing over must not wait for a verifier"
+    assert not futures[0].done(), "handing over must not wait for a verifier, and one hangs for 3 s"
     scores = scores_of(futures)
     assert [s.raw for s in scores] == [1.0, None, None, None, None, 1.0]
     assert [s.crashed for s in scores] == [False, True, True, True, False, False]
