@@ -37,6 +37,7 @@ DENSE = dict(
     init_method_std=0.3,
 )
 GQA = DENSE | dict(num_query_groups=2, qk_layernorm=True)
+OVER_HEADS = GQA | dict(qk_layernorm_over_heads=True)
 MOE = GQA | dict(num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=24, moe_aux_loss_coeff=0.0)
 SHARED = MOE | dict(
     moe_shared_expert_intermediate_size=24,
@@ -53,8 +54,14 @@ ROUTING = {"arith": "a", "text": {"b": 0.7, "c": 0.3}, "default": "c"}
 
 
 def model_config(transformer: dict, **kwargs) -> ModelConfig:
+    """`transformer` may also name fields of `ModelConfig`, as a section of a configuration does."""
+    own = {field.name for field in dataclasses.fields(ModelConfig)} & transformer.keys()
     return ModelConfig(
-        vocab_size=VOCAB, make_vocab_size_divisible_by=8, transformer=dict(transformer), **kwargs
+        vocab_size=VOCAB,
+        make_vocab_size_divisible_by=8,
+        transformer={name: value for name, value in transformer.items() if name not in own},
+        **{name: transformer[name] for name in own},
+        **kwargs,
     )
 
 

@@ -39,6 +39,8 @@ class ModelConfig:
     type needs, under the names of Hugging Face's `rope_parameters`."""
     attention_output_bias: bool = False
     """A bias on the attention's output projection alone (`add_bias_linear` puts one on every linear)."""
+    qk_layernorm_over_heads: bool = False
+    """The norms of `qk_layernorm` run over all heads of a token together (OLMoE) instead of over each."""
     share_embeddings_and_output_weights: bool = False
     """Tie the output head to the input embedding."""
     transformer: dict[str, Any] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_mopd.model.kv_cache import KeyValueCache
-from megatron_mopd.model.norm import RMSNorm
+from megatron_mopd.model.norm import HeadsRMSNorm, RMSNorm
 from megatron_mopd.model.packing import PackedDocuments
 from megatron_mopd.model.rotary import rotate
 
@@ -188,6 +188,7 @@ class CachedSelfAttention(SelfAttention):
             or config.attention_output_gate
             or config.no_rope_freq
             or config.num_query_groups < self.world_size
+            or isinstance(self.q_layernorm, HeadsRMSNorm)
         ):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         return self._decode(

@@ -128,6 +128,12 @@ def transformer_config(
         raise ConfigError(
             f"{where}.rotary_percent: must be above 0 and at most 1, found {model.rotary_percent}"
         )
+    if model.qk_layernorm_over_heads and (
+        not values.get("qk_layernorm") or values.get("multi_latent_attention")
+    ):
+        raise ConfigError(
+            f"{where}.qk_layernorm_over_heads: needs qk_layernorm, and is not for multi_latent_attention"
+        )
     for key in ("softmax_scale", "layernorm_epsilon"):
         if (value := values.get(key)) is not None and not value > 0:  # NaN is not either
             raise ConfigError(f"{where}.{key}: must be above 0, found {value}")
@@ -241,6 +247,7 @@ def _build_chunks(
                     vp_stage,
                     groups.pp.rank(),
                     attention_output_bias=model.attention_output_bias,
+                    qk_norm_group=groups.tp if model.qk_layernorm_over_heads else None,
                 ),
                 vocab_size=padded_vocab_size(
                     model.vocab_size, model.make_vocab_size_divisible_by, groups.tp_size

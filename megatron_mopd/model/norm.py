@@ -1,8 +1,13 @@
-"""RMSNorm that works under sequence parallelism without Transformer Engine or Apex."""
+"""RMSNorm that works under sequence parallelism without Transformer Engine or Apex, also over split heads."""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -23,3 +28,42 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+
+
+class HeadsRMSNorm(torch.nn.Module):
+    """Root-mean-square layer norm over all heads of a token together (OLMoE, arXiv 2409.02060), of which this
+    rank has some: [..., heads / tp, d]. Statistics in at least float32.
+
+    Every tensor-parallel rank keeps the whole weight [heads x d] and uses its own heads' part: megatron-core
+    sums gradients of `q_layernorm` and `k_layernorm` over the group.
+
+    Collectives: an all-reduce of one number a token over the tensor-parallel group, forward and backward.
+    """
+
+    heads: int
+    """Of the whole model; made a class's own by `over_heads`, as `group` is."""
+    group: dist.ProcessGroup
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused):
+        """`hidden_size`: of one head, d."""
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(self.heads * hidden_size, dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = wide.square().sum(dim=(-2, -1), keepdim=True)
+        size, rank, own = self.group.size(), self.group.rank(), x.size(-2) * x.size(-1)
+        if size > 1:  # a sum of all ranks' parts, and a gradient that is the sum of all ranks' gradients
+            squares = reduce_from_tensor_model_parallel_region(squares, group=self.group)
+            squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
+        # With fewer key heads than ranks, each is on several of them, and counts as often in sum and number.
+        normed = wide * torch.rsqrt(squares / (size * own) + self.eps)
+        start = rank * self.weight.numel() // size // x.size(-1) * x.size(-1)
+        weight = self.weight[start : start + own].view(x.shape[-2:])
+        return normed.to(x.dtype) * weight
+
+
+def over_heads(heads: int, group: dist.ProcessGroup) -> type[HeadsRMSNorm]:
+    """The norm for a layer spec, over so many heads on the ranks of `group`."""
+    return type("HeadsRMSNorm", (HeadsRMSNorm,), dict(heads=heads, group=group))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import torch.distributed as dist
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -19,7 +20,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_mopd.model.attention import CachedSelfAttention, ScaledDotProductAttention
 from megatron_mopd.model.latent_attention import LatentSelfAttention
-from megatron_mopd.model.norm import RMSNorm
+from megatron_mopd.model.norm import RMSNorm, over_heads
 
 
 def uses_transformer_engine(device_type: str) -> bool:
@@ -34,14 +35,16 @@ def block_spec(
     pp_rank: int,
     *,
     attention_output_bias: bool = False,
+    qk_norm_group: dist.ProcessGroup | None = None,
 ):
     """Submodules of the layers that this pipeline stage (and virtual chunk) holds.
 
     The attention core is ours on either spec: rollout and training must mask alike, and packed documents
-    travel in our own form. Returns megatron-core's TransformerBlockSubmodules.
+    travel in our own form. `qk_norm_group` is the tensor-parallel group if query and key norms run over all
+    heads together. Returns megatron-core's TransformerBlockSubmodules.
     """
     layers = [
-        _layer_spec(config, is_moe, device_type, attention_output_bias)
+        _layer_spec(config, is_moe, device_type, attention_output_bias, qk_norm_group)
         for is_moe in moe_layer_pattern(config)
     ]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
@@ -63,7 +66,11 @@ def moe_layer_pattern(config: TransformerConfig) -> list[bool]:
 
 
 def _layer_spec(
-    config: TransformerConfig, is_moe: bool, device_type: str, attention_output_bias: bool
+    config: TransformerConfig,
+    is_moe: bool,
+    device_type: str,
+    attention_output_bias: bool,
+    qk_norm_group: dist.ProcessGroup | None,
 ) -> ModuleSpec:
     kwargs = dict(
         num_experts=config.num_moe_experts if is_moe else None,
@@ -93,6 +100,9 @@ def _layer_spec(
     attention.module = {SelfAttention: CachedSelfAttention, MLASelfAttention: LatentSelfAttention}[
         attention.module
     ]
+    if qk_norm_group is not None:
+        attention.submodules.q_layernorm = over_heads(config.num_attention_heads, qk_norm_group)
+        attention.submodules.k_layernorm = over_heads(config.num_query_groups, qk_norm_group)
     if attention_output_bias:
         attention.submodules.linear_proj = _with_bias(attention.submodules.linear_proj)
     return spec

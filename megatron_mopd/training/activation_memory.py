@@ -25,6 +25,8 @@ class SavedActivations:
     model: TransformerConfig
     itemsize: int
     on_cpu: bool
+    norms_over_heads: bool = False
+    """Query and key norms run over all heads together (`HeadsRMSNorm`), on any device in several kernels."""
 
     @property
     def _split(self) -> int:
@@ -66,7 +68,9 @@ class SavedActivations:
             wide = max(4, self.itemsize)
             is_copied = model.num_attention_heads / tp > groups > 1  # heads are not in a row
             normed = query * self.itemsize if is_copied else 0.0
-            if self.on_cpu:
+            if self.norms_over_heads:
+                normed += (query + key) * (self.itemsize + (wide if self.itemsize < 4 else 0)) + 4 * wide
+            elif self.on_cpu:
                 normed += (query + key) * wide
                 normed += (query + key) * wide if self.itemsize < 4 else 0.0
         return kept * self.itemsize + normed + 4 * model.num_attention_heads / tp

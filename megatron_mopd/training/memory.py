@@ -22,6 +22,7 @@ from megatron_mopd.backend.parallel import ParallelGroups, build_parallel_groups
 from megatron_mopd.config import Config, DomainObjectives, ModelConfig
 from megatron_mopd.config.objectives import compares_tokens_only, needs_teachers
 from megatron_mopd.model.build import DTYPES, build_model
+from megatron_mopd.model.norm import HeadsRMSNorm
 from megatron_mopd.objectives.torch_kernels import TILE_ELEMENTS
 from megatron_mopd.pipeline.instructions import Plan, StudentForward, TeacherForward
 from megatron_mopd.pipeline.plan import Planner
@@ -261,7 +262,8 @@ def activation_bytes(config: Config, chunks, groups: ParallelGroups, itemsize: i
             in_flight = min(count * groups.vpp_size, in_flight + stages * (groups.vpp_size - 1) + stages - 1)
     else:
         in_flight = simulate([_planned(config, groups)]).peak_activations[rank]
-    saved = SavedActivations(model, itemsize, on_cpu)
+    over_heads = any(isinstance(module, HeadsRMSNorm) for chunk in chunks for module in chunk.modules())
+    saved = SavedActivations(model, itemsize, on_cpu, over_heads)
     per_token = sum(
         saved.stage(
             [layer.layer_number - 1 for layer in chunk.decoder.layers], chunk.pre_process, chunk.post_process

@@ -116,6 +116,19 @@ CASES: dict[str, tuple[str, dict]] = {
         ),
     ),
     "mixtral": ("mixtral", _BASE | dict(num_local_experts=4, num_experts_per_tok=2)),
+    "olmoe": ("olmoe", _BASE | dict(num_experts=4, num_experts_per_tok=2, intermediate_size=24)),
+    "olmoe-normalised-topk": (
+        "olmoe",
+        _BASE
+        | dict(
+            num_key_value_heads=4,
+            num_experts=4,
+            num_experts_per_tok=2,
+            intermediate_size=24,
+            norm_topk_prob=True,
+            attention_bias=True,
+        ),
+    ),
     "deepseek-v3": ("deepseek_v3", _DEEPSEEK),
     "deepseek-v3-plain": (
         "deepseek_v3",

@@ -26,6 +26,7 @@ def test_an_architecture_that_is_fine():
         ({}, dict(rotary_percent=float("nan")), "rotary_percent: must be"),
         (dict(activation_func="tanh"), {}, "activation_func: not one of silu"),
         (dict(normalization="LayerNorm"), {}, "normalization: only RMSNorm is supported"),
+        ({}, dict(qk_layernorm_over_heads=True), "qk_layernorm_over_heads: needs qk_layernorm"),
         ({}, dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling: "),
     ],
 )

@@ -135,6 +135,8 @@ def test_pickled_weights(model):
             dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
             "rope_type 'dynamic' is not one of",
         ),
+        (dict(model_type="olmoe", clip_qkv=8.0), "clip_qkv is not supported"),
+        (dict(model_type="olmoe", head_dim=16), "attention heads must be as wide together as hidden_size"),
         (dict(num_hidden_layers="many"), "config.json"),
     ],
     ids=str,

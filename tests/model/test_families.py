@@ -42,6 +42,8 @@ GRID = [
     (4, "qwen3-moe-dense-layers-plain-topk", tp(2) | ep(2)),
     (4, "qwen2-moe", tp(2) | pp(2) | ep(2)),
     (4, "mixtral", tp(2) | pp(2) | ep(2)),
+    (4, "olmoe", tp(4) | ep(2, 2)),  # more ranks than query groups
+    (4, "olmoe-normalised-topk", tp(2) | pp(2) | ep(2)),
     (2, "deepseek-v3", pp(2)),
     (2, "deepseek-v3", cp(2)),
     (4, "deepseek-v3-plain", tp(4) | ep(2, 2)),
@@ -101,7 +103,13 @@ def test_same_logits_as_transformers(case, models, references, pools):
     results = pool.run(_running.logits, models(case), {}, "float32", ROWS)
     assert difference(results, references(case, "float32")) < 1e-4
     results = pool.run(_running.logits, models(case), {}, "float64", ROWS)
-    routes_in_float32 = case in ("qwen3-moe", "mixtral", "deepseek-v3", "glm4-moe-plain")
+    routes_in_float32 = case in (
+        "qwen3-moe",
+        "mixtral",
+        "deepseek-v3",
+        "glm4-moe-plain",
+        "olmoe-normalised-topk",
+    )
     assert difference(results, references(case, "float64")) < (1e-5 if routes_in_float32 else 1e-12)
 
 
@@ -117,7 +125,12 @@ def test_same_logits_on_every_layout(ranks, case, layout, models, references, po
 
 @pytest.mark.parametrize(
     "ranks, case, layout",
-    [(1, "llama-mha-biases-llama3", {}), (2, "glm4-moe", pp(2, 2)), (2, "deepseek-v3", tp(2) | ep(2))],
+    [
+        (1, "llama-mha-biases-llama3", {}),
+        (2, "glm4-moe", pp(2, 2)),
+        (2, "olmoe", tp(2) | ep(2)),
+        (2, "deepseek-v3", tp(2) | ep(2)),
+    ],
     ids=str,
 )
 def test_same_greedy_continuation_as_transformers(ranks, case, layout, models, pools):

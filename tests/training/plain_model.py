@@ -44,8 +44,11 @@ class PlainTransformer:
         projected = torch.einsum("sh,gndh->sgnd", x, qkv)
         query, key, value = projected[:, :, :-2], projected[:, :, -2], projected[:, :, -1]
         if self.model.get("qk_layernorm"):
-            query = rms_norm(query, self.layer_weight(layer, "self_attention.q_layernorm.weight"))
-            key = rms_norm(key, self.layer_weight(layer, "self_attention.k_layernorm.weight"))
+            over = 1 if self.model.get("qk_layernorm_over_heads") else -1
+            weights = (self.layer_weight(layer, f"self_attention.{x}_layernorm.weight") for x in "qk")
+            query, key = (
+                rms_norm(x.flatten(over), weight).view_as(x) for x, weight in zip((query, key), weights)
+            )
         query, key = rotate(query), rotate(key)
         scores = torch.einsum("sgnd,tgd->gnst", query, key) / math.sqrt(d)
         future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)

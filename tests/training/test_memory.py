@@ -23,6 +23,7 @@ DENSE = dict(
     make_vocab_size_divisible_by=8,
 )
 MOE = DENSE | dict(num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=32)
+OVER_HEADS = dict(qk_layernorm=True, qk_layernorm_over_heads=True)
 
 
 def in_a_process(function, *arguments):
@@ -62,10 +63,11 @@ EP2_PP2 = dict(expert_model_parallel_size=2, pipeline_model_parallel_size=2)
     [
         (DENSE, {}, {}),
         (MOE, {}, dict(objective={"kind": "sampled_token", "temperature": 1.0})),
+        (MOE | OVER_HEADS, {}, {}),
         (DENSE, TP2_PP2, dict(params_dtype="bfloat16", teacher_storage={"mode": "host_sharded"})),
         (MOE, EP2_PP2, dict(teacher_storage={"mode": "mmap"})),
     ],
-    ids=["dense", "moe", "dense-tp2-pp2-bf16", "moe-ep2-pp2-files"],
+    ids=["dense", "moe", "moe-norms-over-heads", "dense-tp2-pp2-bf16", "moe-ep2-pp2-files"],
 )
 def test_a_small_run_allocates_what_was_estimated(inputs, tmp_path, student, parallel, sections):
     """Every component of every rank within a tenth."""

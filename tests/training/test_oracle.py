@@ -9,17 +9,21 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_mopd.training.step import plan_step, train_step
 from tests import _models
 from tests._distributed import run_ranks
-from tests._models import DENSE, GQA, MOE, SHARED
+from tests._models import DENSE, GQA, MOE, OVER_HEADS, SHARED
 from tests.training.plain_model import PlainTransformer, mopd_loss
 
 LR, EPS = 1e-2, 1e-3
 MIXTURES = {"arith": {"a": 1.0}, "text": {"b": 0.7, "c": 0.3}, "other": {"c": 1.0}}
 TP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
+TP4 = dict(tensor_model_parallel_size=4, sequence_parallel=False)
 
 # (ranks, model, tied embeddings, layout, batching)
 CASES = {
     "dense, tied": (1, DENSE, True, {}, dict(micro_batch_size=3)),
     "grouped queries": (1, GQA, False, {}, dict(max_tokens_per_micro_batch=40)),
+    "norms over all heads": (1, OVER_HEADS, False, {}, dict(micro_batch_size=3)),
+    "norms over all heads, TP2": (2, OVER_HEADS, False, TP2, dict(max_tokens_per_micro_batch=40)),
+    "norms over all heads, TP4 of 2 groups": (4, OVER_HEADS, False, TP4, dict(micro_batch_size=2)),
     "experts": (1, MOE, False, {}, dict(micro_batch_size=4)),
     "shared experts": (1, SHARED, False, {}, dict(max_tokens_per_micro_batch=40)),
     "shared experts, TP2": (2, SHARED, False, TP2, dict(micro_batch_size=2)),

@@ -12,6 +12,7 @@ from megatron_mopd.model.families.deepseek_v3 import DEEPSEEK_V3
 from megatron_mopd.model.families.glm4_moe import GLM4_MOE
 from megatron_mopd.model.families.llama import LLAMA
 from megatron_mopd.model.families.mixtral import MIXTRAL
+from megatron_mopd.model.families.olmoe import OLMOE
 from megatron_mopd.model.families.qwen2 import QWEN2
 from megatron_mopd.model.families.qwen2_moe import QWEN2_MOE
 from megatron_mopd.model.families.qwen3 import QWEN3
@@ -20,7 +21,7 @@ from megatron_mopd.model.families.table import Family, Rule, Sizes, Weight, moe_
 
 FAMILIES = {
     family.model_type: family
-    for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE, QWEN2_MOE, MIXTRAL, DEEPSEEK_V3, GLM4_MOE)
+    for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE, QWEN2_MOE, MIXTRAL, OLMOE, DEEPSEEK_V3, GLM4_MOE)
 }
 
 __all__ = ["FAMILIES", "Family", "Rule", "Weight", "family_named", "matching_family"]
@@ -63,7 +64,7 @@ def computes(model: ModelConfig) -> dict[str, Any]:
             bool(model.attention_output_bias or get("add_bias_linear")),
         ),
         "activation": (get("activation_func", "silu"), get("gated_linear_unit", True)),
-        "qk_layernorm": bool(get("qk_layernorm")),
+        "qk_layernorm": (bool(get("qk_layernorm")), model.qk_layernorm_over_heads),
         "attention": (get("num_attention_heads"), sizes.groups, sizes.head),
         "mlp": None if all(pattern) else sizes.ffn,
     }

@@ -66,8 +66,11 @@ def attention(model: ModelConfig) -> tuple[Rule, ...]:
     if model.attention_output_bias or get("add_bias_linear"):
         rules.append(replicated(ours + "linear_proj.bias", theirs + "o_proj.bias", sizes.hidden))
     if get("qk_layernorm"):
-        rules.append(replicated(ours + "q_layernorm.weight", theirs + "q_norm.weight", sizes.head))
-        rules.append(replicated(ours + "k_layernorm.weight", theirs + "k_norm.weight", sizes.head))
+        over_heads = model.qk_layernorm_over_heads
+        widths = (sizes.query, sizes.key_value) if over_heads else (sizes.head, sizes.head)
+        for letter, width in zip("qk", widths):
+            norm = theirs + f"{letter}_norm.weight"
+            rules.append(replicated(ours + f"{letter}_layernorm.weight", norm, width))
     return tuple(rules)
 
 
