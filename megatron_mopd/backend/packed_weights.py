@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -9,15 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PANEL = 320
-"""Columns of a panel: few enough that the BLAS reads a panel where it lies instead of copying it first."""
+"""Most columns of a panel: few enough that the BLAS reads it where it lies instead of copying it first."""
 _SMALLEST = 1 << 18
 """Elements of the smallest weight that is cut: below, the calls cost more than they save."""
+_ALIGNMENT = 16
+"""Panels have a multiple of this many columns: a vector register of float32."""
 _ROWS = range(4, 129)
 """Products with fewer or more rows than these read a plain weight as fast."""
 
 
 class PackedWeights:
-    """Copies of weights in panels [in, 320], which products with few rows read faster.
+    """Copies of weights in panels [in, at most 320], which products with few rows read faster.
 
     An ordinary product with a weight [out, in] rearranges it on its way, which for the few rows of a decoding
     step costs up to half as much again as the product itself. The copies take as much memory as the weights,
@@ -27,17 +30,15 @@ class PackedWeights:
 
     def __init__(self, weights: Iterable[Tensor] = ()):
         """Copies of those `weights` [out, in] that gain. No collectives."""
-        self._packed: dict[
-            int, tuple[Tensor, list[Tensor]]
-        ] = {}  # by identity: the weight (kept alive), panels
+        # By identity of the weight, which is kept alive: the weight and its panels.
+        self._packed: dict[int, tuple[Tensor, _Panels]] = {}
         for weight in weights:
             if (
                 weight.device.type == "cpu"
                 and weight.dtype in (torch.float32, torch.float64)
                 and weight.numel() >= _SMALLEST
             ):
-                panels = [part.t().contiguous() for part in weight.detach().split(_PANEL)]
-                self._packed[id(weight)] = weight, panels
+                self._packed[id(weight)] = weight, _Panels(weight.detach())
 
     def __len__(self) -> int:
         """Weights that have a copy."""
@@ -51,10 +52,31 @@ class PackedWeights:
         found = self._packed.get(id(weight))
         if found is None or x.numel() // x.size(-1) not in _ROWS:
             return F.linear(x, weight, bias)
-        rows = x.reshape(-1, x.size(-1))
-        output = rows.new_empty((len(rows), weight.size(0)))
-        for panel, columns in zip(found[1], output.split(_PANEL, dim=1)):
-            torch.mm(rows, panel, out=columns)
+        output = found[1].product(x.reshape(-1, x.size(-1)))
         if bias is not None:
             output += bias
         return output.view(*x.shape[:-1], -1)
+
+
+class _Panels:
+    """A weight [out, in] as [panels, in, columns of one], the last panel filled up with zeros."""
+
+    def __init__(self, weight: Tensor):
+        count = math.ceil(len(weight) / _PANEL)
+        width = math.ceil(len(weight) / count / _ALIGNMENT) * _ALIGNMENT
+        self._together = weight.new_empty(count, weight.size(1), width)
+        self._together[-1] = 0
+        self._apart = []
+        for panel, rows in zip(self._together, weight.split(width)):
+            self._apart.append(panel[:, : len(rows)].copy_(rows.t()))
+        self._columns, self._width = len(weight), width
+
+    def product(self, rows: Tensor) -> Tensor:
+        """[n, in] -> [n, out]."""
+        if torch.get_num_threads() > 1:  # they share the panels, and meet once instead of at every panel
+            parts = torch.bmm(rows.expand(len(self._together), -1, -1), self._together)
+            return torch.cat(parts.unbind(), dim=1)[:, : self._columns]
+        output = rows.new_empty((len(rows), self._columns))
+        for panel, part in zip(self._apart, output.split(self._width, dim=1)):
+            torch.mm(rows, panel, out=part)
+        return output

@@ -7,6 +7,13 @@ import torch.nn.functional as F
 from megatron_mopd.backend.packed_weights import PackedWeights
 
 
+@pytest.fixture(params=[1, 2], ids="{} threads".format)
+def threads(request, monkeypatch):
+    """What is asked how many there are; two real ones in this process would break the ranks it forks."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("outputs", [640, 700])  # whole panels, and a rest
 @pytest.mark.parametrize("bias", [False, True])
@@ -29,6 +36,7 @@ def test_products_equal_plain_ones(rows, bias, outputs, dtype, atol):
     assert found.shape == (1, rows, outputs) and found.dtype == dtype and not found.requires_grad
 
 
+@pytest.mark.usefixtures("threads")
 def test_the_packed_copy_is_what_is_multiplied():
     """It does not follow the weight, so results show which of the two was read."""
     weight, x = torch.ones(600, 500), torch.ones(129, 500)
