@@ -6,8 +6,8 @@ Both decode greedily with a KV cache in float32 on the CPU, on one thread (`--th
 and take turns: the ratios are medians over the turns, by the clock and in processor time, which other work on
 the machine disturbs less. Prompts have different lengths and begin alike (the chat template). First exactly
 as many tokens as asked, then up to `--until-stop` tokens a prompt, where only tokens up to a response's first
-stop token count. Last the limit: what the matrix products of decoding alone would allow, with plain weights
-and with weights in panels.
+stop token count. Last the limit: what the matrix products of decoding alone would allow by the clock, with
+plain weights and with weights in panels.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def generate_with_transformers(model, batch, most: int, tokenizer, stops=()) -> 
 
 
 def limit(ours: OurModel, rows: int, repeats: int) -> None:
-    """Tokens per second if a decoding step were its matrix products and nothing else, by processor time."""
+    """Tokens per second if a decoding step were its matrix products and nothing else, by the clock."""
     chunk = ours.chunks[0]
     linears = [m.weight for m in chunk.modules() if hasattr(m, "_forward_impl") and m.weight is not None]
     weights = [*{id(w): w for w in [*linears, chunk.head_weight()]}.values()]
@@ -119,7 +119,7 @@ def limit(ours: OurModel, rows: int, repeats: int) -> None:
 
     with torch.no_grad():
         speeds = [
-            rows / min(timed(lambda: step(linear))[1] for _ in range(3 * repeats))  # noqa: B023
+            rows / min(timed(lambda: step(linear))[0] for _ in range(3 * repeats))  # noqa: B023
             for linear in (F.linear, packed.linear)
         ]
     print(

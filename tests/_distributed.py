@@ -45,7 +45,7 @@ class RankError(RuntimeError):
 class RankPool:
     """`world_size` forked processes joined in one gloo group, reused for every `run` until `close`."""
 
-    def __init__(self, world_size, timeout=120, _inherited_task=None):
+    def __init__(self, world_size, timeout=60, _inherited_task=None):
         if dist.is_initialized():
             raise RuntimeError("ranks are forked: the parent must not have a process group of its own")
         self.timeout = timeout
@@ -119,7 +119,7 @@ class RankPool:
         self.close(kill=exception[0] is not None)
 
 
-def run_ranks(world_size, fn, *args, timeout=120):
+def run_ranks(world_size, fn, *args, timeout=60):
     """Fork `world_size` ranks, call `fn(rank, *args)` on each and return their results, rank 0 first."""
     with RankPool(world_size, timeout, _inherited_task=(fn, args)) as pool:
         return pool._collect(timeout)

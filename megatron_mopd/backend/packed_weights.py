@@ -59,7 +59,8 @@ class PackedWeights:
 
 
 class _Panels:
-    """A weight [out, in] as [panels, in, columns of one], the last panel filled up with zeros."""
+    """A weight [out, in] as [panels, in, columns of one], the last filled up with zeros: all together, and as
+    views of each panel's own columns."""
 
     def __init__(self, weight: Tensor):
         count = math.ceil(len(weight) / _PANEL)

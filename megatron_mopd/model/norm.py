@@ -59,7 +59,7 @@ class HeadsRMSNorm(torch.nn.Module):
             squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
         # With fewer key heads than ranks, each is on several of them, and counts as often in sum and number.
         normed = wide * torch.rsqrt(squares / (size * own) + self.eps)
-        start = rank * self.weight.numel() // size // x.size(-1) * x.size(-1)
+        start = rank * self.heads // size * x.size(-1)
         weight = self.weight[start : start + own].view(x.shape[-2:])
         return normed.to(x.dtype) * weight
 

@@ -31,6 +31,7 @@ _BASE = dict(
     eos_token_id=None,
 )
 _QWEN3_MOE = _BASE | dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+_OLMOE = _BASE | dict(num_experts=4, num_experts_per_tok=2, intermediate_size=24)
 _DEEPSEEK = _BASE | dict(
     num_key_value_heads=4,
     n_routed_experts=8,
@@ -116,18 +117,10 @@ CASES: dict[str, tuple[str, dict]] = {
         ),
     ),
     "mixtral": ("mixtral", _BASE | dict(num_local_experts=4, num_experts_per_tok=2)),
-    "olmoe": ("olmoe", _BASE | dict(num_experts=4, num_experts_per_tok=2, intermediate_size=24)),
+    "olmoe": ("olmoe", _OLMOE),
     "olmoe-normalised-topk": (
         "olmoe",
-        _BASE
-        | dict(
-            num_key_value_heads=4,
-            num_experts=4,
-            num_experts_per_tok=2,
-            intermediate_size=24,
-            norm_topk_prob=True,
-            attention_bias=True,
-        ),
+        _OLMOE | dict(num_key_value_heads=4, norm_topk_prob=True, attention_bias=True),
     ),
     "deepseek-v3": ("deepseek_v3", _DEEPSEEK),
     "deepseek-v3-plain": (

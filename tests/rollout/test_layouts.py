@@ -72,7 +72,7 @@ def pools():
 
     def pool(size: int) -> RankPool:
         if size not in made or not made[size]._processes:
-            made[size] = RankPool(size)
+            made[size] = RankPool(size, timeout=40)
         return made[size]
 
     yield pool
