@@ -6,6 +6,7 @@
 # Every stage is an ordinary run with its own directory. Stop it anywhere and start it again: a stage that is
 # complete only repeats its evaluation, one that was interrupted goes on from its newest checkpoint.
 set -euo pipefail
+umask o= # as the runs do: prompts and samples are closed to others
 start=${1:-runs/demo/base/checkpoints}
 output=${2:-runs/iterated}
 rounds=${3:-2}

@@ -31,6 +31,7 @@ from megatron_mopd.config.objectives import samples_per_prompt
 from megatron_mopd.data.prompts import PromptSampler
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.background_save import CheckpointWriter
+from megatron_mopd.observe.access import closed_to_others, others_may_enter
 from megatron_mopd.observe.progress import phase, say
 from megatron_mopd.observe.report import draw_report
 from megatron_mopd.observe.run_log import RunLog
@@ -47,6 +48,7 @@ from megatron_mopd.training.step import StepBatch, plan_steps, train_step
 from megatron_mopd.training.step_record import alarms_of, samples_of, start_sampling_tokens, time_split
 
 
+@closed_to_others()
 def train(config: Config) -> dict[str, float]:
     """The whole run: build, then for each iteration sample -> score -> learn -> save. Returns the last
     metrics.
@@ -59,6 +61,8 @@ def train(config: Config) -> dict[str, float]:
     check_space(run.learner)
     if run.groups.rank == 0:
         save_config(config, run_directory(config) / "config.yaml")
+    if warning := others_may_enter(run_directory(config)):
+        say(warning)
     log = RunLog(config, first)
     log.started(run.learner.manifest, run.groups.world_size, run.groups.device)
     for message in run.start_alarms if first == 0 else ():

@@ -11,10 +11,12 @@ import ast
 import dataclasses
 import inspect
 import sys
+import textwrap
 import typing
 from pathlib import Path
 
 from megatron_mopd.config import schema
+from megatron_mopd.config.interpolation import MAY_NAME_VARIABLES
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 
@@ -26,13 +28,28 @@ A run is one YAML file, `python -m megatron_mopd.train --config FILE.yaml`, and 
 the command line as `section.key=value`. `include: OTHER.yaml` puts another file's keys underneath. A key that
 is not on this page is an error that names the nearest one; only `student` takes more: any field of
 megatron-core's `TransformerConfig`, under its own name.
+
+`${section.key}` stands for another key's value. `${oc.env:NAME}`, or `${oc.env:NAME,DEFAULT}`, stands for an
+environment variable in {variables} and `include`, and is refused in every other key, as are variables whose
+names say that they hold a secret (`..._KEY`, `..._TOKEN`, `..._PASSWORD`) and OmegaConf's other resolvers.
+The run uses the variable's value; `config.yaml`, the report and Weights & Biases get `${oc.env:NAME}`, so a
+saved configuration reads the environment again. A literal `${` is written `\\${`.
+
+Everything that a run writes is closed to users outside the owner's group, whatever the umask; a stricter
+umask is respected (077: the owner alone). A `run_dir` that others may enter stays as it is, and the run says
+so.
 """
 
 
 def render() -> str:
     """The whole page as Markdown: the keys of the top level, then one table a section."""
     classes, hints = _sections()
-    parts = [_HEAD, "## Top level\n", _table(schema.Config, skip=set(classes))]
+    variables = ", ".join(f"`{key}`" for key in MAY_NAME_VARIABLES)
+    parts = [
+        _HEAD.replace("{variables}", variables),
+        "## Top level\n",
+        _table(schema.Config, skip=set(classes)),
+    ]
     for name, cls in classes.items():
         listed = typing.get_origin(hints[name]) is list
         title = f"## `{name}`" + (" (a list; keys of one entry)" if listed else "")
@@ -88,6 +105,10 @@ def field_documentation(cls: type) -> dict[str, str]:
             text = value.value if isinstance(value, ast.Constant) else ""
             documented[statement.target.id] = _paragraph(text)
     return documented
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 110, break_long_words=False, break_on_hyphens=False))
 
 
 def _paragraph(text: str) -> str:

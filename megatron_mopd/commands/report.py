@@ -16,10 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mopd.observe.access import closed_to_others
 from megatron_mopd.observe.page import write_page
 from megatron_mopd.observe.run_record import ReportError
 
 
+@closed_to_others()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="run directory, or the directory of a demo")

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import OmegaConf
 
+from megatron_mopd.config.files import read_tree
+from megatron_mopd.config.interpolation import as_written, resolve
+from megatron_mopd.config.messages import shown
 from megatron_mopd.config.objectives import GLOBAL_KEYS, check_objectives
 from megatron_mopd.config.recipes import with_recipe
 from megatron_mopd.config.schema import Config, ConfigError, ModelConfig, ObjectiveConfig, ParallelConfig
@@ -31,46 +32,14 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
 
     Raises `ConfigError` naming the file and the key for anything that is not a known key of the right type.
     """
-    raw = _read(Path(path)) if path is not None else OmegaConf.create({})
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    try:
-        raw = OmegaConf.merge(raw, OmegaConf.from_dotlist(list(overrides)))
-        raw = _with_included(raw, Path(path).parent if path is not None else Path())
-        merged = OmegaConf.to_container(raw, resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
-    return config_from_dict(merged)
-
-
-def _read(path: Path) -> DictConfig:
-    try:
-        raw = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise ConfigError(f"config file not found: {path}") from None
-    except (OSError, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, DictConfig):
-        raise ConfigError(f"{path}: expected sections with keys")
-    return raw
-
-
-def _with_included(raw: DictConfig, directory: Path) -> DictConfig:
-    """`include: FILE` (relative to the including file) puts that file's keys underneath."""
-    seen: set[Path] = set()
-    while (name := raw.pop("include", None)) is not None:
-        path = (directory / str(name)).resolve()
-        if path in seen:
-            raise ConfigError(f"include: {path} includes itself")
-        seen.add(path)
-        raw, directory = OmegaConf.merge(_read(path), raw), path.parent
-    return raw
+    return config_from_dict(read_tree(Path(path) if path is not None else None, overrides))
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
-    """Build and check a `Config` from nested plain dictionaries; `ConfigError` names the offending key."""
-    config = _build(Config, with_recipe(values), "")
+    """Build and check a `Config` from nested dictionaries, `${...}` included (`interpolation.py`);
+    `ConfigError` names the offending key.
+    """
+    config = _build(Config, with_recipe(resolve(values)), "")
     _check(config)
     return config
 
@@ -81,9 +50,15 @@ def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested dictionaries as a user writes them: TransformerConfig fields back in their section."""
-    if isinstance(config, list):
+    """Plain nested dictionaries as a user writes them: TransformerConfig fields back in their section,
+    environment variables by their names. For `config_from_dict` they are the same configuration.
+    """
+    if isinstance(config, (list, tuple)):
         return [to_dict(item) for item in config]
+    if isinstance(config, dict):
+        return {key: to_dict(item) for key, item in config.items()}
+    if isinstance(config, str):
+        return as_written(config)
     if not dataclasses.is_dataclass(config):
         return config
     result = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
@@ -93,7 +68,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved configuration as YAML."""
+    """Write the configuration as YAML: complete, with environment variables by their names."""
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
 
 
@@ -138,7 +113,7 @@ def _check(config: Config) -> None:
     for dotted, choices in _CHOICES.items():
         if (value := attrgetter(dotted)(config)) not in choices:
             names = ", ".join("null" if choice is None else choice for choice in choices)
-            raise ConfigError(f"{dotted}: {value!r} is not one of {names}")
+            raise ConfigError(f"{dotted}: {shown(value)} is not one of {names}")
     for dotted in _AT_LEAST_ONE:
         if (value := attrgetter(dotted)(config)) < 1:
             raise ConfigError(f"{dotted}: must be at least 1, found {value}")
@@ -208,7 +183,7 @@ def _check_evaluation(config: Config) -> None:
 def _build(cls: type, values: Any, where: str) -> Any:
     """Check `values` against the dataclass `cls`; `where` is the dotted path shown in errors."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{where or 'config'}: expected a section with keys, found {values!r}")
+        raise ConfigError(f"{where or 'config'}: expected a section with keys, found {shown(values)}")
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     built: dict[str, Any] = {}
@@ -249,7 +224,7 @@ def _check_transformer_field(key: str, value: Any, where: str) -> Any:
         with contextlib.suppress(ConfigError):  # 1e-4, which YAML reads as a string
             return _convert(float, value, where)
     names = ", ".join(sorted("null" if kind is type(None) else _name(kind) for kind in allowed))
-    raise ConfigError(f"{where}: expected {names}, found {value!r}")
+    raise ConfigError(f"{where}: expected {names}, found {shown(value)}")
 
 
 def _plain_types(hint: Any) -> set[Any] | None:
@@ -309,11 +284,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is list:
         if not isinstance(value, list):
-            raise ConfigError(f"{where}: expected a list, found {value!r}")
+            raise ConfigError(f"{where}: expected a list, found {shown(value)}")
         return [_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a mapping, found {value!r}")
+            raise ConfigError(f"{where}: expected a mapping, found {shown(value)}")
         return {str(key): _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
@@ -325,5 +300,5 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         except ValueError:
             pass
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}: expected {hint.__name__}, found {value!r}")
+        raise ConfigError(f"{where}: expected {hint.__name__}, found {shown(value)}")
     return value

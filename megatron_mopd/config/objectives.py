@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 
+from megatron_mopd.config.messages import shown
 from megatron_mopd.config.schema import Config, ConfigError, ObjectiveConfig
 
 VOCABULARY_KINDS = ("full_vocab_kl", "top_k_kl", "forward_kl", "jsd")
@@ -268,7 +269,7 @@ def _sum(objective: ObjectiveConfig) -> str:
 def _one_of(where: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
         names = [name for name in allowed if name is not None]
-        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(names)}{_hint(value, names)}")
+        raise ConfigError(f"{where}: {shown(value)} is not one of {', '.join(names)}{_hint(value, names)}")
 
 
 def _hint(value: object, names: list[str]) -> str:

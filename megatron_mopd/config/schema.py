@@ -393,7 +393,7 @@ class Config:
     """Known system whose published hyperparameters fill in what is not set here: `mimo_v2_flash`, `glm5`,
     `nemotron_cascade2` or `deepseek_v4`."""
     run_dir: str = ""
-    """Everything the run writes goes here."""
+    """Everything the run writes goes here, closed to users outside the owner's group."""
     seed: int = 1234
     """Initialisation, data order and sampling derive from it."""
     device: str = "auto"

@@ -33,8 +33,8 @@ class WeightsAndBiases:
 
         directory = Path(config.run_dir).resolve()
         self._run = wandb.init(
-            project=config.log.wandb_project,
-            name=config.log.wandb_name or directory.name,
+            project=str(config.log.wandb_project),
+            name=str(config.log.wandb_name or directory.name),
             id=hashlib.sha256(str(directory).encode()).hexdigest()[:16],
             resume="allow",
             dir=str(directory),

@@ -1,0 +1,100 @@
+"""Configuration files as YAML, with what they include.
+
+A file may be named by mistake (`include: ~/.netrc`) or hold what is no configuration: messages say where it
+went wrong and never quote it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+from yaml.reader import ReaderError
+
+from megatron_mopd.config.interpolation import resolve_key
+from megatron_mopd.config.schema import Config, ConfigError
+
+_SECTIONS = {item.name for item in dataclasses.fields(Config)} | {"include"}
+
+
+def read_tree(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested dictionaries from the bottom up: files that are included, the file, `a.b=c` overrides.
+
+    `${...}` is left as it stands. Raises `ConfigError` naming the file and the place in it.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    raw = _read(path) if path is not None else OmegaConf.create({})
+    for override in overrides:
+        key = override.partition("=")[0]
+        try:
+            raw = OmegaConf.merge(raw, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+            raise ConfigError(f"{path}: override {key}: {_problem(error)}") from None
+    try:
+        raw = _with_included(raw, path.parent if path is not None else Path())
+        return OmegaConf.to_container(raw, resolve=False)
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ConfigError(f"{path}: {_problem(error)}") from None
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        is_section = node is None or isinstance(node, yaml.MappingNode)
+        raw = OmegaConf.create(text) if is_section else None
+    except FileNotFoundError:
+        raise ConfigError(f"config file not found: {path}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {_problem(error)}") from None
+    if not isinstance(raw, DictConfig):
+        raise ConfigError(f"{path}: no configuration: expected sections with keys")
+    if raw and not _SECTIONS & set(raw):
+        raise ConfigError(
+            f"{path}: no configuration: none of its keys is a section; known: {', '.join(sorted(_SECTIONS))}"
+        )
+    return raw
+
+
+def _with_included(raw: DictConfig, directory: Path) -> DictConfig:
+    """`include: FILE` (relative to the including file) puts that file's keys underneath."""
+    seen: set[Path] = set()
+    while OmegaConf.to_container(raw, resolve=False).get("include") is not None:
+        name = resolve_key(OmegaConf.to_container(raw, resolve=False), "include")
+        del raw["include"]
+        if not isinstance(name, str):
+            raise ConfigError("include: expected the name of one file")
+        path = (directory / name).resolve()
+        if path in seen:
+            raise ConfigError(f"include: {path} includes itself")
+        seen.add(path)
+        raw, directory = OmegaConf.merge(_read(path), raw), path.parent
+    return raw
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong and where, without a word of the file: parsers quote lines, keys and characters."""
+    if isinstance(error, ReaderError):
+        return f"a character that is none at position {error.position}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text at byte {error.start}"
+    if isinstance(error, yaml.MarkedYAMLError):
+        # Quoted are the file's own texts, except for the parser's names of tokens, `'<block end>'`.
+        text = re.sub(r"'(?!<[a-z ]+>')[^']*'|\"[^\"]*\"", "...", error.problem or "")
+        text = re.sub(r"(duplicate key) .*", r"\1", " ".join(text.split()))
+        mark = error.problem_mark or error.context_mark
+        return f"{text} at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else text
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return f"{type(error).__name__}{f' at {key}' if (key := getattr(error, 'full_key', None)) else ''}"
