@@ -45,8 +45,10 @@ def render() -> str:
     """The whole page as Markdown: the keys of the top level, then one table a section."""
     classes, hints = _sections()
     variables = ", ".join(f"`{key}`" for key in MAY_NAME_VARIABLES)
+    filled = _HEAD.replace("{variables}", variables)
+    head = "\n\n".join(map(_wrapped, filled.strip().split("\n\n")))
     parts = [
-        _HEAD.replace("{variables}", variables),
+        f"{head}\n",
         "## Top level\n",
         _table(schema.Config, skip=set(classes)),
     ]
