@@ -23,20 +23,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 
+from megatron_mopd.backend.checked_loading import load_checked
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import ConfigError, ModelConfig, model_config_from_dict, to_dict
 from megatron_mopd.data.tokenizer import load_tokenizer
 from megatron_mopd.model.checksums import verify_checksums, write_checksums
 from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint, is_hugging_face, read_config
 from megatron_mopd.model.initialize import sharded_tensors
-from megatron_mopd.model.pickled_files import refuse_code
+from megatron_mopd.model.pickled_files import Checked, refuse_code
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_FILE = "model.json"
 TOKENIZER_DIRECTORY = "tokenizer"
 HUGGING_FACE_DIRECTORY = "hugging_face"
+_EXTRA_STATE = re.compile(r"_extra_state\d*$")
 
 
 def iteration_directory(directory: str | Path, iteration: int) -> Path:
@@ -133,27 +134,43 @@ def load_weights(chunks: list[torch.nn.Module], checkpoint: Path, groups: Parall
         load_hugging_face_weights(chunks, checkpoint, where)
         return
     verify_checksums(checkpoint, where)
-    refuse_code(checkpoint, where)
-    state = model_state(chunks, groups)
-    for part in state.values():  # Transformer Engine's FP8 statistics, which the local spec does not have
-        for name in [name for name in part if name.endswith("_extra_state")]:
-            del part[name]
+    description = refuse_code(checkpoint, where)
+    state = without_extra_state(model_state(chunks, groups))
+    loaded = load_described(state, checkpoint, Checked(description.metadata, {}), where)
+    for i, chunk in enumerate(chunks):
+        put_into(chunk, loaded[f"model{i}"], where)
+        _clear_padding(chunk, read_architecture(checkpoint, where).vocab_size)
+
+
+def load_described(
+    state: dict[str, Any], checkpoint: Path, description: Checked, where: str
+) -> dict[str, Any]:
+    """A sharded state dict's values from a checkpoint whose description was checked. Collective over all
+    ranks; `ConfigError` (prefix `where`) for a tensor that is missing, damaged or of another shape.
+    """
     try:
-        loaded = dist_checkpointing.load(state, str(checkpoint))
-    except (
-        dist_checkpointing.core.CheckpointingException,
-        OSError,
-        KeyError,
-        RuntimeError,
-        ValueError,
-    ) as error:
+        return load_checked(state, checkpoint, description.metadata, description.common)
+    # Whatever a damaged file makes torch raise.
+    except Exception as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{where}: cannot load {checkpoint}: {first_line}") from None
-    for i, chunk in enumerate(chunks):
-        missing, unexpected = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
-        missing = [name for name in missing if not name.endswith("_extra_state")]
-        assert not missing and not unexpected, f"{where}: {missing} missing, {unexpected} unexpected"
-        _clear_padding(chunk, read_architecture(checkpoint, where).vocab_size)
+
+
+def without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A model's sharded state without Transformer Engine's FP8 statistics, which the local spec does not
+    have, and which Transformer Engine keeps as a pickle in a tensor and unpickles without a restriction.
+    """
+    for part in state.values():
+        for name in [name for name in part if _EXTRA_STATE.search(name)]:
+            del part[name]
+    return state
+
+
+def put_into(chunk: torch.nn.Module, loaded: dict[str, Any], where: str) -> None:
+    """Load a state dict without extra state into a chunk: every tensor of it, and nothing else."""
+    missing, unexpected = chunk.load_state_dict(loaded, strict=False)
+    missing = [name for name in missing if not _EXTRA_STATE.search(name)]
+    assert not missing and not unexpected, f"{where}: {missing} missing, {unexpected} unexpected"
 
 
 def load_hugging_face_weights(chunks: list[torch.nn.Module], directory: Path, where: str) -> None:

@@ -36,8 +36,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_mopd.backend.checked_loading import CheckedReader
 from megatron_mopd.config import ConfigError
-from megatron_mopd.model.pickled_files import pickle_problem
+from megatron_mopd.model.pickled_files import check
 
 Shape = tuple[int, ...]
 
@@ -127,14 +128,11 @@ class ChunkReader:
 
     def __init__(self, directory: Path, where: str):
         self._directory, self._where = directory, where
-        self._reader = dcp.FileSystemReader(str(directory))
-        if problem := pickle_problem(directory):
-            raise ConfigError(f"{where}: {directory}: {problem}")
         try:
-            metadata = self._reader.read_metadata()
-        except Exception as error:  # whatever unpickling a damaged file raises
-            raise ConfigError(f"{where}: {directory}/.metadata is not readable: {error}") from None
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+            metadata = check(directory).metadata
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {directory}: {error}") from None
+        self._reader = CheckedReader(directory, metadata)
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: value
             for key, value in metadata.state_dict_metadata.items()
@@ -158,7 +156,7 @@ class ChunkReader:
             raise ConfigError(f"{self._where}: {self._directory} holds only a part of {key}")
         try:
             self._reader.read_data(LoadPlan(items), _FillingPlanner(target))
-        except (OSError, RuntimeError, EOFError) as error:
+        except Exception as error:  # whatever a damaged file makes torch raise
             first_line = next(iter(str(error).splitlines()), type(error).__name__)
             raise ConfigError(f"{self._where}: {self._directory}: {key} is damaged: {first_line}") from None
         return target

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from megatron_mopd.config import ConfigError
@@ -21,14 +20,17 @@ from megatron_mopd.model.checkpoint import (
     complete_iterations,
     iteration_directory,
     latest_iteration,
+    load_described,
     model_state,
+    put_into,
     read_model_config,
     remove_checkpoint,
+    without_extra_state,
 )
 from megatron_mopd.model.checksums import verify_checksums
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.initialize import sharded_tensors
-from megatron_mopd.model.pickled_files import refuse_code
+from megatron_mopd.model.pickled_files import Checked, refuse_code
 from megatron_mopd.observe.progress import say
 from megatron_mopd.teachers.manifest import changed_teachers
 from megatron_mopd.training.best import best_iteration
@@ -180,12 +182,12 @@ def resume(learner: Learner, alarms: Alarms | None = None) -> int:
         path = iteration_directory(directory, iteration)
         try:
             verify_checksums(path, "run_dir")
-            refuse_code(path, "run_dir")
+            description = refuse_code(path, "run_dir")
         except ConfigError as error:
             say(f"resume: passed over {path.name}: {error}")
             first_error = first_error or error
             continue
-        return _load(learner, path, iteration, alarms)
+        return _load(learner, path, description, iteration, alarms)
     if first_error is not None:
         raise first_error
     return 0
@@ -201,7 +203,7 @@ def _say_incomplete(directory: Path) -> None:
             say(f"resume: passed over {entry}: no {MODEL_FILE}, so it is not complete")
 
 
-def _load(learner: Learner, path: Path, newest: int, alarms: Alarms | None) -> int:
+def _load(learner: Learner, path: Path, description: Checked, newest: int, alarms: Alarms | None) -> int:
     model, fingerprint = read_model_config(path, "run_dir")
     if model.transformer != learner.model.transformer:
         changed = sorted(
@@ -212,7 +214,7 @@ def _load(learner: Learner, path: Path, newest: int, alarms: Alarms | None) -> i
         raise ConfigError(f"run_dir: {path} was saved with another architecture ({', '.join(changed)})")
     if fingerprint != learner.manifest["tokenizer"]:
         raise ConfigError(f"run_dir: {path} was saved with another tokenizer than data.tokenizer")
-    common = dist_checkpointing.load_common_state_dict(str(path))
+    common = description.common
     if "optimizer" not in common:
         if newest >= learner.config.schedule.train_iters:
             return newest  # a finished run that kept only its weights
@@ -230,9 +232,11 @@ def _load(learner: Learner, path: Path, newest: int, alarms: Alarms | None) -> i
             f"of {steps} steps, whose samples are gone; put the old value back or start a new run_dir"
         )
     allocate_state(learner.optimizer)
-    state = dist_checkpointing.load(_state(learner, 0, with_optimizer=True, is_loading=True), str(path))
+    wanted = _state(learner, 0, with_optimizer=True, is_loading=True)
+    without_extra_state({key: part for key, part in wanted.items() if key.startswith("model")})
+    state = load_described(wanted, path, description, "run_dir")
     for number, chunk in enumerate(learner.chunks):
-        unwrap(chunk).load_state_dict(state[f"model{number}"], strict=True)
+        put_into(unwrap(chunk), state[f"model{number}"], "run_dir")
     optimizer_state = state["optimizer"]
     if learner.config.optimizer.use_distributed_optimizer:
         optimizer_state = regroup_state(optimizer_state, learner.optimizer)

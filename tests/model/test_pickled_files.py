@@ -37,16 +37,20 @@ def saved(value) -> bytes:
 def write(directory, extra=None, common=None, small=None, name="__0_0.distcp"):
     """A checkpoint's pickles: one tensor, one small object, the common state."""
     data = saved([None] if small is None else small)
-    (directory / "__0_0.distcp").write_bytes(data)
+    tensor = saved(torch.zeros(2, dtype=torch.bfloat16))
+    (directory / "__0_0.distcp").write_bytes(data + tensor)
     chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))
     properties = TensorProperties(torch.bfloat16)
     metadata = Metadata(
         {
             "weight": TensorStorageMetadata(properties, torch.Size([2]), [chunk]),
-            "state": BytesStorageMetadata(),
+            "state/shard_0_1": BytesStorageMetadata(),
         },
         extra,
-        {MetadataIndex("state"): _StorageInfo(name, 0, len(data))},
+        {
+            MetadataIndex("state/shard_0_1"): _StorageInfo(name, 0, len(data)),
+            MetadataIndex("weight", torch.Size([0])): _StorageInfo(name, len(data), len(tensor)),
+        },
     )
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
     (directory / "common.pt").write_bytes(saved({"iteration": 3} if common is None else common))
