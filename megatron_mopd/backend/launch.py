@@ -21,6 +21,13 @@ class Launch:
     local_rank: int
     master: tuple[str, int] | None
     """Host and port of the rendezvous; `None` for a job of one process."""
+    local_world_size: int | None = None
+    """How many of a job's several processes are on this host, where the launcher says so."""
+
+    @property
+    def is_on_one_host(self) -> bool:
+        """Whether all processes are known to be on this host."""
+        return self.world_size in (1, self.local_world_size)
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
@@ -54,7 +61,8 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={world_size}; {_START}")
     if "MASTER_ADDR" not in environment:
         number("MASTER_ADDR")
-    return Launch(rank, world_size, number("LOCAL_RANK"), (environment["MASTER_ADDR"], number("MASTER_PORT")))
+    master = environment["MASTER_ADDR"], number("MASTER_PORT")
+    return Launch(rank, world_size, number("LOCAL_RANK"), master, number("LOCAL_WORLD_SIZE", 0) or None)
 
 
 def _refuse_other_launchers(environment: Mapping[str, str]) -> None:
