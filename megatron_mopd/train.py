@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron_mopd.backend.failure import is_first_to_fail
 from megatron_mopd.backend.host_memory import long_lived_objects
 from megatron_mopd.backend.lifeline import LIFELINE_NOTICES
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.parallel import seed_model_parallel
 from megatron_mopd.backend.watchdog import Watchdog
 from megatron_mopd.config import Config, ConfigError, load_config, save_config
@@ -214,10 +215,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # A collective breaks when a rank dies: the lifeline, which is about to notice, says which one.
             time.sleep(LIFELINE_NOTICES)
         is_mistake = isinstance(error, ConfigError)
-        message = f"error: {error}" if is_mistake else f"{type(error).__name__}: {error}"
+        # What the error quotes of files, names and models is shown, and does not act on the terminal.
+        said = visible(error, keep_lines=not is_mistake)
+        message = f"error: {said}" if is_mistake else f"{type(error).__name__}: {said}"
         if is_first_to_fail(message):
             if options.debug or not is_mistake:
-                traceback.print_exc()
+                print(visible(traceback.format_exc(), keep_lines=True), end="", file=sys.stderr)
             print(message, file=sys.stderr)
         _leave(2 if is_mistake else 1)
     if dist.is_initialized():

@@ -21,6 +21,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from megatron_mopd.backend.failure import FIRST_FAILURE, is_first_to_fail
+from megatron_mopd.backend.messages import visible
 
 _HANG = "megatron_mopd/hang"
 _POLL = 1.0
@@ -122,7 +123,7 @@ class Watchdog(contextlib.AbstractContextManager):
         instruction = _instruction(frame)
         at = f", instruction {instruction}" if instruction else ""
         stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
-        return f"phase {self._phase!r}{at}, at\n{stack}"
+        return visible(f"phase {self._phase!r}{at}, at\n{stack}", keep_lines=True)
 
 
 def _instruction(frame: FrameType | None) -> str | None:

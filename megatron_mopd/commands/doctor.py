@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mopd.backend.finding import Finding, Level, worst
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.software import required_findings
 
 _MARKS = {Level.OK: "ok", Level.NOTE: "note", Level.WARNING: "WARNING", Level.PROBLEM: "PROBLEM"}
@@ -29,9 +30,9 @@ def show(section: str, findings: list[Finding]) -> None:
     """Print the findings of one section, with what to do under those that ask for something."""
     print(f"\n{section}")
     for finding in findings:
-        print(f"  {_MARKS[finding.level]:8} {finding.subject}: {finding.text}")
+        print(f"  {_MARKS[finding.level]:8} {visible(finding.subject)}: {visible(finding.text)}")
         if finding.advice:
-            print(f"           -> {finding.advice}")
+            print(f"           -> {visible(finding.advice)}")
     sys.stdout.flush()
 
 
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is_speaker = os.environ.get("RANK", "0") == "0"
     software = required_findings()
     if is_speaker:
-        print(f"megatron_mopd doctor on {socket.gethostname()}, in {Path.cwd()}")
+        print(f"megatron_mopd doctor on {socket.gethostname()}, in {visible(Path.cwd())}")
         show("Packages that training needs", software)
     elif worst(software) == Level.PROBLEM:
         show(f"Packages on {socket.gethostname()}", [f for f in software if f.level == Level.PROBLEM])

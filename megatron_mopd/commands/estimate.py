@@ -21,6 +21,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.parallel import end_ranks, fewest_ranks, select_device
 from megatron_mopd.config import Config, ConfigError, DomainObjectives, load_config
 from megatron_mopd.config.objectives import needs_teachers
@@ -104,7 +105,7 @@ def main() -> None:
             sys.exit(check(config))
         show(config, options.world_size or fewest_ranks(config.parallel), options.ranks_per_host)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(error)}", file=sys.stderr)
         sys.exit(2)
 
 

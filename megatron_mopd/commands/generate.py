@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 tools/generate.py ... parallel.tensor_model_parallel_size=2
 
 A prompt goes through the tokenizer's chat template, if it has one and `--plain` is not given. A single answer
-appears as it is made; several are printed one after the other.
+appears as it is made; several are printed one after the other. On a terminal, control characters of an answer
+are shown escaped (`\\x1b`), for they would act on it; a file or a pipe gets the answer as the model wrote it.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 
 import torch.distributed as dist
 
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.parallel import build_parallel_groups, select_device, validate_layout
 from megatron_mopd.commands.ranks import run_on_ranks
 from megatron_mopd.config import load_config
@@ -97,8 +99,8 @@ def generate(arguments, config) -> None:
         writer.finish()
     elif groups.rank == 0 and len(prompts) > 1:
         for answer in answers:
-            print(f"[{answer.prompt.index}] {arguments.prompt[answer.prompt.index]}")
-            print(tokenizer.decode(answer.response_ids).strip() + "\n")
+            print(for_output(f"[{answer.prompt.index}] {arguments.prompt[answer.prompt.index]}"))
+            print(for_output(tokenizer.decode(answer.response_ids).strip()) + "\n")
 
 
 def encode(text: str, number: int, tokenizer: Tokenizer, arguments) -> Prompt:
@@ -110,6 +112,11 @@ def encode(text: str, number: int, tokenizer: Tokenizer, arguments) -> Prompt:
         conversation = [*system, {"role": "user", "content": text}]
     token_ids = tuple(tokenizer.encode_prompt(conversation))
     return Prompt(text, token_ids, "-", None, "none", None, number, f"--prompt {text!r}")
+
+
+def for_output(text: str) -> str:
+    """What a model wrote, for standard output: harmless on a terminal, as it is anywhere else."""
+    return visible(text, keep_lines=True) if sys.stdout.isatty() else text
 
 
 class Writer:
@@ -129,7 +136,7 @@ class Writer:
         print()
 
     def _print(self, text: str) -> None:
-        sys.stdout.write(text[self._printed :])
+        sys.stdout.write(for_output(text[self._printed :]))
         sys.stdout.flush()
         self._printed = max(self._printed, len(text))
 

@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.pipeline.check import check_plan
 from megatron_mopd.pipeline.plan import Planner
 from megatron_mopd.pipeline.problem import KINDS, CostModel, Limits
@@ -148,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
             check_plan(plan)
         result = simulate(plans, record=True)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(error)}", file=sys.stderr)
         return 2
 
     free, bound = work.bubble_free(), work.bound()
@@ -164,10 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     title = f"{options.kind}, planned: p={work.stages}, v={work.virtual_stages}, m={work.microbatches}"
     if options.picture:
         draw_timeline({title: result.events}, options.picture)
-        print(f"\ntimeline drawn: {options.picture}")
+        print(f"\ntimeline drawn: {visible(options.picture)}")
     if options.trace:
         write_chrome_trace({title: result.events}, options.trace)
-        print(f"trace written: {options.trace} (open it in ui.perfetto.dev)")
+        print(f"trace written: {visible(options.trace)} (open it in ui.perfetto.dev)")
     print(f"planned, checked and simulated in {time.perf_counter() - started:.1f} s")
     return 0
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.parallel import end_ranks, start_ranks
 from megatron_mopd.config import ConfigError
 
@@ -31,10 +32,10 @@ def run_on_ranks(
         work()
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {visible(error)}", file=sys.stderr, flush=True)
         os._exit(2)
     except BaseException:
-        traceback.print_exc()
+        print(visible(traceback.format_exc(), keep_lines=True), end="", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)
     end_ranks(lifeline)
@@ -43,4 +44,4 @@ def run_on_ranks(
 def say(text: str) -> None:
     """Print on rank 0."""
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        print(visible(text), flush=True)

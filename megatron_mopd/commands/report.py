@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.observe.access import closed_to_others
 from megatron_mopd.observe.page import write_page
 from megatron_mopd.observe.run_record import ReportError
@@ -42,9 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--expert {text}: expected DOMAIN=RUN")
         experts[domain] = run
     try:
-        print(write_page(options.run, options.output, base=options.base, experts=experts))
+        page = write_page(options.run, options.output, base=options.base, experts=experts)
+        print(visible(page))
     except (ReportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(error)}", file=sys.stderr)
         sys.exit(2)
 
 

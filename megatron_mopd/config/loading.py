@@ -17,9 +17,9 @@ from typing import Any
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from omegaconf import OmegaConf
 
+from megatron_mopd.backend.messages import shown
 from megatron_mopd.config.files import read_tree
 from megatron_mopd.config.interpolation import as_written, resolve
-from megatron_mopd.config.messages import shown
 from megatron_mopd.config.objectives import GLOBAL_KEYS, check_objectives
 from megatron_mopd.config.recipes import with_recipe
 from megatron_mopd.config.schema import Config, ConfigError, ModelConfig, ObjectiveConfig, ParallelConfig

@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 
-from megatron_mopd.config.messages import shown
+from megatron_mopd.backend.messages import shown
 from megatron_mopd.config.schema import Config, ConfigError, ObjectiveConfig
 
 VOCABULARY_KINDS = ("full_vocab_kl", "top_k_kl", "forward_kl", "jsd")

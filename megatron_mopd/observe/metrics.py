@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.observe.journal import METRICS_FILE, Journal, read_journal
 
 
@@ -62,7 +63,7 @@ class MetricsWriter:
         if self._tensorboard is not None:
             for name, value in flat.items():
                 if isinstance(value, (int, float)):
-                    self._tensorboard.add_scalar(name, value, iteration)
+                    self._tensorboard.add_scalar(visible(name), value, iteration)
             self._tensorboard.flush()
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ import jinja2
 import yaml
 
 import megatron_mopd
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.observe import svg
 from megatron_mopd.observe.formats import format_count, format_seconds
 from megatron_mopd.observe.page_samples import samples_part
@@ -57,7 +58,7 @@ def write_page(
 
 def render(record: RunRecord) -> str:
     """The whole page as text."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined, finalize=_to_read)
     parts = [part for part in _parts(record) if part]
     for part in parts:
         part.setdefault("anchor", "".join(c if c.isalnum() else "-" for c in part["title"].lower()))
@@ -70,6 +71,12 @@ def render(record: RunRecord) -> str:
         version=megatron_mopd.__version__,
         directory=record.directory,
     )
+
+
+def _to_read(value: Any) -> Any:
+    """Texts with what would act escaped; jinja2 escapes the markup in them afterwards."""
+    is_text = isinstance(value, (str, Path)) and not hasattr(value, "__html__")
+    return visible(value, keep_lines=True) if is_text else value
 
 
 def _parts(record: RunRecord) -> Iterator[Part | None]:

@@ -26,6 +26,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.observe.formats import format_count, format_seconds
 from megatron_mopd.observe.metrics import flatten, is_main_rank
 
@@ -58,7 +59,7 @@ def progress(iterable: Iterable[Item], description: str, total: int | None = Non
             yield item
             count += 1
             if bar is not None and task is None and time.monotonic() - start > _BAR_AFTER_SECONDS:
-                task = bar.add_task(description, total=total)
+                task = bar.add_task(visible(description), total=total)
                 bar.start()
             if task is not None:
                 bar.update(task, completed=count)
@@ -69,7 +70,8 @@ def progress(iterable: Iterable[Item], description: str, total: int | None = Non
             bar.stop()
     seconds = time.monotonic() - start
     if seconds > _LINE_AFTER_SECONDS:
-        print(f"{description}: {count} in {format_seconds(seconds)}", file=sys.stderr, flush=True)
+        line = f"{visible(description)}: {count} in {format_seconds(seconds)}"
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -93,7 +95,7 @@ def phase(description: str, often: bool = False) -> Iterator[None]:
             shown.end()
     seconds = time.monotonic() - start
     if seconds > _LINE_AFTER_SECONDS and not often:
-        print(f"{description}: {format_seconds(seconds)}", file=sys.stderr, flush=True)
+        print(f"{visible(description)}: {format_seconds(seconds)}", file=sys.stderr, flush=True)
 
 
 def advance(done: int, total: int) -> None:
@@ -118,7 +120,7 @@ class _Phase:
         with self._lock:
             if not self._ended:
                 self._bar = _bar(counted=self._total is not None)
-                self._bar.add_task(self._description, completed=self._done, total=self._total)
+                self._bar.add_task(visible(self._description), completed=self._done, total=self._total)
                 self._bar.start()
 
     def advance(self, done: int, total: int) -> None:
@@ -140,9 +142,9 @@ _phases: list[_Phase] = []
 
 
 def say(text: str) -> None:
-    """One line from the job, on rank 0's standard output."""
+    """One line from the job, on rank 0's standard output; what would act on a terminal is shown escaped."""
     if is_main_rank():
-        print(text, flush=True)
+        print(visible(text), flush=True)
 
 
 class StepLine:
@@ -176,7 +178,7 @@ class StepLine:
         line.append(f"step {iteration:>{len(str(self._total))}}/{self._total}", style="bold")
         for part, style in self._parts(iteration, flat):
             line.append("  ")
-            line.append(part, style=style)
+            line.append(visible(part), style=style)
         return line
 
     def _parts(self, iteration: int, flat: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -249,7 +251,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _bar(counted: bool = True) -> Progress:
-    columns = [SpinnerColumn(), TextColumn("{task.description}")]
+    columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False)]
     if counted:
         columns += [BarColumn(bar_width=32), MofNCompleteColumn(), TimeElapsedColumn()]
         columns += [TextColumn("left"), TimeRemainingColumn()]

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.observe.metrics import read_metrics
 
 _INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
@@ -41,6 +42,7 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "figure.dpi": 130,
+    "text.parse_math": False,  # `$` in a name is a `$`
 }
 _ACCURACY_COLORS = LinearSegmentedColormap.from_list(
     "accuracy", ["#fbf7f0", "#d8e8e0", "#93c9b9", "#3f9c94", "#16686f", "#0b3c49"]
@@ -79,7 +81,9 @@ def draw_report(run_dir: str | Path) -> Path | None:
         columns = min(3, len(panels))
         rows = math.ceil(len(panels) / columns)
         figure = _figure(5.6 * columns, 3.7 * rows + 0.5)
-        figure.suptitle(Path(run_dir).resolve().name, x=0.01, ha="left", fontsize=14, fontweight="bold")
+        figure.suptitle(
+            visible(Path(run_dir).resolve().name), x=0.01, ha="left", fontsize=14, fontweight="bold"
+        )
         grid = figure.subplots(rows, columns, squeeze=False).flat
         for axes, (draw, *arguments) in zip(grid, panels):
             draw(axes, *arguments)
@@ -201,7 +205,13 @@ def _draw_domains(
     for name, (iterations, values) in sorted(domains.items()):
         marker = "o" if len(values) < 15 else None
         axes.plot(
-            iterations, _smooth(values), color=colors[name], linewidth=1.6, label=name, marker=marker, ms=3.5
+            iterations,
+            _smooth(values),
+            color=colors[name],
+            linewidth=1.6,
+            label=visible(name),
+            marker=marker,
+            ms=3.5,
         )
     axes.set_title(title)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.2, labelspacing=0.35)
@@ -226,7 +236,7 @@ def _draw_times(axes: Axes, times: dict[str, tuple]) -> None:
         stack.append(_smooth(row))
     shades = [_MAIN, _GOOD, "#e9c46a", _WARM, "#9d8ec7", "#8d99ae", "#b56576", "#6c757d"]
     colors = [shades[i % len(shades)] for i in range(len(stack))]
-    labels = [f"{name} ({np.mean(values):.2f} s)" for name, (_, values) in times.items()]
+    labels = [f"{visible(name)} ({np.mean(values):.2f} s)" for name, (_, values) in times.items()]
     if len(iterations) == 1:
         bottoms = np.cumsum([0.0] + [row[0] for row in stack[:-1]])
         for row, bottom, color, label in zip(stack, bottoms, colors, labels):
@@ -278,8 +288,10 @@ def _draw_heat_map(
                 )
     axes.set_xlim(0, centers[-1] + 0.5)
     axes.set_ylim(top, 0)
-    axes.set_xticks(centers, [*columns, "mean"], rotation=38, ha="left", rotation_mode="anchor", color=_INK)
-    axes.set_yticks([t + 0.5 for t in tops], rows, color=_INK)
+    axes.set_xticks(
+        centers, [*map(visible, columns), "mean"], rotation=38, ha="left", rotation_mode="anchor", color=_INK
+    )
+    axes.set_yticks([t + 0.5 for t in tops], [*map(visible, rows)], color=_INK)
     for label, expert in zip(axes.get_yticklabels(), experts):
         label.set_fontweight("normal" if expert else "bold")
     axes.xaxis.tick_top()
@@ -324,7 +336,9 @@ def _draw_headroom(axes: Axes, columns: Sequence[str], headroom: Mapping[str, fl
     axes.set_xlim(0, centers[-1] + 0.5)
     axes.set_ylim(min(0.0, heights.min() - 0.14), max(1.08, heights.max() + 0.03))
     axes.set_yticks([0.0, 0.5, 1.0], ["base  0", "50", "expert  100"], color=_INK)
-    axes.set_xticks(centers, [*columns, "mean"], rotation=38, ha="right", rotation_mode="anchor", color=_INK)
+    axes.set_xticks(
+        centers, [*map(visible, columns), "mean"], rotation=38, ha="right", rotation_mode="anchor", color=_INK
+    )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 

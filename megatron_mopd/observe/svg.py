@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape as escape_markup
 from typing import NamedTuple
+
+from megatron_mopd.backend.messages import visible
 
 Points = Sequence[tuple[float, float]]
 
 _MOST_POINTS = 160
 _ACCURACY_STOPS = ("#fbf7f0", "#d8e8e0", "#93c9b9", "#3f9c94", "#16686f", "#0b3c49")
 SHADES = ("#1769aa", "#2a9d8f", "#e9c46a", "#e76f51", "#9d8ec7", "#8d99ae", "#b56576", "#6c757d")
+
+
+def escape(text: str) -> str:
+    """`text` for an element or an attribute: neither markup nor control characters."""
+    return escape_markup(visible(text))
 
 
 class Line(NamedTuple):

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.observe.metrics import is_main_rank
 
 
@@ -39,11 +40,11 @@ def seesaw_table(
     table.box = box.SIMPLE_HEAD if console.is_terminal else box.ASCII2
     table.add_column("domain")
     for i in others[:1]:
-        table.add_column(row_names[i], justify="right")
+        table.add_column(_name(row_names[i]), justify="right")
     table.add_column("expert", justify="right", style="yellow")
     table.add_column("other experts", justify="right", style="dim")
     for i in others[1:]:
-        table.add_column(row_names[i], justify="right", style="bold" if i == others[-1] else "")
+        table.add_column(_name(row_names[i]), justify="right", style="bold" if i == others[-1] else "")
     table.add_column("headroom recovered", justify="right")
 
     rows = [_domain_row(matrix, row_names, j, name, home, others) for j, name in enumerate(column_names)]
@@ -51,7 +52,7 @@ def seesaw_table(
     recovered = [headroom.get(name, math.nan) for name in column_names]
     mean_recovered = headroom.get("mean", _mean(recovered))
     for name, values, share in zip(column_names, rows, recovered):
-        table.add_row(name, *map(_percent, values), _share(share))
+        table.add_row(_name(name), *map(_percent, values), _share(share))
     table.add_section()
     table.add_row("mean", *map(_percent, means), _share(mean_recovered), style="bold")
     if not console.is_terminal:
@@ -69,6 +70,10 @@ def _domain_row(matrix, row_names, column: int, domain: str, home, others: list[
 def _mean(values: Sequence[float]) -> float:
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
+
+
+def _name(text: str) -> Text:
+    return Text(visible(text))  # of plain text rich would follow what looks like its markup
 
 
 def _percent(value: float) -> str:

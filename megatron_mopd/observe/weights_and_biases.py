@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.config import Config, ConfigError, to_dict
 from megatron_mopd.config.schema import LogConfig
 from megatron_mopd.observe.metrics import flatten
@@ -44,7 +45,7 @@ class WeightsAndBiases:
     def log(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """Send the finite numbers among a step's metrics."""
         numbers = {
-            name: value
+            visible(name): value
             for name, value in flatten(metrics).items()
             if isinstance(value, (int, float)) and math.isfinite(value)
         }

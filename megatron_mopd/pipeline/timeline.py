@@ -12,10 +12,12 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.pipeline.instructions import (
     LoadHead,
     LoadTeacher,
@@ -103,6 +105,7 @@ def _short_name(event: Event) -> str:
     return "opt" if isinstance(entry, OptimizerStep) else ""
 
 
+@rc_context({"text.parse_math": False})  # `$` in a name is a `$`
 def draw_timeline(
     panels: Mapping[str, Sequence[Event]],
     path: str | os.PathLike,
@@ -137,7 +140,7 @@ def draw_timeline(
     legend = [
         Patch(color=_STUDENT[StudentForward, 0], label="student forward"),
         Patch(color=_STUDENT[StudentBackward, 0], label="student backward"),
-        *(Patch(color=colour[teacher], label=f"teacher {teacher}") for teacher in teachers[:10]),
+        *(Patch(color=colour[teacher], label=f"teacher {visible(teacher)}") for teacher in teachers[:10]),
         Patch(color=_OPTIMIZER, label="optimizer step"),
     ]
     figure.legend(
@@ -189,7 +192,7 @@ def _draw_panel(
         range(stages), [f"stage {s}  idle {share:.0%}" for s, share in enumerate(shares)], fontsize=7
     )
     mean = sum(shares) / len(shares)
-    axis.set_title(f"{title} (mean idle share {mean:.1%})", fontsize=9, loc="left")
+    axis.set_title(f"{visible(title)} (mean idle share {mean:.1%})", fontsize=9, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
 
 
