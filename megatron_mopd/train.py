@@ -65,7 +65,7 @@ def train(config: Config) -> dict[str, float]:
     if warning := others_may_enter(run_directory(config)):
         say(warning)
     log = RunLog(config, first)
-    log.started(run.learner.manifest, run.groups.world_size, run.groups.device)
+    log.started(run.learner.manifest, run.groups.world_size, run.groups.device, run.confinement)
     for message in run.start_alarms if first == 0 else ():
         log.alarm(0, message)
     best = BestCheckpoint(checkpoints_directory(config.run_dir), config.checkpoint.best_metric, first)

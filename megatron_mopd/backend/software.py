@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -67,8 +68,15 @@ def requirements() -> list[str]:
     """
     source = Path(__file__).parents[2] / "pyproject.toml"
     if source.exists():
-        return tomllib.loads(source.read_text())["project"]["dependencies"]
-    return [text for text in importlib.metadata.requires(DISTRIBUTION) or [] if "extra ==" not in text]
+        needed = tomllib.loads(source.read_text())["project"]["dependencies"]
+    else:
+        needed = importlib.metadata.requires(DISTRIBUTION) or []
+    return [text for text in needed if "extra ==" not in text and _is_for_this_system(text)]
+
+
+def _is_for_this_system(requirement: str) -> bool:
+    system = re.search(r"sys_platform\s*==\s*['\"](\w+)", requirement)
+    return system is None or system[1] == sys.platform
 
 
 def required_findings() -> list[Finding]:
@@ -88,7 +96,7 @@ def _required(requirement: str) -> Finding:
     if found is None or not _is_importable(module):
         return Finding(Level.PROBLEM, name, "not installed", how)
     if not _is_allowed(requirement, found):
-        allowed = requirement.removeprefix(name)
+        allowed = requirement.removeprefix(name).partition(";")[0]
         return Finding(Level.PROBLEM, name, f"{found}, but this package needs {allowed}", how)
     return Finding(Level.OK, name, found)
 

@@ -2,6 +2,7 @@
 
     python tools/doctor.py                                               # this host
     python tools/doctor.py --config FILE.yaml [section.key=value ...]    # and all of a run short of training
+    python tools/doctor.py --confinement                                 # attacks on the scoring process
     torchrun --nproc-per-node N tools/doctor.py [--config FILE.yaml] [section.key=value ...]
 
 Under torchrun (or with `MODULE=megatron_mopd.commands.doctor launch/train.sh` on every node) every host is
@@ -22,6 +23,7 @@ from pathlib import Path
 from megatron_mopd.backend.finding import Finding, Level, worst
 from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.software import required_findings
+from megatron_mopd.commands.confinement_examination import attack_findings, attack_summary
 
 _MARKS = {Level.OK: "ok", Level.NOTE: "note", Level.WARNING: "WARNING", Level.PROBLEM: "PROBLEM"}
 
@@ -56,6 +58,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--world-size", type=int, help="ranks of the run, where it is not started by torchrun"
     )
     parser.add_argument("--ranks-per-host", type=int, help="default: torchrun's, or the number of GPUs")
+    parser.add_argument(
+        "--confinement",
+        action="store_true",
+        help="only attack the process in which answers are scored, and print what is refused",
+    )
     parser.add_argument("--checksums", action="store_true", help="read all of every checkpoint")
     parser.add_argument(
         "--disk-mib", type=int, default=256, help="size of the file that the disk is timed with"
@@ -83,6 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if is_speaker:
             print(f"\n{summary(software)} (install these first: the rest was not examined)")
         sys.exit(1)
+    if options.confinement:
+        if is_speaker:
+            show("What hostile code in a confined process can do", found := attack_findings())
+            print(f"\n{attack_summary(found)}")
+        sys.exit(1 if is_speaker and worst(found) == Level.PROBLEM else 0)
     # Only now: the doctor has to be able to speak where torch or megatron-core is missing.
     from megatron_mopd.commands.examination import examine
 

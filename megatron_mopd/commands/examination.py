@@ -23,6 +23,7 @@ from megatron_mopd.backend.parallel import (
     select_device,
     start_ranks,
 )
+from megatron_mopd.commands.confinement_examination import confinement_findings
 from megatron_mopd.commands.doctor import show
 from megatron_mopd.commands.run_examination import examine_run, load
 from megatron_mopd.config import Config, ConfigError
@@ -54,6 +55,7 @@ def examine(options: argparse.Namespace, required: list[Finding]) -> list[Findin
     if launch.local_rank == 0:  # once a host
         section("Optional packages, and what is used", used_findings())
         section("This machine", machine.gpu_findings() + machine.memory_findings())
+        section("Answers of the model", confinement_findings())
         section("Network", machine.network_findings(os.environ))
         findings, needed = mistakes, 0.0
         if config is not None and options.config:

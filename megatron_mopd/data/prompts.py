@@ -28,6 +28,7 @@ from megatron_mopd.data.verifiers import check_verifier
 __all__ = ["Prompt", "PromptSampler", "PromptSet", "load_prompts", "require_answers"]
 
 _LINE_KEYS = ("prompt", "domain", "answer", "verifier")
+_LONGEST_LINE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,12 @@ def _from_file(source: PromptSource, where: str) -> Iterator[Prompt]:
     empty = True
     try:
         with open(source.path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            # Not a loop over the file: a line of gigabytes would be read whole before anyone could refuse it.
+            lines = iter(lambda: file.readline(_LONGEST_LINE + 1), b"")
+            for number, line in enumerate(lines, start=1):
+                if len(line) > _LONGEST_LINE:
+                    limit = f"{_LONGEST_LINE >> 20} MiB"
+                    raise ConfigError(f"{source.path}:{number}: a line of more than {limit}; is this JSONL?")
                 if line.strip():
                     empty = False
                     yield _from_line(line, source, f"{source.path}:{number}")
@@ -233,6 +239,8 @@ def _from_line(line: bytes, source: PromptSource, origin: str) -> Prompt:
         raise ConfigError(f"{origin}: not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
+        raise ConfigError(f"{origin}: not readable as JSON: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{origin}: expected an object with `prompt` and `domain`")
     for key in values:  # other keys are the file's own business, but not a misspelling of ours

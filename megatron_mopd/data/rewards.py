@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.scoring_process import ScoringProcess
-from megatron_mopd.data.verifiers import Score, has_verdict, scoring_request, to_score
+from megatron_mopd.data.verifiers import Score, exact_match, has_verdict, scoring_request, to_score
 
 _BATCH = 16
 """Responses that one worker takes at a time: few enough that a hanging one holds up little else."""
@@ -59,6 +59,8 @@ class RewardWorkers:
     def _score(self, process: ScoringProcess, prompt: Prompt, response: str) -> Score:
         if not has_verdict(prompt):
             return Score(None)
+        if prompt.verifier == "exact_match":
+            return exact_match(prompt, response)
         try:
             return to_score(process.score(scoring_request(prompt, response), self._timeout))
         except Exception:  # a prompt that cannot be pickled, a verifier's exotic result: counted, never fatal

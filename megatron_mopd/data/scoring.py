@@ -1,8 +1,8 @@
-"""The scoring functions themselves, and the loop that runs them in a process of their own.
+"""The scoring functions that parse or evaluate an answer. They run in a confined process and nowhere else.
 
 Nothing of megatron-core is imported here, so that ``python -m megatron_mopd.data.scoring`` starts in about
 two seconds. Each function takes the response, the reference answer and the reasoning-gym entry, and returns a
-score; it may raise anything and take forever: ``verifiers`` deals with both.
+score; it may raise anything and take forever, and what it evaluates is checked (`confinement.evaluation`).
 """
 
 from __future__ import annotations
@@ -10,26 +10,18 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
-import pickle
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import math_verify
 import reasoning_gym
 
-from megatron_mopd.data.confinement import confine
+from megatron_mopd.confinement.server import Limits, serve
 
 # It warns that timeouts are off (the process is killed instead) and about every expression it cannot read.
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
-_MEMORY_BYTES = 8 << 30
-
-
-def exact_match(response: str, answer: str, entry: dict[str, Any] | None) -> float:
-    """1 when both are the same words: runs of white space count as one space."""
-    return float(response.split() == answer.split())
+_LIMITS = Limits(memory_bytes=2 << 30, longest_answer=1 << 10)
 
 
 def math_equal(response: str, answer: str, entry: dict[str, Any] | None) -> float:
@@ -50,7 +42,6 @@ def reasoning_gym_score(response: str, answer: str | None, entry: dict[str, Any]
 
 
 SCORES: dict[str, Callable[[str, str | None, dict[str, Any] | None], float]] = {
-    "exact_match": exact_match,
     "math_verify": math_equal,
     "reasoning_gym": reasoning_gym_score,
 }
@@ -66,25 +57,5 @@ def _task(name: str, params: str) -> reasoning_gym.dataset.ProceduralDataset:
     return reasoning_gym.create_dataset(name, **json.loads(params), seed=0, size=1)
 
 
-def _serve() -> None:
-    """Answer pickled (verifier, response, answer, entry) with a line of JSON, a score or null, until input
-    ends. Not with a pickle: a response that takes this process over must not reach the one that reads.
-    """
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not end up between the replies
-    confine(_MEMORY_BYTES)
-    print('"ready"', file=replies, flush=True)
-    while True:
-        try:
-            name, *arguments = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            score = SCORES[name](*arguments)
-        except Exception:
-            score = None
-        print(json.dumps(score if isinstance(score, float) else None), file=replies, flush=True)
-
-
 if __name__ == "__main__":
-    _serve()
+    serve(SCORES, _LIMITS, checks_evaluation=True)

@@ -7,19 +7,23 @@ Hugging Face tokenizer directory. Nothing is ever downloaded, no code from a dir
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
+import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import jinja2
 import sentencepiece
 import transformers
 
 from megatron_mopd.config import ConfigError
+from megatron_mopd.confinement.budget import within
+from megatron_mopd.confinement.process import ConfinedProcess, Unanswered
+from megatron_mopd.data.tokenizer_files import check_size, check_tokenizer_files, check_tokens
 
 Message = dict[str, str]
 """One turn of a conversation: `{"role": ..., "content": ...}`."""
@@ -45,6 +49,13 @@ _HUGGING_FACE_PATTERNS = (
 _PROBE = "a Z 0 9 + \u00e9 \u6f22 \n"
 """What a tokenizer has to be able to cut into tokens, or be refused before a run: letters, digits, and what
 most vocabularies have no token of its own for."""
+
+_LOAD_SECONDS = 120.0
+_TEXT_SECONDS = 60.0
+"""How long a tokenizer may take for one text; a megabyte of text takes about a second."""
+_RENDERING = "megatron_mopd.data.rendering"
+_RENDER_SECONDS = 10.0
+"""How long a chat template may take for one prompt."""
 
 
 class Tokenizer(Protocol):
@@ -89,14 +100,16 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, model_file: str | Path):
+        check_size(Path(model_file))
         try:
             self._proto = Path(model_file).read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._proto)
             self.vocab_size = self._processor.vocab_size()
-            self._processor.id_to_piece(list(range(self.vocab_size)))  # every piece is text
+            pieces = self._processor.id_to_piece(list(range(self.vocab_size)))  # every piece is text
             self._processor.encode(_PROBE)
         except (OSError, RuntimeError, ValueError) as error:  # ValueError: text that is not UTF-8
             raise ConfigError(f"{model_file}: not a SentencePiece model: {_one_line(error)}") from None
+        check_tokens(pieces, Path(model_file))
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
             raise ConfigError(f"{model_file}: the SentencePiece model has no end-of-sequence token")
@@ -129,15 +142,26 @@ class HuggingFaceTokenizer:
 
     def __init__(self, directory: str | Path):
         self._directory = Path(directory)
+        self._template_processes: dict[int, ConfinedProcess] = {}
+        check_tokenizer_files(self._directory)
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(directory), local_files_only=True, trust_remote_code=False
+            self._tokenizer = within(
+                _LOAD_SECONDS,
+                functools.partial(
+                    transformers.AutoTokenizer.from_pretrained,
+                    str(directory),
+                    local_files_only=True,
+                    trust_remote_code=False,
+                ),
             )
             self._vocab = self._tokenizer.get_vocab()
+            check_tokens(self._vocab, self._directory)
             # Not len(vocab): ids may have holes, and every id must be a row of the embedding.
             self.vocab_size = max(self._vocab.values()) + 1
             self.decode(self.encode(_PROBE))
-            first = self._tokenizer("a")["input_ids"][:1]
+            first = within(_TEXT_SECONDS, self._tokenizer, "a")["input_ids"][:1]
+        except ConfigError:
+            raise
         except Exception as error:  # whatever a broken directory raises, it is the user's to mend
             raise ConfigError(f"{directory}: not a usable tokenizer directory: {_one_line(error)}") from None
         if self._tokenizer.eos_token_id is None:
@@ -150,21 +174,44 @@ class HuggingFaceTokenizer:
         self.has_chat_template = self._tokenizer.chat_template is not None
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        encode = functools.partial(self._tokenizer.encode, add_special_tokens=False)
+        return self._limited("encoding", text, encode)
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
         if isinstance(prompt, str):
             return ([] if self.bos_id is None else [self.bos_id]) + self.encode(prompt)
         try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(turn) for turn in prompt], tokenize=False, add_generation_prompt=True
+            text = self._templates().ask(
+                "render",
+                self._tokenizer.get_chat_template(),
+                [dict(turn) for turn in prompt],
+                {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()},
+                seconds=_RENDER_SECONDS,
             )
-        except (ValueError, TypeError, jinja2.TemplateError) as error:
+        except (ValueError, Unanswered) as error:
             raise ConfigError(f"{self._directory}: chat template: {_one_line(error)}") from None
+        if not isinstance(text, str):
+            raise ConfigError(f"{self._directory}: chat template: renders something else than text")
         return self.encode(text)  # the template writes its own special tokens
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        decode = functools.partial(
+            self._tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return self._limited("decoding", list(ids), decode)
+
+    def _templates(self) -> ConfinedProcess:
+        """The process that renders this tokenizer's chat templates; a forked rank gets its own."""
+        return self._template_processes.setdefault(os.getpid(), ConfinedProcess(_RENDERING))
+
+    def _limited(self, what: str, argument: Any, function: Callable[[Any], Any]) -> Any:
+        try:
+            return within(_TEXT_SECONDS, function, argument)
+        except (TimeoutError, RuntimeError) as error:
+            raise ConfigError(
+                f"{self._directory}: {what} a text of {len(argument)}: {_one_line(error)}; "
+                "its tokenizer.json is damaged or hostile"
+            ) from None
 
     def fingerprint(self) -> str:
         # Parsed JSON, not bytes: saving a tokenizer again changes its layout and none of its meaning.

@@ -5,9 +5,8 @@ run: the score is then `None`, and ``accuracy`` says how many there were, so tha
 pass for a bad model. All of them look at the final answer only: what follows ``</think>``, and inside
 ``<answer>`` tags if any.
 
-What a model writes may be arithmetic that takes forever inside one C call (9**9**9 hangs several verifiers),
-which no signal and no thread can interrupt. Answers that could do so are scored in a second process, which
-can be killed.
+Exact matches are decided here. Every other verifier parses or evaluates what a model wrote, so it runs in a
+confined process (`confinement`), with limits of time and memory for answers and references alike.
 """
 
 from __future__ import annotations
@@ -15,21 +14,18 @@ from __future__ import annotations
 import functools
 import math
 import os
-import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from megatron_mopd.config import ConfigError, nearest
 from megatron_mopd.data.prompt import Prompt
-from megatron_mopd.data.scoring import SCORES
 from megatron_mopd.data.scoring_process import ScoringProcess
 
 TIMEOUT_SECONDS = 5.0
 """How long one response may take to score."""
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-# Powers, factorials, shifts, calls, LaTeX, large exponents, anything long: what could take forever.
-_MAY_NOT_END = re.compile(r"[*^!\\~]|<<|\w\s*\(|\d[eE]\+?\d{3}|.{2000}", re.DOTALL)
+VERIFIERS = ("exact_match", "math_verify", "reasoning_gym")
+_OPEN, _CLOSE = "<answer>", "</answer>"
 
 
 class Score(NamedTuple):
@@ -66,15 +62,26 @@ def score(prompt: Prompt, response: str) -> Score:
     """Judge `response`; never raises, works on any thread and takes at most about `TIMEOUT_SECONDS`."""
     if not has_verdict(prompt):
         return Score(None)
+    if prompt.verifier == "exact_match":
+        return exact_match(prompt, response)
     request = scoring_request(prompt, response)
     try:
-        if prompt.verifier != "exact_match" and _MAY_NOT_END.search(request[1]):
-            raw = _scoring_process(os.getpid()).score(request, TIMEOUT_SECONDS)
-        else:
-            raw = SCORES[prompt.verifier](*request[1:])
-    except Exception:
+        raw = _scoring_process(os.getpid()).score(request, TIMEOUT_SECONDS)
+    except Exception:  # a prompt's entry that cannot be pickled
         raw = None
     return to_score(raw)
+
+
+def exact_match(prompt: Prompt, response: str) -> Score:
+    """1 when both are the same words: runs of white space count as one space. Nothing is parsed."""
+    if prompt.answer is None:
+        return Score(None, crashed=True)
+    return Score(float(final_answer(response).split() == prompt.answer.split()))
+
+
+def is_confined(prompt: Prompt) -> bool:
+    """Whether responses to `prompt` are scored in a confined process."""
+    return prompt.verifier != "exact_match" and has_verdict(prompt)
 
 
 def has_verdict(prompt: Prompt) -> bool:
@@ -83,7 +90,7 @@ def has_verdict(prompt: Prompt) -> bool:
 
 
 def scoring_request(prompt: Prompt, response: str) -> tuple[Any, ...]:
-    """What a scoring process is asked: (verifier, final answer, reference answer, entry)."""
+    """What a `ScoringProcess` is asked: (verifier, final answer, reference answer, entry)."""
     return prompt.verifier, final_answer(response), prompt.answer, prompt.entry
 
 
@@ -104,15 +111,18 @@ def accuracy(scores: Iterable[Score]) -> Accuracy:
 
 def check_verifier(name: str, where: str) -> None:
     """Raise `ConfigError` naming the nearest verifier when there is none called `name`."""
-    if name not in SCORES:
-        raise ConfigError(f"{where}: unknown verifier {name!r}{nearest(str(name), SCORES)}")
+    if name not in VERIFIERS:
+        raise ConfigError(f"{where}: unknown verifier {name!r}{nearest(str(name), VERIFIERS)}")
 
 
 def final_answer(response: str) -> str:
     """The part of `response` that is judged: after `</think>`, inside the last `<answer>` tags, stripped."""
     response = response.rpartition("</think>")[2]
-    tagged = _ANSWER.findall(response)
-    return (tagged[-1] if tagged else response).strip()
+    found, end = response, 0
+    # Not a regular expression: many openings without an end would be searched to the end once each.
+    while (start := response.find(_OPEN, end)) >= 0 and (end := response.find(_CLOSE, start)) >= 0:
+        found = response[start + len(_OPEN) : end]
+    return found.strip()
 
 
 @functools.lru_cache(maxsize=1)

@@ -3,7 +3,8 @@
 metrics.jsonl    one object a step (`metrics.py`)
 alarms.jsonl     every alarm with its iteration, 0 for those before the first step
 samples.jsonl    now and then a few responses with the divergence of every token
-run.json         versions of packages, teachers' manifest, ranks and device of the last start
+run.json         versions of packages, teachers' manifest, ranks and device of the last start, and how answers
+                 were confined on the first host
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 import megatron_mopd
 from megatron_mopd.config import Config
+from megatron_mopd.confinement.kernel import Confinement
 from megatron_mopd.observe.journal import ALARMS_FILE, FACTS_FILE, SAMPLES_FILE, Journal
 from megatron_mopd.observe.metrics import MetricsWriter, is_main_rank
 from megatron_mopd.observe.progress import StepLine
@@ -38,6 +40,7 @@ _PACKAGES = (
     "numpy",
     "reasoning-gym",
     "math-verify",
+    "pyseccomp",
 )
 
 
@@ -58,7 +61,13 @@ class RunLog:
             self._alarms = Journal(Path(config.run_dir) / ALARMS_FILE, resumed)
             self._samples = Journal(Path(config.run_dir) / SAMPLES_FILE, resumed)
 
-    def started(self, manifest: Mapping[str, Any], world_size: int, device: torch.device) -> None:
+    def started(
+        self,
+        manifest: Mapping[str, Any],
+        world_size: int,
+        device: torch.device,
+        confinement: Confinement | None = None,
+    ) -> None:
         """Write `run.json`."""
         if not self._is_main:
             return
@@ -68,6 +77,7 @@ class RunLog:
             "ranks": world_size,
             "device": device_name(device),
             "versions": versions(),
+            "confinement": None if confinement is None else confinement.to_dict(),
             "manifest": manifest,
         }
         path = Path(self._config.run_dir) / FACTS_FILE

@@ -6,11 +6,14 @@ Every rank runs the same checks on the same inputs, so a mistake ends all of the
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_mopd.backend.launch import read_launch
 from megatron_mopd.backend.lifeline import Lifeline
 from megatron_mopd.backend.parallel import (
     ParallelGroups,
@@ -21,9 +24,11 @@ from megatron_mopd.backend.parallel import (
 )
 from megatron_mopd.config import Config, ConfigError, DomainObjectives, ModelConfig
 from megatron_mopd.config.objectives import needs_rewards, needs_teachers, samples_per_prompt
+from megatron_mopd.confinement.kernel import Confinement
+from megatron_mopd.confinement.process import Unanswered, examine
 from megatron_mopd.data.prompts import PromptSet, load_prompts, require_answers
 from megatron_mopd.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_mopd.data.verifiers import has_verdict
+from megatron_mopd.data.verifiers import has_verdict, is_confined
 from megatron_mopd.model.build import build_model
 from megatron_mopd.model.checkpoint import find_checkpoint, load_weights, read_model_config
 from megatron_mopd.model.router_replay import install_routing_replay
@@ -68,6 +73,8 @@ class Run:
     """What the teachers' fingerprints say; already printed."""
     lifeline: Lifeline
     """To be released before this rank ends by itself."""
+    confinement: Confinement | None
+    """On the first rank of a host: how its answers are confined; `None` where nothing has to be."""
 
 
 def build_run(config: Config) -> Run:
@@ -78,6 +85,7 @@ def build_run(config: Config) -> Run:
     device = select_device(config.device)
     lifeline = start_ranks(device, config.parallel.distributed_timeout_minutes)
     inputs = check_inputs(config, dist.get_world_size())
+    confinement = examine_confinement(inputs)
     tokenizer, student, routing = inputs.tokenizer, inputs.student, inputs.routing
 
     groups = build_parallel_groups(config.parallel, device, config.seed)
@@ -132,7 +140,7 @@ def build_run(config: Config) -> Run:
     )
     rewarder = Rewarder(config, groups, tokenizer.decode)
     shared = (config, groups, tokenizer, inputs.prompts, inputs.eval_prompts)
-    return Run(*shared, learner, engine, rewarder, alarms, lifeline)
+    return Run(*shared, learner, engine, rewarder, alarms, lifeline, confinement)
 
 
 def check_inputs(config: Config, world_size: int) -> Inputs:
@@ -156,6 +164,25 @@ def check_inputs(config: Config, world_size: int) -> Inputs:
         prompts = prompts.without(eval_prompts)  # held-out means never trained on, whatever the seeds
     _check_prompts(prompts, objectives, routing, tokenizer, config.data.seq_length)
     return Inputs(tokenizer, objectives, student, teachers, routing, prompts, eval_prompts)
+
+
+def examine_confinement(inputs: Inputs) -> Confinement | None:
+    """What keeps the answers to these prompts from doing harm; a warning says what is missing.
+
+    On the first rank of each host, and only where answers are parsed or messages go through a template;
+    elsewhere `None`. Raises `ConfigError` when no confined process can be started. Collectives: none.
+    """
+    prompts = [*inputs.prompts, *(inputs.eval_prompts or ())]
+    is_needed = any(is_confined(prompt) or not isinstance(prompt.text, str) for prompt in prompts)
+    if not is_needed or read_launch(os.environ).local_rank != 0:
+        return None
+    try:
+        confinement = examine()
+    except Unanswered as error:
+        raise ConfigError(f"answers have to be scored in a confined process: {error}") from None
+    if (warning := confinement.warning()) is not None:
+        print(f"warning: {socket.gethostname()}: {warning}", flush=True)
+    return confinement
 
 
 def resolve_student(config: Config, tokenizer: Tokenizer) -> ModelConfig:

@@ -1,0 +1,144 @@
+"""What text the libraries of a worker may evaluate.
+
+Verifiers pass parts of an answer to `eval`, to `sympy.parse_expr` and the like. Every way from text to code
+in CPython raises the audit event `compile` with the text, before anything is compiled; a hook on it reads
+the text as a syntax tree and refuses what is not an expression of numbers, literals and mathematical
+functions. The evaluating library sees an exception, as for any text that it cannot evaluate.
+
+It is the second line of defence: a text that this check lets through wrongly still runs in a confined process
+that scores one answer only.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from enum import Enum
+
+_SYMPY_PRELUDE = "from sympy import *"  # what `sympy.parse_expr` itself executes
+_LONGEST = 100_000
+# A comment that declares another encoding would let compiler and check read different texts (PEP 263).
+_ENCODING = re.compile(r"#.*coding[:=]")
+
+# What may be called in a worker that goes on to score other answers: constructors without side effects, to
+# which sympy's parser and ordinary formulas come down.
+_PURE_CALLS = frozenset(
+    """
+    Symbol Integer Float Rational Number Function Add Mul Pow Mod Abs abs Eq Ne Lt Le Gt Ge And Or Not
+    sqrt cbrt root exp log ln sin cos tan cot sec csc asin acos atan atan2 sinh cosh tanh factorial binomial
+    floor ceiling Min Max gcd lcm tuple list set dict int float str bool range round min max sum len sorted
+    """.split()
+)
+_CONSTANTS = frozenset("pi E I oo nan zoo true false True False None".split())
+_FORBIDDEN = frozenset(
+    """
+    eval exec compile open input breakpoint exit quit help copyright credits license getattr setattr delattr
+    hasattr vars globals locals dir memoryview super object type classmethod staticmethod property print id
+    callable format sympify parse_expr lambdify preview test doctest plot init_printing init_session S source
+    """.split()
+)
+# Nothing that binds names, reaches into objects or defines code.
+_EXPRESSIONS = (
+    ast.Expression,
+    ast.Module,
+    ast.Expr,
+    ast.Constant,
+    ast.Name,
+    ast.Load,
+    ast.Call,
+    ast.keyword,
+    ast.Starred,
+    ast.Tuple,
+    ast.List,
+    ast.Set,
+    ast.Dict,
+    ast.Subscript,
+    ast.Slice,
+    ast.UnaryOp,
+    ast.unaryop,
+    ast.BinOp,
+    ast.operator,
+    ast.BoolOp,
+    ast.boolop,
+    ast.Compare,
+    ast.cmpop,
+    ast.IfExp,
+)
+
+
+class Allowed(Enum):
+    """How much may be evaluated."""
+
+    EVERYTHING = 0
+    """No check: during imports, and where evaluation is not part of what is confined (templates)."""
+    EXPRESSIONS = 1
+    """In a worker that scores one answer: expressions without attributes, reserved names and definitions."""
+    PURE_EXPRESSIONS = 2
+    """In a worker that goes on: of these, only literals, operators and calls of known constructors."""
+
+
+class EvaluationRefused(Exception):
+    """Text that was to be evaluated is more than an expression."""
+
+
+class Evaluations:
+    """The hook of a process; it cannot be removed, and is inherited by the processes that it forks."""
+
+    def __init__(self) -> None:
+        self.allowed = Allowed.EVERYTHING
+        self.refused = False
+        """Whether something was refused since this was last set to false."""
+        self._is_reading = False
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple) -> None:
+        if event != "compile" or self._is_reading or self.allowed is Allowed.EVERYTHING:
+            return
+        source, file = arguments[:2]
+        if isinstance(source, bytes):
+            source = source.decode()
+        if str(file).endswith(".py"):  # a module that is only now imported; what is evaluated has no file
+            return
+        if isinstance(source, str) and source.strip() == _SYMPY_PRELUDE:
+            return
+        self._is_reading = True
+        try:
+            is_allowed = is_expression(source, pure=self.allowed is Allowed.PURE_EXPRESSIONS)
+        finally:
+            self._is_reading = False
+        if not is_allowed:
+            self.refused = True
+            raise EvaluationRefused("the text to evaluate is more than an expression")
+
+
+def is_expression(source: str | ast.AST, pure: bool) -> bool:
+    """Whether `source`, text or a syntax tree, is one expression as `Allowed` describes it.
+
+    Raises what Python's parser raises for text that it cannot read (`SyntaxError`, `RecursionError`, ...):
+    then nobody may compile it, lest two readers of one text disagree.
+    """
+    if isinstance(source, str):
+        if len(source) > _LONGEST or _ENCODING.search(source):
+            return False
+        source = ast.parse(source.lstrip(" \t"))
+    if isinstance(source, ast.Module) and len(source.body) > 1:
+        return False
+    return isinstance(source, ast.AST) and all(
+        isinstance(node, _EXPRESSIONS)
+        and not (isinstance(node, ast.Name) and not _may_name(node.id, pure))
+        and not (isinstance(node, ast.Call) and not _may_call(node.func, pure))
+        for node in ast.walk(source)
+    )
+
+
+def _may_name(name: str, pure: bool) -> bool:
+    if pure:  # a single letter that nobody calls is a variable of the formula, or a NameError
+        return name in _PURE_CALLS or name in _CONSTANTS or len(name) == 1
+    return not name.startswith("_") and name not in _FORBIDDEN
+
+
+def _may_call(function: ast.expr, pure: bool) -> bool:
+    if isinstance(function, ast.Call):  # Function('f')(x)
+        return True
+    return isinstance(function, ast.Name) and (not pure or function.id in _PURE_CALLS)

@@ -1,0 +1,74 @@
+"""Messages over pipes with deadlines in both directions: four bytes of length, then the message."""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import time
+
+_HEADER = struct.Struct("<I")
+_AT_ONCE = 1 << 16
+
+
+class Disconnected(Exception):
+    """The other end of the pipe is closed."""
+
+
+def send(descriptor: int, message: bytes, deadline: float) -> None:
+    """Write a message; the descriptor must not block.
+
+    Raises `TimeoutError` when the other side has not read it by `deadline` (of `time.monotonic`), and
+    `Disconnected`.
+    """
+    rest = memoryview(_HEADER.pack(len(message)) + message)
+    while rest:
+        _wait(descriptor, select.POLLOUT, deadline)
+        try:
+            rest = rest[os.write(descriptor, rest[:_AT_ONCE]) :]
+        except BlockingIOError:
+            continue
+        except OSError:
+            raise Disconnected from None
+
+
+def receive(descriptor: int, deadline: float, longest: int, closes: int | None = None) -> bytes:
+    """Read a message of at most `longest` bytes; the descriptor must not block.
+
+    Raises `TimeoutError`, `Disconnected` (also when the other end of `closes`, a pipe to read from, is closed
+    meanwhile), and `ValueError` for a message that is too long.
+    """
+    (length,) = _HEADER.unpack(_exactly(descriptor, _HEADER.size, deadline, closes))
+    if length > longest:
+        raise ValueError(f"a message of {length} bytes, where at most {longest} are expected")
+    return _exactly(descriptor, length, deadline, closes)
+
+
+def _exactly(descriptor: int, count: int, deadline: float, closes: int | None) -> bytes:
+    parts, left = [], count
+    while left:
+        _wait(descriptor, select.POLLIN, deadline, closes)
+        try:
+            part = os.read(descriptor, min(left, _AT_ONCE))
+        except BlockingIOError:
+            continue
+        except OSError:
+            raise Disconnected from None
+        if not part:
+            raise Disconnected
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def _wait(descriptor: int, event: int, deadline: float, closes: int | None = None) -> None:
+    poll = select.poll()  # not select: descriptors may be above 1024
+    poll.register(descriptor, event)
+    if closes is not None:
+        poll.register(closes, 0)  # only that it is closed
+    seconds = deadline - time.monotonic()
+    ready = dict(poll.poll(None if deadline == float("inf") else max(0.0, 1e3 * seconds)))
+    if not ready:
+        raise TimeoutError
+    if descriptor not in ready:
+        raise Disconnected

@@ -1,0 +1,156 @@
+"""The trainer's side: a confined process that is asked, watched and, if need be, killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_mopd.confinement.frames import Disconnected, receive, send
+from megatron_mopd.confinement.kernel import Confinement
+from megatron_mopd.confinement.server import ANSWERED, LATE, LONGEST_REQUEST, REQUEST
+
+_START_SECONDS = 120.0
+# Beyond its own limit a request may wait for a fork on a machine that is busy.
+_GRACE_SECONDS = 5.0
+_LONGEST_ANSWER = 1 << 26
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+# The only variables that a confined process gets: where its modules and their libraries are.
+_KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
+
+
+class Unanswered(Exception):
+    """A confined process did not give an answer: it took too long, or died."""
+
+
+class HandlerError(Unanswered):
+    """What was asked for raised an error; the text is the error's, as the worker told it."""
+
+
+class ConfinedProcess:
+    """A process that runs `module`, which calls `server.serve`; started when first needed, and again after it
+    had to be killed. Methods may be called from any thread, one after the other.
+    """
+
+    def __init__(self, module: str):
+        self._module = module
+        self._process: subprocess.Popen | None = None
+        self._lock = threading.Lock()
+        self._confinement: Confinement | None = None
+
+    def start(self) -> Confinement:
+        """Start the process if it is not there; returns how it is confined. Takes seconds.
+
+        Raises `Unanswered` when it cannot be started.
+        """
+        with self._lock:
+            if self._process is None:
+                self._start()
+            return self._confinement
+
+    def ask(self, name: str, *arguments: Any, seconds: float, alone: bool = False) -> Any:
+        """What handler `name` returns for `arguments`: plain JSON values.
+
+        `seconds`: of wall-clock time; for a worker of its own, of processor time too. `alone`: in a worker
+        that has answered nobody else and will not. Raises `Unanswered`, and returns at the latest a few
+        seconds after the limit whatever the process does.
+        """
+        request = REQUEST.pack(seconds, alone) + pickle.dumps((name, *arguments))
+        if len(request) > LONGEST_REQUEST:
+            raise Unanswered("the request is too long")
+        with self._lock:
+            if self._process is None:
+                self._start()
+            deadline = time.monotonic() + seconds + _GRACE_SECONDS
+            try:
+                send(self._process.stdin.fileno(), request, deadline)
+                reply = receive(self._process.stdout.fileno(), deadline, _LONGEST_ANSWER)
+            except TimeoutError:
+                self._kill()
+                raise Unanswered(f"no answer within {seconds:g} s") from None
+            except (Disconnected, ValueError):
+                self._kill()
+                raise Unanswered("the confined process itself died") from None
+            except BaseException:  # Ctrl-C in between: the answer would be taken for the next request's
+                self._kill()
+                raise
+        if reply[:1] != ANSWERED:
+            late = f"no answer within {seconds:g} s"
+            raise Unanswered(late if reply[:1] == LATE else "it used too much memory or time, or died")
+        return _value(reply[1:])
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        with self._lock:
+            if self._process is not None:
+                self._kill()
+
+    def _start(self) -> None:
+        environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+        # One thread: it must not take the cores of the training process, nor address space for idle threads.
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, str(_PACKAGE_PARENT)]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", self._module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # to be killed as a whole, and out of reach of the terminal's Ctrl-C
+        )
+        for pipe in (self._process.stdin, self._process.stdout):
+            os.set_blocking(pipe.fileno(), False)
+        try:
+            found = receive(self._process.stdout.fileno(), time.monotonic() + _START_SECONDS, 1 << 16)
+            fields = json.loads(found)
+            self._confinement = Confinement(**{n: v for n, v in fields.items() if n != "missing"})
+        except (Disconnected, TimeoutError, ValueError, TypeError):
+            self._kill()
+            raise Unanswered(
+                f"`{sys.executable} -P -m {self._module}` cannot be started; run it by hand to see why"
+            ) from None
+        except BaseException:
+            self._kill()
+            raise
+
+    def _kill(self) -> None:
+        """Kill the process and all that it forked, and close the pipes without waiting for anyone."""
+        process, self._process = self._process, None
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for pipe in (process.stdin, process.stdout):
+            pipe.close()  # its buffer is empty: descriptors are written to directly
+        process.wait()
+
+
+def examine() -> Confinement:
+    """What this machine's kernel gives to confined processes; starts one for half a second.
+
+    Raises `Unanswered` when none can be started.
+    """
+    process = ConfinedProcess("megatron_mopd.confinement.nothing")
+    try:
+        return process.start()
+    finally:
+        process.close()
+
+
+def _value(answer: bytes) -> Any:
+    """The value in an answer, which is not believed to be anything but JSON."""
+    try:
+        fields = json.loads(answer)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict) or fields.keys() not in ({"value"}, {"error"}):
+        raise Unanswered("it answered with something else than a value")
+    if "error" in fields:
+        raise HandlerError(str(fields["error"]))
+    return fields["value"]

@@ -1,0 +1,191 @@
+"""Inside a confined process: it imports, gives up its rights, and forks workers for what is asked of it.
+
+The process that was started never looks at a request. It hands the bytes on to a worker, watches the clock,
+and hands the answer back; a worker that is late or dead is replaced by a fork, which takes milliseconds
+where a new process takes seconds. Nothing that a worker does reaches it: the worker holds one pipe in each
+direction and may signal nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import pickle
+import signal
+import struct
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from megatron_mopd.confinement.evaluation import Allowed, Evaluations
+from megatron_mopd.confinement.frames import Disconnected, receive, send
+from megatron_mopd.confinement.kernel import confine, confine_worker, readable_by_imports
+
+REQUEST = struct.Struct("<d?")
+"""Before a request: seconds that it may take, and whether it gets a worker of its own in any case."""
+ANSWERED, LATE, DIED = b"a", b"l", b"d"
+LONGEST_REQUEST = 1 << 28
+_FOREVER = float("inf")
+# A worker is replaced after so many answers, so that what libraries cache does not add up.
+_REQUESTS_OF_A_WORKER = 2000
+_MORE_THAN_AN_EXPRESSION = b"more than an expression"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a confined process may use."""
+
+    memory_bytes: int = 2 << 30
+    """Address space of each process, beyond what it has after its imports."""
+    longest_answer: int = 1 << 12
+    """Bytes of JSON."""
+
+
+Handlers = Mapping[str, Callable[..., Any]]
+
+
+def serve(handlers: Handlers, limits: Limits, *, checks_evaluation: bool) -> NoReturn:
+    """Answer requests from standard input until it is closed; the first answer is what the kernel gave.
+
+    A request is a pickled (name of a handler, arguments), from the trainer, which is trusted; an answer is
+    JSON: `{"value": ...}`, or `{"error": ...}` when the handler raised. With `checks_evaluation`, a worker
+    goes on to other requests as long as its libraries evaluate nothing but pure expressions
+    (`evaluation.Allowed`); an answer that asks for more is tried again in a worker of its own.
+    """
+    requests, replies = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):  # whatever a library prints must not end up among the answers
+        os.dup2(nothing, descriptor)
+    os.set_blocking(requests, False)
+    os.set_blocking(replies, False)
+    evaluations = Evaluations()
+    readable = readable_by_imports()
+    os.environ.clear()
+    confinement, program = confine(limits.memory_bytes, readable)
+    gc.collect()
+    gc.freeze()  # a fork copies no page only because the collector looked at it
+    workers = _Workers(handlers, limits, evaluations if checks_evaluation else None, program, requests)
+    send(replies, json.dumps(confinement.to_dict()).encode(), _FOREVER)
+    with contextlib.suppress(Disconnected):
+        while True:
+            request = receive(requests, _FOREVER, LONGEST_REQUEST)
+            seconds, alone = REQUEST.unpack_from(request)
+            send(replies, workers.answer(request[REQUEST.size :], seconds, alone), _FOREVER)
+    workers.end()
+    os._exit(0)
+
+
+class _Workers:
+    """The worker that goes on from request to request, and those that live for one."""
+
+    def __init__(
+        self,
+        handlers: Handlers,
+        limits: Limits,
+        evaluations: Evaluations | None,
+        program: bytes,
+        requests: int,
+    ):
+        self._handlers, self._limits, self._evaluations = handlers, limits, evaluations
+        self._program, self._requests = program, requests
+        self._worker: _Worker | None = None
+
+    def answer(self, request: bytes, seconds: float, alone: bool) -> bytes:
+        """What the trainer is told: how it went (a letter), and the answer."""
+        deadline = time.monotonic() + seconds
+        if not alone:
+            if self._worker is None:
+                self._worker = self._fork(_REQUESTS_OF_A_WORKER * seconds, Allowed.PURE_EXPRESSIONS)
+            outcome = self._ask(self._worker, request, deadline)
+            self._worker.requests += 1
+            if outcome[:1] != ANSWERED or self._worker.requests == _REQUESTS_OF_A_WORKER:
+                self.end()
+            if outcome[1:] != _MORE_THAN_AN_EXPRESSION:
+                return outcome
+        worker = self._fork(seconds, Allowed.EXPRESSIONS)
+        try:
+            return self._ask(worker, request, deadline)
+        finally:
+            worker.end()
+
+    def end(self) -> None:
+        if self._worker is not None:
+            self._worker.end()
+            self._worker = None
+
+    def _ask(self, worker: _Worker, request: bytes, deadline: float) -> bytes:
+        try:
+            send(worker.requests_to, request, deadline)
+            return ANSWERED + receive(
+                worker.replies_from, deadline, self._limits.longest_answer, closes=self._requests
+            )
+        except TimeoutError:
+            return LATE
+        except (Disconnected, ValueError):
+            return DIED
+
+    def _fork(self, seconds: float, allowed: Allowed) -> _Worker:
+        their_requests, requests_to = os.pipe()
+        replies_from, their_replies = os.pipe()
+        process = os.fork()
+        if process == 0:
+            # Everything below ends in os._exit: the worker must never return into the loop of its parent.
+            try:
+                _close_all_but(their_requests, their_replies)
+                os.set_blocking(their_requests, False)
+                os.set_blocking(their_replies, False)
+                confine_worker(seconds, self._program)
+                self._work(their_requests, their_replies, allowed)
+            finally:
+                os._exit(1)
+        os.close(their_requests)
+        os.close(their_replies)
+        os.set_blocking(requests_to, False)
+        os.set_blocking(replies_from, False)
+        return _Worker(process, requests_to, replies_from)
+
+    def _work(self, requests: int, replies: int, allowed: Allowed) -> NoReturn:
+        while True:
+            name, *arguments = pickle.loads(receive(requests, _FOREVER, LONGEST_REQUEST))
+            send(replies, self._handle(name, arguments, allowed), _FOREVER)
+
+    def _handle(self, name: str, arguments: list[Any], allowed: Allowed) -> bytes:
+        evaluations = self._evaluations
+        if evaluations is not None:
+            evaluations.refused, evaluations.allowed = False, allowed
+        try:
+            answer = {"value": self._handlers[name](*arguments)}
+        except BaseException as error:  # `exit()` in an answer, a Rust panic, an interrupt that was raised
+            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+        if evaluations is not None:
+            evaluations.allowed = Allowed.EVERYTHING
+            if evaluations.refused and allowed is Allowed.PURE_EXPRESSIONS:
+                return _MORE_THAN_AN_EXPRESSION
+        return json.dumps(answer).encode()
+
+
+@dataclass
+class _Worker:
+    process: int
+    requests_to: int
+    replies_from: int
+    requests: int = 0
+
+    def end(self) -> None:
+        """Kill it; it has no descendants."""
+        os.close(self.requests_to)
+        os.close(self.replies_from)
+        os.kill(self.process, signal.SIGKILL)
+        os.waitpid(self.process, 0)
+
+
+def _close_all_but(*kept: int) -> None:
+    """Of the descriptors that a fork inherits, keep standard ones (they lead nowhere) and `kept`."""
+    start = 3
+    for descriptor in sorted(kept):
+        os.closerange(start, descriptor)
+        start = descriptor + 1
+    os.closerange(start, max(start, 4096))

@@ -1,0 +1,79 @@
+"""What a downloaded tokenizer may contain: limits that no real tokenizer comes near, checked before a library
+that cannot be interrupted reads the files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_mopd.config import ConfigError
+
+_LARGEST_FILE = 256 << 20
+_LONGEST_TOKEN = 1 << 14
+"""Characters. A response of 16,384 tokens then is at most 256 MiB of text."""
+_LARGEST_GROWTH = 10_000
+"""Characters that replacing one after the other may make of one."""
+_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
+
+
+def check_tokenizer_files(directory: Path) -> None:
+    """`ConfigError` when a file of a tokenizer directory is too large to be one, or `tokenizer.json` tells
+    the tokenizer to blow text up (replacements of replacements, which add up like an XML entity bomb).
+    """
+    for file in sorted(file for pattern in _FILES for file in directory.glob(pattern)):
+        check_size(file)
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        steps = [list(_steps(content.get(part))) for part in ("normalizer", "pre_tokenizer", "decoder")]
+        growth = max(math.prod(map(_growth, part)) for part in steps)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"tokenizer.json is not readable ({type(error).__name__})"
+        raise ConfigError(f"{directory}: not a usable tokenizer directory: {reason}") from None
+    if growth > _LARGEST_GROWTH:
+        raise ConfigError(
+            f"{path}: replacements turn one character into {growth:.3g}; no real tokenizer does that"
+        )
+
+
+def check_size(file: Path) -> None:
+    """`ConfigError` when `file` is larger than any tokenizer's."""
+    try:
+        size = file.stat().st_size
+    except OSError:
+        return  # whoever reads it says so
+    if size > _LARGEST_FILE:
+        raise ConfigError(f"{file}: {size / 1e6:.0f} MB is too large for a file of a tokenizer")
+
+
+def check_tokens(tokens: Iterable[str], where: Path) -> None:
+    """`ConfigError` when a token is longer than any real one."""
+    longest = max(map(len, tokens), default=0)
+    if longest > _LONGEST_TOKEN:
+        raise ConfigError(f"{where}: a token of {longest} characters; at most {_LONGEST_TOKEN} are accepted")
+
+
+def _steps(step: Any) -> Iterator[dict[str, Any]]:
+    """A part of the tokenizer and, when it is a sequence, its steps."""
+    if step is None:
+        return
+    yield step
+    for name in ("normalizers", "pretokenizers", "decoders"):
+        for inner in step.get(name, ()):
+            yield from _steps(inner)
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """Into how many characters a step may turn one."""
+    if step.get("type") == "Prepend":
+        return 1 + len(step.get("prepend", ""))
+    if step.get("type") != "Replace":
+        return 1
+    text = step["pattern"].get("String")  # otherwise a regular expression, which may match nothing at all
+    return max(1, len(step["content"]) / len(text)) if text else 1 + len(step["content"])
