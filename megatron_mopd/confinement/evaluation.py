@@ -134,7 +134,7 @@ def is_expression(source: str | ast.AST, pure: bool) -> bool:
 
 def _may_name(name: str, pure: bool) -> bool:
     if pure:  # a single letter that nobody calls is a variable of the formula, or a NameError
-        return name in _PURE_CALLS or name in _CONSTANTS or len(name) == 1
+        return name in _PURE_CALLS or name in _CONSTANTS or len(name) == 1 and name.isalpha()
     return not name.startswith("_") and name not in _FORBIDDEN
 
 

@@ -35,6 +35,7 @@ _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION_FLAG, _PATH_BENEATH = 1, 1
 _READ_FILE, _READ_DIRECTORY = 1 << 2, 1 << 3
 _RIGHTS_BY_VERSION = {1: 13, 2: 14, 3: 15, 4: 15}  # later versions: 16
+_TRUNCATION_SINCE = 3
 _NETWORK_SINCE, _BIND_AND_CONNECT = 4, 0b11
 _SCOPES_SINCE, _ABSTRACT_SOCKETS_AND_SIGNALS = 6, 0b11
 
@@ -78,6 +79,8 @@ class Confinement:
         if not self.landlock and not self.seccomp:
             can.append("write and remove files")
         if not self.seccomp:
+            if 0 < self.landlock < _TRUNCATION_SINCE:
+                can.append("truncate files")
             can += ["change modes, times and attributes of files", "connect to UNIX sockets"]
             if not self.network_namespace:
                 can.append("use UDP" if self.landlock >= _NETWORK_SINCE else "use the network")

@@ -16,8 +16,13 @@ from typing import Any
 
 from megatron_mopd.confinement.frames import Disconnected, receive, send
 from megatron_mopd.confinement.kernel import Confinement
-from megatron_mopd.confinement.server import ANSWERED, LATE, LONGEST_REQUEST, REQUEST
+from megatron_mopd.confinement.server import ANSWERED, DIED, LATE, LONGEST_REQUEST, REQUEST, TOO_LONG
 
+_OUTCOMES = {
+    LATE: "no answer within {seconds:g} s",
+    DIED: "it used too much memory or time, or died",
+    TOO_LONG: "its answer is too long",
+}
 _START_SECONDS = 120.0
 # Beyond its own limit a request may wait for a fork on a machine that is busy.
 _GRACE_SECONDS = 5.0
@@ -83,8 +88,7 @@ class ConfinedProcess:
                 self._kill()
                 raise
         if reply[:1] != ANSWERED:
-            late = f"no answer within {seconds:g} s"
-            raise Unanswered(late if reply[:1] == LATE else "it used too much memory or time, or died")
+            raise Unanswered(_OUTCOMES.get(reply[:1], "").format(seconds=seconds))
         return _value(reply[1:])
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from megatron_mopd.confinement.kernel import confine, confine_worker, readable_b
 
 REQUEST = struct.Struct("<d?")
 """Before a request: seconds that it may take, and whether it gets a worker of its own in any case."""
-ANSWERED, LATE, DIED = b"a", b"l", b"d"
+ANSWERED, LATE, DIED, TOO_LONG = b"a", b"l", b"d", b"t"
 LONGEST_REQUEST = 1 << 28
 _FOREVER = float("inf")
 # A worker is replaced after so many answers, so that what libraries cache does not add up.
@@ -124,8 +124,10 @@ class _Workers:
             )
         except TimeoutError:
             return LATE
-        except (Disconnected, ValueError):
+        except Disconnected:
             return DIED
+        except ValueError:
+            return TOO_LONG
 
     def _fork(self, seconds: float, allowed: Allowed) -> _Worker:
         their_requests, requests_to = os.pipe()

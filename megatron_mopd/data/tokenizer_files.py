@@ -33,7 +33,7 @@ def check_tokenizer_files(directory: Path) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
         steps = [list(_steps(content.get(part))) for part in ("normalizer", "pre_tokenizer", "decoder")]
         growth = max(math.prod(map(_growth, part)) for part in steps)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = f"tokenizer.json is not readable ({type(error).__name__})"
         raise ConfigError(f"{directory}: not a usable tokenizer directory: {reason}") from None
     if growth > _LARGEST_GROWTH:

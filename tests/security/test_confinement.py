@@ -1,0 +1,332 @@
+"""Confined processes: what hostile code can do in them, how they end, and what is said when parts are
+missing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import psutil
+import pytest
+
+from megatron_mopd.backend.finding import Level
+from megatron_mopd.commands import confinement_examination, doctor
+from megatron_mopd.commands.confinement_examination import attack_findings, attack_summary
+from megatron_mopd.confinement import process as client
+from megatron_mopd.confinement.kernel import Confinement, landlock_version
+from megatron_mopd.confinement.process import ConfinedProcess, HandlerError, Unanswered, examine
+
+# The attacks that may succeed where `Confinement.missing` says so.
+READING = ("read a file", "list a directory", "read /etc/passwd", "read the trainer's environment")
+EXPLAINED = {
+    "read this user's files and processes": (*READING, "read another process's memory"),
+    "write and remove files": (
+        *("write a new file", "overwrite a file", "truncate a file", "remove a file", "rename a file"),
+        *("make a link", "make a directory", "change this package"),
+    ),
+    "truncate files": ("truncate a file",),
+    "change modes, times and attributes of files": (
+        *("change a file's mode", "change a file's times", "set an extended attribute"),
+    ),
+    "connect to UNIX sockets": ("connect to a UNIX socket",),
+    "use UDP": ("send by UDP",),
+    "use the network": ("send by UDP", "connect by TCP", "listen on a TCP port"),
+    "signal and trace this user's processes": (
+        *("signal a process of this user", "kill its supervisor", "have the kernel signal a process"),
+        "trace a process",
+    ),
+    "start processes": ("fork", "start a program", "raise its priority"),
+    "make any other system call": (
+        *("become another program", "start a thread", "enter a new namespace", "make calls through io_uring"),
+        *("outlive its supervisor", "leave its session", "listen on a TCP port"),
+    ),
+}
+
+
+def possible(findings):
+    return [finding.subject for finding in findings[1:] if finding.level != Level.OK]
+
+
+def explained(missing):
+    return {attack for phrase in missing for attack in EXPLAINED[phrase]}
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Make a module that a confined process can run."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    count = iter(range(1000))
+
+    def make(source):
+        name = f"confined_{os.getpid()}_{next(count)}"
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(source))
+        return name
+
+    return make
+
+
+@pytest.fixture
+def confined(module):
+    made = []
+
+    def make(source):
+        made.append(ConfinedProcess(module(source)))
+        return made[-1]
+
+    yield make
+    for process in made:
+        process.close()
+
+
+HANDLERS = """
+    import os, resource, signal, sys, time
+    from megatron_mopd.confinement.server import Limits, serve
+    STATE = []
+
+    def remember(value):
+        STATE.append(value)
+        return STATE
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def end():
+        sys.exit(0)
+
+    def die():
+        os._exit(0)
+
+    def rest(seconds):
+        time.sleep(seconds)
+        return seconds
+
+    def processor_limit():
+        return resource.getrlimit(resource.RLIMIT_CPU)[0]
+
+    def echo(value):
+        return value
+
+    def pid():
+        return os.getpid()
+
+    serve({f.__name__: f for f in (remember, interrupt, end, die, rest, processor_limit, echo, pid)},
+          Limits(longest_answer=1000), checks_evaluation=False)
+"""
+
+
+def test_the_attacks_on_this_machine():
+    """All are refused where the kernel and libseccomp give what they can, else those that are said to be."""
+    findings = attack_findings()
+    missing = examine().missing()
+    assert set(possible(findings)) <= explained(missing), findings
+    assert len(findings) > 35
+    if not missing:
+        assert attack_summary(findings).startswith(f"all {len(findings) - 1} attacks were refused")
+
+
+WEAKER = {
+    "no seccomp": "kernel.pyseccomp = None",
+    "no seccomp, no namespace": "kernel.pyseccomp = None; kernel._NEW_USER_IPC_NETWORK = 1",
+    "no Landlock": "kernel.landlock_version = lambda: 0",
+    "Landlock of Linux 5.13, no seccomp": "kernel.pyseccomp = None; kernel.landlock_version = lambda: 1",
+    "nothing": "kernel.pyseccomp = None; kernel._NEW_USER_IPC_NETWORK = 1; kernel.landlock_version = int",
+}
+
+
+@pytest.mark.parametrize("weakness", WEAKER)
+def test_where_the_kernel_gives_less_it_works_and_what_is_possible_has_been_said(weakness, module):
+    name = module(f"""
+        import runpy
+        from megatron_mopd.confinement import kernel
+        {WEAKER[weakness]}
+        runpy.run_module("megatron_mopd.commands.confinement_attacks", run_name="__main__")
+    """)
+    process = ConfinedProcess(name)
+    confinement = process.start()
+    process.close()
+    missing = confinement.missing()
+    assert missing and confinement.warning() and confinement.advice()
+    assert missing == confinement.to_dict()["missing"]
+    findings = attack_findings(name)
+    assert findings[0].level == Level.WARNING and ", ".join(missing) in findings[0].text
+    found = set(possible(findings))
+    assert found <= explained(missing), (found - explained(missing), missing)
+    assert found, "the attacks do not notice that something is missing"
+    # What resource limits and the supervisor guarantee everywhere.
+    assert not found & {"use 8 GiB of memory", "map 8 GiB of memory", "run for ever", "overwrite a file"}
+
+
+def test_only_missing_parts_are_said():
+    full = Confinement("Linux", 7, True, False, True)
+    assert full.missing() == [] and full.warning() is None
+    assert Confinement("Linux", 0, True, False, True).missing() == ["read this user's files and processes"]
+    mac = Confinement("Darwin", 0, False, False, False)
+    assert "use the network" in mac.missing() and "score untrusted answers on Linux" in mac.warning()
+    assert "pyseccomp" in Confinement("Linux", 7, False, True, False).warning()
+
+
+def test_secrets_of_the_trainer_are_not_in_its_environment(confined, monkeypatch):
+    monkeypatch.setenv("MOPD_TEST_SECRET", "hunter2")
+    process = confined(HANDLERS)
+    process.start()
+    started = psutil.Process(process._process.pid)
+    assert "hunter2" not in str(started.environ())
+    assert set(started.environ()) <= {
+        *("PYTHONPATH", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"),
+        *client._KEPT_VARIABLES,
+        "LC_CTYPE",  # set by Python itself
+    }
+
+
+def test_an_answer_alone_leaves_nothing_behind(confined):
+    process = confined(HANDLERS)
+    assert process.ask("remember", 1, seconds=30, alone=True) == [1]
+    assert process.ask("remember", 2, seconds=30, alone=True) == [2]
+    assert process.ask("remember", 3, seconds=30) == [3]
+    assert process.ask("remember", 4, seconds=30) == [3, 4], "a worker that is reused is one process"
+
+
+@pytest.mark.parametrize("name", ["interrupt", "end"])
+def test_no_exception_of_a_handler_ends_the_worker(confined, name):
+    process = confined(HANDLERS)
+    worker = process.ask("pid", seconds=30)
+    with pytest.raises(HandlerError, match="KeyboardInterrupt|SystemExit"):
+        process.ask(name, seconds=30)
+    assert process.ask("pid", seconds=30) == worker
+
+
+def test_a_worker_that_is_late_or_dies_is_replaced_and_its_supervisor_stays(confined):
+    process = confined(HANDLERS)
+    process.start()
+    supervisor = process._process.pid
+    worker = process.ask("pid", seconds=30)
+    with pytest.raises(Unanswered, match="no answer within 0.2 s"):
+        process.ask("rest", 60, seconds=0.2)
+    assert not psutil.pid_exists(worker)
+    with pytest.raises(Unanswered, match="died"):
+        process.ask("die", seconds=30)
+    with pytest.raises(Unanswered):
+        process.ask("echo", "x" * 2000, seconds=30)  # more than `longest_answer`
+    assert process.ask("echo", "x", seconds=30) == "x"
+    assert process._process.pid == supervisor
+
+
+def test_processor_time_is_limited_by_the_kernel_too(confined):
+    process = confined(HANDLERS)
+    assert 2 <= process.ask("processor_limit", seconds=2, alone=True) <= 30
+
+
+def test_requests_larger_than_a_pipe_arrive_whole(confined):
+    process = confined(HANDLERS.replace("longest_answer=1000", "longest_answer=1 << 24"))
+    text = "é" * 1_000_000
+    assert process.ask("echo", text, seconds=60) == text
+
+
+def silent_process(tmp_path, first):
+    return f"""
+        import os, struct, sys, time
+        from megatron_mopd.confinement.kernel import Confinement
+        import json
+        hello = json.dumps(Confinement().to_dict()).encode()
+        os.write(1, struct.pack("<I", len(hello)) + hello)
+        {first}
+        time.sleep(600)
+    """
+
+
+@pytest.mark.parametrize(
+    "takeover",
+    {
+        "it stops reading": "pass",
+        "a child keeps the pipes": "os.fork() or time.sleep(600)",
+        "it writes for ever": "[os.write(1, b'\\xff' * 65536) for _ in range(1 << 30)]",
+        "it announces more than it says": "os.write(1, struct.pack('<I', 100) + b'a')",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_process_that_was_taken_over_holds_nobody_up(takeover, confined, tmp_path, monkeypatch):
+    """Neither writing a request nor reading an answer nor ending it waits for ever; its children end too."""
+    monkeypatch.setattr(client, "_GRACE_SECONDS", 0.5)
+    process = confined(silent_process(tmp_path, takeover[1]))
+    process.start()
+    family = [psutil.Process(process._process.pid)]
+    if "child" in takeover[0]:
+        deadline = time.monotonic() + 60
+        while not (children := family[0].children()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert children
+        family += children
+    started = time.monotonic()
+    with pytest.raises(Unanswered):
+        process.ask("score", "x" * 2_000_000, seconds=0.5)
+    assert time.monotonic() - started < 30, "the limit is a second; what is more is the machine's"
+    assert process._process is None
+    gone, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    "reply", [b"a[1]", b'a{"value": 1, "more": 2}', b"a\xff", b'a"1"', b"a" + b"[" * 900, b"x", b""]
+)
+def test_an_answer_that_is_none_is_refused(reply, confined, tmp_path):
+    process = confined(silent_process(tmp_path, f"os.write(1, struct.pack('<I', {len(reply)}) + {reply!r})"))
+    with pytest.raises(Unanswered):
+        process.ask("score", seconds=5)
+
+
+def test_a_trainer_that_is_killed_leaves_no_process(module, tmp_path):
+    """Its end of the pipes closes, whatever the worker is doing."""
+    name = module(HANDLERS)
+    trainer = f"""
+import sys, threading, time
+sys.path[:0] = {sys.path!r}
+from megatron_mopd.confinement.process import ConfinedProcess
+process = ConfinedProcess({name!r})
+process.start()
+threading.Thread(target=process.ask, args=("rest", 600), kwargs={{"seconds": 600}}, daemon=True).start()
+time.sleep(1)
+print(process._process.pid, flush=True)
+time.sleep(600)
+"""
+    started = subprocess.Popen([sys.executable, "-c", trainer], stdout=subprocess.PIPE)
+    family = [psutil.Process(int(started.stdout.readline()))]
+    family += family[0].children()
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    started.stdout.close()
+    gone, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive and len(gone) == 2
+
+
+def test_a_process_that_cannot_start_says_how_to_find_out(confined):
+    process = confined("raise SystemExit(3)")
+    with pytest.raises(Unanswered, match="cannot be started; run it by hand"):
+        process.start()
+
+
+def test_the_doctor_says_it(monkeypatch, capsys):
+    weak = Confinement("Linux", 0, True, False, True)
+    monkeypatch.setattr(confinement_examination, "examine", lambda: weak)
+    (finding,) = confinement_examination.confinement_findings()
+    assert (
+        finding.level == Level.WARNING
+        and "read this user's files" in finding.text
+        and "Landlock" in finding.advice
+    )
+    with pytest.raises(SystemExit) as ended:
+        doctor.main(["--confinement"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "connect by TCP" in printed and "attacks" in printed.splitlines()[-1]
+
+
+def test_landlock_is_used_where_it_is():
+    assert examine().landlock == landlock_version()
+
+
+def test_the_report_of_a_confinement_is_plain(tmp_path):
+    fields = json.loads(json.dumps(Confinement("Linux", 7, True, False, True).to_dict()))
+    assert fields["missing"] == [] and fields["landlock"] == 7
