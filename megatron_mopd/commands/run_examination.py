@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from megatron_mopd.commands.estimate import estimate_apart, fullest_host, stage_
 from megatron_mopd.config import Config, ConfigError, load_config
 from megatron_mopd.model.build import DTYPES
 from megatron_mopd.model.checkpoint import complete_iterations, find_checkpoint
-from megatron_mopd.model.checksums import CHECKSUM_FILE, verify_checksums
+from megatron_mopd.model.checksums import read_sums, verify_checksums
 from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint, is_hugging_face
 from megatron_mopd.training.checkpoint import checkpoints_directory
 from megatron_mopd.training.memory import RankMemory
@@ -135,20 +134,16 @@ def check_files(path: Path, where: str, read_all: bool) -> int:
         return sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if read_all:
         verify_checksums(path, where)
-    try:
-        listed = json.loads((path / CHECKSUM_FILE).read_text())
-    except FileNotFoundError:  # of another program
+    if (listed := read_sums(path, where)) is None:  # of another program
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    except ValueError as error:
-        raise ConfigError(f"{where}: {path / CHECKSUM_FILE} is damaged: {error}") from None
-    for name, entry in listed.items():
+    for name, (expected, _) in listed.items():
         if not (path / name).is_file():
             raise ConfigError(f"{where}: checkpoint {path} is damaged: {name} is missing")
-        if (size := (path / name).stat().st_size) != entry["bytes"]:
+        if (size := (path / name).stat().st_size) != expected:
             raise ConfigError(
-                f"{where}: checkpoint {path} is damaged: {name} has {size} bytes instead of {entry['bytes']}"
+                f"{where}: checkpoint {path} is damaged: {name} has {size} bytes instead of {expected}"
             )
-    return sum(entry["bytes"] for entry in listed.values())
+    return sum(size for size, _ in listed.values())
 
 
 def resume_findings(config: Config) -> list[Finding]:

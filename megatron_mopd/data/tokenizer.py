@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 import sentencepiece
 import transformers
 
+from megatron_mopd.backend.model_files import JSON_LIMIT, read_limited
 from megatron_mopd.config import ConfigError
 from megatron_mopd.confinement.budget import within
 from megatron_mopd.confinement.process import ConfinedProcess, Unanswered
@@ -243,14 +243,22 @@ class HuggingFaceTokenizer:
         target.mkdir(parents=True, exist_ok=True)
         for pattern in _HUGGING_FACE_PATTERNS:
             for source in self._directory.glob(pattern):
-                if source.is_dir():
-                    shutil.copytree(source, target / source.name, dirs_exist_ok=True)
-                elif source.resolve() != (target / source.name).resolve():
-                    shutil.copyfile(source, target / source.name)
+                templates = source.is_dir() and not source.is_symlink()
+                for file in sorted(source.glob("*.jinja")) if templates else [source]:
+                    name = file.relative_to(self._directory)
+                    if file.resolve() != (target / name).resolve():
+                        _copy(self._directory, name, target / name)
         # A model saved beside the tokenizer has its own config.json, which must survive.
         config = self._directory / "config.json"
         if config.exists() and not (target / "config.json").exists():
-            shutil.copyfile(config, target / "config.json")
+            _copy(self._directory, Path("config.json"), target / "config.json")
+
+
+def _copy(directory: Path, name: Path, target: Path) -> None:
+    """One file of a tokenizer directory by its content; `ConfigError` for a link out of the directory."""
+    data = read_limited(directory, name, JSON_LIMIT)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

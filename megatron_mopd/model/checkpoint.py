@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mopd.backend.checked_loading import load_checked
+from megatron_mopd.backend.model_files import read_limited, read_mapping
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import ConfigError, ModelConfig, model_config_from_dict, to_dict
 from megatron_mopd.data.tokenizer import load_tokenizer
@@ -51,8 +52,11 @@ def find_checkpoint(path: str | Path, where: str) -> Path:
     `where` is the configuration key shown in the `ConfigError` raised when there is none.
     """
     path = Path(path)
-    if (path / MODEL_FILE).exists() or is_hugging_face(path):
-        return path
+    try:
+        if (path / MODEL_FILE).exists() or is_hugging_face(path):
+            return path
+    except ValueError as error:  # a link out of the directory, or a name with a NUL byte
+        raise ConfigError(f"{where}: {error}") from None
     if not path.is_dir():
         raise ConfigError(f"{where}: checkpoint directory not found: {path}")
     newest = latest_iteration(path)
@@ -65,7 +69,7 @@ def latest_iteration(directory: str | Path) -> int | None:
     """The newest complete iteration under a checkpoint directory, or `None` when there is none yet."""
     directory = Path(directory)
     try:
-        iteration = int((directory / TRACKER).read_text())
+        iteration = int(read_limited(directory, TRACKER, 100))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
@@ -111,10 +115,15 @@ def tokenizer_directory(checkpoint: Path) -> Path:
 
 def _description(checkpoint: Path, where: str) -> dict[str, Any]:
     try:
-        description = json.loads((checkpoint / MODEL_FILE).read_text())
-        return {"model": dict(description["model"]), "tokenizer": str(description["tokenizer"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        description = read_mapping(checkpoint, MODEL_FILE, where)
+    except FileNotFoundError as error:
         raise ConfigError(f"{where}: {checkpoint / MODEL_FILE} is not readable: {error}") from None
+    for key, kind in (("model", dict), ("tokenizer", str)):
+        if type(description.get(key)) is not kind:
+            raise ConfigError(
+                f"{where}: {checkpoint / MODEL_FILE} is not readable: no {kind.__name__} under {key!r}"
+            )
+    return description
 
 
 def model_state(chunks: list[torch.nn.Module], groups: ParallelGroups) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_mopd.backend.model_files import open_file, read_mapping
 from megatron_mopd.config import ConfigError
 
 CHECKSUM_FILE = "checksums.json"
@@ -46,13 +48,8 @@ def verify_checksums(directory: Path, where: str) -> None:
     A checkpoint without the list (of another program) passes. Collective over all ranks: one all-gather of
     the names of damaged files.
     """
-    try:
-        sums = json.loads((directory / CHECKSUM_FILE).read_text())
-        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in sums.items()}
-    except FileNotFoundError:
+    if (expected := read_sums(directory, where)) is None:
         return
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{where}: {directory / CHECKSUM_FILE} is damaged: {error}") from None
     mine = [problem for name in _share(sorted(expected)) if (problem := _problem(directory, name, expected))]
     problems = sorted(problem for part in _gather(mine) for problem in part)
     if problems:
@@ -60,15 +57,44 @@ def verify_checksums(directory: Path, where: str) -> None:
         raise ConfigError(f"{where}: checkpoint {directory} is damaged: {problems[0]}{more}")
 
 
+def read_sums(directory: Path, where: str) -> dict[str, tuple[int, str]] | None:
+    """Size and SHA-256 of every file as `checksums.json` has them; `None` without one. No collectives.
+
+    Raises `ConfigError` (prefix `where`) for a list that is damaged, or that names anything but files below
+    the directory.
+    """
+    what = f"{where}: {directory / CHECKSUM_FILE} is damaged"
+    try:
+        sums = read_mapping(directory, CHECKSUM_FILE, where)
+    except FileNotFoundError:
+        return None
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {str(error).removeprefix(f'{where}: ')}") from None
+    expected = {}
+    for name, entry in sums.items():
+        entry = entry if type(entry) is dict else {}
+        size, digest = entry.get("bytes"), entry.get("sha256")
+        if not name.isprintable() or not set(name.split("/")).isdisjoint(("", ".", "..")):
+            raise ConfigError(f"{what}: {name[:80]!r} is not a file of the checkpoint")
+        if type(size) is not int or type(digest) is not str:
+            raise ConfigError(f"{what}: no size and SHA-256 of {name[:80]}")
+        expected[name] = size, digest
+    return expected
+
+
 def _problem(directory: Path, name: str, expected: dict[str, tuple[int, str]]) -> str | None:
     size, digest = expected[name]
     try:
-        found = (directory / name).stat().st_size
-        if found != size:
-            return f"{name} has {found} bytes instead of {size}"
-        return None if _sha256(directory / name) == digest else f"{name} differs from its checksum"
+        with open_file(directory, name) as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                return f"{name} has {found} bytes instead of {size}"
+            is_same = hashlib.file_digest(file, "sha256").hexdigest() == digest
+            return None if is_same else f"{name} differs from its checksum"
     except OSError as error:
         return f"{name}: {error.strerror}"
+    except ConfigError as error:
+        return str(error)
 
 
 def _files(directory: Path) -> list[str]:

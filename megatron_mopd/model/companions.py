@@ -8,35 +8,21 @@ same files; and `untrained.safetensors`.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_mopd.backend.model_files import bare_name, read_mapping
 from megatron_mopd.config import ConfigError
 from megatron_mopd.model.families import Family, family_named
 from megatron_mopd.model.hugging_face import CONFIG, HuggingFaceCheckpoint, is_hugging_face
 from megatron_mopd.model.safetensors_files import FilePlan, FileWriter, SliceReader, read_header
 from megatron_mopd.model.streamed_checkpoint import share_of
+from megatron_mopd.model.travelling_files import copy_file, link_or_copy, travelling_files
 from megatron_mopd.model.weight_source import Companions
 
 LAYOUT = "layout.json"
 UNTRAINED = "untrained.safetensors"
-# Weights in any format, code, and indices of weights do not travel as files.
-_STAY_BEHIND = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".py",
-    ".pyc",
-)
 
 
 def write_companions(companions: Companions, family: Family, directory: Path) -> None:
@@ -72,24 +58,34 @@ def write_untrained(companions: Companions, writer: FileWriter) -> None:
 
 
 def copy_companion_files(source: Path, target: Path) -> None:
-    """Every file of a model directory that is neither weights, nor code, nor our own record."""
-    for file in sorted(source.rglob("*")):
-        relative = file.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if file.is_file() and not hidden and file.suffix not in _STAY_BEHIND and file.name != LAYOUT:
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target / relative)
+    """Every file of a model directory that travels, but for our own record; `ConfigError` for a link out."""
+    for relative in travelling_files(source, str(source)):
+        if relative.name != LAYOUT:
+            copy_file(source, relative, target / relative)
 
 
 def read_companions(directory: Path, where: str) -> tuple[Companions, Family] | None:
-    """What `write_companions` wrote, and the family; `None` when it wrote nothing there. No collectives."""
+    """What `write_companions` wrote, and the family; `None` when it wrote nothing there. No collectives.
+
+    Raises `ConfigError` (prefix `where`) for a damaged record, for a name in it that is not one of a file
+    right in the directory to be written, and for what `travelling_files` refuses.
+    """
+    what = f"{where}: {directory / LAYOUT}"
     try:
-        layout = json.loads((directory / LAYOUT).read_text())
-        family, headers, aliases = layout["family"], layout["files"], layout["aliases"]
+        layout = read_mapping(directory, LAYOUT, where)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{where}: {directory / LAYOUT} is not readable: {error}") from None
+    family, headers, aliases = (layout.get(name) for name in ("family", "files", "aliases"))
+    if type(aliases) is not dict or not all(type(name) is str for name in aliases.values()):
+        raise ConfigError(f"{what} is not readable: it has no mapping of names in 'aliases'")
+    if headers is not None:
+        if type(headers) is not dict:
+            raise ConfigError(f"{what} is not readable: it has no mapping of files in 'files'")
+        for name, header in headers.items():
+            if not bare_name(name, what).endswith(".safetensors") or type(header) is not str:
+                raise ConfigError(f"{what} names {name[:80]!r}, which is not a safetensors file")
+            FilePlan.from_header(name, header, what)
+    travelling_files(directory, where)
     untrained = {}
     if (directory / UNTRAINED).exists():
         _, untrained = read_header(directory / UNTRAINED, where)
@@ -106,16 +102,13 @@ def take_over_companions(candidates: list[Path], target: Path) -> None:
     for candidate in candidates:
         if (candidate / LAYOUT).exists():
             if dist.get_rank() == 0:
-                shutil.copytree(candidate, target, copy_function=_link_or_copy)
+                target.mkdir(parents=True)
+                copy_companion_files(candidate, target)
+                copy_file(candidate, LAYOUT, target / LAYOUT)
+                if (candidate / UNTRAINED).exists():  # it can be large
+                    link_or_copy(candidate, UNTRAINED, target / UNTRAINED)
             return
         if is_hugging_face(candidate):
             source = HuggingFaceCheckpoint.open(candidate, "student.load")
             write_companions(source.companions, source.family, target)
             return
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:  # untrained tensors can be large, and nobody writes to these files again
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

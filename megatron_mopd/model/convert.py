@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mopd.backend.model_files import read_mapping
 from megatron_mopd.config import ConfigError
 from megatron_mopd.data.tokenizer import load_tokenizer
 from megatron_mopd.model.checkpoint import (
@@ -185,6 +186,13 @@ def _tensors_to_write(source: WeightSource, dtype: torch.dtype | None) -> dict[s
     for weight in source.weights:
         for name, shape in zip(weight.hugging_face, weight.rule.shapes, strict=True):
             tensors[name] = TensorInfo(_cast(name, source.dtype(weight), dtype), tuple(shape))
+    extra = source.companions.aliases.keys() | source.companions.untrained.keys()
+    unknown = sorted(set(source.companions.aliases.values()) - tensors.keys())
+    if problem := unknown or sorted(extra & tensors.keys()):
+        raise ConfigError(
+            f"{source.companions.directory}: tensor {problem[0]} is recorded as one that this model does "
+            "not have; take the record from the original checkpoint"
+        )
     for copy, original in source.companions.aliases.items():
         tensors[copy] = tensors[original]
     for name, info in source.companions.untrained.items():
@@ -196,7 +204,7 @@ def _original_plans(companions: Companions, tensors: dict[str, TensorInfo]) -> l
     """Plans of the files that the model came from, if it still has the same tensors."""
     if not companions.headers:
         return None
-    plans = [FilePlan.from_header(name, header) for name, header in companions.headers.items()]
+    plans = [FilePlan.from_header(name, header, name) for name, header in companions.headers.items()]
     shapes = {name: info.shape for plan in plans for name, info in plan.infos.items()}
     return plans if shapes == {name: info.shape for name, info in tensors.items()} else None
 
@@ -250,7 +258,7 @@ def _config(source: WeightSource, plans: Sequence[FilePlan]) -> dict[str, Any]:
     if companions.config is not None:
         config = dict(companions.config)
     elif companions.directory is not None:
-        config = json.loads((companions.directory / CONFIG).read_text())
+        config = read_mapping(companions.directory, CONFIG, "config.json")
     else:
         config = source.family.hugging_face_config(source.model)
     largest = max((info for plan in plans for info in plan.infos.values()), key=lambda info: info.nbytes)

@@ -5,17 +5,18 @@ Only safetensors are read, and no code of the directory is ever executed.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from megatron_mopd.backend.model_files import bare_name, read_mapping, real_path
 from megatron_mopd.config import ConfigError, ModelConfig
 from megatron_mopd.model.families import Family, Weight, family_named
 from megatron_mopd.model.safetensors_files import SliceReader, TensorInfo, read_header
+from megatron_mopd.model.travelling_files import travelling_files
 from megatron_mopd.model.weight_source import Companions, WeightSource
 
 CONFIG = "config.json"
@@ -25,10 +26,14 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def is_hugging_face(path: str | Path) -> bool:
-    """Whether `path` is a Hugging Face model directory (it has a `config.json` with a `model_type`)."""
+    """Whether `path` is a Hugging Face model directory (it has a `config.json` with a `model_type`).
+
+    Raises `ConfigError` when that file is a link out of the directory.
+    """
+    real_path(Path(path), CONFIG)
     try:
-        return "model_type" in json.loads((Path(path) / CONFIG).read_text())
-    except (OSError, ValueError, TypeError):
+        return "model_type" in read_mapping(Path(path), CONFIG, CONFIG)
+    except (OSError, ValueError):
         return False
 
 
@@ -36,13 +41,14 @@ def read_config(path: Path, where: str) -> tuple[Family, PretrainedConfig]:
     """Family and configuration of a directory; `ConfigError` (prefix `where`) for one that is not
     supported."""
     try:
-        raw = json.loads((path / CONFIG).read_text())
-        model_type = raw.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+        raw = read_mapping(path, CONFIG, where)
+    except FileNotFoundError as error:
         raise ConfigError(f"{where}: {path / CONFIG} is not readable: {error}") from None
-    family = family_named(model_type, where)
+    model_type = raw.get("model_type")
+    family = family_named(model_type if isinstance(model_type, str) else repr(model_type)[:80], where)
     try:
-        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        # What was read is handed over: transformers would read the file again, and others that it names.
+        config = CONFIG_MAPPING[model_type].from_dict(raw)
     except Exception as error:  # whatever a broken configuration raises, it is the user's to mend
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{where}: {path / CONFIG}: {first_line}") from None
@@ -73,8 +79,14 @@ class HuggingFaceCheckpoint(WeightSource):
         family, config = read_config(path, where)
         model = family.model_config(config, where)
         headers, tensors = {}, {}
-        for file in _weight_files(path, where):
+        files, promised = _weight_files(path, where)
+        for file in files:
             headers[file], infos = read_header(path / file, where)
+            if twice := next(iter(tensors.keys() & infos.keys()), None):
+                raise ConfigError(
+                    f"{where}: tensor {twice} is in {path / tensors[twice].file} and in {path / file}; which "
+                    "one counts is not said: remove one of them"
+                )
             tensors |= infos
         weights = family.weights(model)
         expected = {
@@ -91,8 +103,9 @@ class HuggingFaceCheckpoint(WeightSource):
             for name, info in tensors.items()
             if name not in expected and _is_untrained(name, model)
         }
-        _check_index(path, headers, tensors, where)
+        _check_index(path, promised, tensors, where)
         _check_tensors(path, expected, tensors, untrained, where)
+        travelling_files(path, where)
         reader = SliceReader(path)
         companions = Companions(path, headers, aliases, untrained, reader)
         return cls(path, family, model, weights, companions, tensors, reader)
@@ -120,15 +133,21 @@ class HuggingFaceCheckpoint(WeightSource):
         return result
 
 
-def _weight_files(path: Path, where: str) -> list[str]:
-    """Names of the weight files, in order."""
+def _weight_files(path: Path, where: str) -> tuple[list[str], dict[str, str]]:
+    """Names of the weight files, in order, and what the index says of each tensor's file. Opens only the
+    index.
+    """
     if (path / INDEX).exists():
-        try:
-            return sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{where}: {path / INDEX} is not readable: {error}") from None
+        what = f"{where}: {path / INDEX}"
+        promised = read_mapping(path, INDEX, where).get("weight_map")
+        if type(promised) is not dict:
+            raise ConfigError(f"{what} is not readable: it has no mapping 'weight_map'")
+        for file in promised.values():
+            if not bare_name(file, what).endswith(".safetensors"):
+                raise ConfigError(f"{what} names {file[:80]!r}, which is not a safetensors file")
+        return sorted(set(promised.values())), promised
     if (path / SINGLE_FILE).exists():
-        return [SINGLE_FILE]
+        return [SINGLE_FILE], {}
     pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
     if pickled:
         raise ConfigError(
@@ -146,10 +165,8 @@ def _is_untrained(name: str, model: ModelConfig) -> bool:
     )
 
 
-def _check_index(path: Path, headers: dict[str, str], tensors: dict[str, TensorInfo], where: str) -> None:
-    if not (path / INDEX).exists():
-        return
-    for name, file in json.loads((path / INDEX).read_text())["weight_map"].items():
+def _check_index(path: Path, promised: dict[str, str], tensors: dict[str, TensorInfo], where: str) -> None:
+    for name, file in promised.items():
         if name not in tensors or tensors[name].file != file:
             raise ConfigError(f"{where}: {path / INDEX} promises {name} in {file}, which does not have it")
 

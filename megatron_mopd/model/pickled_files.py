@@ -308,7 +308,7 @@ def _check_places(checkpoint: Path, metadata: Metadata) -> None:
                 raise ValueError(f"{key} overlaps with another tensor in {name}")
             end = offset + length
             if end > size:
-                raise ValueError(f"{key} ends at byte {end} of {name}, which has {size}")
+                raise ValueError(f"{name} is damaged: {key} ends at byte {end}, the file at {size}")
 
 
 def _class_of(value: Any) -> str:

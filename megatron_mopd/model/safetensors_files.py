@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_mopd.backend.model_files import open_file, parse_mapping, real_path
 from megatron_mopd.config import ConfigError
 
 DTYPES = {
@@ -36,6 +37,10 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+_HEADER_LIMIT = 100 * 10**6
+"""Bytes of the longest header: the format's own limit."""
+_LARGEST_SIZE = 2**48
 
 _MAPPED_BYTES = 1 << 28
 """A file is opened anew after this many bytes, so that pages already read do not count as our memory."""
@@ -57,34 +62,32 @@ class TensorInfo:
 def read_header(path: Path, where: str) -> tuple[str, dict[str, TensorInfo]]:
     """A file's header as it stands, and its tensors in the order of their data.
 
-    Raises `ConfigError` (prefix `where`) naming a file that is missing, truncated or not of this format.
+    Raises `ConfigError` (prefix `where`) naming a file that is missing, truncated, not of this format, or a
+    link out of its directory.
     """
     try:
-        with open(path, "rb") as stream:
+        with open_file(path.parent, path.name) as stream:
+            found = os.fstat(stream.fileno()).st_size
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > path.stat().st_size:
-                raise ConfigError(f"{where}: {path} is truncated, or not a safetensors file")
+            if length > found - 8:
+                raise ConfigError(f"{path} is truncated, or not a safetensors file")
+            if length > _HEADER_LIMIT:
+                raise ConfigError(
+                    f"{path} has a header of {length} bytes; the format's limit is {_HEADER_LIMIT}"
+                )
             text = stream.read(length).decode()
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
-        infos = {
-            name: TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), path.name)
-            for name, entry in ordered
-        }
-        end = ordered[-1][1]["data_offsets"][1] if ordered else 0
+        plan = FilePlan.from_header(path.name, text, str(path))
     except FileNotFoundError:
         raise ConfigError(f"{where}: {path} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except (OSError, ValueError, struct.error) as error:
         raise ConfigError(
             f"{where}: {path} is truncated, or not a safetensors file ({type(error).__name__})"
         ) from None
-    expected, found = 8 + length + end, path.stat().st_size
-    if found != expected:
-        raise ConfigError(f"{where}: {path} is truncated: {found} bytes of {expected}")
-    return text, infos
+    if found != plan.size:
+        raise ConfigError(f"{where}: {path} is truncated: {found} bytes of {plan.size}")
+    return text, plan.infos
 
 
 class SliceReader:
@@ -101,7 +104,7 @@ class SliceReader:
         if file != self._name or self._read > _MAPPED_BYTES:
             self.close()
             try:
-                self._file = safe_open(self._directory / file, framework="pt")
+                self._file = safe_open(real_path(self._directory, file), framework="pt")
             except (OSError, SafetensorError) as error:
                 raise ConfigError(f"{self._directory / file} is not readable: {error}") from None
             self._name, self._read = file, 0
@@ -124,18 +127,28 @@ class FilePlan:
     size: int
 
     @classmethod
-    def from_header(cls, name: str, text: str) -> FilePlan:
-        """The plan of a file with exactly this header."""
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        header = text.encode()
+    def from_header(cls, name: str, text: str, what: str) -> FilePlan:
+        """The plan of a file with exactly this header; tensors in the order of their data.
+
+        Raises `ConfigError` that begins with `what` for a header that breaks the format's rules: plain shapes
+        and known dtypes, as many bytes as these say, and the data without holes and overlaps.
+        """
+        try:
+            header = text.encode()
+            entries = parse_mapping(text)
+        except ValueError as error:
+            raise ConfigError(f"{what} is truncated, or not a safetensors file: {error}") from None
+        metadata = entries.pop("__metadata__", {})
+        if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+            raise ConfigError(f"{what} is not a safetensors file: its metadata are not texts")
         header = struct.pack("<Q", len(header)) + header
-        offsets = {tensor: len(header) + entry["data_offsets"][0] for tensor, entry in entries.items()}
-        infos = {
-            tensor: TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), name)
-            for tensor, entry in entries.items()
-        }
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        placed = [(tensor, *_placed(tensor, entry, name, what)) for tensor, entry in entries.items()]
+        offsets, infos, end = {}, {}, 0
+        for tensor, info, start in sorted(placed, key=lambda item: (item[2], item[1].nbytes)):
+            if start != end:
+                problem = "overlaps with another tensor" if start < end else "begins after a hole"
+                raise ConfigError(f"{what}: tensor {tensor[:80]!r} {problem}, at byte {start} of the data")
+            offsets[tensor], infos[tensor], end = len(header) + start, info, start + info.nbytes
         return cls(name, header, offsets, infos, len(header) + end)
 
     @classmethod
@@ -152,7 +165,29 @@ class FilePlan:
                 "data_offsets": [start, end],
             }
         text = json.dumps(entries, separators=(",", ":"))
-        return cls.from_header(name, text + " " * (-len(text.encode()) % 8))
+        return cls.from_header(name, text + " " * (-len(text.encode()) % 8), name)
+
+
+def _placed(tensor: str, entry: object, file: str, what: str) -> tuple[TensorInfo, int]:
+    """What a header's entry says about a tensor, and where its data begin."""
+    what = f"{what}: tensor {tensor[:80]!r}"
+    if not tensor.isprintable():
+        raise ConfigError(f"{what} has a name that cannot be printed")
+    if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ConfigError(f"{what} is not described by dtype, shape and data_offsets")
+    dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if type(dtype) is not str or dtype not in DTYPES:
+        raise ConfigError(f"{what} has dtype {str(dtype)[:80]!r}, which is not one of {', '.join(DTYPES)}")
+    if not _are_sizes(shape):
+        raise ConfigError(f"{what} has shape {str(shape)[:80]}, which is not a list of sizes")
+    info = TensorInfo(DTYPES[dtype], tuple(shape), file)
+    if not _are_sizes(place) or len(place) != 2 or place[1] - place[0] != info.nbytes:
+        raise ConfigError(f"{what} is at bytes {str(place)[:80]}; {dtype} {shape} has {info.nbytes} bytes")
+    return info, place[0]
+
+
+def _are_sizes(numbers: object) -> bool:
+    return type(numbers) is list and all(type(n) is int and 0 <= n <= _LARGEST_SIZE for n in numbers)
 
 
 class FileWriter:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mopd.backend.model_files import read_mapping
 from megatron_mopd.config import ConfigError
 from megatron_mopd.model.families import Weight, matching_family
 from megatron_mopd.model.families.table import Sizes, moe_layers
@@ -140,7 +140,7 @@ class UpcycledModel(WeightSource):
         config = self.family.hugging_face_config(self.model)
         directory = self._dense.companions.directory
         if directory is not None and (directory / CONFIG).exists():
-            dense = json.loads((directory / CONFIG).read_text())
+            dense = read_mapping(directory, CONFIG, "config.json")
             config |= {key: dense[key] for key in _KEPT_CONFIG if key in dense}
         return config
 
