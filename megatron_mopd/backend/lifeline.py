@@ -196,6 +196,7 @@ class Lifeline:
 
     def _end(self, dead: int | None) -> None:
         """End this process because another is gone. None: rank 0 knows which, and says so."""
+        self._remove_key_file()
         what = f"rank {dead} is gone (killed, or out of memory), unless it says why itself"
         try:
             is_told = self._store.check([FIRST_FAILURE])

@@ -24,7 +24,7 @@ class Reception:
     def __init__(self, host: str, key: bytes, world_size: int, lock: threading.Lock):
         """lock: held while the set of open sockets changes. Raises `OSError` when `host` is another one."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family, backlog=world_size)
+        self._listener = socket.create_server((host, 0), family=family, backlog=world_size + _STRANGERS)
         self._listener.setblocking(False)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self.sockets = {self._listener}

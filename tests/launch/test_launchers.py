@@ -178,6 +178,13 @@ def test_slurm(record, job):
     assert (config.max_nodes, config.nproc_per_node) == (2, 8)
     assert (config.run_id, config.rdzv_endpoint) == ("1042", "n3:29442")
     assert seen["arguments"][-2:] == ["--config", "c.yaml"]
+    # A secret of the job's own, on no command line; one that the user has set stays.
+    runs = [record("slurm.sbatch", **job)[1] for _ in range(2)]
+    first, second = [run["environment"]["MOPD_JOB_SECRET"] for run in runs]
+    assert re.fullmatch("[0-9a-f]{64}", first) and first != second
+    assert not any(first in argument for argument in runs[0]["arguments"])
+    _, seen = record("slurm.sbatch", **job, MOPD_JOB_SECRET="the user's own secret")
+    assert seen["environment"]["MOPD_JOB_SECRET"] == "the user's own secret"
     # A task of a job array.
     _, seen = record(
         "slurm.sbatch", "--config", "c_%a.yaml", "seed=%a", "x=5%", **job, SLURM_ARRAY_TASK_ID="7"
