@@ -39,31 +39,21 @@ _FORBIDDEN = frozenset(
     """.split()
 )
 # Nothing that binds names, reaches into objects or defines code.
-_EXPRESSIONS = (
-    ast.Expression,
-    ast.Module,
-    ast.Expr,
-    ast.Constant,
-    ast.Name,
-    ast.Load,
-    ast.Call,
-    ast.keyword,
-    ast.Starred,
-    ast.Tuple,
-    ast.List,
-    ast.Set,
-    ast.Dict,
-    ast.Subscript,
-    ast.Slice,
-    ast.UnaryOp,
-    ast.unaryop,
-    ast.BinOp,
-    ast.operator,
-    ast.BoolOp,
-    ast.boolop,
-    ast.Compare,
-    ast.cmpop,
-    ast.IfExp,
+_NODES = frozenset(
+    (
+        ast.Expression,
+        ast.Module,
+        ast.Expr,
+        ast.Constant,
+        ast.Name,
+        ast.Load,
+        ast.Call,
+        ast.keyword,
+        ast.Starred,
+    )
+    + (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Subscript, ast.Slice, ast.UnaryOp, ast.BinOp, ast.BoolOp)
+    + (ast.Compare, ast.IfExp)
+    + tuple(k for base in (ast.unaryop, ast.operator, ast.boolop, ast.cmpop) for k in base.__subclasses__())
 )
 
 
@@ -124,12 +114,17 @@ def is_expression(source: str | ast.AST, pure: bool) -> bool:
         source = ast.parse(source.lstrip(" \t"))
     if isinstance(source, ast.Module) and len(source.body) > 1:
         return False
-    return isinstance(source, ast.AST) and all(
-        isinstance(node, _EXPRESSIONS)
-        and not (isinstance(node, ast.Name) and not _may_name(node.id, pure))
-        and not (isinstance(node, ast.Call) and not _may_call(node.func, pure))
-        for node in ast.walk(source)
-    )
+    if not isinstance(source, ast.AST):
+        return False
+    for node in ast.walk(source):
+        kind = type(node)
+        if kind not in _NODES:
+            return False
+        if kind is ast.Name and not _may_name(node.id, pure):
+            return False
+        if kind is ast.Call and not _may_call(node.func, pure):
+            return False
+    return True
 
 
 def _may_name(name: str, pure: bool) -> bool:

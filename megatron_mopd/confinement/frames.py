@@ -6,6 +6,7 @@ import os
 import select
 import struct
 import time
+from collections.abc import Sequence
 
 _HEADER = struct.Struct("<I")
 _AT_ONCE = 1 << 16
@@ -23,11 +24,10 @@ def send(descriptor: int, message: bytes, deadline: float) -> None:
     """
     rest = memoryview(_HEADER.pack(len(message)) + message)
     while rest:
-        _wait(descriptor, select.POLLOUT, deadline)
         try:
             rest = rest[os.write(descriptor, rest[:_AT_ONCE]) :]
         except BlockingIOError:
-            continue
+            _wait(descriptor, select.POLLOUT, deadline)
         except OSError:
             raise Disconnected from None
 
@@ -44,13 +44,33 @@ def receive(descriptor: int, deadline: float, longest: int, closes: int | None =
     return _exactly(descriptor, length, deadline, closes)
 
 
+def pack(messages: Sequence[bytes]) -> bytes:
+    """Several messages as one."""
+    return b"".join(_HEADER.pack(len(message)) + message for message in messages)
+
+
+def unpack(packed: bytes) -> list[bytes]:
+    """What `pack` was given. Raises `ValueError` for anything else."""
+    messages, start = [], 0
+    while start < len(packed):
+        try:
+            (length,) = _HEADER.unpack_from(packed, start)
+        except struct.error:
+            raise ValueError("a message ends within its length") from None
+        start += _HEADER.size + length
+        messages.append(packed[start - length : start])
+    if start > len(packed):
+        raise ValueError("a message is shorter than it says")
+    return messages
+
+
 def _exactly(descriptor: int, count: int, deadline: float, closes: int | None) -> bytes:
     parts, left = [], count
     while left:
-        _wait(descriptor, select.POLLIN, deadline, closes)
         try:
             part = os.read(descriptor, min(left, _AT_ONCE))
         except BlockingIOError:
+            _wait(descriptor, select.POLLIN, deadline, closes)
             continue
         except OSError:
             raise Disconnected from None

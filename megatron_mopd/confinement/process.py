@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_mopd.confinement.frames import Disconnected, receive, send
+from megatron_mopd.confinement.frames import Disconnected, pack, receive, send, unpack
 from megatron_mopd.confinement.kernel import Confinement
 from megatron_mopd.confinement.server import ANSWERED, DIED, LATE, LONGEST_REQUEST, REQUEST, TOO_LONG
 
@@ -50,6 +51,7 @@ class ConfinedProcess:
         self._process: subprocess.Popen | None = None
         self._lock = threading.Lock()
         self._confinement: Confinement | None = None
+        self._closed = False
 
     def start(self) -> Confinement:
         """Start the process if it is not there; returns how it is confined. Takes seconds.
@@ -68,16 +70,29 @@ class ConfinedProcess:
         that has answered nobody else and will not. Raises `Unanswered`, and returns at the latest a few
         seconds after the limit whatever the process does.
         """
-        request = REQUEST.pack(seconds, alone) + pickle.dumps((name, *arguments))
-        if len(request) > LONGEST_REQUEST:
+        (answer,) = self.ask_many([(name, *arguments)], seconds=seconds, alone=alone)
+        if isinstance(answer, Unanswered):
+            raise answer
+        return answer
+
+    def ask_many(
+        self, requests: Sequence[tuple[Any, ...]], *, seconds: float, alone: bool = False
+    ) -> list[Any | Unanswered]:
+        """As `ask` for each (name, *arguments), one after the other, each with its own `seconds`; what was
+        not answered is there as the `Unanswered` that says why. Raises `Unanswered` when none can be.
+        """
+        message = REQUEST.pack(seconds, alone) + pack([pickle.dumps(request) for request in requests])
+        if len(message) > LONGEST_REQUEST:
             raise Unanswered("the request is too long")
         with self._lock:
             if self._process is None:
                 self._start()
-            deadline = time.monotonic() + seconds + _GRACE_SECONDS
+            deadline = time.monotonic() + seconds * len(requests) + _GRACE_SECONDS
             try:
-                send(self._process.stdin.fileno(), request, deadline)
-                reply = receive(self._process.stdout.fileno(), deadline, _LONGEST_ANSWER)
+                send(self._process.stdin.fileno(), message, deadline)
+                replies = unpack(receive(self._process.stdout.fileno(), deadline, _LONGEST_ANSWER))
+                if len(replies) != len(requests):
+                    raise ValueError("not an answer for each request")
             except TimeoutError:
                 self._kill()
                 raise Unanswered(f"no answer within {seconds:g} s") from None
@@ -87,17 +102,20 @@ class ConfinedProcess:
             except BaseException:  # Ctrl-C in between: the answer would be taken for the next request's
                 self._kill()
                 raise
-        if reply[:1] != ANSWERED:
-            raise Unanswered(_OUTCOMES.get(reply[:1], "").format(seconds=seconds))
-        return _value(reply[1:])
+        return [_answer(reply, seconds) for reply in replies]
 
     def close(self) -> None:
-        """End the process, if there is one."""
+        """End the process, if there is one, for good: whoever waits for an answer gets `Unanswered`."""
+        self._closed = True
+        if (process := self._process) is not None:
+            _kill_all(process)  # without the lock, which who waits for an answer holds
         with self._lock:
             if self._process is not None:
                 self._kill()
 
     def _start(self) -> None:
+        if self._closed:
+            raise Unanswered("it was closed")
         environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         # One thread: it must not take the cores of the training process, nor address space for idle threads.
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -128,11 +146,16 @@ class ConfinedProcess:
     def _kill(self) -> None:
         """Kill the process and all that it forked, and close the pipes without waiting for anyone."""
         process, self._process = self._process, None
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill_all(process)
         for pipe in (process.stdin, process.stdout):
             pipe.close()  # its buffer is empty: descriptors are written to directly
         process.wait()
+
+
+def _kill_all(process: subprocess.Popen) -> None:
+    if process.returncode is None:  # not collected yet, so the number is still its own
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def examine() -> Confinement:
@@ -147,14 +170,14 @@ def examine() -> Confinement:
         process.close()
 
 
-def _value(answer: bytes) -> Any:
-    """The value in an answer, which is not believed to be anything but JSON."""
+def _answer(reply: bytes, seconds: float) -> Any | Unanswered:
+    """The value in a reply, which is not believed to be anything but JSON, or why there is none."""
+    if reply[:1] != ANSWERED:
+        return Unanswered(_OUTCOMES.get(reply[:1], "it answered with nothing").format(seconds=seconds))
     try:
-        fields = json.loads(answer)
+        fields = json.loads(reply[1:])
     except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict) or fields.keys() not in ({"value"}, {"error"}):
-        raise Unanswered("it answered with something else than a value")
-    if "error" in fields:
-        raise HandlerError(str(fields["error"]))
-    return fields["value"]
+        return Unanswered("it answered with something else than a value")
+    return fields["value"] if "value" in fields else HandlerError(str(fields["error"]))

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from megatron_mopd.confinement.evaluation import Allowed, Evaluations
-from megatron_mopd.confinement.frames import Disconnected, receive, send
+from megatron_mopd.confinement.frames import Disconnected, pack, receive, send, unpack
 from megatron_mopd.confinement.kernel import confine, confine_worker, readable_by_imports
 
 REQUEST = struct.Struct("<d?")
-"""Before a request: seconds that it may take, and whether it gets a worker of its own in any case."""
+"""Before packed requests: seconds that each may take, and whether each gets a worker of its own anyway."""
 ANSWERED, LATE, DIED, TOO_LONG = b"a", b"l", b"d", b"t"
 LONGEST_REQUEST = 1 << 28
 _FOREVER = float("inf")
@@ -73,7 +73,8 @@ def serve(handlers: Handlers, limits: Limits, *, checks_evaluation: bool) -> NoR
         while True:
             request = receive(requests, _FOREVER, LONGEST_REQUEST)
             seconds, alone = REQUEST.unpack_from(request)
-            send(replies, workers.answer(request[REQUEST.size :], seconds, alone), _FOREVER)
+            answers = [workers.answer(one, seconds, alone) for one in unpack(request[REQUEST.size :])]
+            send(replies, pack(answers), _FOREVER)
     workers.end()
     os._exit(0)
 

@@ -9,10 +9,7 @@ from concurrent.futures import Future
 
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.scoring_process import ScoringProcess
-from megatron_mopd.data.verifiers import Score, exact_match, has_verdict, scoring_request, to_score
-
-_BATCH = 16
-"""Responses that one worker takes at a time: few enough that a hanging one holds up little else."""
+from megatron_mopd.data.verifiers import SCORED_AT_ONCE, Score, judge
 
 
 class RewardWorkers:
@@ -38,9 +35,9 @@ class RewardWorkers:
         """Hand over (prompt, response text) pairs; returns futures of consecutive batches of scores, at
         once."""
         futures = []
-        for start in range(0, len(responses), _BATCH):
+        for start in range(0, len(responses), SCORED_AT_ONCE):
             future: Future[list[Score]] = Future()
-            self._tasks.put((responses[start : start + _BATCH], future))
+            self._tasks.put((responses[start : start + SCORED_AT_ONCE], future))
             futures.append(future)
         return futures
 
@@ -54,17 +51,7 @@ class RewardWorkers:
     def _serve(self, process: ScoringProcess) -> None:
         while (task := self._tasks.get()) is not None:
             responses, future = task
-            future.set_result([self._score(process, prompt, text) for prompt, text in responses])
-
-    def _score(self, process: ScoringProcess, prompt: Prompt, response: str) -> Score:
-        if not has_verdict(prompt):
-            return Score(None)
-        if prompt.verifier == "exact_match":
-            return exact_match(prompt, response)
-        try:
-            return to_score(process.score(scoring_request(prompt, response), self._timeout))
-        except Exception:  # a prompt that cannot be pickled, a verifier's exotic result: counted, never fatal
-            return Score(None, crashed=True)
+            future.set_result(judge(responses, process, self._timeout))
 
 
 def scores_of(futures: Sequence[Future[list[Score]]]) -> list[Score]:

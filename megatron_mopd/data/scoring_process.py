@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_mopd.confinement.process import ConfinedProcess, Unanswered
@@ -13,16 +14,18 @@ class ScoringProcess:
     def __init__(self) -> None:
         self._process = ConfinedProcess("megatron_mopd.data.scoring")
 
-    def score(self, request: tuple[Any, ...], seconds: float) -> float | None:
-        """The score for `verifiers.scoring_request`; `None` when the verifier raised, died or did not answer
-        within `seconds`.
+    def score(self, requests: Sequence[tuple[Any, ...]], seconds: float) -> list[float | None]:
+        """The scores for `verifiers.scoring_request`s, one after the other; `None` where the verifier raised,
+        died or did not answer within `seconds`.
         """
         try:
-            value = self._process.ask(*request, seconds=seconds)
+            values = self._process.ask_many(requests, seconds=seconds)
         except Unanswered:
-            return None
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return float(value) if is_number else None
+            return [None] * len(requests)
+        return [
+            float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+            for value in values
+        ]
 
     def close(self) -> None:
         """End the process, if there is one."""

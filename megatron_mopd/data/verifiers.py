@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from megatron_mopd.config import ConfigError, nearest
@@ -24,6 +24,8 @@ from megatron_mopd.data.scoring_process import ScoringProcess
 TIMEOUT_SECONDS = 5.0
 """How long one response may take to score."""
 
+SCORED_AT_ONCE = 16
+"""Responses that one process takes at a time: few enough that a hanging one holds up little else."""
 VERIFIERS = ("exact_match", "math_verify", "reasoning_gym")
 _OPEN, _CLOSE = "<answer>", "</answer>"
 
@@ -60,16 +62,37 @@ def verify(prompt: Prompt, response: str) -> float | None:
 
 def score(prompt: Prompt, response: str) -> Score:
     """Judge `response`; never raises, works on any thread and takes at most about `TIMEOUT_SECONDS`."""
-    if not has_verdict(prompt):
-        return Score(None)
-    if prompt.verifier == "exact_match":
-        return exact_match(prompt, response)
-    request = scoring_request(prompt, response)
+    return next(score_all([(prompt, response)]))
+
+
+def score_all(responses: Sequence[tuple[Prompt, str]]) -> Iterator[Score]:
+    """Judge (prompt, response) pairs in their order, as `score` does."""
+    for start in range(0, len(responses), SCORED_AT_ONCE):
+        batch = responses[start : start + SCORED_AT_ONCE]
+        yield from judge(batch, _scoring_process(os.getpid()), TIMEOUT_SECONDS)
+
+
+def judge(responses: Sequence[tuple[Prompt, str]], process: ScoringProcess, seconds: float) -> list[Score]:
+    """Scores of (prompt, response) pairs, in `process` unless nothing has to be parsed; never raises.
+
+    A pair whose verifier crashes or takes longer than `seconds` gets `Score(None, crashed=True)`.
+    """
+    confined = [pair for pair in responses if is_confined(pair[0])]
     try:
-        raw = _scoring_process(os.getpid()).score(request, TIMEOUT_SECONDS)
-    except Exception:  # a prompt's entry that cannot be pickled
-        raw = None
-    return to_score(raw)
+        raw = process.score([scoring_request(*pair) for pair in confined], seconds) if confined else []
+    except Exception:  # a prompt's entry that cannot be pickled: one by one, so that it costs no other
+        if len(responses) > 1:
+            return [score for pair in responses for score in judge([pair], process, seconds)]
+        raw = [None]
+    scores = map(to_score, raw)
+    return [
+        next(scores)
+        if is_confined(prompt)
+        else exact_match(prompt, response)
+        if has_verdict(prompt)
+        else Score(None)
+        for prompt, response in responses
+    ]
 
 
 def exact_match(prompt: Prompt, response: str) -> Score:

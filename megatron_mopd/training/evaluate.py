@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.tokenizer import Tokenizer
-from megatron_mopd.data.verifiers import score
+from megatron_mopd.data.verifiers import score_all
 from megatron_mopd.observe.progress import phase, progress
 from megatron_mopd.rollout.engine import RolloutEngine, SamplingParams
 from megatron_mopd.training.setup import Run
@@ -126,8 +126,9 @@ def _judge(
     """
     trajectories = engine.generate(prompts, sampling, seed=seed, samples_per_prompt=samples_per_prompt)
     counts = torch.zeros(len(prompts), 3, dtype=torch.int64)
-    for trajectory in progress(trajectories[groups.rank :: groups.world_size], "verifying"):
-        verdict = score(trajectory.prompt, tokenizer.decode(trajectory.response_ids))
+    mine = trajectories[groups.rank :: groups.world_size]
+    verdicts = score_all([(t.prompt, tokenizer.decode(t.response_ids)) for t in mine])
+    for trajectory, verdict in zip(progress(mine, "verifying"), verdicts):
         row = trajectory.index // samples_per_prompt
         counts[row, 0] += bool(verdict.correct)
         counts[row, 1] += verdict.correct is not None

@@ -91,10 +91,10 @@ def test_scores_use_the_parameters_of_the_task():
 
 def test_crashes_give_none_and_are_counted(monkeypatch):
     class Broken:
-        def score(self, request, seconds):
-            if request[1] == "deep":
+        def score(self, requests, seconds):
+            if requests[0][1] == "deep":
                 raise RecursionError
-            return float("nan")
+            return [float("nan")]
 
     monkeypatch.setattr(verifiers, "_scoring_process", lambda process_id: Broken())
     scores = [

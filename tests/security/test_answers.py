@@ -71,9 +71,9 @@ def test_every_verifier_but_exact_match_scores_in_the_confined_process(monkeypat
     asked = []
 
     class Recording:
-        def score(self, request, seconds):
-            asked.append(request[0])
-            return 0.25
+        def score(self, requests, seconds):
+            asked.extend(request[0] for request in requests)
+            return [0.25] * len(requests)
 
     monkeypatch.setattr(verifiers, "_scoring_process", lambda process_id: Recording())
     assert score(math_prompt("4"), "4").raw == 0.25 and score(task_prompt("gcd"), "4").raw == 0.25
@@ -104,9 +104,9 @@ def test_no_text_takes_longer_than_its_limit(text, process):
     limit = 0.4
     for request in (("math_verify", text, "7", None), ("math_verify", "7", text, None)):
         started = time.monotonic()
-        assert process.score(request, limit) in (None, 0.0)
+        assert process.score([request], limit)[0] in (None, 0.0)
         assert time.monotonic() - started < limit + 10, "a busy machine may add some, not minutes"
-    assert process.score(("math_verify", "$\\frac{14}{2}$", "7", None), 60.0) == 1.0
+    assert process.score([("math_verify", "$\\frac{14}{2}$", "7", None)], 60.0) == [1.0]
 
 
 def test_a_response_of_many_opening_tags_is_read_in_linear_time():

@@ -4,9 +4,11 @@ missing."""
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import psutil
@@ -214,6 +216,36 @@ def test_a_worker_that_is_late_or_dies_is_replaced_and_its_supervisor_stays(conf
     assert process._process.pid == supervisor
 
 
+def test_of_many_requests_each_has_its_own_time_and_outcome(confined):
+    process = confined(HANDLERS)
+    requests = [("echo", 1), ("rest", 60), ("end",), ("echo", 2), ("die",), ("echo", 3)]
+    answers = process.ask_many(requests, seconds=0.5)
+    assert [answers[i] for i in (0, 3, 5)] == [1, 2, 3]
+    assert all(isinstance(answers[i], Unanswered) for i in (1, 2, 4))
+    assert isinstance(answers[2], HandlerError) and not isinstance(answers[1], HandlerError)
+
+
+def test_closing_does_not_wait_for_an_answer(confined):
+    process = confined(HANDLERS)
+    process.start()
+    outcome = []
+
+    def wait():
+        with pytest.raises(Unanswered):
+            process.ask("rest", 600, seconds=600)
+        outcome.append("ended")
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    while process._lock.acquire(blocking=False):
+        process._lock.release()
+    process.close()
+    waiting.join(60)
+    assert outcome == ["ended"]
+    with pytest.raises(Unanswered, match="closed"):
+        process.ask("echo", 1, seconds=1)
+
+
 def test_processor_time_is_limited_by_the_kernel_too(confined):
     process = confined(HANDLERS)
     assert 2 <= process.ask("processor_limit", seconds=2, alone=True) <= 30
@@ -272,7 +304,9 @@ def test_a_process_that_was_taken_over_holds_nobody_up(takeover, confined, tmp_p
     "reply", [b"a[1]", b'a{"value": 1, "more": 2}', b"a\xff", b'a"1"', b"a" + b"[" * 900, b"x", b""]
 )
 def test_an_answer_that_is_none_is_refused(reply, confined, tmp_path):
-    process = confined(silent_process(tmp_path, f"os.write(1, struct.pack('<I', {len(reply)}) + {reply!r})"))
+    packed = struct.pack("<I", len(reply)) + reply
+    whole = struct.pack("<I", len(packed)) + packed
+    process = confined(silent_process(tmp_path, f"os.write(1, {whole!r})"))
     with pytest.raises(Unanswered):
         process.ask("score", seconds=5)
 
