@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
+from typing import IO
+
+from megatron_mopd.backend.model_files import JSON_LIMIT, open_file, read_limited
 
 _BLOCK = 1 << 20
 _WHOLE = 64
@@ -19,27 +23,35 @@ def file_fingerprint(path: Path) -> str:
     Of a file above 64 MiB, 64 blocks of 1 MiB that are spread evenly over it, the first and the last among
     them: another training run changes every one of them, a flipped bit between them goes unseen.
     """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as stream:
-        if size <= _WHOLE * _BLOCK:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
-        else:
-            for number in range(_WHOLE):
-                stream.seek((size - _BLOCK) * number // (_WHOLE - 1))
-                digest.update(stream.read(_BLOCK))
+        return _fingerprint(stream)
+
+
+def _fingerprint(stream: IO[bytes]) -> str:
+    size = os.fstat(stream.fileno()).st_size
+    digest = hashlib.sha256(str(size).encode())
+    if size <= _WHOLE * _BLOCK:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    else:
+        for number in range(_WHOLE):
+            stream.seek((size - _BLOCK) * number // (_WHOLE - 1))
+            digest.update(stream.read(_BLOCK))
     return digest.hexdigest()
 
 
 def checkpoint_fingerprints(path: Path) -> dict[str, str]:
-    """`architecture` and `weights` of a checkpoint directory (torch_dist or Hugging Face), as SHA-256."""
+    """`architecture` and `weights` of a checkpoint directory (torch_dist or Hugging Face), as SHA-256.
+
+    Raises `ConfigError` for a link out of the directory and for what is not a regular file.
+    """
     architecture = hashlib.sha256()
     for file in _files(path, _DESCRIPTIONS):
-        architecture.update(file.name.encode() + file.read_bytes())
+        architecture.update(file.name.encode() + read_limited(path, file.name, JSON_LIMIT))
     weights = hashlib.sha256()
     for file in _files(path, _WEIGHTS):
-        weights.update(f"{file.name} {file_fingerprint(file)}".encode())
+        with open_file(path, file.name) as stream:
+            weights.update(f"{file.name} {_fingerprint(stream)}".encode())
     return {"architecture": architecture.hexdigest(), "weights": weights.hexdigest()}
 
 
