@@ -120,13 +120,13 @@ def introduce(connection: socket.socket, key: bytes, rank: int, world_size: int,
     Raises `OSError` for a connection whose other end is not rank 0 of this job, or did not answer within
     `seconds`, all of its bytes together.
     """
-    deadline = time.monotonic() + seconds
+    deadline, address = time.monotonic() + seconds, connection.getpeername()
     nonce, nonce_of_rank_0 = secrets.token_bytes(_NONCE_BYTES), _receive(connection, _NONCE_BYTES, deadline)
-    session = Session(key, connection.getpeername(), rank, world_size, nonce_of_rank_0, nonce)
+    session = Session(key, address, rank, world_size, nonce_of_rank_0, nonce)
     connection.sendall(_HELLO.pack(rank, world_size, nonce, session.say(Word.HELLO)))
     welcome = _receive(connection, _WORD_BYTES, deadline)
     if session.hear(welcome, [Word.WELCOME]) is None:
-        host, port = connection.getpeername()[:2]
+        host, port = address[:2]
         raise ConnectionError(
             f"{host}:{port} is not rank 0, or does not know this rank; is {JOB_SECRET} the same everywhere?"
         )

@@ -114,12 +114,12 @@ class Lifeline:
 
     def _receive(self, launch: Launch) -> None:
         """Rank 0: announce where the others find it, and let them in."""
-        key, place = self._secret, _IN_THE_ENVIRONMENT
+        key, place = self._secret or new_key(), _IN_THE_ENVIRONMENT
         try:
-            host = loopback_address() if launch.is_on_one_host else own_address(launch.master[0], os.environ)
-            self._reception = Reception(host, key or (key := new_key()), self._world_size, self._lock)
             if self._secret is None and launch.is_on_one_host:
                 place = self._key_file = write_private_file(key)
+            host = loopback_address() if launch.is_on_one_host else own_address(launch.master[0], os.environ)
+            self._reception = Reception(host, key, self._world_size, self._lock)
         except OSError as error:
             self._say_unnoticed(error)
             return

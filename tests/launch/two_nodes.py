@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import secrets
 import signal
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from tests import _runs
 from tests.launch.nodes import Agent, Node, two_nodes
 
 ITERATIONS, SAVE_EVERY = 24, 3
+SECRET = secrets.token_hex(32)
 PATIENCE = float(os.environ.get("LAUNCH_PATIENCE", "900"))
 """Seconds that any one thing may take."""
 
@@ -88,6 +90,7 @@ def settings(first: Node, port: int = 29400) -> dict[str, str]:
         "NPROC_PER_NODE": "1",
         "RDZV_ENDPOINT": f"{first.address}:{port}",
         "RUN_ID": "two-nodes",
+        "MOPD_JOB_SECRET": SECRET,
         "MAX_RESTARTS": "2",
         "JOIN_TIMEOUT": str(int(PATIENCE)),
         "RDZV_CONF": "keep_alive_interval=2,keep_alive_max_attempt=3",

@@ -232,6 +232,38 @@ def test_rank_0_without_the_key_is_not_believed():
             assert "is not rank 0" in introduced(listener.getsockname(), serve)
 
 
+def test_what_rank_0_once_said_is_not_believed_again(desk):
+    heard, address = [], desk.reception.address
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+
+    def true_rank_0():
+        for _ in range(2):
+            desk.turn()
+
+    def false_rank_0():
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(heard[0])
+            connection.recv(72, socket.MSG_WAITALL)
+            connection.sendall(heard[1])
+
+    class Recording(socket.socket):
+        def recv(self, *arguments):
+            heard.append(super().recv(*arguments))
+            return heard[-1]
+
+    thread = threading.Thread(target=true_rank_0, daemon=True)
+    thread.start()
+    with Recording(family) as connection:
+        connection.connect(address)
+        handshake.introduce(connection, KEY, 1, WORLD, PATIENCE)
+    thread.join(PATIENCE)
+    assert [len(said) for said in heard] == [32, 32]
+    desk.close()  # its port is free for somebody else
+    with socket.create_server(address, family=family) as listener:
+        assert "is not rank 0" in introduced(address, false_rank_0)
+
+
 def test_a_stranger_in_the_middle_is_noticed(desk):
     """Who can write the store may announce itself and pass everything on to rank 0 and back."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
