@@ -1,28 +1,60 @@
 """Append-only files of a run, one JSON object with an `iteration` a line: what a reader may see half-written.
 
 A line that a crash tore is left out when the file is read, and what an interrupted run wrote beyond the
-checkpoint that it resumes from is removed, so that no iteration appears twice.
+checkpoint that it resumes from is removed, so that no iteration appears twice. The file holds the recent
+lines: what is older is moved, whole iterations at a time, into `NAME-FIRST-LAST.jsonl.gz` beside it.
+`read_journal` reads all of them as if they were one file.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
+import math
 import os
-from collections.abc import Mapping
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 METRICS_FILE, ALARMS_FILE, SAMPLES_FILE = "metrics.jsonl", "alarms.jsonl", "samples.jsonl"
 FACTS_FILE = "run.json"
+PART_BYTES = 4 * 2**20
+"""Of lines in one compressed part; the file itself is at most twice as large, and a line more."""
+
+
+class Part(NamedTuple):
+    """A compressed file with the lines of iterations `first` to `last`."""
+
+    path: Path
+    first: int
+    last: int
 
 
 class Journal:
     """A file that is only written where there is something to say; the caller decides which rank speaks."""
 
-    def __init__(self, path: str | Path, resumed_iteration: int | None = None):
-        """`resumed_iteration` is the last one that the checkpoint contains; `None` starts afresh."""
+    def __init__(
+        self,
+        path: str | Path,
+        resumed_iteration: int | None = None,
+        *,
+        say: Callable[[str], None] | None = None,
+        most_parts: int | None = None,
+    ):
+        """`resumed_iteration` is the last one that the checkpoint contains; `None` starts afresh.
+
+        say: told when lines are moved, and when any are removed, for the first time. most_parts: beyond so
+        many compressed parts, the oldest but the first goes.
+        """
         self._path, self._file = Path(path), None
-        if self._path.exists():
+        self._say, self._most_parts = say or (lambda _: None), most_parts
+        self._was_said = self._was_removal_said = False
+        self._size, self._limit = 0, 2 * PART_BYTES
+        if self._path.exists() or parts_of(self._path):
             keep_until(self._path, -1 if resumed_iteration is None else resumed_iteration)
 
     def write(self, iteration: int, entry: Mapping[str, Any]) -> None:
@@ -30,8 +62,13 @@ class Journal:
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._path, "a", encoding="utf-8")
-        self._file.write(json.dumps({"iteration": iteration, **entry}, allow_nan=False) + "\n")
+            self._size = self._path.stat().st_size
+        line = json.dumps({"iteration": iteration, **entry}, allow_nan=False) + "\n"
+        self._file.write(line)
         self._file.flush()
+        self._size += len(line)  # `json` writes ASCII
+        if self._size >= self._limit:
+            self._move()
 
     def close(self) -> None:
         """Close the file; safe to call twice."""
@@ -39,27 +76,165 @@ class Journal:
             self._file.close()
         self._file = None
 
+    def _move(self) -> None:
+        """Move the older half into a part. Where the disk cannot take one, the file goes on growing."""
+        self.close()
+        self._limit = self._size + PART_BYTES  # the next try, if this one fails
+        try:
+            made = move_older(self._path)
+            if not made:
+                return
+            self._limit = 2 * PART_BYTES
+            if not self._was_said:
+                self._was_said = True
+                moved = f"lines up to iteration {made[-1].last} are in {made[-1].path.name}"
+                self._say(f"{self._path.name}: {moved}, others will follow (compressed, none is lost)")
+            parts = parts_of(self._path)
+            for old in parts[1 : 1 + len(parts) - self._most_parts] if self._most_parts else ():
+                old.path.unlink()
+                if not self._was_removal_said:
+                    self._was_removal_said = True
+                    self._say(
+                        f"{old.path.name} is removed, of {self._path.name} the first and the newest stay"
+                    )
+        except OSError as error:
+            self._say(f"{self._path.name}: older lines cannot be compressed yet: {error.strerror}")
 
-def read_journal(path: str | Path) -> list[dict[str, Any]]:
-    """Every complete line that is an object with an integer `iteration`; `OSError` without the file."""
-    lines = []
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                values = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(values, dict) and isinstance(values.get("iteration"), int):
-                lines.append(values)
+
+def parts_of(path: Path) -> list[Part]:
+    """The compressed parts of a journal, in order."""
+    found = []
+    for file in path.parent.glob(f"{path.stem}-*{path.suffix}.gz"):
+        match = re.fullmatch(rf"{re.escape(path.stem)}-(\d+)-(\d+){re.escape(path.suffix)}\.gz", file.name)
+        if match:
+            found.append(Part(file, int(match[1]), int(match[2])))
+    return sorted(found, key=lambda part: (part.first, part.last))
+
+
+def read_journal(path: str | Path, since: float = -math.inf, most: int | None = None) -> list[dict[str, Any]]:
+    """Every complete line that is an object with an integer `iteration` of at least `since`; `OSError`
+    without the file.
+
+    most: of more lines than this, every n-th, the last one, and those of evaluations (`accuracy`,
+    `pass_at_k`) are returned: what a picture can show of a long run.
+    """
+    path = Path(path)
+    every = 1 if most is None else max(1, -(-_count(path) // most))
+    lines, last = [], None
+    for number, (_, values) in enumerate(_lines(path, since)):
+        last = values
+        if number % every == 0 or any(key.startswith(("accuracy", "pass_at_")) for key in values):
+            # Equal keys of all lines are one object: a long run has millions.
+            lines.append({sys.intern(key): value for key, value in values.items()})
+    if last is not None and last != lines[-1]:
+        lines.append(last)
     return lines
 
 
 def keep_until(path: Path, last: int) -> None:
-    """Remove the lines of iterations after `last`, in one step: a crash here must not lose the history."""
-    kept = [line for line in read_journal(path) if line["iteration"] <= last]
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Remove the lines of iterations after `last`: a crash here must not lose the history, and the next start
+    does what is left to do.
+    """
+    for part in reversed(parts_of(path)):
+        if part.first > last:
+            part.path.unlink()
+        elif part.last > last:  # its beginning is what is recent now
+            _replace(path, (raw for raw, values in _of_part(part) if values["iteration"] <= last))
+            part.path.unlink()
+            return
+    kept: list[bytes] = []
+    if path.exists():
+        with open(path, "rb") as file:
+            kept = [raw for raw, values in _recent(file, parts_of(path)) if values["iteration"] <= last]
+    _replace(path, kept)
+
+
+def move_older(path: Path) -> list[Part]:
+    """Move the oldest iterations into parts, until less than two parts' worth of lines is left in the file.
+
+    The parts are complete on disk before their lines leave the file. In between these are in both, and count
+    once.
+    """
+    with open(path, "rb") as file:
+        lines = [(raw, values["iteration"]) for raw, values in _recent(file, parts_of(path))]
+    left, begin, made = sum(len(raw) for raw, _ in lines), 0, []
+    while left >= 2 * PART_BYTES:
+        end, size = begin, 0
+        while end < len(lines) and (size < PART_BYTES or lines[end][1] == lines[end - 1][1]):
+            size += len(lines[end][0])
+            end += 1
+        if end == len(lines):
+            break
+        iterations = [iteration for _, iteration in lines[begin:end]]
+        first, last = min(iterations), max(iterations)
+        part = Part(path.with_name(f"{path.stem}-{first:08d}-{last:08d}{path.suffix}.gz"), first, last)
+        _replace(path, [raw for raw, _ in lines[begin:end]], part.path)
+        made.append(part)
+        left, begin = left - size, end
+    if made:
+        _replace(path, [raw for raw, _ in lines[begin:]])
+    return made
+
+
+def _replace(path: Path, lines: Iterable[bytes], part: Path | None = None) -> None:
+    """Write a journal's file, or a part of it, in one step, and have it on disk when this returns."""
+    temporary, path = path.with_suffix(".tmp"), part or path
+    try:
+        with open(temporary, "wb") as file:
+            if part is not None:
+                with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
+                    packed.writelines(lines)
+            else:
+                file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lines(path: Path, since: float = -math.inf) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of all parts and the file, as bytes and values; `OSError` without the file."""
+    with open(path, "rb") as file:  # first: what is moved from now on stays in it, and counts once
+        parts = parts_of(path)
+        for part in parts:
+            if part.last >= since:
+                yield from (line for line in _of_part(part) if line[1]["iteration"] >= since)
+        yield from (line for line in _recent(file, parts) if line[1]["iteration"] >= since)
+
+
+def _of_part(part: Part) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    # What a damaged disk left of it is read as far as it goes; what a new start removes is gone.
+    damaged = (EOFError, zlib.error, gzip.BadGzipFile, FileNotFoundError)
+    with contextlib.suppress(*damaged), gzip.open(part.path) as file:
+        yield from _complete(file)
+
+
+def _recent(file: Iterable[bytes], parts: list[Part]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The file's own lines, without those that an interrupted start had moved into a part."""
+    moved = parts[-1].last if parts else -math.inf
+    yield from (line for line in _complete(file) if line[1]["iteration"] > moved)
+
+
+def _complete(file: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    for raw in file:
+        try:
+            values = json.loads(raw)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get("iteration"), int):
+            yield raw if raw.endswith(b"\n") else raw + b"\n", values
+
+
+def _count(path: Path) -> int:
+    """About how many lines there are: one an iteration in the parts."""
+    with open(path, "rb") as file:
+        lines = sum(1 for _ in file)
+    parts = parts_of(path)
+    return lines + sum(part.last - part.first + 1 for part in parts)

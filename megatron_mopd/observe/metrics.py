@@ -4,21 +4,31 @@ Names are paths, and TensorBoard groups by their first part: ``loss``, ``kl`` an
 ``accuracy`` and ``accuracy/<domain>``, ``response_length``, ``grad_norm``, ``lr``, ``tokens_per_second``, and
 ``time/<phase>`` in seconds. The pictures and the step line read these names; any other is written all the
 same.
+
+`metrics.jsonl` has every step (older ones compressed beside it, `journal.py`). TensorBoard has every value of
+the first 2048 steps, then of a metric the first of every 2, from step 4096 on of every 4, and so on: about
+1024 points whenever the run has doubled, and always the last step.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_mopd.backend.messages import visible
 from megatron_mopd.observe.journal import METRICS_FILE, Journal, read_journal
+
+FULL_STEPS = 1024
+"""TensorBoard gets about so many values of a metric whenever the number of steps has doubled."""
+MOST_LINES = 20_000
+"""Of a longer run, pictures show every n-th step."""
 
 
 def is_main_rank() -> bool:
@@ -32,18 +42,33 @@ class MetricsWriter:
     """Writes the metrics of every step on rank 0; on other ranks every method does nothing.
 
     `resumed_iteration` is the last iteration that the checkpoint contains: what an interrupted run wrote
-    beyond it is removed, so that no step appears twice. `None` starts the files afresh.
+    beyond it is removed, so that no step appears twice. `None` starts the files afresh. last: the run's last
+    iteration. say: told once when the files begin to hold less than everything.
     """
 
-    def __init__(self, run_dir: str | Path, tensorboard: bool = True, resumed_iteration: int | None = None):
+    def __init__(
+        self,
+        run_dir: str | Path,
+        tensorboard: bool = True,
+        resumed_iteration: int | None = None,
+        *,
+        last: int | None = None,
+        say: Callable[[str], None] | None = None,
+    ):
         self._file = self._tensorboard = None
+        self._last, self._say, self._thinning = last, say or (lambda _: None), Thinning()
         if not is_main_rank():
             return
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = Journal(run_dir / METRICS_FILE, resumed_iteration)
+        self._file = Journal(run_dir / METRICS_FILE, resumed_iteration, say=say)
         if tensorboard:
             purge_step = 0 if resumed_iteration is None else resumed_iteration + 1
+            if resumed_iteration is not None and (run_dir / METRICS_FILE).exists():
+                since = purge_step // stride(purge_step) * stride(purge_step)
+                for line in read_journal(run_dir / METRICS_FILE, since):
+                    numbers = [name for name, value in line.items() if isinstance(value, (int, float))]
+                    self._thinning.choose(line["iteration"], [*numbers, *line.get("nonfinite", ())])
             self._tensorboard = SummaryWriter(str(run_dir), purge_step=purge_step)
 
     def log(self, iteration: int, metrics: Mapping[str, Any]) -> None:
@@ -61,10 +86,20 @@ class MetricsWriter:
             line["nonfinite"] = nonfinite
         self._file.write(iteration, line)
         if self._tensorboard is not None:
-            for name, value in flat.items():
-                if isinstance(value, (int, float)):
-                    self._tensorboard.add_scalar(visible(name), value, iteration)
-            self._tensorboard.flush()
+            numbers = {name: value for name, value in flat.items() if isinstance(value, (int, float))}
+            chosen = self._thinning.choose(iteration, numbers)
+            written = [
+                Summary.Value(tag=visible(name), simple_value=numbers[name])
+                for name in (numbers if iteration == self._last else chosen)
+            ]
+            if written:  # one event for all: `add_scalar` costs a hundred microseconds and 30 bytes each
+                self._tensorboard.file_writer.add_summary(Summary(value=written), iteration)
+                self._tensorboard.flush()
+            if iteration == 2 * FULL_STEPS:
+                self._say(
+                    f"TensorBoard: from iteration {iteration} on it gets every second value of a metric, and "
+                    f"half as many whenever the run has doubled; {METRICS_FILE} has all"
+                )
 
     def close(self) -> None:
         """Close the files; safe to call twice."""
@@ -72,6 +107,28 @@ class MetricsWriter:
             if writer is not None:
                 writer.close()
         self._file = self._tensorboard = None
+
+
+class Thinning:
+    """Which values of a metric are kept: the first in every `stride` iterations. What was seen before those
+    does not matter, so a resumed run that is shown the lines since then goes on as if it had never stopped.
+    """
+
+    def __init__(self):
+        self._seen: dict[str, tuple[int, int]] = {}
+
+    def choose(self, iteration: int, names: Iterable[str]) -> list[str]:
+        """Those of `names`, which have values at `iteration`, that are kept."""
+        step = stride(iteration)
+        place = step, iteration // step
+        chosen = [name for name in names if self._seen.get(name) != place]
+        self._seen |= dict.fromkeys(chosen, place)
+        return chosen
+
+
+def stride(iteration: int) -> int:
+    """1 up to twice `FULL_STEPS`, then twice as much whenever the iteration has doubled."""
+    return 1 << max(0, (iteration // FULL_STEPS).bit_length() - 1)
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -85,6 +142,8 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Every complete line of a run's `metrics.jsonl`; a line torn by a crash is left out."""
-    return read_journal(Path(run_dir) / METRICS_FILE)
+def read_metrics(run_dir: str | Path, most: int | None = None) -> list[dict[str, Any]]:
+    """Every complete line of a run's metrics, compressed parts included; a line torn by a crash is left out.
+    most: see `read_journal`.
+    """
+    return read_journal(Path(run_dir) / METRICS_FILE, most=most)

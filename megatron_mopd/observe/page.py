@@ -20,6 +20,7 @@ import megatron_mopd
 from megatron_mopd.backend.messages import visible
 from megatron_mopd.observe import svg
 from megatron_mopd.observe.formats import format_count, format_seconds
+from megatron_mopd.observe.journal import ALARMS_FILE
 from megatron_mopd.observe.page_samples import samples_part
 from megatron_mopd.observe.page_template import PAGE
 from megatron_mopd.observe.page_timeline import timeline_part
@@ -32,6 +33,7 @@ _PER_DOMAIN = (
     ("length", "response length", False),
     ("reward", "reward", False),
 )
+_ALARMS_SHOWN = 100
 _PHASES = "rollout score train other evaluate save"
 Part = dict[str, Any]
 
@@ -156,7 +158,11 @@ def _alarms(record: RunRecord) -> Part | None:
         }
         for line in record.alarms
     ]
-    return {"title": "Alarms", "alarms": entries}
+    left_out = len(entries) - 2 * _ALARMS_SHOWN
+    if left_out > 0:
+        entries = entries[:_ALARMS_SHOWN] + entries[-_ALARMS_SHOWN:]
+    note = f"The first and the newest {_ALARMS_SHOWN}; {ALARMS_FILE} has {left_out} more in between."
+    return {"title": "Alarms", "alarms": entries, "note": note if left_out > 0 else ""}
 
 
 def _seesaw(record: RunRecord) -> Part | None:

@@ -37,6 +37,7 @@ _LINE_AFTER_SECONDS = 3.0
 _DOMAINS_SHOWN = 3
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 8
+_MOST_MEANS = 512
 
 
 def progress(iterable: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
@@ -156,13 +157,13 @@ class StepLine:
         self._first = first_iteration
         self._start = time.monotonic()
         self._console = Console(highlight=False, soft_wrap=True)
-        self._kl: dict[str, list[float]] = {}
+        self._kl: dict[str, _Course] = {}
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Take down a step's KL of every domain for the curves; every step, also those not shown."""
         for name, value in flatten(metrics).items():
             if name.startswith("kl/") and _is_finite(value):
-                self._kl.setdefault(name.removeprefix("kl/"), []).append(value)
+                self._kl.setdefault(name.removeprefix("kl/"), _Course()).append(value)
 
     def show(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """Print the line of `iteration`, the number of steps done so far, from metrics named as in
@@ -222,9 +223,27 @@ class StepLine:
     def _largest(self, domains: dict[str, float]) -> str:
         """The domains furthest from their teachers with their curves, and how many others there are."""
         worst = sorted(domains.items(), key=lambda item: -item[1])[:_DOMAINS_SHOWN]
-        curves = {name: sparkline(self._kl.get(name, ())) for name, _ in worst}
+        curves = {name: sparkline(self._kl[name].means) if name in self._kl else "" for name, _ in worst}
         text = " ".join(f"{name} {value:.3g}{curves[name]}" for name, value in worst)
         return text if len(domains) <= _DOMAINS_SHOWN else f"{text} +{len(domains) - _DOMAINS_SHOWN} lower"
+
+
+class _Course:
+    """A series of any length as at most 512 means of equally many neighbours each."""
+
+    def __init__(self):
+        self.means: list[float] = []
+        self._each, self._sum, self._count = 1, 0.0, 0
+
+    def append(self, value: float) -> None:
+        self._sum, self._count = self._sum + value, self._count + 1
+        if self._count < self._each:
+            return
+        self.means.append(self._sum / self._each)
+        self._sum, self._count = 0.0, 0
+        if len(self.means) == _MOST_MEANS:
+            self.means = [(a + b) / 2 for a, b in zip(self.means[::2], self.means[1::2])]
+            self._each *= 2
 
 
 def sparkline(values: Sequence[float]) -> str:

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from megatron_mopd.backend.messages import visible
-from megatron_mopd.observe.metrics import read_metrics
+from megatron_mopd.observe.metrics import MOST_LINES, read_metrics
 
 _INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _MAIN, _GOOD, _WARM = "#1769aa", "#2a9d8f", "#e76f51"
@@ -55,7 +55,7 @@ def draw_report(run_dir: str | Path) -> Path | None:
     Shows what the metrics contain: loss or KL, KL and accuracy of each domain, response length, gradient norm
     and where the time of a step went. Returns `None` when there is nothing to draw.
     """
-    lines = read_metrics(run_dir)
+    lines = read_metrics(run_dir, most=MOST_LINES)
     series = _series(lines)
     domains = sorted({name.split("/", 1)[1] for name in series if name.startswith(("kl/", "accuracy/"))})
     colors = dict(zip(domains, _domain_colors(len(domains))))

@@ -1,6 +1,6 @@
 """What a run says and writes while it goes: metrics, the line of each step, alarms, samples, its own facts.
 
-metrics.jsonl    one object a step (`metrics.py`)
+metrics.jsonl    one object a step (`metrics.py`); what is older is compressed beside it (`journal.py`)
 alarms.jsonl     every alarm with its iteration, 0 for those before the first step
 samples.jsonl    now and then a few responses with the divergence of every token
 run.json         versions of packages, teachers' manifest, ranks and device of the last start, and how answers
@@ -25,7 +25,7 @@ from megatron_mopd.config import Config
 from megatron_mopd.confinement.kernel import Confinement
 from megatron_mopd.observe.journal import ALARMS_FILE, FACTS_FILE, SAMPLES_FILE, Journal
 from megatron_mopd.observe.metrics import MetricsWriter, is_main_rank
-from megatron_mopd.observe.progress import StepLine
+from megatron_mopd.observe.progress import StepLine, say
 from megatron_mopd.observe.weights_and_biases import WeightsAndBiases
 
 _PACKAGES = (
@@ -43,6 +43,9 @@ _PACKAGES = (
     "pyseccomp",
 )
 
+_MOST_SAMPLE_PARTS = 16
+"""Compressed parts of samples that are kept: the first and the newest."""
+
 
 class RunLog:
     """Writes on rank 0; on other ranks every method does nothing."""
@@ -52,14 +55,17 @@ class RunLog:
         self._config, self._first, self._last = config, first, config.schedule.train_iters
         self._is_main = is_main_rank()
         resumed = first or None
-        self._metrics = MetricsWriter(config.run_dir, config.log.tensorboard, resumed_iteration=resumed)
+        self._metrics = MetricsWriter(
+            config.run_dir, config.log.tensorboard, resumed_iteration=resumed, last=self._last, say=say
+        )
         self._line = StepLine(self._last, first_iteration=first)
         self._alarms = self._samples = self._tracker = None
         if self._is_main:
             if config.log.wandb_project is not None:
                 self._tracker = WeightsAndBiases(config)
-            self._alarms = Journal(Path(config.run_dir) / ALARMS_FILE, resumed)
-            self._samples = Journal(Path(config.run_dir) / SAMPLES_FILE, resumed)
+            self._alarms = Journal(Path(config.run_dir) / ALARMS_FILE, resumed, say=say)
+            path = Path(config.run_dir) / SAMPLES_FILE
+            self._samples = Journal(path, resumed, say=say, most_parts=_MOST_SAMPLE_PARTS)
 
     def started(
         self,

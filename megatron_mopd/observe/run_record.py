@@ -19,6 +19,7 @@ from megatron_mopd.observe.journal import (
     SAMPLES_FILE,
     read_journal,
 )
+from megatron_mopd.observe.metrics import MOST_LINES
 
 
 class ReportError(ValueError):
@@ -95,7 +96,7 @@ def read_run(
     if not (directory / METRICS_FILE).exists() and (directory / "mopd" / METRICS_FILE).exists():
         directory = directory / "mopd"
     try:
-        metrics = read_journal(directory / METRICS_FILE)
+        metrics = read_journal(directory / METRICS_FILE, most=MOST_LINES)
     except OSError:
         others = sorted(str(path.parent) for path in directory.glob(f"*/{METRICS_FILE}"))[:3]
         hint = f"; did you mean {' or '.join(others)}?" if others else ""
@@ -127,6 +128,8 @@ def read_run(
 
 def _note_missing(record: RunRecord) -> None:
     say = record.missing.append
+    if record.last - record.metrics[0]["iteration"] >= 2 * MOST_LINES:
+        say("The run is long: curves and means are of every n-th step, evaluations are all there.")
     if not record.facts:
         say(f"No {FACTS_FILE}: the run is of an older version; versions and teachers' manifest are unknown.")
     if not record.samples:
@@ -184,7 +187,7 @@ def _seesaw(
 def _accuracies(directory: str | Path) -> dict[str, float]:
     path = Path(directory) / METRICS_FILE
     try:
-        return _accuracies_in(read_journal(path))
+        return _accuracies_in(read_journal(path, most=MOST_LINES))
     except OSError:
         raise ReportError(f"{directory} has no {METRICS_FILE} to take accuracies from") from None
 

@@ -113,6 +113,8 @@ def save(
         for number in older if settings.keep_last else ():
             if number != best and not (settings.keep_every and number % settings.keep_every == 0):
                 remove_checkpoint(iteration_directory(directory, number))
+        for abandoned in directory.glob(".iter_*.incomplete"):  # of starts that ended while they wrote
+            shutil.rmtree(abandoned, ignore_errors=True)
         schedule = learner.config.schedule
         batch, is_last = iteration // schedule.steps_per_rollout, iteration >= schedule.train_iters
         remove_rollout_logs(learner.config.run_dir, batch, is_last)

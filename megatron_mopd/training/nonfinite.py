@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,13 @@ import torch.distributed as dist
 
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.observe.progress import say
 
 LARGEST_GRADIENT = 1e18
 """Largest magnitude of a gradient's element; with it the sum of 3e2 squares still is a float32."""
+MOST_EVIDENCE = 16
+"""Steps that were left out whose evidence is kept: half of them the first, half the last."""
+MOST_EVIDENCE_BYTES = 2**30
 
 
 @dataclass
@@ -63,7 +68,8 @@ def save_evidence(
     """Write what went into a step that was left out, and where its gradients were not finite.
 
     `directory/iter_0000010/batch.json` (rank 0): metrics and the global batch. `rank_3.json` (each rank that
-    has any): names of parameters whose gradients are not finite, and how many elements. Collectives: none.
+    has any): names of parameters whose gradients are not finite, and how many elements. Of many such steps
+    the first and the last are kept (`limit_evidence`). Collectives: none.
     """
     path = directory / f"iter_{iteration:07d}"
     path.mkdir(parents=True, exist_ok=True)
@@ -89,4 +95,21 @@ def save_evidence(
         ]
         said = {name: repr(value) for name, value in metrics.items()}  # JSON has no NaN
         (path / "batch.json").write_text(json.dumps({"metrics": said, "batch": batch}))
+        limit_evidence(directory)
     return path
+
+
+def limit_evidence(directory: Path) -> None:
+    """Remove evidence from the middle until the first and the last steps that were left out remain, not more
+    than `MOST_EVIDENCE` and `MOST_EVIDENCE_BYTES`; the first and the newest always do. One rank alone: other
+    ranks are done with all but the newest.
+    """
+    sizes = {
+        path: sum(file.stat().st_size for file in path.iterdir())
+        for path in sorted(directory.glob("iter_*/"), key=lambda path: (len(path.name), path.name))
+    }
+    while len(sizes) > 2 and (len(sizes) > MOST_EVIDENCE or sum(sizes.values()) > MOST_EVIDENCE_BYTES):
+        middle = list(sizes)[len(sizes) // 2]
+        del sizes[middle]
+        shutil.rmtree(middle, ignore_errors=True)
+        say(f"evidence/{middle.name} is removed: the first and the last steps that were left out stay")

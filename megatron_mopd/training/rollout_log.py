@@ -22,6 +22,10 @@ from megatron_mopd.observe.progress import say
 from megatron_mopd.rollout.write_ahead import RolloutLog
 from megatron_mopd.training.step import Learner
 
+MOST_LOGS, MOST_LOG_BYTES = 512, 4 * 2**30
+"""Logs of rollout batches that wait for a checkpoint."""
+_LOOK_EVERY = 16
+"""Batches between looks at how much there is."""
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -54,6 +58,8 @@ def open_rollout_log(
         "prompts": [prompt.token_ids for prompt in asked],
     }
     identity = hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+    if number % _LOOK_EVERY == 0 and learner.groups.rank == 0:
+        limit_rollout_logs(learner.config.run_dir, number, rollout.batches_ahead)
     log = RolloutLog(_directory(learner.config.run_dir, number), identity, learner.groups)
     wanted = len(asked) * samples_per_prompt(learner.config)
     complete = sum(known.is_complete for known in log.known.values())
@@ -99,6 +105,32 @@ def remove_rollout_logs(run_dir: str, before: int, is_last: bool) -> None:
     if is_last:  # earlier, another rank may be about to put a log there
         with contextlib.suppress(OSError):
             directory.rmdir()
+
+
+def limit_rollout_logs(run_dir: str, newest: int, ahead: int) -> None:
+    """Where checkpoints are far apart, remove the oldest logs beyond `MOST_LOGS` and `MOST_LOG_BYTES`.
+
+    newest: the batch that is about to be sampled. ahead: `rollout.batches_ahead`. What was sampled before the
+    last checkpoint stays, for the weights that it came from are gone, and so does what would be if one was
+    saved now. A killed run samples the others again, and gets the same. One rank alone.
+    """
+    sizes = {
+        int(path.name.removeprefix("batch_")): sum(file.stat().st_size for file in path.iterdir())
+        for path in sorted(_directory(run_dir, 0).parent.glob("batch_*/"))
+    }
+    first = min(sizes, default=0)  # a checkpoint removes what is before its next batch
+    total, removed = sum(sizes.values()), []
+    for number in (n for n in sizes if first + ahead < n < newest - ahead - 1):
+        if len(sizes) - len(removed) <= MOST_LOGS and total <= MOST_LOG_BYTES:
+            break
+        total -= sizes[number]
+        removed.append(number)
+        shutil.rmtree(_directory(run_dir, number), ignore_errors=True)
+    if first + ahead + 1 in removed:  # the first time since that checkpoint
+        say(
+            f"rollouts/: {newest - first} batches since the last checkpoint, the oldest logs are removed; a "
+            "killed run would sample those batches again (checkpoint.save_interval)"
+        )
 
 
 def _directory(run_dir: str, number: int) -> Path:

@@ -1,0 +1,132 @@
+"""What the records of a long run take on disk: 100,000 steps of twelve domains, through its own writers.
+
+    python benchmarks/growth.py [--steps 100000] [--domains 12]
+
+Every domain has a teacher of its own, so a step has all metrics that there are; values are random with the
+sizes of real ones, a sample of 256 tokens a domain is taken every 50 steps. "Before" is what the files would
+hold if nothing was compressed or left out: all lines as they are written, and for TensorBoard the bytes of
+every value of 500 steps, times the steps.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_mopd.config import config_from_dict
+from megatron_mopd.observe.journal import ALARMS_FILE, METRICS_FILE, SAMPLES_FILE, parts_of, read_journal
+from megatron_mopd.observe.metrics import read_metrics
+from megatron_mopd.observe.run_log import RunLog
+
+_EVALUATE_EVERY = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--domains", type=int, default=12)
+    options = parser.parse_args()
+    rng, domains = random.Random(0), [f"domain_{number}" for number in range(options.domains)]
+    with tempfile.TemporaryDirectory() as name:
+        per_step = tensorboard_bytes(Path(name) / "all", rng, domains) / 500
+        run_dir = Path(name) / "run"
+        started = time.perf_counter()
+        samples, largest = write(run_dir, rng, domains, options.steps)
+        seconds = time.perf_counter() - started
+        began = time.perf_counter()
+        found = read_metrics(run_dir)
+        assert [line["iteration"] for line in found] == list(range(1, options.steps + 1)), "a step is missing"
+        reading = time.perf_counter() - began
+        events = sum(path.stat().st_size for path in run_dir.glob("events*"))
+        print(f"{options.steps} steps, {options.domains} domains, {len(found[-2]) - 1} metrics a step")
+        lines, size = size_of(run_dir / METRICS_FILE)
+        show("metrics", lines, size, f"metrics.jsonl itself at most {largest / 1e6:.1f} MB")
+        show("TensorBoard", per_step * options.steps, events, "logarithmic in the steps")
+        kept = len({line["iteration"] for line in read_journal(run_dir / SAMPLES_FILE)})
+        show("samples", samples, size_of(run_dir / SAMPLES_FILE)[1], f"of {kept} steps")
+        show("alarms", *size_of(run_dir / ALARMS_FILE))
+        print(f"{1e6 * seconds / options.steps:.0f} us a step for all of it; metrics read in {reading:.1f} s")
+
+
+def write(run_dir: Path, rng: random.Random, domains: list[str], steps: int) -> tuple[int, int]:
+    """Bytes of all lines of samples, and of the largest `metrics.jsonl` there was."""
+    config = config_from_dict(
+        {
+            "run_dir": str(run_dir),
+            "schedule": {"train_iters": steps},
+            "log": {"log_interval": max(1, steps // 5)},
+        }
+    )
+    log = RunLog(config, 0)
+    samples = largest = 0
+    for iteration in range(1, steps + 1):
+        log.step(iteration, step_metrics(rng, domains, iteration))
+        if iteration % 1000 == 0:
+            largest = max(largest, (run_dir / METRICS_FILE).stat().st_size)
+        if iteration % config.log.sample_interval == 0:
+            entries = [sample(rng, domain) for domain in domains]
+            samples += sum(len(json.dumps({"iteration": iteration, **entry})) + 1 for entry in entries)
+            log.samples(iteration, entries)
+        if iteration % 500 == 0:
+            log.alarm(iteration, f"the KL of domain {rng.choice(domains)!r} has grown from 0.1 to 0.4")
+    log.close()
+    return samples, largest
+
+
+def step_metrics(rng: random.Random, domains: list[str], iteration: int) -> dict[str, float]:
+    """The metrics of one step under the names that training gives them."""
+    metrics = {"loss": rng.random(), "grad_norm": rng.random(), "lr": 1e-6, "kl": rng.random()}
+    metrics |= {f"time/{phase}": rng.random() for phase in ("rollout", "score", "train", "other")}
+    metrics |= {"tokens_per_second": 1e5 * rng.random(), "response_length": 900 * rng.random()}
+    metrics |= {"tflops": 300 * rng.random(), "mfu": rng.random()}
+    metrics |= {f"teachers/{kind}_bytes": 2.0**30 for kind in ("device", "host", "cache")}
+    for domain in domains:
+        for name in ("kl", "length", "unfinished", "rollout_entropy", "reward"):
+            metrics[f"{name}/{domain}"] = rng.random()
+        for name in ("kl", "score_seconds", "load_seconds", "load_hidden"):
+            metrics[f"teacher/{domain}/{name}"] = rng.random()
+        metrics[f"teacher/{domain}/tokens"] = float(rng.randrange(100_000))
+        metrics[f"teacher/{domain}/loads"] = 4.0
+    if iteration % _EVALUATE_EVERY == 0:
+        metrics |= {f"accuracy/{domain}": rng.random() for domain in domains} | {"accuracy": rng.random()}
+    return metrics
+
+
+def sample(rng: random.Random, domain: str) -> dict:
+    """What a step keeps of one response."""
+    words = [rng.choice((" the", " of", "tion", "\n", " 42", " =", " therefore", "a")) for _ in range(256)]
+    numbers = [[round(rng.expovariate(5.0), 6) for _ in words] for _ in range(2)]
+    return {"domain": domain, "prompt": "p" * 300, "tokens": words, "kl": numbers[0], "logprobs": numbers[1]}
+
+
+def tensorboard_bytes(run_dir: Path, rng: random.Random, domains: list[str]) -> int:
+    """Of 500 steps with every value, each an event of its own."""
+    writer = SummaryWriter(str(run_dir))
+    for iteration in range(1, 501):
+        for name, value in step_metrics(rng, domains, iteration).items():
+            writer.add_scalar(name, value, iteration)
+    writer.close()
+    return sum(path.stat().st_size for path in run_dir.glob("events*"))
+
+
+def size_of(journal: Path) -> tuple[int, int]:
+    """Bytes of a journal's lines, and on disk, with its compressed parts."""
+    lines = size = journal.stat().st_size
+    for part in parts_of(journal):
+        lines += int.from_bytes(part.path.read_bytes()[-4:], "little")  # how gzip ends
+        size += part.path.stat().st_size
+    return lines, size
+
+
+def show(name: str, before: float, after: float, note: str = "") -> None:
+    print(f"{name:12} {before / 1e6:8.1f} MB before, {after / 1e6:7.1f} MB after  {note}")
+
+
+if __name__ == "__main__":
+    main()
