@@ -45,6 +45,7 @@ def read_config(path: Path, where: str) -> tuple[Family, PretrainedConfig]:
     except FileNotFoundError as error:
         raise ConfigError(f"{where}: {path / CONFIG} is not readable: {error}") from None
     model_type = raw.get("model_type")
+    travelling_files(path, where)  # whoever reads a tokenizer or a template next finds regular files
     family = family_named(model_type if isinstance(model_type, str) else repr(model_type)[:80], where)
     try:
         # What was read is handed over: transformers would read the file again, and others that it names.
@@ -105,7 +106,6 @@ class HuggingFaceCheckpoint(WeightSource):
         }
         _check_index(path, promised, tensors, where)
         _check_tensors(path, expected, tensors, untrained, where)
-        travelling_files(path, where)
         reader = SliceReader(path)
         companions = Companions(path, headers, aliases, untrained, reader)
         return cls(path, family, model, weights, companions, tensors, reader)

@@ -5,20 +5,25 @@
 The files are prompts (JSONL), tokenizers (SentencePiece, and a Hugging Face directory), a Hugging Face model
 (safetensors, configuration) and a checkpoint (its JSON files, checksums, pickles and tensors; half of the
 time without the list of checksums, as another program would leave it). Each is damaged in one to three
-places: bytes flipped, cut off, put in, overwritten, or a JSON value changed. It is then read in a process of
-its own, so that a crash of native code and a hang count as failures as well. Prints each failure once, and
-the tally; status 1 when there was one.
+places: bytes flipped, cut off, put in, overwritten, or a JSON value changed. One in three is instead changed
+as only somebody who means it would: a file becomes a link out of the directory, a device or a pipe, or a
+sparse file of gigabytes; a safetensors header or a `.metadata` gets another value; names of files get a
+directory. It is then read in a process of its own, so that a crash of native code and a hang count as failures
+as well. Prints each failure once, and the tally; status 1 when there was one.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
+import struct
 import sys
 import tempfile
 import time
@@ -121,6 +126,53 @@ def damage(path: Path, rng: random.Random) -> str:
     return f"{kind} at {place} of {path.name}"
 
 
+def disguise(path: Path, rng: random.Random) -> str:
+    """Change a file as no accident would; says how."""
+    kind = rng.choice(["link", "sparse", "inside", "inside", "inside"])
+    if kind == "link":
+        outside = path.parents[1] / "outside"
+        outside.write_bytes(path.read_bytes())
+        target = rng.choice([outside, "/dev/zero", "/etc/hostname", "/proc/self/environ", "gone", None])
+        path.unlink()
+        if target is None:
+            os.mkfifo(path)
+        else:
+            path.symlink_to(target)
+        return f"{path.name} links to {target}"
+    if kind == "sparse":
+        with open(path, "r+b") as stream:
+            size = rng.choice([2 * 10**8, 8 * 10**9])
+            stream.write(struct.pack("<Q", size - 8) if rng.random() < 0.5 else b"")
+            stream.truncate(size)
+        return f"{path.name} is sparse, {size} bytes"
+    data = path.read_bytes()
+    with contextlib.suppress(Exception):  # damaged before: nothing left to change
+        if path.suffix == ".safetensors":
+            (length,) = struct.unpack("<Q", data[:8])
+            header = json.dumps(_changed(json.loads(data[8 : 8 + length]), rng)).encode()
+            data = struct.pack("<Q", len(header)) + header + data[8 + length :]
+        elif path.name == ".metadata":
+            data = pickle.dumps(_changed_description(pickle.loads(data), rng))
+        else:
+            names = [b"model", b"__0_0", b"tokenizer"]
+            name, prefix = rng.choice(names), rng.choice([b"../", b"/", b"a/", b"\\u0000", b"../outside/"])
+            data = data.replace(name, prefix + name)
+    path.write_bytes(data)
+    return f"{path.name} changed inside"
+
+
+def _changed_description(metadata, rng: random.Random):
+    """torch's description of a checkpoint with one attribute of one record changed."""
+    key = rng.choice(list(metadata.state_dict_metadata))
+    records = [metadata, metadata.state_dict_metadata[key], rng.choice(list(metadata.storage_data.values()))]
+    record = rng.choice([*records, *getattr(records[1], "chunks", [])])
+    names = [*vars(record), "items"]
+    other = rng.choice(list(metadata.state_dict_metadata.values()))
+    value = rng.choice([None, True, -1, 0, 2**40, "../x", "x", [], {}, torch.Size([2, 2]), torch.Size, other])
+    object.__setattr__(record, rng.choice(names), value)
+    return metadata
+
+
 def _changed(value, rng: random.Random):
     """A JSON value with one value inside it changed."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
@@ -186,7 +238,10 @@ def fuzz(
         if kind == "checkpoint" and rng.random() < 0.5:
             next(target.glob(f"iter_*/{CHECKSUM_FILE}")).unlink()
         files = sorted(path for path in target.rglob("*") if path.is_file())
-        done = [damage(rng.choice(files), rng) for _ in range(rng.randint(1, 3))]
+        if rng.random() < 1 / 3:
+            done = [disguise(rng.choice(files), rng)]
+        else:
+            done = [damage(rng.choice(files), rng) for _ in range(rng.randint(1, 3))]
         result = outcome(read, target, seconds)
         tally[kind, result if result in ("read", "refused") else "failed"] += 1
         if result not in ("read", "refused") and f"{kind}: {result}" not in failures:

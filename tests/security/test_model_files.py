@@ -19,7 +19,12 @@ from transformers import PreTrainedTokenizerFast
 from megatron_mopd.config import ConfigError
 from megatron_mopd.data.tokenizer import HuggingFaceTokenizer
 from megatron_mopd.model import companions, convert, hugging_face
-from megatron_mopd.model.checkpoint import find_checkpoint, latest_iteration, read_architecture
+from megatron_mopd.model.checkpoint import (
+    find_checkpoint,
+    latest_iteration,
+    read_architecture,
+    read_model_config,
+)
 from megatron_mopd.model.checksums import verify_checksums
 from megatron_mopd.model.companions import copy_companion_files, read_companions, take_over_companions
 from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint
@@ -211,12 +216,12 @@ TRAVEL = (
     "config.json generation_config.json tokenizer.model Tokenizer.JSON chat_template.jinja vocab.txt "
     "qwen.tiktoken merges.txt README.md README LICENSE license.txt NOTICE USE_POLICY.md vocab.bpe"
 ).split()
-STAY = (
-    "run.sh RUN.SH lib.so lib.SO.1 data.pkl data.PKL data.Pickle model.bin MODEL.BIN modeling_x.py X.PY "
-    "weights.safetensors W.SAFETENSORS x.pt x.Pth x.ckpt x.gguf x.h5 x.onnx x.exe x.dll x.dylib x.jar x.js "
-    "x.ps1 x.pyc x.npy x.npz x.zip x.tar.gz x.whl x.html x.ipynb x.desktop Makefile Dockerfile core x.json.sh x.service "
-    "sitecustomize.PY x.pth .netrc .hidden/config.json pytorch_model.bin.index.json x.joblib x.dill x.yaml"
-).split()
+STAY = """
+    run.sh RUN.SH lib.so lib.SO.1 data.pkl data.PKL data.Pickle model.bin MODEL.BIN modeling_x.py X.PY x.pyc
+    weights.safetensors W.SAFETENSORS x.pt x.Pth x.ckpt x.gguf x.h5 x.onnx x.exe x.dll x.dylib x.jar x.js
+    x.ps1 x.npy x.npz x.zip x.tar.gz x.whl x.html x.ipynb x.desktop Makefile Dockerfile core x.json.sh x.service
+    sitecustomize.PY x.pth .netrc .hidden/config.json pytorch_model.bin.index.json x.joblib x.dill x.yaml
+""".split()
 
 
 def test_configuration_tokenizer_and_texts_travel_and_nothing_else(tmp_path):
@@ -476,7 +481,8 @@ def test_json_that_is_no_mapping(model, name, content):
         "checksums.json": lambda: verify_checksums(model, "student.load"),
         "layout.json": lambda: read_companions(model, "student.load"),
     }
-    refused(readers[name], "student.load: ", path)
+    reasons = {"large": "limit", "nested": "nested", "twice": "given twice", "not a number": "NaN"}
+    refused(readers[name], "student.load: ", path, reasons.get(content, ""))
     if name == "config.json":
         assert hugging_face.is_hugging_face(model) is False
 
@@ -548,3 +554,14 @@ def test_tracker_is_a_short_file_of_the_directory(tmp_path, secret):
     tracker.unlink()
     os.mkfifo(tracker)
     assert latest_iteration(tmp_path) == 3
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/proc/self/environ"])
+def test_tokenizer_of_a_model_is_not_read_through_a_link_out(model, target):
+    link(model / "tokenizer.json", target)
+    refused(
+        lambda: read_model_config(model, "student.load"),
+        "student.load: ",
+        model / "tokenizer.json",
+        "leads out",
+    )
