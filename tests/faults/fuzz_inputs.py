@@ -8,8 +8,8 @@ time without the list of checksums, as another program would leave it). Each is 
 places: bytes flipped, cut off, put in, overwritten, or a JSON value changed. One in three is instead changed
 as only somebody who means it would: a file becomes a link out of the directory, a device or a pipe, or a
 sparse file of gigabytes; a safetensors header or a `.metadata` gets another value; names of files get a
-directory. It is then read in a process of its own, so that a crash of native code and a hang count as failures
-as well. Prints each failure once, and the tally; status 1 when there was one.
+directory. It is then read in a process of its own, so that a crash of native code and a hang count as
+failures as well. Prints each failure once, and the tally; status 1 when there was one.
 """
 
 from __future__ import annotations

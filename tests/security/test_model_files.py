@@ -218,8 +218,9 @@ TRAVEL = (
 ).split()
 STAY = """
     run.sh RUN.SH lib.so lib.SO.1 data.pkl data.PKL data.Pickle model.bin MODEL.BIN modeling_x.py X.PY x.pyc
-    weights.safetensors W.SAFETENSORS x.pt x.Pth x.ckpt x.gguf x.h5 x.onnx x.exe x.dll x.dylib x.jar x.js
-    x.ps1 x.npy x.npz x.zip x.tar.gz x.whl x.html x.ipynb x.desktop Makefile Dockerfile core x.json.sh x.service
+    weights.safetensors W.SAFETENSORS x.pt x.Pth x.ckpt x.gguf x.h5 x.onnx x.exe x.dll x.dylib x.jar
+    x.js x.ps1 x.npy x.npz x.zip x.tar.gz x.whl x.html
+    x.ipynb x.desktop Makefile Dockerfile core x.json.sh x.service
     sitecustomize.PY x.pth .netrc .hidden/config.json pytorch_model.bin.index.json x.joblib x.dill x.yaml
 """.split()
 
