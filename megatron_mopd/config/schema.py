@@ -169,7 +169,8 @@ class RolloutConfig:
     weights that many batches older, and teachers can score them in the pipeline's bubbles."""
     write_ahead: bool = True
     """Write sampled tokens into `rollouts/` of the run directory every few seconds: a run that is interrupted
-    does not sample them again, and goes on with unfinished responses (not with `routing_replay`)."""
+    does not sample them again, and goes on with unfinished responses (not with `routing_replay`). The next
+    checkpoint removes them; of more than 512 batches or 4 GiB since the last one, the oldest are removed."""
     max_batch_size: int = 256
     """Most sequences decoded at once on one data-parallel rank (bounds the KV cache)."""
 
@@ -369,9 +370,11 @@ class LogConfig:
     """What is shown and written while the run goes."""
 
     log_interval: int = 1
-    """Iterations between lines on the terminal; `metrics.jsonl` has every iteration."""
+    """Iterations between lines on the terminal. `metrics.jsonl` has every iteration, those of long ago in
+    compressed files beside it."""
     tensorboard: bool = True
-    """Write TensorBoard event files into the run directory."""
+    """Write TensorBoard event files into the run directory: every step up to 2048, then of every metric about
+    1024 values whenever the number of steps has doubled."""
     wandb_project: str | None = None
     """Project on Weights & Biases that gets the metrics too (`pip install wandb`); `None`: none is sent."""
     wandb_name: str | None = None
@@ -380,7 +383,8 @@ class LogConfig:
     """Draw `report.png` at the end."""
     sample_interval: int = 50
     """Iterations between samples for the report, `samples.jsonl`: responses with the divergence of every
-    token. The first and the last iteration are always among them; 0: none."""
+    token. The first and the last iteration are always among them; of very many, the first and the newest
+    stay. 0: none."""
     samples_per_domain: int = 1
     """Responses of each domain that such a sample holds."""
 

@@ -27,7 +27,7 @@ from megatron_mopd.observe.journal import METRICS_FILE, Journal, read_journal
 
 FULL_STEPS = 1024
 """TensorBoard gets about so many values of a metric whenever the number of steps has doubled."""
-MOST_LINES = 20_000
+MOST_LINES = 5_000
 """Of a longer run, pictures show every n-th step."""
 
 

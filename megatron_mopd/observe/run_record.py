@@ -128,7 +128,7 @@ def read_run(
 
 def _note_missing(record: RunRecord) -> None:
     say = record.missing.append
-    if record.last - record.metrics[0]["iteration"] >= 2 * MOST_LINES:
+    if record.last - record.metrics[0]["iteration"] >= MOST_LINES:
         say("The run is long: curves and means are of every n-th step, evaluations are all there.")
     if not record.facts:
         say(f"No {FACTS_FILE}: the run is of an older version; versions and teachers' manifest are unknown.")
