@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_mopd.backend.launch import read_launch
 from megatron_mopd.backend.lifeline import Lifeline
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.parallel import (
     ParallelGroups,
     build_parallel_groups,
@@ -181,7 +182,7 @@ def examine_confinement(inputs: Inputs) -> Confinement | None:
     except Unanswered as error:
         raise ConfigError(f"answers have to be scored in a confined process: {error}") from None
     if (warning := confinement.warning()) is not None:
-        print(f"warning: {socket.gethostname()}: {warning}", flush=True)
+        print(f"warning: {socket.gethostname()}: {visible(warning)}", flush=True)
     return confinement
 
 

@@ -135,6 +135,7 @@ _OWN = {
     "''",
     "summary(found)",
     "summary(software)",
+    "attack_summary(found)",
     "section",
     "heads",
     "name",
@@ -213,7 +214,10 @@ def test_what_a_model_writes_on_a_terminal_and_into_a_pipe(monkeypatch):
     leader, follower = pty.openpty()
     with os.fdopen(follower, "w", encoding="utf-8") as stream:
         _written(monkeypatch, stream)
-        shown = os.read(leader, 1000).decode()
+        data = b""
+        while not data.endswith(b"u202e\r\n"):  # a terminal hands over what has arrived
+            data += os.read(leader, 1000)
+    shown = data.decode()
     monkeypatch.undo()
     assert shown.replace("\r\n", "\n") == "a\tb\n\\x1b[2J\\r\\u202e\n"
     os.close(leader)
