@@ -83,6 +83,8 @@ LAUNCHES = [
     (TORCHRUN, {"WORLD_SIZE": "1", "RANK": "0"}, Launch(0, 1, 1, None)),
     ({}, {"SLURM_STEP_NUM_TASKS": "1"}, Launch(0, 1, 0, None)),
     (TORCHRUN, {"SLURM_STEP_NUM_TASKS": "8"}, Launch(1, 3, 1, ("127.0.0.1", 29500))),
+    (TORCHRUN, {"LOCAL_WORLD_SIZE": "2"}, Launch(1, 3, 1, ("127.0.0.1", 29500), 2)),
+    (TORCHRUN, {"LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE='two' is not a number"),
     (TORCHRUN, {"MASTER_ADDR": None}, "MASTER_ADDR is not set although WORLD_SIZE=3; start with torchrun"),
     (TORCHRUN, {"MASTER_PORT": None}, "MASTER_PORT is not set although WORLD_SIZE=3; start with torchrun"),
     (TORCHRUN, {"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a number"),
@@ -104,6 +106,13 @@ def test_variables_of_the_launcher(variables, changes, expected):
     else:
         with pytest.raises(ConfigError, match=expected):
             read_launch(environment)
+
+
+def test_whether_a_job_is_on_one_host():
+    """Known only where the launcher says so: the lifeline then needs no secret from the user."""
+    assert Launch(0, 1, 0, None).is_on_one_host
+    for here, is_on_one_host in ((3, True), (2, False), (None, False)):
+        assert Launch(1, 3, 1, ("127.0.0.1", 29500), here).is_on_one_host is is_on_one_host
 
 
 def test_more_ranks_than_gpus(monkeypatch):
