@@ -53,8 +53,8 @@ def travelling_files(directory: Path, where: str) -> list[Path]:
             raise ConfigError(f"{where}: {path} is not a file; remove it, or put the file there")
         if (size := real.stat().st_size) > TRAVELLING_LIMIT:
             raise ConfigError(
-                f"{where}: {path} has {size} bytes, and what travels with a model at most "
-                f"{TRAVELLING_LIMIT}; move it out of the model's directory"
+                f"{where}: {path} has {size} bytes, the limit is {TRAVELLING_LIMIT} for what travels with a "
+                "model; move it out of the model's directory"
             )
         found.append(relative)
     if len(found) > _MOST_FILES:
