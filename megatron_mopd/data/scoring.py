@@ -57,5 +57,12 @@ def _task(name: str, params: str) -> reasoning_gym.dataset.ProceduralDataset:
     return reasoning_gym.create_dataset(name, **json.loads(params), seed=0, size=1)
 
 
+def _warm_up() -> None:
+    """Fill the parsers' own caches, which every worker then starts with; each would take 0.2 s for it."""
+    for text in ("$\\frac{1}{2}$", "1/2 + 3**2"):
+        math_equal(text, "\\frac{1}{2}", None)
+
+
 if __name__ == "__main__":
+    _warm_up()
     serve(SCORES, _LIMITS, checks_evaluation=True)

@@ -10,16 +10,22 @@ import sys
 import textwrap
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from megatron_mopd.backend.finding import Level
 from megatron_mopd.commands import confinement_examination, doctor
 from megatron_mopd.commands.confinement_examination import attack_findings, attack_summary
+from megatron_mopd.config import ConfigError, load_config
 from megatron_mopd.confinement import process as client
 from megatron_mopd.confinement.kernel import Confinement, landlock_version
 from megatron_mopd.confinement.process import ConfinedProcess, HandlerError, Unanswered, examine
+from megatron_mopd.data.prompt import Prompt
+from megatron_mopd.observe.run_log import RunLog
+from megatron_mopd.training import setup
 
 # The attacks that may succeed where `Confinement.missing` says so.
 READING = ("read a file", "list a directory", "read /etc/passwd", "read the trainer's environment")
@@ -355,6 +361,45 @@ def test_the_doctor_says_it(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert ended.value.code == 0
     assert "connect by TCP" in printed and "attacks" in printed.splitlines()[-1]
+
+
+def run_inputs(verifier, text="1 + 1"):
+    prompts = [Prompt(text, (1,), "d", "2", verifier, None, 0, "p")]
+    return SimpleNamespace(prompts=prompts, eval_prompts=None)
+
+
+def test_the_start_of_a_run_warns_once_a_host_and_records_what_there_is(monkeypatch, capsys, tmp_path):
+    weak = Confinement("Linux", 0, True, False, True)
+    monkeypatch.setattr(setup, "examine", lambda: weak)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert setup.examine_confinement(run_inputs("math_verify")) is weak
+    printed = capsys.readouterr().out
+    assert printed.startswith("warning: ") and "read this user's files" in printed
+    assert printed.count("\n") == 1
+    assert setup.examine_confinement(run_inputs("exact_match", ({"role": "user", "content": "1"},))) is weak
+    assert setup.examine_confinement(run_inputs("exact_match")) is None
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert setup.examine_confinement(run_inputs("math_verify")) is None
+
+    log = RunLog(load_config(None, [f"run_dir={tmp_path}"]), 0)
+    log.started({}, 1, torch.device("cpu"), weak)
+    log.close()
+    assert json.loads((tmp_path / "run.json").read_text())["confinement"] == weak.to_dict()
+
+
+def test_a_full_confinement_is_not_mentioned(monkeypatch, capsys):
+    monkeypatch.setattr(setup, "examine", lambda: Confinement("Linux", 7, True, False, True))
+    assert setup.examine_confinement(run_inputs("math_verify")).missing() == []
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_cannot_confine_answers_does_not_start(monkeypatch):
+    def examine():
+        raise Unanswered("cannot be started")
+
+    monkeypatch.setattr(setup, "examine", examine)
+    with pytest.raises(ConfigError, match="answers have to be scored in a confined process: cannot"):
+        setup.examine_confinement(run_inputs("math_verify"))
 
 
 def test_landlock_is_used_where_it_is():
