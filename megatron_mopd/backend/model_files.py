@@ -99,7 +99,7 @@ def parse_mapping(text: str | bytes) -> dict[str, Any]:
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if type(value) is not dict:
@@ -116,8 +116,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
+def _constant(name: str) -> float:
+    """Python writes what JSON does not have: the `time_step_limit` of Mamba models is infinite."""
+    if name == "NaN":
+        raise ValueError("NaN is not a number of JSON")
+    return float(name)
 
 
 def _one_line(error: Exception) -> str:

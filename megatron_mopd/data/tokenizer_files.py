@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_mopd.backend.model_files import JSON_LIMIT, read_limited, real_path
 from megatron_mopd.config import ConfigError
 
-_LARGEST_FILE = 256 << 20
+_LARGEST_FILE = JSON_LIMIT
 _LONGEST_TOKEN = 1 << 14
 """Characters. A response of 16,384 tokens then is at most 256 MiB of text."""
 _LARGEST_GROWTH = 10_000
@@ -25,12 +27,12 @@ def check_tokenizer_files(directory: Path) -> None:
     the tokenizer to blow text up (replacements of replacements, which add up like an XML entity bomb).
     """
     for file in sorted(file for pattern in _FILES for file in directory.glob(pattern)):
-        check_size(file)
+        check_size(real_path(directory, file.name))
     path = directory / "tokenizer.json"
     if not path.exists():
         return
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_limited(directory, path.name, _LARGEST_FILE))
         steps = [list(_steps(content.get(part))) for part in ("normalizer", "pre_tokenizer", "decoder")]
         growth = max(math.prod(map(_growth, part)) for part in steps)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -43,12 +45,14 @@ def check_tokenizer_files(directory: Path) -> None:
 
 
 def check_size(file: Path) -> None:
-    """`ConfigError` when `file` is larger than any tokenizer's."""
+    """`ConfigError` when `file` is no regular file, or larger than any tokenizer's."""
     try:
-        size = file.stat().st_size
+        found = file.stat()
     except OSError:
         return  # whoever reads it says so
-    if size > _LARGEST_FILE:
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise ConfigError(f"{file} is not a regular file")
+    if (size := found.st_size) > _LARGEST_FILE:
         raise ConfigError(f"{file}: {size / 1e6:.0f} MB is too large for a file of a tokenizer")
 
 

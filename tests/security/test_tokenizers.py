@@ -1,6 +1,7 @@
 """Downloaded tokenizers and chat templates cannot hang, fill the memory or run code; prompts are bounded."""
 
 import json
+import os
 import time
 
 import psutil
@@ -165,6 +166,18 @@ def test_a_file_of_gigabytes_is_refused_unread(name, copy):
     with pytest.raises(ConfigError, match=f"{name}: 6442 MB is too large"):
         load_tokenizer(path)
     assert time.monotonic() - started < 30
+
+
+def test_a_device_or_a_pipe_in_place_of_a_file_is_refused_unread(copy):
+    path = copy()
+    (path / "tokenizer.json").unlink()
+    os.mkfifo(path / "tokenizer.json")
+    with pytest.raises(ConfigError, match="tokenizer.json is not a regular file"):
+        load_tokenizer(path)
+    (path / "tokenizer.json").unlink()
+    (path / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="tokenizer.json leads out of the model's directory, to /dev/zero"):
+        load_tokenizer(path)
 
 
 def test_a_sentencepiece_model_of_gigabytes_is_refused_unread(tmp_path):
