@@ -45,8 +45,11 @@ def answers(kind: str, count: int) -> list[Request]:
     if kind == "math_verify, numbers":
         return [("math_verify", str(i), str(i - i % 2), None) for i in range(count)]
     if kind == "math_verify, LaTeX":
-        texts = [f"so it is $\\frac{{{i}}}{{{i + 1}}}$" for i in range(count)]
-        return [("math_verify", text, texts[i - i % 2], None) for i, text in enumerate(texts)]
+        fractions = [f"\\frac{{{i}}}{{{i + 1}}}" for i in range(count)]
+        return [
+            ("math_verify", f"so it is ${text}$", fractions[i - i % 2], None)
+            for i, text in enumerate(fractions)
+        ]
     task = reasoning_gym.create_dataset(kind, seed=1, size=count)
     entries = [{**task[i], "params": {}} for i in range(count)]
     return [

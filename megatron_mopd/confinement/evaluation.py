@@ -17,7 +17,13 @@ import sys
 from enum import Enum
 
 _SYMPY_PRELUDE = "from sympy import *"  # what `sympy.parse_expr` itself executes
+# Modules that generate code of their own, from numbers and from names that they check. Not `lambdify`, which
+# prints the names of symbols.
+_GENERATORS = frozenset(("collections", "dataclasses", "sympy.polys.monomials"))
 _LONGEST = 100_000
+_LONGEST_KNOWN, _MOST_KNOWN = 2000, 1000
+# Without letters there are no names, so nothing can be called, imported or defined.
+_WITHOUT_NAMES = re.compile(r"[0-9 .,+\-*/%()\[\]{}<>=:'\"\n]*")
 # A comment that declares another encoding would let compiler and check read different texts (PEP 263).
 _ENCODING = re.compile(r"#.*coding[:=]")
 
@@ -80,6 +86,8 @@ class Evaluations:
         self.refused = False
         """Whether something was refused since this was last set to false."""
         self._is_reading = False
+        self._known: set[tuple[Allowed, str]] = set()
+        """Texts that have passed: a compilation raises the event twice, and references come again."""
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple) -> None:
@@ -92,6 +100,10 @@ class Evaluations:
             return
         if isinstance(source, str) and source.strip() == _SYMPY_PRELUDE:
             return
+        if sys._getframe(1).f_globals.get("__name__") in _GENERATORS:
+            return
+        if isinstance(source, str) and (self.allowed, source) in self._known:
+            return
         self._is_reading = True
         try:
             is_allowed = is_expression(source, pure=self.allowed is Allowed.PURE_EXPRESSIONS)
@@ -100,6 +112,10 @@ class Evaluations:
         if not is_allowed:
             self.refused = True
             raise EvaluationRefused("the text to evaluate is more than an expression")
+        if isinstance(source, str) and len(source) < _LONGEST_KNOWN:
+            if len(self._known) == _MOST_KNOWN:
+                self._known.clear()
+            self._known.add((self.allowed, source))
 
 
 def is_expression(source: str | ast.AST, pure: bool) -> bool:
@@ -111,6 +127,8 @@ def is_expression(source: str | ast.AST, pure: bool) -> bool:
     if isinstance(source, str):
         if len(source) > _LONGEST or _ENCODING.search(source):
             return False
+        if _WITHOUT_NAMES.fullmatch(source):
+            return True
         source = ast.parse(source.lstrip(" \t"))
     if isinstance(source, ast.Module) and len(source.body) > 1:
         return False

@@ -18,6 +18,7 @@ import struct
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NoReturn
 
 from megatron_mopd.confinement.evaluation import Allowed, Evaluations
@@ -73,7 +74,7 @@ def serve(handlers: Handlers, limits: Limits, *, checks_evaluation: bool) -> NoR
         while True:
             request = receive(requests, _FOREVER, LONGEST_REQUEST)
             seconds, alone = REQUEST.unpack_from(request)
-            answers = [workers.answer(one, seconds, alone) for one in unpack(request[REQUEST.size :])]
+            answers = workers.answer(unpack(request[REQUEST.size :]), seconds, alone)
             send(replies, pack(answers), _FOREVER)
     workers.end()
     os._exit(0)
@@ -94,21 +95,37 @@ class _Workers:
         self._program, self._requests = program, requests
         self._worker: _Worker | None = None
 
-    def answer(self, request: bytes, seconds: float, alone: bool) -> bytes:
-        """What the trainer is told: how it went (a letter), and the answer."""
-        deadline = time.monotonic() + seconds
-        if not alone:
-            if self._worker is None:
-                self._worker = self._fork(_REQUESTS_OF_A_WORKER * seconds, Allowed.PURE_EXPRESSIONS)
-            outcome = self._ask(self._worker, request, deadline)
-            self._worker.requests += 1
-            if outcome[:1] != ANSWERED or self._worker.requests == _REQUESTS_OF_A_WORKER:
-                self.end()
-            if outcome[1:] != _MORE_THAN_AN_EXPRESSION:
-                return outcome
+    def answer(self, requests: list[bytes], seconds: float, alone: bool) -> list[bytes]:
+        """What the trainer is told of each request: how it went (a letter), and the answer."""
+        outcomes: list[bytes] = []
+        while not alone and len(outcomes) < len(requests):
+            outcomes += self._in_turn(requests[len(outcomes) :], seconds)
+        return [
+            self._alone(request, seconds)
+            if outcome is None or outcome[1:] == _MORE_THAN_AN_EXPRESSION
+            else outcome
+            for request, outcome in zip_longest(requests, outcomes)
+        ]
+
+    def _in_turn(self, requests: list[bytes], seconds: float) -> list[bytes]:
+        """Outcomes of the first requests, up to the one that costs the worker its life; at least one."""
+        if self._worker is None:
+            self._worker = self._fork(_REQUESTS_OF_A_WORKER * seconds, Allowed.PURE_EXPRESSIONS)
+        worker, outcomes = self._worker, []
+        failure = self._hand_over(worker, requests, seconds)
+        while failure is None and len(outcomes) < len(requests):
+            outcome = self._await(worker, seconds)
+            outcomes.append(outcome)
+            failure = None if outcome[:1] == ANSWERED else outcome
+        worker.requests += len(outcomes)
+        if failure is not None or worker.requests >= _REQUESTS_OF_A_WORKER:
+            self.end()
+        return outcomes or [failure]
+
+    def _alone(self, request: bytes, seconds: float) -> bytes:
         worker = self._fork(seconds, Allowed.EXPRESSIONS)
         try:
-            return self._ask(worker, request, deadline)
+            return self._hand_over(worker, [request], seconds) or self._await(worker, seconds)
         finally:
             worker.end()
 
@@ -117,11 +134,20 @@ class _Workers:
             self._worker.end()
             self._worker = None
 
-    def _ask(self, worker: _Worker, request: bytes, deadline: float) -> bytes:
+    def _hand_over(self, worker: _Worker, requests: list[bytes], seconds: float) -> bytes | None:
         try:
-            send(worker.requests_to, request, deadline)
+            send(worker.requests_to, pack(requests), time.monotonic() + seconds)
+        except TimeoutError:
+            return LATE
+        except Disconnected:
+            return DIED
+        return None
+
+    def _await(self, worker: _Worker, seconds: float) -> bytes:
+        longest = self._limits.longest_answer
+        try:
             return ANSWERED + receive(
-                worker.replies_from, deadline, self._limits.longest_answer, closes=self._requests
+                worker.replies_from, time.monotonic() + seconds, longest, closes=self._requests
             )
         except TimeoutError:
             return LATE
@@ -152,8 +178,9 @@ class _Workers:
 
     def _work(self, requests: int, replies: int, allowed: Allowed) -> NoReturn:
         while True:
-            name, *arguments = pickle.loads(receive(requests, _FOREVER, LONGEST_REQUEST))
-            send(replies, self._handle(name, arguments, allowed), _FOREVER)
+            for request in unpack(receive(requests, _FOREVER, LONGEST_REQUEST)):
+                name, *arguments = pickle.loads(request)
+                send(replies, self._handle(name, arguments, allowed), _FOREVER)
 
     def _handle(self, name: str, arguments: list[Any], allowed: Allowed) -> bytes:
         evaluations = self._evaluations

@@ -3,12 +3,13 @@
 import contextlib
 import random
 import time
+from pathlib import Path
 
 import pytest
 import reasoning_gym
 
 from megatron_mopd.confinement.evaluation import is_expression
-from megatron_mopd.data import verifiers
+from megatron_mopd.data import scoring, verifiers
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.scoring_process import ScoringProcess
 from megatron_mopd.data.verifiers import Score, final_answer, score
@@ -195,3 +196,34 @@ def test_what_is_allowed_compiles_to_code_that_only_calls_allowed_names():
             assert not set(code.co_names) - {"x", "Symbol", "abs", "__doc__"}, text
             assert not any(hasattr(constant, "co_code") for constant in code.co_consts), text
     assert passed > 100
+
+
+def answers_of_all_kinds():
+    """Right ones, wrong ones, and the same in other words; and what the evaluating tasks are given."""
+    for line in (Path(__file__).parent / "math_answers.txt").read_text().splitlines():
+        reference, *given = line.split(" | ")
+        yield from (("math_verify", answer, reference, None) for answer in given)
+    for task in EVALUATING:
+        entry = task_prompt(task).entry
+        for answer in (
+            entry["answer"],
+            "1+2*x",
+            "[1,2]",
+            "x**2+sin(x)*exp(y)",
+            "['a','b']",
+            "erf(2)",
+            "\n1 2\n3 4",
+        ):
+            yield "reasoning_gym", answer, entry["answer"], entry
+
+
+def test_confinement_changes_no_verdict(process):
+    """Also where the libraries generate code of their own, which the check has to let pass."""
+    requests = list(answers_of_all_kinds())
+    differing = []
+    for request, confined in zip(requests, process.score(requests, 60.0)):
+        direct = scoring.SCORES[request[0]](*request[1:])  # these answers are ours
+        if confined != direct:
+            differing.append((request[:3], direct, confined))
+    assert not differing
+    assert len(requests) > 190
