@@ -122,7 +122,7 @@ def is_expression(source: str | ast.AST, pure: bool) -> bool:
     """Whether `source`, text or a syntax tree, is one expression as `Allowed` describes it.
 
     Raises what Python's parser raises for text that it cannot read (`SyntaxError`, `RecursionError`, ...):
-    then nobody may compile it, lest two readers of one text disagree.
+    then nobody may compile it, lest two readers of one text disagree. Text without letters is not parsed.
     """
     if isinstance(source, str):
         if len(source) > _LONGEST or _ENCODING.search(source):

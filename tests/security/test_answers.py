@@ -157,7 +157,6 @@ def test_expressions_for_a_worker_of_its_own(text):
         "await x",
         "-_",
         "# coding: utf-7\n1",
-        "(1)(2)",
         "[abs][0](1)",
         "1" * 200_000,
     ],
@@ -166,11 +165,20 @@ def test_more_than_an_expression_is_refused(text):
     assert not is_expression(text, pure=False) and not is_expression(text, pure=True)
 
 
-@pytest.mark.parametrize("text", ["certainly not a number", "(", "1 +", "__import__('os') \\\n ", "x\0", "'"])
+@pytest.mark.parametrize(
+    "text", ["certainly not a number", "(x", "1 + x +", "__import__('os') \\\n ", "x\0", "'x"]
+)
 def test_what_the_check_cannot_parse_nobody_may_compile(text):
     """The hook raises what the parser raises, so that two readers cannot see two texts."""
     with contextlib.suppress(SyntaxError, ValueError):
         assert not is_expression(text, pure=True)
+
+
+@pytest.mark.parametrize("text", ["(1)(2)", "(", "1 +", "'", "[1, 2]", "9**9"])
+def test_text_without_letters_can_name_nothing_and_is_left_to_the_compiler(text):
+    assert is_expression(text, pure=True)
+    with contextlib.suppress(SyntaxError):
+        assert compile(text, "<test>", "eval", optimize=0).co_names == ()
 
 
 def test_what_is_allowed_compiles_to_code_that_only_calls_allowed_names():
