@@ -32,6 +32,7 @@ from megatron_mopd.backend.job_secret import (
     write_private_file,
 )
 from megatron_mopd.backend.launch import Launch, read_launch
+from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.network import loopback_address, own_address
 from megatron_mopd.backend.reception import HANDSHAKE_SECONDS, Reception, notice_a_lost_machine
 
@@ -186,7 +187,8 @@ class Lifeline:
 
     def _say_unnoticed(self, why: Exception) -> None:
         if not self._released.is_set():
-            print(f"rank {self._rank}: the death of other ranks will not be noticed: {why}", flush=True)
+            text = f"rank {self._rank}: the death of other ranks will not be noticed: {why}"
+            print(visible(text), flush=True)
 
     def _remove_key_file(self) -> None:
         path, self._key_file = self._key_file, None

@@ -87,7 +87,7 @@ class Confinement:
             if self.landlock < _SCOPES_SINCE:
                 can.append("signal and trace this user's processes")
             if self.superuser:
-                can.append("start processes")
+                can.append("start processes that outlive it")
             can.append("make any other system call")
         return can
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mopd.backend.messages import shown
 from megatron_mopd.config import ConfigError, PromptSource
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.reasoning_tasks import task_entries
@@ -246,17 +247,17 @@ def _from_line(line: bytes, source: PromptSource, origin: str) -> Prompt:
     for key in values:  # other keys are the file's own business, but not a misspelling of ours
         close = [] if key in _LINE_KEYS else difflib.get_close_matches(key, _LINE_KEYS, n=1, cutoff=0.8)
         if close and close[0] not in values:
-            raise ConfigError(f"{origin}: unknown key {key!r}; did you mean {close[0]!r}?")
+            raise ConfigError(f"{origin}: unknown key {shown(key)}; did you mean {close[0]!r}?")
     domain = source.domain or values.get("domain")
     if domain is None:
         raise ConfigError(f"{origin}: `domain` is missing")
     if not isinstance(domain, str) or not domain:
-        raise ConfigError(f"{origin}: `domain` must be a name, found {domain!r}")
+        raise ConfigError(f"{origin}: `domain` must be a name, found {shown(domain)}")
     answer = values.get("answer")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
     if not isinstance(answer, (str, type(None))):
-        raise ConfigError(f"{origin}: `answer` must be text or a number, found {answer!r}")
+        raise ConfigError(f"{origin}: `answer` must be text or a number, found {shown(answer)}")
     verifier = values.get("verifier") or source.verifier or "exact_match"
     check_verifier(verifier, origin)
     if verifier == "reasoning_gym":
@@ -271,7 +272,7 @@ def _text(values: dict[str, Any], origin: str) -> str | tuple[dict[str, str], ..
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, list) or not prompt:
-        raise ConfigError(f"{origin}: `prompt` must be text or a list of messages, found {prompt!r}")
+        raise ConfigError(f"{origin}: `prompt` must be text or a list of messages, found {shown(prompt)}")
     for number, turn in enumerate(prompt):
         if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in ("role", "content")):
             raise ConfigError(f"{origin}: message {number} of `prompt` needs text `role` and `content`")

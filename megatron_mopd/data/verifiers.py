@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from megatron_mopd.backend.messages import shown
 from megatron_mopd.config import ConfigError, nearest
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.scoring_process import ScoringProcess
@@ -135,7 +136,7 @@ def accuracy(scores: Iterable[Score]) -> Accuracy:
 def check_verifier(name: str, where: str) -> None:
     """Raise `ConfigError` naming the nearest verifier when there is none called `name`."""
     if name not in VERIFIERS:
-        raise ConfigError(f"{where}: unknown verifier {name!r}{nearest(str(name), VERIFIERS)}")
+        raise ConfigError(f"{where}: unknown verifier {shown(name)}{nearest(str(name), VERIFIERS)}")
 
 
 def final_answer(response: str) -> str:

@@ -46,7 +46,7 @@ EXPLAINED = {
         *("signal a process of this user", "kill its supervisor", "have the kernel signal a process"),
         "trace a process",
     ),
-    "start processes": ("fork", "start a program", "raise its priority"),
+    "start processes that outlive it": ("fork", "start a program", "raise its priority"),
     "make any other system call": (
         *("become another program", "start a thread", "enter a new namespace", "make calls through io_uring"),
         *("outlive its supervisor", "leave its session", "listen on a TCP port"),
