@@ -98,6 +98,15 @@ GUARDS = {
         # Sampled anew they are the same tokens: which ones are kept cannot depend on their length.
         "rollout/test_megatron_engine.py::test_tokens_follow_from_seed_and_index_alone",
     ),
+    # What others wrote
+    "A filter in front of `eval`: answers that it did not match ran code in the trainer": (
+        "security/test_answers.py::test_every_verifier_but_exact_match_scores_in_the_confined_process",
+        "security/test_answers.py::test_code_in_an_answer_is_not_run_and_the_next_answer_is_judged_as_ever",
+    ),
+    "A check of pickled metadata that the metadata could blind": (
+        "security/test_checkpoint_pickles.py::test_blinded_check_does_not_run_code",
+        "security/test_checkpoint_pickles.py::test_what_the_check_saw_is_what_torch_uses",
+    ),
 }
 
 
