@@ -129,14 +129,14 @@ def confine(memory_bytes: int, readable: Iterable[str | Path]) -> tuple[Confinem
     and nothing outside is signalled. Pipes that are open stay usable. Returns what there was, and the filter
     for `confine_worker`.
     """
+    # When the machine runs out of memory, this process goes before the trainer.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
     limit = _address_space() + memory_bytes
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    # When the machine runs out of memory, this process goes before the trainer.
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
     found = Confinement(superuser=os.geteuid() == 0)
     if found.system != "Linux":
         return found, b""
@@ -147,22 +147,22 @@ def confine(memory_bytes: int, readable: Iterable[str | Path]) -> tuple[Confinem
     return Confinement(found.system, version, bool(program), namespace, found.superuser), program
 
 
-def confine_worker(seconds: float, program: bytes) -> None:
-    """Confine a process forked by a confined one: it makes no system call but those listed, starts no
-    process and no thread, signals nobody, and ends with its parent. Its processor time is limited to
+def confine_worker(seconds: float, program: bytes, parent: int) -> None:
+    """Confine a process forked by `parent`, a confined one: it makes no system call but those listed, starts
+    no process and no thread, signals nobody, and ends with its parent. Its processor time is limited to
     `seconds` from now on, rounded up, whoever supervises it.
     """
     used = sum(os.times()[:2])
-    limit = math.ceil(used + seconds)
+    limit = math.ceil(min(used + seconds, 1e9))  # there may be no limit
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
     if hasattr(resource, "RLIMIT_NPROC"):
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     if platform.system() != "Linux":
         return
-    libc, parent = _libc(), os.getppid()
+    libc = _libc()
     libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)  # it died before the line above
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
     # A domain of its own inside the parent's: it cannot signal the parent either.
     if landlock_version() >= _SCOPES_SINCE:
         _restrict(struct.pack("<QQQ", 0, 0, _ABSTRACT_SOCKETS_AND_SIGNALS), ())
@@ -191,6 +191,7 @@ def readable_by_imports() -> set[str]:
         if file and "." not in name and name != "__main__":
             path = Path(file)
             paths.add(str(path.parent if path.stem == "__init__" else path))
+    paths |= {path for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
     paths |= {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache"}
     paths |= {str(Path(sys.base_prefix) / "lib"), "/usr/share/zoneinfo", "/etc/localtime"}
     paths |= {"/dev/null", "/dev/urandom", "/dev/zero"}

@@ -159,6 +159,7 @@ class _Workers:
     def _fork(self, seconds: float, allowed: Allowed) -> _Worker:
         their_requests, requests_to = os.pipe()
         replies_from, their_replies = os.pipe()
+        supervisor = os.getpid()
         process = os.fork()
         if process == 0:
             # Everything below ends in os._exit: the worker must never return into the loop of its parent.
@@ -166,7 +167,7 @@ class _Workers:
                 _close_all_but(their_requests, their_replies)
                 os.set_blocking(their_requests, False)
                 os.set_blocking(their_replies, False)
-                confine_worker(seconds, self._program)
+                confine_worker(seconds, self._program, supervisor)
                 self._work(their_requests, their_replies, allowed)
             finally:
                 os._exit(1)
@@ -189,7 +190,7 @@ class _Workers:
         try:
             answer = {"value": self._handlers[name](*arguments)}
         except BaseException as error:  # `exit()` in an answer, a Rust panic, an interrupt that was raised
-            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+            answer = {"error": f"{type(error).__name__}: {error}"[:300]}
         if evaluations is not None:
             evaluations.allowed = Allowed.EVERYTHING
             if evaluations.refused and allowed is Allowed.PURE_EXPRESSIONS:

@@ -21,8 +21,6 @@ from megatron_mopd.confinement.server import Limits, serve
 # It warns that timeouts are off (the process is killed instead) and about every expression it cannot read.
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
-_LIMITS = Limits(memory_bytes=2 << 30, longest_answer=1 << 10)
-
 
 def math_equal(response: str, answer: str, entry: dict[str, Any] | None) -> float:
     """1 when both are equal as mathematics: numbers, fractions, sets, intervals, in LaTeX or plain."""
@@ -65,4 +63,4 @@ def _warm_up() -> None:
 
 if __name__ == "__main__":
     _warm_up()
-    serve(SCORES, _LIMITS, checks_evaluation=True)
+    serve(SCORES, Limits(), checks_evaluation=True)

@@ -174,6 +174,7 @@ def test_what_the_check_cannot_parse_nobody_may_compile(text):
         assert not is_expression(text, pure=True)
 
 
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @pytest.mark.parametrize("text", ["(1)(2)", "(", "1 +", "'", "[1, 2]", "9**9"])
 def test_text_without_letters_can_name_nothing_and_is_left_to_the_compiler(text):
     assert is_expression(text, pure=True)

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -255,6 +256,17 @@ def test_closing_does_not_wait_for_an_answer(confined):
 def test_processor_time_is_limited_by_the_kernel_too(confined):
     process = confined(HANDLERS)
     assert 2 <= process.ask("processor_limit", seconds=2, alone=True) <= 30
+
+
+def test_no_limit_of_time_is_possible(confined):
+    assert confined(HANDLERS).ask("echo", 1, seconds=float("inf")) == 1
+
+
+def test_confined_processes_go_first_when_memory_is_short(confined):
+    process = confined(HANDLERS)
+    worker = process.ask("pid", seconds=30)
+    for number in (worker, process._process.pid):
+        assert Path(f"/proc/{number}/oom_score_adj").read_text().strip() == "1000"
 
 
 def test_requests_larger_than_a_pipe_arrive_whole(confined):
