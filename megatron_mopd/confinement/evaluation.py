@@ -5,8 +5,8 @@ in CPython raises the audit event `compile` with the text, before anything is co
 the text as a syntax tree and refuses what is not an expression of numbers, literals and mathematical
 functions. The evaluating library sees an exception, as for any text that it cannot evaluate.
 
-It is the second line of defence: a text that this check lets through wrongly still runs in a confined process
-that scores one answer only.
+The kernel's limits are what protects the trainer; this check protects one answer's score from another's, and
+an answer's score from the answer itself.
 """
 
 from __future__ import annotations
