@@ -72,6 +72,8 @@ def train(config: Config) -> dict[str, float]:
     watchdog = Watchdog(60 * config.guard.hang_timeout_minutes, run_directory(config) / "stacks")
     with contextlib.closing(log), watchdog, StopRequest(run.groups) as stop, long_lived_objects():
         metrics = iterate(run, first, alarms, log, best, watchdog, stop)
+    if run.learner.bank is not None:
+        run.learner.bank.close()
     run.lifeline.release()
     run.rewarder.close()
     if config.log.report:

@@ -110,17 +110,18 @@ class TeacherBank:
                 )
         placement.check_host_memory(storage.mode, self._payload_bytes(), self._parts, groups)
 
-        device = groups.device
+        self.store = self._open_store(directory, sources)
+        self._channel = open_channel(groups.device, self.store.blocking)
+        self._staging = self._new_staging()
         bodies = max((s.body_bytes for s in self._skeleton_of.values()), default=0)
         self._slots = [self._new_slot(bodies) for _ in range(min(2, len(sources)))]
         self._head_bytes = max((s.head_bytes for s in self._skeleton_of.values()), default=0)
         self._head_slots: list[_Slot] = []
         self._current_heads: list[_Slot] = []
         self.reserve_heads(min(max_mixture + 1, len(sources)))
-        self._staging: dict[str, Tensor] = {}
-        self.store = self._open_store(directory, sources)
         self._load(sources, build)
-        self._channel = open_channel(device, self.store.blocking)
+        for slot in (*self._slots, *self._head_slots):
+            slot.free = self._channel.mark()
         self._current: _Slot | None = None
         self._clock = 0
         self._traffic = {source.name: Traffic() for source in sources}
@@ -147,7 +148,22 @@ class TeacherBank:
         return result
 
     def _new_slot(self, num_bytes: int) -> _Slot:
-        return _Slot(torch.zeros(num_bytes, dtype=torch.uint8, device=self._groups.device))
+        buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=self._groups.device)
+        # On CUDA the zeros, and whatever had this memory before, may still be ahead in the caller's stream.
+        return _Slot(buffer, free=self._channel.mark())
+
+    def _new_staging(self) -> dict[str, Tensor]:
+        """Where encoded bytes of a segment land before they are decoded into a slot: one buffer a segment.
+
+        It is handed from arrival to arrival (see `channel.py`), the first of which waits for its slot's mark,
+        taken later than these allocations.
+        """
+        sizes: dict[str, int] = {}
+        for (_, segment), encoding in self._encodings.items():
+            if not encoding.is_plain:
+                sizes[segment] = max(sizes.get(segment, 0), encoding.num_bytes)
+        device = self._groups.device
+        return {name: torch.empty(size, dtype=torch.uint8, device=device) for name, size in sizes.items()}
 
     def _open_store(self, directory: str | Path, sources: list[TeacherSource]) -> Store:
         device = self._groups.device
@@ -310,7 +326,7 @@ class TeacherBank:
         beginnings, decoders, num_bytes = [], [], 0
         for segment, part in parts.items():
             encoding = self._encodings[name, segment]
-            payload = part if encoding.is_plain else self._staging_for(segment)[: encoding.num_bytes]
+            payload = part if encoding.is_plain else self._staging[segment][: encoding.num_bytes]
             beginnings.append(partial(self.store.begin, (name, segment), payload))
             if not encoding.is_plain:
                 decoders.append(partial(encoding.decode, payload, part))
@@ -325,13 +341,6 @@ class TeacherBank:
         slot.occupant = name
         self._unmeasured.append((name, num_bytes, slot.arrival))
 
-    def _staging_for(self, segment: str) -> Tensor:
-        """Where encoded bytes of a segment land before they are decoded into a slot."""
-        if segment not in self._staging:
-            size = max(e.num_bytes for (_, name), e in self._encodings.items() if name == segment)
-            self._staging[segment] = torch.empty(size, dtype=torch.uint8, device=self._groups.device)
-        return self._staging[segment]
-
     def _wait(self, slot: _Slot) -> None:
         if slot.arrival is not None:
             try:
@@ -340,6 +349,11 @@ class TeacherBank:
                 slot.occupant = slot.arrival = None
                 raise
             slot.arrival = None
+
+    def close(self) -> None:
+        """Let the arrivals that are under way land, so that the groups of their collectives can be destroyed;
+        every rank calls it at the end, and nothing can arrive any more."""
+        self._channel.close()
 
     # Watching
 

@@ -1,9 +1,34 @@
-"""The road on which weights arrive: a copy stream on CUDA, a thread on the CPU. One arrival at a time, in
-order.
+"""How weights arrive while the caller computes: on a stream of their own on CUDA, on a thread on the CPU.
 
     arrival = channel.start(beginnings, finish, free)     # returns at once
     ...                                                    # the resident teacher goes on computing
     arrival.wait()                                         # the caller's next work sees the weights
+
+Who may touch a buffer, and when. An arrival writes into its slot, and encoded weights first into a staging
+buffer that all arrivals of a segment share.
+
+    source    host memory or a file: written at start-up, only read from then on
+    staging   the arrival's, from its first beginning until `finish` is over; then the next arrival's
+    slot      the caller's, until the work before the mark `free`; then the arrival's; the caller's again
+              after `wait`
+
+The staging buffer has no mark and no lock: arrivals are strictly one after another, a beginning included. So
+everything an arrival does runs in one order, in which the whole of the one before it precedes it:
+
+    CPU             one worker thread runs begin, rest and finish of an arrival before it takes the next.
+                    Collectives too are issued there: `start` is called in the same order on all replicas, and
+                    nothing else uses their groups.
+    CUDA            one stream. A collective runs on NCCL's stream, which waits for what the arrival stream
+                    holds when it is issued (the decoding of the arrival before), and the arrival stream waits
+                    for it in `rest`.
+    CUDA, blocking  the same stream, fed by one worker thread, which never leaves an arrival half fed.
+
+Between caller and arrival there are two hand-overs. The slot goes over with `free`: on CUDA the arrival
+stream waits for that event; on the CPU the caller's work is done when `start` is called. It comes back with
+`wait`: the caller's stream waits for the event after `finish`, the caller's thread for the worker. Memory
+from torch's allocator is ordered on the stream that allocated it: slots and staging buffers are allocated on
+the caller's and live as long as the bank, so they need no `record_stream`, but a mark after their allocation;
+what decoding allocates comes from the arrival stream's own pool.
 """
 
 from __future__ import annotations
@@ -17,8 +42,7 @@ from dataclasses import dataclass
 import torch
 
 Beginning = Callable[[], Callable[[], None]]
-"""Runs on the caller's thread (collectives are issued there, in the same order on all ranks) and returns the
-rest."""
+"""Issues a copy or a collective, and returns what waits for it (or does it, where it cannot be issued)."""
 
 
 @dataclass
@@ -49,14 +73,19 @@ class Channel(ABC):
 
     @abstractmethod
     def start(self, beginnings: Sequence[Beginning], finish: Callable[[], None], free: object) -> Arrival:
-        """Run every beginning here, what they return and then `finish` in the background.
+        """Run every beginning, what they return, and then `finish`, in the background.
 
-        Nothing is written before the work marked by `free` (from `mark`) is done.
+        Nothing is written before the work marked by `free` (from `mark`; `None`: nothing) is done, nor before
+        the last `start`'s arrival is complete. Called from one thread, on all replicas in the same order.
         """
 
     @abstractmethod
     def mark(self) -> object:
         """A mark after all work that the caller has started so far."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let what is under way arrive; nothing can start any more."""
 
 
 def open_channel(device: torch.device, blocking: bool) -> Channel:
@@ -71,21 +100,25 @@ class ThreadChannel(Channel):
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="teacher-arrival")
 
     def start(self, beginnings, finish, free):
-        started = time.perf_counter()
-        rests = [begin() for begin in beginnings]
-        issued = time.perf_counter() - started
-
         def work() -> float:
             begun = time.perf_counter()  # time in the queue behind an earlier arrival is not this one's
-            for rest in rests:
-                rest()
-            finish()
-            return issued + time.perf_counter() - begun
+            _run(beginnings, finish)
+            return time.perf_counter() - begun
 
         return _ThreadArrival(self._worker.submit(work))
 
     def mark(self):
         return None
+
+    def close(self):
+        self._worker.shutdown()
+
+
+def _run(beginnings: Sequence[Beginning], finish: Callable[[], None]) -> None:
+    """All beginnings first, so that the segments of a teacher travel together."""
+    for rest in [begin() for begin in beginnings]:
+        rest()
+    finish()
 
 
 class _ThreadArrival(Arrival):
@@ -114,18 +147,14 @@ class CudaChannel(Channel):
     def start(self, beginnings, finish, free):
         started = torch.cuda.Event(enable_timing=True)
         arrived = torch.cuda.Event(enable_timing=True)
-        with torch.cuda.stream(self._stream):
-            if free is not None:
-                self._stream.wait_event(free)
-            started.record(self._stream)
-            rests = [begin() for begin in beginnings]
 
         def work() -> None:
             torch.cuda.set_device(self._device)  # the current device and stream belong to the thread
             with torch.cuda.stream(self._stream):
-                for rest in rests:
-                    rest()
-                finish()
+                if free is not None:
+                    self._stream.wait_event(free)
+                started.record(self._stream)
+                _run(beginnings, finish)
                 arrived.record(self._stream)
 
         if self._worker is not None:
@@ -135,6 +164,11 @@ class CudaChannel(Channel):
 
     def mark(self):
         return torch.cuda.current_stream(self._device).record_event()
+
+    def close(self):
+        if self._worker is not None:
+            self._worker.shutdown()
+        self._stream.synchronize()
 
 
 class _CudaArrival(Arrival):

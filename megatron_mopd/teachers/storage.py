@@ -42,8 +42,8 @@ class Store(ABC):
 
     @abstractmethod
     def begin(self, key: tuple[str, str], destination: Tensor) -> Callable[[], None]:
-        """Start bringing a payload into `destination` [bytes]; the caller's part. Returns the rest, which may
-        run on another thread. On CUDA both are called with the arrival stream current."""
+        """Start bringing a payload into `destination` [bytes], which nobody else touches until what this
+        returns has run. Both run on the channel: on its thread, and on CUDA with its stream current."""
 
     def has(self, key: tuple[str, str], num_bytes: int) -> bool:
         """Whether the payload is already kept, from an earlier start of the run."""
@@ -84,9 +84,10 @@ class HostStore(Store):
 class ShardedHostStore(Store):
     """`host_sharded`: each replica of a body segment keeps 1/n of it, and an all-gather puts it together.
 
-    The all-gather (`begin`: n x part bytes over the segment's replicas) is issued on the caller's thread. All
-    replicas run the same teachers' forwards, so they issue the same all-gathers in the same order. Its groups
-    are its own: on CUDA it must not wait behind gradients in their communicators.
+    The all-gather (`begin`: n x part bytes over the segment's replicas) is issued by the channel, one arrival
+    after another. All replicas run the same teachers' forwards, so they issue the same all-gathers in the
+    same order. Its groups are its own: the caller's thread has collectives under way at the same time, and on
+    CUDA it must not wait behind gradients in their communicators.
 
     Heads, a hundredth of a large model, stay whole on every rank: which heads a loss needs, and when, depends
     on the samples of a rank, so their arrival cannot be a collective.

@@ -1,0 +1,133 @@
+"""Who may touch a buffer while teachers arrive: a delay at any hand-over changes no byte."""
+
+from __future__ import annotations
+
+import time
+from itertools import product
+
+import pytest
+import torch
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: F401  (before forking)
+
+from megatron_mopd.config import TeacherStorageConfig
+from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
+from megatron_mopd.teachers.channel import Channel
+from megatron_mopd.teachers.storage import MODES
+from tests import _models
+from tests._distributed import RankPool
+
+PLACES = ("before issuing", "issued", "landed", "decoded", "started", "arrived")
+DELAY = 0.002
+MODELS = [model | dict(num_layers=1) for model in (_models.MOE, _models.DENSE)]
+PAIRS = [("t0", "t1"), ("t2", "t3"), ("t1", "t0")]
+
+
+class SlowChannel(Channel):
+    """The bank's own channel, with a delay at one place of every arrival. Counts marks, and notes the one
+    that each arrival waits for."""
+
+    def __init__(self, channel):
+        self.channel, self.place, self.marks, self.waited_for = channel, "", 0, []
+
+    def pause(self, place):
+        if place == self.place:
+            time.sleep(DELAY)
+
+    def start(self, beginnings, finish, free):
+        self.waited_for.append(free)
+
+        def slow(begin):
+            self.pause("before issuing")
+            rest = begin()
+            self.pause("issued")
+            return rest
+
+        def slow_finish():
+            self.pause("landed")
+            finish()
+            self.pause("decoded")
+
+        arrival = self.channel.start([lambda b=b: slow(b) for b in beginnings], slow_finish, None)
+        self.pause("started")
+        return arrival
+
+    def mark(self):
+        self.marks += 1
+        return self.marks
+
+    def close(self):
+        self.channel.close()
+
+
+def make_bank(groups, **storage):
+    sources = [
+        TeacherSource(f"t{number}", _models.model_config(MODELS[number % 2]), number, f"seed {number}")
+        for number in range(4)
+    ]
+    directory = storage.pop("directory", "unused")
+    return TeacherBank(
+        sources, groups, "float32", 64, TeacherStorageConfig(**storage), directory, max_mixture=2
+    )
+
+
+def contents(bank, name):
+    """Copies of a teacher's weights and head, as the slots hold them now."""
+    body = {key: p.detach().clone() for key, p in bank.make_resident(name).named_parameters() if p.numel()}
+    return body | {"head": bank.head(name).clone()}
+
+
+def with_delays(rank, mode, dtype, directory):
+    """What differs from a bank in which one teacher arrives at a time, undisturbed."""
+    groups = _models.groups_for({})
+    quiet = make_bank(groups, mode="host", dtype=dtype)
+    expected = {name: contents(quiet, name) for name in quiet.names}
+    bank = make_bank(groups, mode=mode, dtype=dtype, directory=directory)
+    bank._channel = slow = SlowChannel(bank._channel)
+    wrong = []
+    for place, who in product(PLACES, ("all ranks", "one rank")):
+        slow.place = place if who == "all ranks" or rank == 1 else ""
+        for pair in PAIRS:
+            for slot, name in enumerate(pair):  # as a plan does: the second while the first is under way
+                bank.prefetch(name, slot)
+                bank.prefetch_head(name, slot)
+            for name in pair:
+                bank.make_resident(name)
+                slow.pause("arrived")
+                found = contents(bank, name)
+                wrong += [
+                    (place, who, name, key)
+                    for key, value in expected[name].items()
+                    if not torch.equal(value, found[key])
+                ]
+    bank.close()
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(2, timeout=120) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("dtype", [None, "int8", "fp8"])
+@pytest.mark.parametrize("mode", MODES)
+def test_delays_change_no_byte(pool, tmp_path, mode, dtype):
+    assert pool.run(with_delays, mode, dtype, str(tmp_path)) == [[], []]
+
+
+def first_marks(rank):
+    """Marks that the first arrivals in fresh slots wait for, made before and while the bank works."""
+    bank = make_bank(_models.groups_for({}), mode="host", dtype="int8")
+    slow = SlowChannel(bank._channel)
+    bank._channel = slow
+    bank.reserve_heads(8)
+    made = slow.marks
+    bank.prefetch_head("t3", 7)
+    bank.close()
+    return made, slow.waited_for
+
+
+def test_an_arrival_in_a_new_slot_waits_until_its_memory_is_cleared(pool):
+    """On CUDA the caller's stream still writes the zeros when the arrival's stream could begin."""
+    made, waited_for = pool.run(first_marks)[0]
+    assert made == 5 and waited_for == [made]
