@@ -97,6 +97,7 @@ MODEL = dict(
     num_moe_experts=4,
     moe_router_topk=2,
     moe_ffn_hidden_size=192,
+    moe_router_load_balancing_type="aux_loss",
     moe_aux_loss_coeff=0.01,
     init_method_std=0.06,
     embedding_init_method_std=0.1,

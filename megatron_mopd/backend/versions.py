@@ -6,13 +6,13 @@ import functools
 import inspect
 import queue
 
-import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.enums import ModelType
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer import multi_latent_attention
-from megatron.core.transformer.moe import moe_utils, router
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 
 _installed = False
@@ -43,9 +43,6 @@ def install() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = _with_step(
         DistributedOptimizer._set_main_param_and_optimizer_states
     )
-    router.get_tokens_per_expert_and_token_count = _at_least_one_token(
-        router.get_tokens_per_expert_and_token_count
-    )
 
 
 def _with_step(original):
@@ -60,19 +57,6 @@ def _with_step(original):
         if "step" in state and "step" not in tensors:
             tensors = tensors | {"step": state["step"].clone()}
         return original(self, model_param, tensors)
-
-    return wrapper
-
-
-def _at_least_one_token(original):
-    """The auxiliary loss divides by its number of tokens, and a micro-batch may hold nothing but padding."""
-
-    @functools.wraps(original)
-    def wrapper(*args, **kwargs):
-        per_expert, local_tokens, total_tokens = original(*args, **kwargs)
-        if isinstance(total_tokens, torch.Tensor):
-            total_tokens = total_tokens.clamp(min=1)
-        return per_expert, local_tokens, total_tokens
 
     return wrapper
 
@@ -99,3 +83,10 @@ def backward_step(input_tensor, output_tensor, output_gradient, config):
     parameters = inspect.signature(schedules.backward_step).parameters
     model_type = (ModelType.encoder_or_decoder,) if "model_type" in parameters else ()
     return schedules.backward_step(input_tensor, output_tensor, output_gradient, *model_type, config)
+
+
+def moe_submodules(layer_spec) -> MoESubmodules:
+    """The submodules in the spec of a mixture-of-experts layer, which from 0.19 on is a partial."""
+    if isinstance(layer_spec, functools.partial):
+        return layer_spec.keywords["submodules"]
+    return layer_spec.submodules

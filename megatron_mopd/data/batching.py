@@ -36,6 +36,8 @@ class BatchShape:
     cp_rank: int
     fixed: bool
     """All micro-batches have the full shape, as pipeline stages that exchange activations need."""
+    response_share: float = 0.0
+    """Response tokens of the step's trajectories by all their tokens."""
 
     @classmethod
     def for_batch(
@@ -49,12 +51,13 @@ class BatchShape:
         cp_rank: int,
         fixed: bool,
     ) -> BatchShape:
-        """The shape for one optimizer step: rows as long as its longest trajectory."""
+        """The shape for one optimizer step, of whose trajectories the longest makes the rows' length."""
         alignment = tp_size * (2 * cp_size if cp_size > 1 else 1)
         longest = _round_up(max(map(len, trajectories), default=1), alignment)
         if max_tokens is not None:
             max_tokens = max(_round_up(max_tokens, alignment), longest)
-        return cls(micro_batch_size, max_tokens, longest, alignment, cp_size, cp_rank, fixed)
+        share = sum(len(t.response_ids) for t in trajectories) / max(1, sum(map(len, trajectories)))
+        return cls(micro_batch_size, max_tokens, longest, alignment, cp_size, cp_rank, fixed, share)
 
     @property
     def document_multiple(self) -> int:
@@ -73,6 +76,11 @@ class MicroBatch:
     """[1 or b, s/cp] position of every token in its own document."""
     padding_mask: Tensor
     """[b, s/cp], True for padding: no part in routing statistics."""
+    trajectory_ids: Tensor
+    """[b, s/cp] the place among `trajectories` of the one that a token belongs to; their number for padding.
+    """
+    response_share: float
+    """Response tokens of the global batch by all its tokens."""
     document_lengths: tuple[int, ...] | None
     """Packed: padded length of every document before the CP split (the last may be padding only)."""
     loss_index: Tensor
@@ -90,7 +98,14 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "position_ids", "padding_mask", "loss_index", "target_ids")
+            for name in (
+                "tokens",
+                "position_ids",
+                "padding_mask",
+                "trajectory_ids",
+                "loss_index",
+                "target_ids",
+            )
         }
         if self.experts is not None:
             moved["experts"] = self.experts.to(device, non_blocking=True)
@@ -165,7 +180,7 @@ def collate(
 
     tokens = np.zeros((rows, row_length), dtype=np.int64)
     positions = np.zeros((rows, row_length), dtype=np.int64)
-    padding = np.ones((rows, row_length), dtype=bool)
+    owner = np.full((rows, row_length), len(trajectories), dtype=np.int64)
     loss_index, targets, counts = [], [], []
     experts = None
     if routing:
@@ -181,7 +196,7 @@ def collate(
         ids = np.zeros(length + 1, dtype=np.int64)
         ids[: len(trajectory)] = trajectory.token_ids
         tokens[row, local] = ids[order]
-        padding[row, local] = order >= len(trajectory)
+        owner[row, local] = np.where(order < len(trajectory), number, len(trajectories))
         predicts_response = (order >= len(trajectory.prompt.token_ids) - 1) & (order < len(trajectory) - 1)
         chosen = np.flatnonzero(predicts_response)
         loss_index.append((start + chosen) * rows + row)
@@ -196,7 +211,9 @@ def collate(
         trajectories=tuple(trajectories),
         tokens=torch.from_numpy(tokens),
         position_ids=torch.from_numpy(positions if packed else positions[:1]),
-        padding_mask=torch.from_numpy(padding),
+        padding_mask=torch.from_numpy(owner == len(trajectories)),
+        trajectory_ids=torch.from_numpy(owner),
+        response_share=shape.response_share,
         document_lengths=tuple(length for *_, length in documents) if packed else None,
         loss_index=torch.from_numpy(np.concatenate(loss_index or [np.zeros(0, np.int64)])),
         target_ids=torch.from_numpy(np.concatenate(targets or [np.zeros(0, np.int64)])),

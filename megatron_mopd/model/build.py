@@ -38,7 +38,8 @@ _ARCHITECTURE_DEFAULTS: dict[str, Any] = dict(
     hidden_dropout=0.0,
     attention_dropout=0.0,
     moe_token_dispatcher_type="alltoall",
-    moe_router_load_balancing_type="aux_loss",
+    # The balancing loss that does not depend on how trajectories are cut into micro-batches (`router.py`).
+    moe_router_load_balancing_type="seq_aux_loss",
 )
 
 # A frozen teacher computes its forward pass and nothing else.

@@ -8,6 +8,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_mopd.model.rotary import RotaryAngles
+from megatron_mopd.model.router import BalancedRouter
 
 
 class HiddenStateGPT(GPTModel):
@@ -26,6 +27,7 @@ class HiddenStateGPT(GPTModel):
         # megatron-core's own tables count positions from the start of the row.
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self._rotary = rotary
+        self.routers = [module for module in self.modules() if isinstance(module, BalancedRouter)]
 
     def _preprocess(self, input_ids, position_ids, *args, padding_mask: Tensor | None = None, **kwargs):
         outputs = list(

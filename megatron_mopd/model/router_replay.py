@@ -12,7 +12,6 @@ a process-wide list of all routers; ours belongs to one router and knows no othe
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,24 +19,22 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_mopd.config import ConfigError
+from megatron_mopd.model.forward_input import ForwardInput
 from megatron_mopd.model.gpt import HiddenStateGPT, unwrap
 
 OWN_CHOICE = -1
 """Stands in a replayed choice for tokens that were not sampled (padding, given answers)."""
 
 
-class RoutingChoice:
-    """The experts of one router's tokens: own ones, taken down, or given back."""
+class RoutingChoice(ForwardInput[Tensor]):
+    """The experts [tokens, k] of one router's tokens: own ones, taken down, or given back."""
 
     def __init__(self, position: int):
+        super().__init__()
         self.position = position
         """Which of this rank's mixture-of-experts layers it is, counted over all its model chunks."""
-        self.target: Tensor | None = None
-        """[tokens, k] experts to use in the current forward pass."""
-        self.keep_for_recompute = False
         self._recorded: Tensor | None = None
         self._recording = False
-        self._recompute: deque[Tensor] = deque()
 
     def record(self) -> None:
         """Take down the next forward pass's choice."""
@@ -55,23 +52,11 @@ class RoutingChoice:
         if self._recording:
             self._recorded = experts.detach()
             return values, experts
-        target = self._next_target()
+        target = self.next_target()
         if target is None:
             return values, experts
         experts = torch.where(target >= 0, target.to(experts.dtype), experts)
         return scores.gather(1, experts), experts
-
-    def _next_target(self) -> Tensor | None:
-        """The choice to replay. Activation recompute calls a router once more during the backward pass, when
-        other micro-batches have gone through it since; a chunk's backward passes come in the order of its
-        forward passes."""
-        if self.target is not None:
-            if self.keep_for_recompute and not torch.is_grad_enabled():  # inside a checkpointed forward
-                self._recompute.append(self.target)
-            return self.target
-        if self._recompute and torch.is_grad_enabled():
-            return self._recompute.popleft()
-        return None
 
 
 def install_routing_replay(chunks: Sequence[torch.nn.Module]) -> None:
@@ -122,9 +107,8 @@ def replaying(chunk: torch.nn.Module, experts: Tensor | None) -> Iterator[None]:
         experts = experts.narrow(1, tp.rank() * part, part)
     try:
         for choice in choices:
-            choice.target = experts[choice.position].flatten(0, 1)
-            choice.keep_for_recompute = torch.is_grad_enabled()
+            choice.give(experts[choice.position].flatten(0, 1))
         yield
     finally:
         for choice in choices:
-            choice.target = None
+            choice.take_back()

@@ -18,9 +18,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_mopd.backend.versions import moe_submodules
 from megatron_mopd.model.attention import CachedSelfAttention, ScaledDotProductAttention
 from megatron_mopd.model.latent_attention import LatentSelfAttention
 from megatron_mopd.model.norm import RMSNorm, over_heads
+from megatron_mopd.model.router import BalancedRouter
 
 
 def uses_transformer_engine(device_type: str) -> bool:
@@ -100,6 +102,8 @@ def _layer_spec(
     attention.module = {SelfAttention: CachedSelfAttention, MLASelfAttention: LatentSelfAttention}[
         attention.module
     ]
+    if is_moe:
+        moe_submodules(spec.submodules.mlp).router = BalancedRouter
     if qk_norm_group is not None:
         attention.submodules.q_layernorm = over_heads(config.num_attention_heads, qk_norm_group)
         attention.submodules.k_layernorm = over_heads(config.num_query_groups, qk_norm_group)

@@ -23,6 +23,7 @@ from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.data.batching import BatchShape, MicroBatch, collate
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.packing import PackedDocuments
+from megatron_mopd.model.router import balancing
 from megatron_mopd.model.router_replay import replaying
 
 LossFunction = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
@@ -117,8 +118,9 @@ def forward(chunk: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
         documents = PackedDocuments.from_lengths(
             list(micro_batch.document_lengths), micro_batch.tokens.device
         )
-    is_moe = unwrap(chunk).config.num_moe_experts is not None
-    with replaying(chunk, micro_batch.experts):
+    model = unwrap(chunk)
+    is_moe = model.config.num_moe_experts is not None
+    with replaying(chunk, micro_batch.experts), balancing(model.routers, micro_batch):
         return chunk(
             micro_batch.tokens,
             micro_batch.position_ids,

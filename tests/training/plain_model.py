@@ -19,6 +19,8 @@ class PlainTransformer:
 
     def __init__(self, weights: Mapping[str, Tensor], model: Mapping[str, Any], tied: bool = False):
         self.weights, self.model, self.tied = weights, model, tied
+        self.router_logits: list[list[Tensor]] = []
+        """Of every sequence so far, each router's [s, experts]."""
 
     def layer_weight(self, layer: int, name: str) -> Tensor:
         """Homogeneous layers are stored stacked, others one by one."""
@@ -29,6 +31,7 @@ class PlainTransformer:
         """[s, vocabulary]"""
         embedding = self.weights["embedding.word_embeddings.weight"]
         x = embedding[torch.tensor(tokens)]
+        self.router_logits.append([])
         for layer in range(self.model["num_layers"]):
             x = x + self.attention(x, layer)
             x = x + self.feed_forward(x, layer)
@@ -68,6 +71,7 @@ class PlainTransformer:
             )
         x = rms_norm(x, self.layer_weight(layer, "pre_mlp_layernorm.weight"))
         scores = x @ self.layer_weight(layer, "mlp.router.weight").T
+        self.router_logits[-1].append(scores)
         top = self.model["moe_router_topk"]
         if self.model.get("moe_router_score_function") == "sigmoid":
             chosen, index = scores.sigmoid().topk(top, dim=1)
@@ -88,6 +92,30 @@ class PlainTransformer:
                 self.layer_weight(layer, "mlp.shared_experts.linear_fc2.weight"),
             )
         return output
+
+
+def z_loss(logits: Sequence[Tensor]) -> Tensor:
+    """Mean of (logsumexp)^2 over all tokens (ST-MoE, arXiv 2202.08906, equation 5), of one router."""
+    return torch.cat(list(logits)).logsumexp(dim=1).square().mean()
+
+
+def load_balancing_loss(
+    logits: Sequence[Tensor], units: Sequence[Sequence[int]], model: Mapping[str, Any]
+) -> Tensor:
+    """sum_u T_u / T (E sum_e f_e P_e) of one router (arXiv 2101.03961, equation 4; f_e: share of choices).
+
+    `logits` are [s, experts] of every sequence, `units` lists of the sequences that are balanced together.
+    """
+    total = sum(map(len, logits))
+    loss = torch.zeros((), dtype=torch.float64)
+    for unit in filter(None, units):
+        scores = torch.cat([logits[i] for i in unit])
+        sigmoid = model.get("moe_router_score_function") == "sigmoid"
+        scores = scores.sigmoid() / scores.sigmoid().sum(1, keepdim=True) if sigmoid else scores.softmax(1)
+        experts = scores.topk(model["moe_router_topk"], dim=1).indices.flatten()
+        fraction = experts.bincount(minlength=scores.size(1)) / len(experts)
+        loss = loss + len(scores) / total * scores.size(1) * (fraction * scores.mean(0)).sum()
+    return loss
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:

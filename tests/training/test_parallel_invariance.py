@@ -18,7 +18,11 @@ from megatron_mopd.training.step import plan_step, train_step
 from tests import _models
 from tests._distributed import run_ranks
 
-DENSE, GQA, MOE, SHARED = _models.DENSE, _models.GQA, _models.MOE, _models.SHARED
+DENSE, GQA = _models.DENSE, _models.GQA
+# With the routers' losses, whose oracle is in `test_router_losses.py`.
+BALANCE = dict(moe_router_load_balancing_type="seq_aux_loss", moe_aux_loss_coeff=0.05, moe_z_loss_coeff=0.01)
+MOE, SHARED = _models.MOE | BALANCE, _models.SHARED | BALANCE
+MODELS = dict(DENSE=DENSE, GQA=GQA, MOE=MOE, SHARED=SHARED)
 
 
 def tp(n):
@@ -77,7 +81,7 @@ def _name(value):
             "micro": "mbs",
         }
         if "num_layers" in value:
-            return next(n for n in ("DENSE", "GQA", "MOE", "SHARED") if getattr(_models, n) is value)
+            return next(name for name, model in MODELS.items() if model is value)
         parts = [
             f"{short.get(k.split('_')[0], k.split('_')[0])}{v}"
             for k, v in value.items()
@@ -104,7 +108,7 @@ def three_steps(rank, transformer, parallel, schedule, sections):
 
 @functools.cache
 def reference(model_name, sections):
-    transformer = getattr(_models, model_name)
+    transformer = MODELS[model_name]
     ((first, gradients, weights),) = run_ranks(
         1, three_steps, transformer, {}, dict(micro_batch_size=4), _sections(sections), timeout=120
     )
