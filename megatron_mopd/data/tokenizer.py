@@ -8,7 +8,6 @@ Hugging Face tokenizer directory. Nothing is ever downloaded, no code from a dir
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import json
 import os
@@ -24,6 +23,7 @@ from megatron_mopd.config import ConfigError
 from megatron_mopd.confinement.budget import within
 from megatron_mopd.confinement.process import ConfinedProcess, Unanswered
 from megatron_mopd.data.tokenizer_files import check_size, check_tokenizer_files, check_tokens
+from megatron_mopd.data.tokenizer_meaning import TokenizerMeaning, probe
 
 Message = dict[str, str]
 """One turn of a conversation: `{"role": ..., "content": ...}`."""
@@ -85,8 +85,12 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
 
+    def meaning(self) -> TokenizerMeaning:
+        """What two tokenizers are compared by; made once, which takes about a second."""
+
     def fingerprint(self) -> str:
-        """SHA-256 of all that gives ids their meaning: equal content, wherever it lies, has an equal one."""
+        """SHA-256 of all that gives ids and prompts their meaning (`TokenizerMeaning.fingerprint`): equal for
+        the same tokenizer, wherever it lies and whichever release wrote it."""
 
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer into `directory`, so that `load_tokenizer(directory)` gives it back."""
@@ -129,8 +133,21 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids))
 
+    @functools.cached_property
+    def _meaning(self) -> TokenizerMeaning:
+        processor, ids = self._processor, range(self.vocab_size)
+        special = frozenset(i for i in ids if processor.is_control(i))
+        tokens = dict(zip(ids, processor.id_to_piece(list(ids)), strict=True))
+        encoded = probe(tokens, special | {processor.unk_id()}, self.encode)
+        return TokenizerMeaning(
+            tokens, special, self.eos_id, None, says_bos=False, chat_template=None, encoded=encoded
+        )
+
+    def meaning(self) -> TokenizerMeaning:
+        return self._meaning
+
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._proto).hexdigest()
+        return self._meaning.fingerprint()
 
     def save(self, directory: str | Path) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -213,30 +230,34 @@ class HuggingFaceTokenizer:
                 "its tokenizer.json is damaged or hostile"
             ) from None
 
-    def fingerprint(self) -> str:
-        # Parsed JSON, not bytes: saving a tokenizer again changes its layout and none of its meaning.
-        content = {
-            "vocab": sorted(self._vocab.items(), key=lambda item: (item[1], item[0])),
-            "eos_id": self.eos_id,
-            "chat_template": self._tokenizer.chat_template,
-            "files": self._algorithm(),
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    @functools.cached_property
+    def _meaning(self) -> TokenizerMeaning:
+        tokens = {number: token for token, number in self._vocab.items()}
+        special = {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        special.discard(self._tokenizer.unk_token_id)
+        special |= {self.eos_id}
+        encoded = probe(tokens, frozenset(special), self.encode)
+        return TokenizerMeaning(
+            tokens,
+            frozenset(special),
+            self.eos_id,
+            self.bos_id,
+            says_bos=True,
+            chat_template=self._template(),
+            encoded=encoded,
+        )
 
-    def _algorithm(self) -> object:
-        """How text is cut into tokens: the parsed `tokenizer.json`, or hashes of the older files."""
-        path = self._directory / "tokenizer.json"
-        if not path.exists():
-            names = ("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
-            files = sorted(file for name in names for file in self._directory.glob(name))
-            return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-        content = json.loads(path.read_text(encoding="utf-8"))
-        for batching in ("padding", "truncation"):  # settings of the last use, not part of the tokenizer
-            content.pop(batching, None)
-        merges = content.get("model", {}).get("merges")
-        if merges:  # written as "a b" by older versions and as ["a", "b"] by newer ones
-            content["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in merges]
-        return content
+    def meaning(self) -> TokenizerMeaning:
+        return self._meaning
+
+    def fingerprint(self) -> str:
+        return self._meaning.fingerprint()
+
+    def _template(self) -> str | None:
+        """The chat template that prompts go through; several under names without a default count as one."""
+        if isinstance(template := self._tokenizer.chat_template, dict):
+            return template.get("default", json.dumps(template, sort_keys=True))
+        return template
 
     def save(self, directory: str | Path) -> None:
         target = Path(directory)
