@@ -38,10 +38,11 @@ from megatron_mopd.observe.report import draw_report
 from megatron_mopd.observe.run_log import RunLog
 from megatron_mopd.rollout.routing import RoutingRecords
 from megatron_mopd.training.best import BestCheckpoint
-from megatron_mopd.training.checkpoint import check_space, checkpoints_directory, resume, save
-from megatron_mopd.training.evaluate import evaluation
+from megatron_mopd.training.checkpoint import check_space, resume, save
+from megatron_mopd.training.evaluate import evaluation, evaluation_fingerprint
 from megatron_mopd.training.monitors import Alarms, rollout_metrics
 from megatron_mopd.training.preemption import PREEMPTED_STATUS, Preempted, StopRequest
+from megatron_mopd.training.resume import FinishedRun, checkpoints_directory
 from megatron_mopd.training.rollout_log import open_rollout_log
 from megatron_mopd.training.sampling import draw_trajectories
 from megatron_mopd.training.setup import Run, build_run, run_directory
@@ -52,13 +53,17 @@ from megatron_mopd.training.step_record import alarms_of, samples_of, start_samp
 @closed_to_others()
 def train(config: Config) -> dict[str, float]:
     """The whole run: build, then for each iteration sample -> score -> learn -> save. Returns the last
-    metrics.
+    metrics; none where the run was finished already, of which nothing is touched then.
 
     Raises `Preempted` on every rank when the run was asked to stop and has saved.
     """
-    run = build_run(config)
+    try:
+        run = build_run(config)
+    except FinishedRun as finished:
+        say(str(finished))
+        return {}
     alarms = Alarms()
-    first = resume(run.learner, alarms)
+    first = resume(run.learner, alarms, run.resumable)
     check_space(run.learner)
     if run.groups.rank == 0:
         save_config(config, run_directory(config) / "config.yaml")
@@ -68,7 +73,8 @@ def train(config: Config) -> dict[str, float]:
     log.started(run.learner.manifest, run.groups.world_size, run.groups.device, run.confinement)
     for message in run.start_alarms if first == 0 else ():
         log.alarm(0, message)
-    best = BestCheckpoint(checkpoints_directory(config.run_dir), config.checkpoint.best_metric, first)
+    directory, metric = checkpoints_directory(config.run_dir), config.checkpoint.best_metric
+    best = BestCheckpoint(directory, metric, first, evaluation_fingerprint(run))
     watchdog = Watchdog(60 * config.guard.hang_timeout_minutes, run_directory(config) / "stacks")
     with contextlib.closing(log), watchdog, StopRequest(run.groups) as stop, long_lived_objects():
         metrics = iterate(run, first, alarms, log, best, watchdog, stop)
@@ -154,10 +160,6 @@ def iterate(
             raise Preempted(done)
     watchdog.begin("the last checkpoint")
     saver.wait()
-    if first >= last:
-        metrics = evaluation(run)
-        if metrics:
-            log.step(first, metrics)
     return metrics
 
 
@@ -168,10 +170,10 @@ def sample(
     own, or the data's answers; with routing replay also the experts that their tokens went to.
     """
     config = run.config
-    number, rest = divmod(iteration, config.schedule.steps_per_rollout)
-    assert rest == 0, "a rollout batch starts where the last one ended"
-    size = config.schedule.steps_per_rollout * config.schedule.global_batch_size
-    prompts = sampler.batch(number, size // samples_per_prompt(config))
+    position = run.learner.position
+    assert iteration % position.steps_per_rollout == 0, "a rollout batch starts where the last one ended"
+    number = position.batch(iteration)
+    prompts = sampler.after(position.prompts_before(number), position.prompts_per_rollout)
     seed = config.seed * 1_000_003 + number  # every rollout has its own stream, whatever was drawn before it
     return draw_trajectories(
         run.engine,

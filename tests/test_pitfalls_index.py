@@ -104,6 +104,15 @@ GUARDS = {
         # Sampled anew they are the same tokens: which ones are kept cannot depend on their length.
         "rollout/test_megatron_engine.py::test_tokens_follow_from_seed_and_index_alone",
     ),
+    "Settings changed on resume and silently ignored, or prompts skipped and repeated after another batch size": (
+        "training/test_resume.py::test_changed_settings_of_the_optimizer_take_effect",
+        "training/test_resume.py::test_a_run_goes_on_with_what_may_change_and_refuses_the_rest",
+        "training/test_resume_classes.py::test_a_changed_key_does_what_its_class_says",
+    ),
+    "Ranks with other prompts, settings, tokenizers or models than the rest, training all the same": (
+        "training/test_ranks_agree.py::test_whatever_differs_is_named_with_the_ranks",
+        "backend/test_agreement.py::test_the_first_difference_is_named_with_values_and_ranks",
+    ),
     # What others wrote
     "A filter in front of `eval`: answers that it did not match ran code in the trainer": (
         "security/test_answers.py::test_every_verifier_but_exact_match_scores_in_the_confined_process",

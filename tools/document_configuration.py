@@ -7,7 +7,6 @@ python tools/document_configuration.py --check    # status 1 when the file is no
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import inspect
 import sys
@@ -16,13 +15,16 @@ import typing
 from pathlib import Path
 
 from megatron_mopd.config import schema
+from megatron_mopd.config.documentation import field_documentation
 from megatron_mopd.config.interpolation import MAY_NAME_VARIABLES
+from megatron_mopd.config.resume import split_documentation
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 
 _HEAD = """# Configuration
 
-Written by `python tools/document_configuration.py` from `megatron_mopd/config/schema.py`: edit that.
+Written by `python tools/document_configuration.py` from `megatron_mopd/config/schema.py` and
+`model_schema.py`: edit those.
 
 A run is one YAML file, `python -m megatron_mopd.train --config FILE.yaml`, and any key can be overridden on
 the command line as `section.key=value`. `include: OTHER.yaml` puts another file's keys underneath. A key that
@@ -38,6 +40,13 @@ saved configuration reads the environment again. A literal `${` is written `\\${
 Everything that a run writes is closed to users outside the owner's group, whatever the umask; a stricter
 umask is respected (077: the owner alone). A `run_dir` that others may enter stays as it is, and the run says
 so.
+
+When a run is resumed, every key is in one of three classes, which the last column of the tables names.
+Those that *may change* do: the new value is used from the next step on, and the run says which keys those
+are. Those that *must not change* end the start with an error that names the key, the old and the new value;
+where they are *judged by content*, a path may be another when the weights, the tokenizer or the prompts it
+leads to are the same. Those that *change the data position* may change too: prompts go on where they were,
+and none is skipped or repeated.
 """
 
 
@@ -87,26 +96,15 @@ def _entries(cls: type, where: str) -> list[str]:
 
 def _table(cls: type, skip: typing.Collection[str] = ()) -> str:
     documentation, hints = field_documentation(cls), typing.get_type_hints(cls)
-    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    lines = ["| key | type | default | meaning | when resumed |", "|---|---|---|---|---|"]
     for item in dataclasses.fields(cls):
         if item.name in skip:
             continue
         name = "any `TransformerConfig` field" if item.name == "transformer" else f"`{item.name}`"
-        cells = [name, _type_name(hints[item.name]), _default(item), documentation[item.name]]
+        meaning, kind = split_documentation(documentation[item.name])
+        cells = [name, _type_name(hints[item.name]), _default(item), meaning, kind.value if kind else ""]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def field_documentation(cls: type) -> dict[str, str]:
-    """Field -> the string that follows it in the source, on one line ("" for a field without one)."""
-    (node,) = ast.parse(inspect.getsource(cls)).body
-    documented = {}
-    for statement, following in zip(node.body, [*node.body[1:], None]):
-        if isinstance(statement, ast.AnnAssign):
-            value = following.value if isinstance(following, ast.Expr) else None
-            text = value.value if isinstance(value, ast.Constant) else ""
-            documented[statement.target.id] = _paragraph(text)
-    return documented
 
 
 def _wrapped(text: str) -> str:

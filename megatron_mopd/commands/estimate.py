@@ -138,7 +138,8 @@ def check(config: Config) -> int:
     if not torch.cuda.is_available():
         config = replace(config, device="cpu")
     expected = estimate_apart(config, world_size, [rank])[rank]
-    run = build_run(config)
+    # What the run has done already does not matter to the memory of its next step.
+    run = build_run(replace(config, checkpoint=replace(config.checkpoint, resume=False)))
     found = measure(run)
     run.rewarder.close()
     sizes = expected.device | expected.host | ({"teacher files": expected.disk} if expected.disk else {})

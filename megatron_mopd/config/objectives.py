@@ -111,6 +111,12 @@ def samples_per_prompt(config: Config) -> int:
     return config.rollout.samples_per_prompt
 
 
+def rollout_sizes(config: Config) -> tuple[int, int]:
+    """Optimizer steps that a rollout batch feeds, and the prompts that are drawn for it."""
+    steps = config.schedule.steps_per_rollout
+    return steps, steps * config.schedule.global_batch_size // samples_per_prompt(config)
+
+
 class DomainObjectives:
     """The objective of every domain: the run's, with the domain's own keys on top.
 

@@ -1,8 +1,8 @@
 """Prompts: reading them, mixing their sources, and drawing the batch of an iteration.
 
 ``load_prompts`` reads JSONL files and makes reasoning-gym tasks; ``PromptSampler`` draws from them. Which
-prompts an iteration sees follows from the seed and the iteration alone, so a resumed run needs no sampler
-state.
+prompts an iteration sees follows from the seed and the number of prompts before it (`position.py`), so a
+resumed run needs no sampler state.
 """
 
 from __future__ import annotations
@@ -70,10 +70,18 @@ class PromptSet:
         Ranks that disagree on it, or a run and its resumption, have different data: another file, or another
         release of reasoning-gym.
         """
-        digest = hashlib.sha256(repr(self.weights).encode())
-        for prompt in self:
-            digest.update(repr((prompt.token_ids, prompt.domain, prompt.answer, prompt.verifier)).encode())
-        return digest.hexdigest()
+        return hashlib.sha256(repr((self.weights, self.source_fingerprints())).encode()).hexdigest()
+
+    def source_fingerprints(self) -> list[str]:
+        """SHA-256 of what training reads of each source."""
+        prints = []
+        for group in self.groups:
+            digest = hashlib.sha256()
+            for prompt in group:
+                read = (prompt.token_ids, prompt.domain, prompt.answer, prompt.verifier)
+                digest.update(repr(read).encode())
+            prints.append(digest.hexdigest())
+        return prints
 
 
 def load_prompts(
@@ -128,7 +136,7 @@ def require_answers(
 
 
 class PromptSampler:
-    """Draws the prompts of each iteration: a pure function of the seed, the iteration and the batch size.
+    """Draws the prompts of each iteration: a pure function of the seed and of how many were drawn before.
 
     Sources are mixed by the divisor method of Sainte-Laguë over the whole run: after any number of draws
     each source has its exact share to within rounding, and what one batch rounds away the next ones give
@@ -144,7 +152,11 @@ class PromptSampler:
 
     def batch(self, iteration: int, size: int) -> list[Prompt]:
         """The `size` prompts of `iteration` (counted from 0, all with the same size), sources interleaved."""
-        drawn = self._drawn_before(iteration * size)
+        return self.after(iteration * size, size)
+
+    def after(self, position: int, size: int) -> list[Prompt]:
+        """The `size` prompts that follow the first `position` of the run, sources interleaved."""
+        drawn = self._drawn_before(position)
         due = self._due(drawn)
         batch = []
         for _ in range(size):

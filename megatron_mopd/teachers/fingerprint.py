@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import IO
 
 from megatron_mopd.backend.model_files import JSON_LIMIT, open_file, read_limited
+from megatron_mopd.model.checksums import CHECKSUM_FILE
 
 _BLOCK = 1 << 20
 _WHOLE = 64
 """Files of at most this many mebibytes are read whole, of larger ones as many blocks, spread evenly."""
+
+_END = 4096
+"""Bytes at the end of a file: its last tensor."""
 
 _WEIGHTS = ("*.distcp", "*.safetensors")
 _DESCRIPTIONS = ("model.json", "config.json", "*.index.json")
@@ -53,6 +57,21 @@ def checkpoint_fingerprints(path: Path) -> dict[str, str]:
         with open_file(path, file.name) as stream:
             weights.update(f"{file.name} {_fingerprint(stream)}".encode())
     return {"architecture": architecture.hexdigest(), "weights": weights.hexdigest()}
+
+
+def quick_fingerprint(path: Path) -> str:
+    """SHA-256 over names, sizes and ends of a checkpoint's files, and over their list of checksums.
+
+    Cheap enough for every rank; tells apart copies of different checkpoints, and not a flipped bit. Raises
+    `ConfigError` as `checkpoint_fingerprints` does.
+    """
+    digest = hashlib.sha256()
+    for file in _files(path, (*_WEIGHTS, *_DESCRIPTIONS, CHECKSUM_FILE)):
+        with open_file(path, file.name) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            stream.seek(max(0, size - (_END if file.name != CHECKSUM_FILE else JSON_LIMIT)))
+            digest.update(f"{file.name} {size} ".encode() + stream.read())
+    return digest.hexdigest()
 
 
 def _files(path: Path, patterns: tuple[str, ...]) -> list[Path]:

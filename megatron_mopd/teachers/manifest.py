@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_mopd.config import Config, ConfigError, ModelConfig, to_dict
+from megatron_mopd.config import ConfigError, ModelConfig, TeacherConfig, to_dict
+from megatron_mopd.data.prompts import PromptSet
 from megatron_mopd.model.checkpoint import find_checkpoint
 from megatron_mopd.teachers.fingerprint import checkpoint_fingerprints
 from megatron_mopd.teachers.routing import SELF
@@ -19,16 +21,19 @@ Fingerprints = dict[str, str]
 checkpoint, a text that says where the weights come from."""
 
 
-def model_fingerprints(config: Config, student: ModelConfig, tokenizer: str) -> dict[str, Fingerprints]:
+def model_fingerprints(
+    load: str | None, teachers: Sequence[TeacherConfig], student: ModelConfig, tokenizer: str, seed: int
+) -> dict[str, Fingerprints]:
     """Fingerprints of the student as it starts ("") and of every teacher, by name.
 
+    load: `student.load`. student: its resolved architecture. tokenizer: fingerprint of the run's.
     Rank 0 reads, all ranks get the same answer: one broadcast of a few hundred bytes a teacher. Raises
     `ConfigError` on all ranks alike.
     """
     result: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            result[0] = _read_fingerprints(config, student, tokenizer)
+            result[0] = _read_fingerprints(load, teachers, student, tokenizer, seed)
         except ConfigError as error:
             result[0] = error
     dist.broadcast_object_list(result)
@@ -37,21 +42,25 @@ def model_fingerprints(config: Config, student: ModelConfig, tokenizer: str) -> 
     return result[0]
 
 
-def _read_fingerprints(config: Config, student: ModelConfig, tokenizer: str) -> dict[str, Fingerprints]:
-    places = {"": ("student.load", config.student.load)}
-    for teacher in config.teachers:
-        load = config.student.load if teacher.name == SELF else teacher.load
-        places[teacher.name] = (f"teachers.{teacher.name}.load", load)
+def _read_fingerprints(
+    load: str | None, teachers: Sequence[TeacherConfig], student: ModelConfig, tokenizer: str, seed: int
+) -> dict[str, Fingerprints]:
+    places = {"": ("student.load", load)}
+    for teacher in teachers:
+        places[teacher.name] = (
+            f"teachers.{teacher.name}.load",
+            load if teacher.name == SELF else teacher.load,
+        )
     result, read = {}, {}
-    for name, (where, load) in places.items():
-        if load is None:
+    for name, (where, place) in places.items():
+        if place is None:
             architecture = json.dumps(to_dict(student), sort_keys=True, default=str)
             result[name] = {
                 "architecture": hashlib.sha256(architecture.encode()).hexdigest(),
-                "weights": f"drawn from seed {config.seed}",
+                "weights": f"drawn from seed {seed}",
             }
         else:
-            path = find_checkpoint(load, where)
+            path = find_checkpoint(place, where)
             if path not in read:
                 read[path] = _fingerprints_of(path, where)
             result[name] = dict(read[path])
@@ -66,12 +75,14 @@ def _fingerprints_of(path: Path, where: str) -> Fingerprints:
         raise ConfigError(f"{where}: cannot read {error.filename}: {error.strerror}") from None
 
 
-def run_manifest(config: Config, tokenizer: str, fingerprints: dict[str, Fingerprints]) -> dict[str, Any]:
-    """Tokenizer, objective, routing and teachers of a run; stored in its checkpoints."""
+def run_manifest(tokenizer: str, prompts: PromptSet, fingerprints: dict[str, Fingerprints]) -> dict[str, Any]:
+    """Fingerprints of a run's tokenizer, prompts (source by source), student as it started and teachers;
+    stored in its checkpoints.
+    """
     return {
         "tokenizer": tokenizer,
-        "objective": json.dumps(to_dict(config.objective), sort_keys=True),
-        "routing": json.dumps(to_dict(config.routing), sort_keys=True),
+        "prompts": prompts.source_fingerprints(),
+        "student": fingerprints[""]["weights"],
         "teachers": {name: prints for name, prints in fingerprints.items() if name},
     }
 

@@ -1,8 +1,9 @@
 """Which of a run's checkpoints is the best one, by a metric of its evaluations.
 
 `checkpoints/best.json` holds the metric's value at every evaluation whose weights were saved:
-`{"metric": "accuracy", "best": 120, "values": {"40": 0.61, "120": 0.8}}`. Only complete checkpoints count, so
-the file stays true whatever is removed, damaged or written anew.
+`{"metric": "accuracy", "evaluation": "4f0c...", "best": 120, "values": {"40": 0.61, "120": 0.8}}`. Only
+complete checkpoints count, so the file stays true whatever is removed, damaged or written anew. A run that
+goes on with another metric, other held-out prompts or another way to evaluate starts the file anew.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ def best_iteration(directory: str | Path) -> int | None:
 class BestCheckpoint:
     """Keeps `best.json`; the same state on every rank, so that all of them decide alike."""
 
-    def __init__(self, directory: Path, metric: str, resumed_iteration: int = 0):
-        """What a run that ended later wrote beyond `resumed_iteration` is forgotten. Collective: one
-        broadcast of a few bytes an evaluation.
+    def __init__(self, directory: Path, metric: str, resumed_iteration: int = 0, evaluation: str = ""):
+        """What a run that ended later wrote beyond `resumed_iteration` is forgotten. evaluation: a digest of
+        all that the values depend on besides the weights. Collective: one broadcast of a few bytes an
+        evaluation.
         """
-        self._directory, self._metric = directory, metric
+        self._directory, self._metric, self._evaluation = directory, metric, evaluation
         state = [None]
         if dist.get_rank() == 0:
-            kept = {i: value for i, value in _read(directory, metric).items() if i <= resumed_iteration}
+            known = _read(directory, metric, evaluation)
+            kept = {i: value for i, value in known.items() if i <= resumed_iteration}
             state = [kept if resumed_iteration else {}]
             if (directory / BEST_FILE).exists():
                 self._write(state[0])
@@ -62,18 +65,20 @@ class BestCheckpoint:
 
     def _write(self, values: Mapping[int, float]) -> None:
         best = max(values, key=lambda i: (values[i], i), default=None)
-        text = json.dumps({"metric": self._metric, "best": best, "values": values}, indent=1)
+        facts = {"metric": self._metric, "evaluation": self._evaluation, "best": best, "values": values}
+        text = json.dumps(facts, indent=1)
         self._directory.mkdir(parents=True, exist_ok=True)
         temporary = self._directory / f"{BEST_FILE}.tmp"
         temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, self._directory / BEST_FILE)
 
 
-def _read(directory: Path, metric: str | None = None) -> dict[int, float]:
-    """Iteration -> value; nothing when the file is missing, damaged or about another metric."""
+def _read(directory: Path, metric: str | None = None, evaluation: str | None = None) -> dict[int, float]:
+    """Iteration -> value; nothing when the file is missing, damaged, or of another metric or evaluation."""
     try:
         written = json.loads((directory / BEST_FILE).read_text(encoding="utf-8"))
         values = {int(iteration): float(value) for iteration, value in written["values"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
-    return values if metric in (None, written.get("metric")) else {}
+    is_same = evaluation in (None, written.get("evaluation", evaluation))
+    return values if is_same and metric in (None, written.get("metric")) else {}

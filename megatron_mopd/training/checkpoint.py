@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,38 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from megatron_mopd.config import ConfigError
+from megatron_mopd.config.objectives import rollout_sizes
+from megatron_mopd.data.position import DataPosition
 from megatron_mopd.data.tokenizer import Tokenizer
 from megatron_mopd.model.background_save import CheckpointWriter
 from megatron_mopd.model.checkpoint import (
-    MODEL_FILE,
     complete_iterations,
     iteration_directory,
-    latest_iteration,
     load_described,
     model_state,
     put_into,
-    read_model_config,
     remove_checkpoint,
     without_extra_state,
 )
-from megatron_mopd.model.checksums import verify_checksums
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.initialize import sharded_tensors
-from megatron_mopd.model.pickled_files import Checked, refuse_code
-from megatron_mopd.observe.progress import say
-from megatron_mopd.teachers.manifest import changed_teachers
 from megatron_mopd.training.best import best_iteration
 from megatron_mopd.training.monitors import Alarms
-from megatron_mopd.training.optimizer import allocate_state, regroup_state, separate_steps
+from megatron_mopd.training.optimizer import (
+    allocate_state,
+    keep_settings,
+    regroup_state,
+    separate_steps,
+)
+from megatron_mopd.training.resume import (
+    FinishedRun,
+    Resumable,
+    check_same_run,
+    checkpoints_directory,
+    find_resumable,
+    say_changes,
+    settings,
+)
 from megatron_mopd.training.rollout_log import remove_rollout_logs
 from megatron_mopd.training.step import Learner
 
@@ -49,11 +57,6 @@ _SPACE_MARGIN = 1.1
 """Free space asked for, relative to the tensors' size: metadata, tokenizer, the list of checksums."""
 
 
-def checkpoints_directory(run_dir: str) -> Path:
-    """Where a run keeps its checkpoints."""
-    return Path(run_dir) / "checkpoints"
-
-
 def _state(learner: Learner, iteration: int, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
     state = model_state([unwrap(chunk) for chunk in learner.chunks], learner.groups)
     if with_optimizer:
@@ -64,11 +67,13 @@ def _state(learner: Learner, iteration: int, with_optimizer: bool, is_loading: b
         )
         state["scheduler"] = learner.scheduler.state_dict()
         state["iteration"] = iteration
-        state["manifest"] = learner.manifest
+        state["position"] = learner.position.state_dict()
         state["skipped"] = learner.skipped.state_dict()
         # Batches that are sampled but not trained on yet: their weights are gone when the run resumes.
-        next_batch = iteration // learner.config.schedule.steps_per_rollout
+        next_batch = learner.position.batch(iteration)
         state["sampled_from"] = {n: w for n, w in learner.sampled_from.items() if n >= next_batch}
+    state["settings"] = settings(learner.config, learner.model)
+    state["manifest"] = learner.manifest
     return state
 
 
@@ -115,9 +120,8 @@ def save(
                 remove_checkpoint(iteration_directory(directory, number))
         for abandoned in directory.glob(".iter_*.incomplete"):  # of starts that ended while they wrote
             shutil.rmtree(abandoned, ignore_errors=True)
-        schedule = learner.config.schedule
-        batch, is_last = iteration // schedule.steps_per_rollout, iteration >= schedule.train_iters
-        remove_rollout_logs(learner.config.run_dir, batch, is_last)
+        is_last = iteration >= learner.config.schedule.train_iters
+        remove_rollout_logs(learner.config.run_dir, learner.position.batch(iteration), is_last)
 
     background = writer or CheckpointWriter()
     path = background.start(
@@ -162,112 +166,50 @@ def _lack_of_space(learner: Learner, size: int) -> str | None:
     )
 
 
-def resume(learner: Learner, alarms: Alarms | None = None) -> int:
-    """Continue from the newest undamaged checkpoint of the run directory; returns the iterations already done
-    (0: none).
+def resume(learner: Learner, alarms: Alarms | None = None, found: Resumable | None = None) -> int:
+    """Continue from `found`, by default the newest undamaged checkpoint of the run directory; returns the
+    iterations already done (0: none).
 
-    Collective over all ranks. The checkpoint may have been saved at any parallel layout. Says which it
-    passed over and why; when all are damaged, the newest's `ConfigError` is raised. Refuses (`ConfigError`) a
-    checkpoint whose architecture, tokenizer, teachers or objective are not this run's, or without optimizer
-    state.
+    Collective over all ranks. The checkpoint may have been saved at any parallel layout. Says what changed
+    since it was saved. Refuses (`ConfigError`) a checkpoint of another run (`check_same_run`), in the middle
+    of a rollout batch, or without optimizer state.
     """
-    if not learner.config.checkpoint.resume:
+    found = found or find_resumable(learner.config)
+    if found is None:
         return 0
-    directory = checkpoints_directory(learner.config.run_dir)
-    candidates = complete_iterations(directory)
-    _say_incomplete(directory)
-    newest = latest_iteration(directory)
-    first_error = None
-    for iteration in candidates:
-        if newest is not None and iteration > newest:
-            continue  # the tracker was turned back by hand
-        path = iteration_directory(directory, iteration)
-        try:
-            verify_checksums(path, "run_dir")
-            description = refuse_code(path, "run_dir")
-        except ConfigError as error:
-            say(f"resume: passed over {path.name}: {error}")
-            first_error = first_error or error
-            continue
-        return _load(learner, path, description, iteration, alarms)
-    if first_error is not None:
-        raise first_error
-    return 0
+    changed = check_same_run(found, learner.config, learner.model, learner.manifest)
+    try:
+        found.check_continues(learner.config)
+    except FinishedRun:
+        return found.iteration
+    say_changes(changed, found.description.common["manifest"], learner.manifest)
+    return _load(learner, found, alarms)
 
 
-def _say_incomplete(directory: Path) -> None:
-    if not directory.is_dir():
-        return
-    for entry in sorted(os.listdir(directory)):
-        if entry.endswith(".incomplete"):
-            say(f"resume: passed over {entry}: the run ended while it was written")
-        elif entry.startswith("iter_") and not (directory / entry / MODEL_FILE).exists():
-            say(f"resume: passed over {entry}: no {MODEL_FILE}, so it is not complete")
-
-
-def _load(learner: Learner, path: Path, description: Checked, newest: int, alarms: Alarms | None) -> int:
-    model, fingerprint = read_model_config(path, "run_dir")
-    if model.transformer != learner.model.transformer:
-        changed = sorted(
-            key
-            for key in model.transformer.keys() | learner.model.transformer.keys()
-            if model.transformer.get(key) != learner.model.transformer.get(key)
-        )
-        raise ConfigError(f"run_dir: {path} was saved with another architecture ({', '.join(changed)})")
-    if fingerprint != learner.manifest["tokenizer"]:
-        raise ConfigError(f"run_dir: {path} was saved with another tokenizer than data.tokenizer")
-    common = description.common
-    if "optimizer" not in common:
-        if newest >= learner.config.schedule.train_iters:
-            return newest  # a finished run that kept only its weights
-        raise ConfigError(
-            f"run_dir: {path} has no optimizer state to continue from (checkpoint.save_optimizer was false); "
-            "name it as student.load of a new run, or set checkpoint.resume=false"
-        )
-    _check_manifest(
-        common["manifest"], learner.manifest, path, learner.config.checkpoint.allow_teacher_change
-    )
-    steps = learner.config.schedule.steps_per_rollout
-    if newest % steps:
-        raise ConfigError(
-            f"schedule.steps_per_rollout: {path} is of iteration {newest}, in the middle of a rollout batch "
-            f"of {steps} steps, whose samples are gone; put the old value back or start a new run_dir"
-        )
+def _load(learner: Learner, found: Resumable, alarms: Alarms | None) -> int:
+    common = found.description.common
     allocate_state(learner.optimizer)
     wanted = _state(learner, 0, with_optimizer=True, is_loading=True)
     without_extra_state({key: part for key, part in wanted.items() if key.startswith("model")})
-    state = load_described(wanted, path, description, "run_dir")
+    state = load_described(wanted, found.path, found.description, "run_dir")
     for number, chunk in enumerate(learner.chunks):
         put_into(unwrap(chunk), state[f"model{number}"], "run_dir")
     optimizer_state = state["optimizer"]
     if learner.config.optimizer.use_distributed_optimizer:
         optimizer_state = regroup_state(optimizer_state, learner.optimizer)
+    keep_settings(optimizer_state, learner.optimizer)
     learner.optimizer.load_state_dict(optimizer_state)
     separate_steps(learner.optimizer)
     learner.scheduler.load_state_dict(state["scheduler"])
     if "skipped" in common:
         learner.skipped.load_state_dict(common["skipped"])
-    learner.sampled_from |= common.get("sampled_from", {})
+    if "position" in common:
+        sizes = rollout_sizes(learner.config)
+        before = DataPosition.from_state(common["position"])
+        learner.position = before.resized(found.iteration, *sizes)
+        if learner.position == before:
+            # Batches that were sampled ahead have the prompts of the sizes then.
+            learner.sampled_from |= common.get("sampled_from", {})
     if alarms is not None and "alarms" in common:
         alarms.load_state_dict(common["alarms"])
     return state["iteration"]
-
-
-def _check_manifest(
-    saved: dict[str, Any], current: dict[str, Any], path: Path, allow_teacher_change: bool
-) -> None:
-    for key in sorted(saved.keys() | current.keys()):  # the same one on every rank
-        if key == "teachers":
-            changed = changed_teachers(saved.get(key, {}), current.get(key, {}))
-            if changed and not allow_teacher_change:
-                raise ConfigError(
-                    f"teachers: not those that {path} was written with: {', '.join(changed)}; put them back, "
-                    "or continue with --allow-teacher-change"
-                )
-            if changed:
-                say(f"teachers changed since {path}: {', '.join(changed)}")
-        elif saved.get(key) != current.get(key):
-            raise ConfigError(
-                f"run_dir: {path} was written with other {key} ({saved.get(key)!r}, now "
-                f"{current.get(key)!r}); start a new run_dir or put the old value back"
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -45,6 +46,20 @@ def evaluation(run: Run) -> dict[str, float]:
                 samples_per_prompt=samples,
             )
     return metrics
+
+
+def evaluation_fingerprint(run: Run) -> str:
+    """SHA-256 of what `evaluation` depends on besides the weights: its prompts and settings."""
+    if run.eval_prompts is None:
+        return ""
+    rollout = run.config.rollout
+    facts = (
+        run.eval_prompts.fingerprint(),
+        run.config.evaluation,
+        rollout.max_new_tokens,
+        rollout.stop_token_ids,
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def evaluate(

@@ -167,6 +167,31 @@ def regroup_state(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[
     return dict(enumerate(places))
 
 
+def keep_settings(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> None:
+    """Give the parameter groups of an optimizer's loaded state the settings that `optimizer` has now.
+
+    Learning rates, weight decay, betas, epsilon; only the step, which some optimizers count there, stays.
+
+    megatron-core restores the saved settings, which the schedule then reads (0.16), or looks for groups that
+    had the present ones and finds none (0.19).
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    places = [loaded] if len(parts) == 1 else [loaded[number] for number in range(len(parts))]
+    for part, place in zip(parts, places):
+        groups = place.get("optimizer", place)["param_groups"]  # torch's own state where nothing wraps it
+        for saved in groups:
+            current = next(group for group in part.optimizer.param_groups if _is_alike(group, saved))
+            saved |= {key: value for key, value in current.items() if key not in ("params", "step")}
+
+
+_IDENTITY = ("wd_mult", "lr_mult", "is_decoupled_lr", "is_expert_parallel")
+"""What tells apart the parameter groups of one optimizer, whatever its settings."""
+
+
+def _is_alike(group: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(group[key] == other[key] for key in _IDENTITY)
+
+
 def _as_saved(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
     def alike(other: dict[str, Any]) -> bool:
         return all(group[key] == other[key] for key in ("wd_mult", "lr_mult", "is_decoupled_lr"))

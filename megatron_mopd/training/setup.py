@@ -11,8 +11,10 @@ import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
+from megatron_mopd.backend.agreement import require_agreement
 from megatron_mopd.backend.launch import read_launch
 from megatron_mopd.backend.lifeline import Lifeline
 from megatron_mopd.backend.messages import visible
@@ -41,6 +43,8 @@ from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
 from megatron_mopd.teachers.manifest import model_fingerprints, run_manifest, start_alarms
 from megatron_mopd.teachers.routing import Routing, check_teachers
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_mopd.training.rank_facts import input_facts, launch_facts
+from megatron_mopd.training.resume import Resumable, check_same_run, find_resumable
 from megatron_mopd.training.rewards import Rewarder
 from megatron_mopd.training.step import Learner
 
@@ -72,6 +76,8 @@ class Run:
     rewarder: Rewarder
     start_alarms: list[str]
     """What the teachers' fingerprints say; already printed."""
+    resumable: Resumable | None
+    """The checkpoint that the run continues from, already found to be of the same run."""
     lifeline: Lifeline
     """To be released before this rank ends by itself."""
     confinement: Confinement | None
@@ -81,13 +87,25 @@ class Run:
 def build_run(config: Config) -> Run:
     """Start the ranks, check every input, build student, teachers, optimizer and rollout engine.
 
-    Raises `ConfigError` for a user's mistake, before anything is trained. Collective over all ranks.
+    Raises `ConfigError` for a user's mistake, `FinishedRun` when there is nothing left to do, both before
+    anything is built or written. Collective over all ranks.
     """
     device = select_device(config.device)
     lifeline = start_ranks(device, config.parallel.distributed_timeout_minutes)
-    inputs = check_inputs(config, dist.get_world_size())
+    inputs = agreed_inputs(config, device)
     confinement = examine_confinement(inputs)
     tokenizer, student, routing = inputs.tokenizer, inputs.student, inputs.routing
+    fingerprints = model_fingerprints(
+        config.student.load,
+        config.teachers if routing is not None else (),
+        student,
+        tokenizer.fingerprint(),
+        config.seed,
+    )
+    manifest = run_manifest(tokenizer.fingerprint(), inputs.prompts, fingerprints)
+    if (resumable := find_resumable(config)) is not None:
+        check_same_run(resumable, config, student, manifest)
+        resumable.check_continues(config)
 
     groups = build_parallel_groups(config.parallel, device, config.seed)
     chunks = build_model(
@@ -102,9 +120,8 @@ def build_run(config: Config) -> Run:
             load_weights(chunks, find_checkpoint(student.load, "student.load"), groups, "student.load")
     if config.rollout.routing_replay:
         install_routing_replay(chunks)
-    bank, fingerprints, alarms = None, {}, []
+    bank, alarms = None, []
     if routing is not None:
-        fingerprints = model_fingerprints(config, student, tokenizer.fingerprint())
         alarms = start_alarms(fingerprints)
         for alarm in alarms:
             say(f"ALARM: {alarm}")
@@ -126,8 +143,7 @@ def build_run(config: Config) -> Run:
         optimizer=optimizer,
         scheduler=scheduler,
         model=student,
-        manifest=run_manifest(config, tokenizer.fingerprint(), fingerprints)
-        | {"prompts": inputs.prompts.fingerprint()},
+        manifest=manifest,
         domains=sorted(inputs.prompts.domains),
         routing=routing,
         bank=bank,
@@ -141,7 +157,30 @@ def build_run(config: Config) -> Run:
     )
     rewarder = Rewarder(config, groups, tokenizer.decode)
     shared = (config, groups, tokenizer, inputs.prompts, inputs.eval_prompts)
-    return Run(*shared, learner, engine, rewarder, alarms, lifeline, confinement)
+    return Run(*shared, learner, engine, rewarder, alarms, resumable, lifeline, confinement)
+
+
+def agreed_inputs(config: Config, device: torch.device) -> Inputs:
+    """The run's inputs, the same on every rank.
+
+    Raises `ConfigError` on every rank alike, for a mistake that any of them finds and for whatever they
+    disagree on: software, settings, files. Collectives: those of `require_agreement`.
+    """
+    facts, inputs, error = launch_facts(config, device), None, None
+    try:
+        inputs = check_inputs(config, dist.get_world_size())
+        facts += input_facts(
+            config,
+            inputs.tokenizer.fingerprint(),
+            inputs.student,
+            {source.name: source.model for source in inputs.teachers},
+            inputs.prompts,
+            inputs.eval_prompts,
+        )
+    except ConfigError as mistake:
+        error = mistake
+    require_agreement(facts, error)
+    return inputs
 
 
 def check_inputs(config: Config, world_size: int) -> Inputs:

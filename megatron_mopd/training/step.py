@@ -18,7 +18,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import Config, DomainObjectives, ModelConfig
-from megatron_mopd.config.objectives import needs_old_policy, needs_teachers, samples_per_prompt
+from megatron_mopd.config.objectives import (
+    needs_old_policy,
+    needs_teachers,
+    rollout_sizes,
+    samples_per_prompt,
+)
 from megatron_mopd.data.batching import (
     BatchShape,
     MicroBatch,
@@ -27,6 +32,7 @@ from megatron_mopd.data.batching import (
     group_micro_batches,
     split_over_ranks,
 )
+from megatron_mopd.data.position import DataPosition
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.objectives.reduction import token_weights
@@ -60,7 +66,7 @@ class Learner:
     model: ModelConfig
     """The student's architecture, everything resolved."""
     manifest: dict[str, Any]
-    """What a resumed run must agree with: tokenizer, objective, routing, teachers."""
+    """Fingerprints of what a resumed run must agree with: tokenizer, student, teachers, prompts."""
     domains: list[str]
     """Every domain of the run, sorted: the order of per-domain sums on all ranks."""
     routing: Routing | None = None
@@ -69,12 +75,15 @@ class Learner:
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
     sampled_from: dict[int, int] = field(default_factory=dict)
     """Rollout batch -> identity of the weights that it is sampled from (`rollout_log`)."""
+    position: DataPosition = field(init=False)
+    """How iterations correspond to rollout batches and prompts."""
     pipeline: PipelineDriver | None = field(init=False, default=None)
     """`None` when megatron-core's own schedules are used."""
 
     def __post_init__(self):
         """Collective over all ranks: the pipeline's communicators."""
         schedule = self.config.schedule
+        self.position = DataPosition(*rollout_sizes(self.config))
         if schedule.kind != "megatron":
             self.pipeline = PipelineDriver(
                 self.groups,

@@ -64,8 +64,8 @@ def make(transformer, parallel, run_dir, **sections):
     learner = _models.make_learner(transformer, parallel, optimizer=optimizer, **sections)
     learner.manifest |= {
         "tokenizer": "a tokenizer",
-        "objective": "kl",
-        "routing": "r",
+        "student": "1",
+        "prompts": ["1"],
         "teachers": {"a": {"weights": "1"}},
     }
     return learner
@@ -148,8 +148,10 @@ def save_only(rank, run_dir, with_optimizer, text="a tokenizer"):
     [
         ({}, {"tokenizer": "another"}, ["tokenizer"]),
         ({}, {"teachers": {"a": {"weights": "2"}}}, ["teachers: ", "a (weights)"]),
-        ({}, {"objective": "jsd"}, ["objective", "'kl'", "'jsd'"]),
-        ({}, {"routing": "s"}, ["routing"]),
+        ({}, {"prompts": ["2"]}, ["data.prompts[0]: prompts other than"]),
+        ({}, {"student": "2"}, ["student.load: weights other than"]),
+        ({"kind": "jsd"}, {}, ["objective.kind", "'full_vocab_kl'", "'jsd'"]),
+        ({"routing": {"default": "c"}}, {}, ["routing", "{}", "{'default': 'c'}"]),
         ({"transformer": MOE | dict(moe_router_topk=3)}, {}, ["architecture", "moe_router_topk"]),
         ({"transformer": MOE | dict(num_layers=2)}, {}, ["architecture", "num_layers"]),
     ],

@@ -103,6 +103,15 @@ def test_what_was_written_beyond_a_resume_is_forgotten(tmp_path, alone):
     assert BestCheckpoint(tmp_path, "accuracy", 4).is_new({"accuracy": 0.0}), "a damaged file says nothing"
 
 
+def test_values_of_another_evaluation_are_forgotten(tmp_path, alone):
+    BestCheckpoint(tmp_path, "accuracy", 0, "held-out A").saved(2, {"accuracy": 0.5})
+    assert not BestCheckpoint(tmp_path, "accuracy", 2, "held-out A").is_new({"accuracy": 0.4})
+    assert BestCheckpoint(tmp_path, "accuracy", 2, "held-out B").is_new({"accuracy": 0.4})
+    earlier_release = {"metric": "accuracy", "best": 2, "values": {"2": 0.5}}
+    (tmp_path / BEST_FILE).write_text(json.dumps(earlier_release))
+    assert not BestCheckpoint(tmp_path, "accuracy", 2, "held-out B").is_new({"accuracy": 0.4})
+
+
 @pytest.mark.parametrize(
     "sections, message",
     [

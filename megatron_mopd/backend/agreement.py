@@ -1,0 +1,134 @@
+"""Whether all ranks start from the same software, settings and files; if not, which ranks differ in what.
+
+Ranks on several hosts may read copies of their own. A rank with other prompts, or with another learning rate,
+trains without an error, and differently from the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_mopd.backend.messages import visible
+from megatron_mopd.config import ConfigError
+
+_ERROR = "error"
+_MOST_RANGES = 6
+_LONGEST_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that has to be the same on every rank."""
+
+    name: str
+    """A key of the configuration, a package, a file."""
+    value: str
+    """What is compared."""
+    shown: str
+    """How a message tells one value from another; need not be the same on ranks that agree."""
+    remedy: str = ""
+    """What to do when ranks disagree."""
+
+
+def require_agreement(facts: Sequence[Fact], error: ConfigError | None = None) -> None:
+    """`ConfigError`, the same on every rank, unless all ranks pass the same facts and none an error.
+
+    facts: in order of importance; the first that differs is named, with both values and with the ranks that
+    have them. error: what this rank found wrong with its inputs before it knew all of its facts; it counts
+    after the facts that are known.
+
+    Collectives, over all ranks, on the CPU: one all-reduce of 16 bytes. Only when ranks disagree: two
+    all-gathers of 8 bytes a rank and two broadcasts of one rank's facts (some kilobytes).
+    """
+    known = [*facts, Fact(_ERROR, str(error), str(error))] if error is not None else [*facts]
+    if not _is_common(_digest([(fact.name, fact.value) for fact in known])):
+        raise ConfigError(_disagreement({fact.name: fact for fact in known}))
+    if error is not None:
+        raise error
+
+
+def _digest(value: object) -> int:
+    """63 bits of SHA-256: fits an int64, and so does its negative."""
+    return int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:8], "big") >> 1
+
+
+def _is_common(digest: int) -> bool:
+    """Whether every rank has the same number: its maximum is its minimum."""
+    extremes = torch.tensor([digest, -digest])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    return extremes[0].item() == -extremes[1].item()
+
+
+def _gathered(digest: int) -> list[int]:
+    everywhere = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, torch.tensor([digest]))
+    return [int(one) for one in everywhere]
+
+
+def _disagreement(facts: dict[str, Fact]) -> str:
+    """The message about the first fact that rank 0 and another rank do not share."""
+    digests = _gathered(_digest([(fact.name, fact.value) for fact in facts.values()]))
+    other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+    (first, host_of_first), (second, host_of_second) = _told_by(0, facts), _told_by(other, facts)
+    name = next(
+        name
+        for name in sorted({**first, **second}, key=lambda name: _place(name, first, second))
+        if _value(first, name) != _value(second, name)
+    )
+    values = _gathered(_digest(_value(facts, name)))
+    groups = [
+        [rank for rank, value in enumerate(values) if value == values[reference]] for reference in (0, other)
+    ]
+    hosts = ["", ""] if host_of_first == host_of_second else [f" ({host_of_first})", f" ({host_of_second})"]
+    sides = list(zip((first, second), groups, hosts))
+    if name == _ERROR:
+        # Whoever has no error of its own could read what another could not.
+        told, ranks, host = next(side for side in sides if name in side[0])
+        return f"{told[name].shown} (on {_ranks(ranks)}{host})"
+    described = [f"{_shown(told, name)} on {_ranks(ranks)}{host}" for told, ranks, host in sides]
+    remedy = (first.get(name) or second[name]).remedy
+    return f"ranks disagree on {visible(name)}: {', '.join(described)}; {remedy}"
+
+
+def _told_by(rank: int, facts: dict[str, Fact]) -> tuple[dict[str, Fact], str]:
+    """One rank's facts and host, on every rank."""
+    told = [(facts, visible(socket.gethostname()))]
+    dist.broadcast_object_list(told, src=rank)
+    return told[0]
+
+
+def _place(name: str, *sides: dict[str, Fact]) -> tuple[bool, int]:
+    """Facts in their order; errors before what is only known without one."""
+    missing = any(name not in side for side in sides) and name != _ERROR
+    return missing, min(list(side).index(name) for side in sides if name in side)
+
+
+def _value(facts: dict[str, Fact], name: str) -> str | None:
+    return facts[name].value if name in facts else None
+
+
+def _shown(facts: dict[str, Fact], name: str) -> str:
+    if name not in facts:
+        return "nothing"
+    text = visible(facts[name].shown)
+    return text if len(text) <= _LONGEST_SHOWN else f"...{text[-_LONGEST_SHOWN:]}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """`rank 3`, `ranks 0, 2-7`."""
+    ranges: list[list[int]] = []
+    for rank in ranks:
+        if ranges and rank == ranges[-1][1] + 1:
+            ranges[-1][1] = rank
+        else:
+            ranges.append([rank, rank])
+    texts = [f"{a}" if a == b else f"{a}-{b}" for a, b in ranges[:_MOST_RANGES]]
+    more = ", ..." if len(ranges) > _MOST_RANGES else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(texts)}{more}"

@@ -1,0 +1,117 @@
+"""Configuration keys of the models and of how they are laid out: student, teachers, parallelism.
+
+Re-exported by `schema.py`, which has the other sections and says how a docstring names a key's resume class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A GPT model: where its weights come from and what it looks like (`student`)."""
+
+    load: str | None = None
+    """Checkpoint to start from (a directory with `latest_checkpointed_iteration.txt`, or one `iter_*` of it).
+    Its architecture is used; `None` initialises a new model from `seed`. On resume: must not change, judged
+    by content."""
+    vocab_size: int | None = None
+    """Number of real token ids; default: the tokenizer's. On resume: must not change."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times `tensor_model_parallel_size`, never sampled. On
+    resume: may change."""
+    max_position_embeddings: int | None = None
+    """Longest sequence the model was made for, as its checkpoint says; nothing here limits it. On resume: may
+    change."""
+    position_embedding_type: str = "rope"
+    """`rope` or `none`. On resume: must not change."""
+    rotary_base: float = 10000.0
+    """Base period of the rotary embedding. On resume: must not change."""
+    rotary_percent: float = 1.0
+    """Share of each head's channels that is rotated. On resume: must not change."""
+    rope_scaling: dict[str, Any] | None = None
+    """Stretches the rotary embedding: `rope_type` (`linear`, `llama3` or `yarn`), `factor` and what else that
+    type needs, under the names of Hugging Face's `rope_parameters`. On resume: must not change."""
+    attention_output_bias: bool = False
+    """A bias on the attention's output projection alone (`add_bias_linear` puts one on every linear). On
+    resume: must not change."""
+    qk_layernorm_over_heads: bool = False
+    """The norms of `qk_layernorm` run over all heads of a token together (OLMoE) instead of over each. On
+    resume: must not change."""
+    share_embeddings_and_output_weights: bool = False
+    """Tie the output head to the input embedding. On resume: must not change."""
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Any other field of megatron-core's `TransformerConfig`, by its own name, directly in the section. Those
+    that say how the model is computed and not what it is (`recompute_*`, `moe_token_dispatcher_type`) may
+    change on resume, the others not. On resume: must not change."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """One frozen domain expert (an entry of the list `teachers`)."""
+
+    name: str = ""
+    """Unique name, used in `routing` and in every metric. `self` is the student as it was at the start. On
+    resume: must not change, judged by content."""
+    load: str | None = None
+    """Checkpoint directory of the expert; must be left out for `self` and given for every other teacher. On
+    resume: must not change, judged by content."""
+    kl_floor: float = 1e-6
+    """Mean KL per token at the first step below which an alarm says that the teacher equals the student. On
+    resume: may change."""
+    kl_ceiling: float = 5.0
+    """Mean KL per token at the first step above which an alarm says that the teacher does not fit. On resume:
+    may change."""
+
+
+@dataclass(frozen=True)
+class TeacherStorageConfig:
+    """Where the teachers' weights rest, and what is kept of their forward passes (`teacher_storage`)."""
+
+    mode: str = "host"
+    """`host`: every rank keeps its own shard of every teacher in (page-locked) host memory; `host_sharded`:
+    every data-parallel replica keeps its part, an all-gather puts a teacher together when it arrives; `mmap`:
+    files written once into `mmap_directory`, read when a teacher arrives. On resume: may change."""
+    dtype: str | None = None
+    """Resting form: `None` as computed with (`params_dtype`), or `int8` or `fp8` with a scale per 128
+    weights. On resume: must not change."""
+    mmap_directory: str | None = None
+    """Directory of the `mmap` files; default: `teachers` in the run directory. May be a disk of each host's
+    own. On resume: may change."""
+    hidden_cache_device: str = "host"
+    """Where last-layer hidden states wait for the loss: `host` memory, or the `device`. On resume: may
+    change."""
+    hidden_cache_dtype: str | None = None
+    """Precision they are kept in; `None`: that of the model (`params_dtype`), which loses nothing. On resume:
+    must not change."""
+    hidden_cache_bytes: int | None = None
+    """Most bytes of hidden states that a rank of the last stage keeps at once; `None`: no limit. A batch that
+    needs more is processed in parts, with the same result. On resume: may change."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are laid out over ranks; student and teachers share the layout."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices (TP). On resume: may change."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages (PP). On resume: may change."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per stage of the student (VPP); `None` or 1 means no interleaving. On resume: may
+    change."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of each MoE layer (EP), taken out of the data-parallel ranks. On resume:
+    may change."""
+    expert_tensor_parallel_size: int | None = None
+    """Tensor parallelism inside each expert; default: `tensor_model_parallel_size`. On resume: may change."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence (CP). On resume: may change."""
+    sequence_parallel: bool = False
+    """Split activations between tensor-parallel regions along the sequence; required by MoE with TP > 1. On
+    resume: may change."""
+    distributed_timeout_minutes: float = 10.0
+    """How long a rank waits at start-up and in a collective before the job is ended with an error. On resume:
+    may change."""
