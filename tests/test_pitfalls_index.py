@@ -104,7 +104,7 @@ GUARDS = {
         # Sampled anew they are the same tokens: which ones are kept cannot depend on their length.
         "rollout/test_megatron_engine.py::test_tokens_follow_from_seed_and_index_alone",
     ),
-    "Settings changed on resume and silently ignored, or prompts skipped and repeated after another batch size": (
+    "Settings changed on resume and silently ignored; prompts skipped or repeated by another batch size": (
         "training/test_resume.py::test_changed_settings_of_the_optimizer_take_effect",
         "training/test_resume.py::test_a_run_goes_on_with_what_may_change_and_refuses_the_rest",
         "training/test_resume_classes.py::test_a_changed_key_does_what_its_class_says",
