@@ -91,8 +91,8 @@ def _disagreement(facts: dict[str, Fact]) -> str:
     if name == _ERROR:
         # Whoever has no error of its own could read what another could not.
         told, ranks, host = next(side for side in sides if name in side[0])
-        return f"{told[name].shown} (on {_ranks(ranks)}{host})"
-    described = [f"{_shown(told, name)} on {_ranks(ranks)}{host}" for told, ranks, host in sides]
+        return f"{told[name].shown} (on {ranks_text(ranks)}{host})"
+    described = [f"{_shown(told, name)} on {ranks_text(ranks)}{host}" for told, ranks, host in sides]
     remedy = (first.get(name) or second[name]).remedy
     return f"ranks disagree on {visible(name)}: {', '.join(described)}; {remedy}"
 
@@ -121,7 +121,7 @@ def _shown(facts: dict[str, Fact], name: str) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"...{text[-_LONGEST_SHOWN:]}"
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def ranks_text(ranks: Sequence[int]) -> str:
     """`rank 3`, `ranks 0, 2-7`."""
     ranges: list[list[int]] = []
     for rank in ranks:

@@ -20,10 +20,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_mopd.backend import cpu, versions
+from megatron_mopd.backend.agreement import ranks_text
 from megatron_mopd.backend.launch import read_launch
 from megatron_mopd.backend.lifeline import Lifeline
 from megatron_mopd.backend.network import interface_names, interface_problems
 from megatron_mopd.config import ConfigError, ParallelConfig
+
+_LET_OTHERS_READ = 1.0
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,8 @@ def start_ranks(device: torch.device, timeout_minutes: float) -> Lifeline:
     Returns the connection over which the ranks notice each other's death; whoever may end before the others
     do releases it (an ordinary end of the interpreter does, too). Every rank checks in with the store first;
     when some do not within the timeout, all the others raise `ConfigError` naming the missing ranks; so do
-    variables that do not fit together, or name a network interface that is not there. Collectives: none
-    before all ranks are known to be there.
+    variables that do not fit together, or name a network interface that is not there, and ranks on GPUs
+    beside ranks on CPUs. Collectives: none before all ranks are known to be there.
     """
     if dist.is_initialized():
         return Lifeline()
@@ -157,7 +161,7 @@ def start_ranks(device: torch.device, timeout_minutes: float) -> Lifeline:
         store = dist.PrefixStore(f"megatron_mopd/{attempt}", store)
     lifeline = Lifeline(store, rank, world_size)
     if world_size > 1:
-        _check_in(store, rank, world_size, timeout_minutes)
+        _check_in(store, rank, world_size, timeout_minutes, device.type)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(
         backend,
@@ -177,8 +181,13 @@ def end_ranks(lifeline: Lifeline) -> None:
     dist.destroy_process_group()
 
 
-def _check_in(store: dist.Store, rank: int, world_size: int, timeout_minutes: float) -> None:
-    store.set(f"arrived/{rank}", "yes")
+def _check_in(
+    store: dist.Store, rank: int, world_size: int, timeout_minutes: float, device_type: str
+) -> None:
+    """Wait for all ranks, and make sure that they compute on the same kind of device: process groups of
+    different backends would wait for each other.
+    """
+    store.set(f"arrived/{rank}", device_type)
     deadline = time.monotonic() + 60 * timeout_minutes
     missing = set(range(world_size))
     while missing := {other for other in missing if not store.check([f"arrived/{other}"])}:
@@ -189,6 +198,16 @@ def _check_in(store: dist.Store, rank: int, world_size: int, timeout_minutes: fl
                 "Look at their logs, or raise parallel.distributed_timeout_minutes"
             )
         time.sleep(0.05)
+    # A few bytes of every rank, in one request.
+    types = [value.decode() for value in store.multi_get([f"arrived/{one}" for one in range(world_size)])]
+    if len(set(types)) > 1:
+        if rank == 0:
+            time.sleep(_LET_OTHERS_READ)  # the store may end with this process
+        by_type = {kind: [r for r, t in enumerate(types) if t == kind] for kind in sorted(set(types))}
+        found = ", ".join(f"{kind} on {ranks_text(ranks)}" for kind, ranks in by_type.items())
+        raise ConfigError(
+            f"ranks disagree on device: {found}; every rank needs a GPU, or device=cpu on all of them"
+        )
 
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:

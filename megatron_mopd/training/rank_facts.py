@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-
-import torch
 
 import megatron_mopd
 from megatron_mopd.backend.agreement import Fact
@@ -30,23 +29,25 @@ _ONE_DIRECTORY = "run_dir has to be on a file system that all hosts share"
 
 # Paths whose content is compared instead: hosts may have copies of their own, at places of their own.
 _BY_CONTENT = (".load", ".path", "data.tokenizer")
-_HOSTS_OWN = ("teacher_storage.mmap_directory", "log.wandb_project", "log.wandb_name")
-"""May differ: a disk of each host's own, and what only rank 0 uses."""
+_HOSTS_OWN = ("device", "teacher_storage.mmap_directory", "log.wandb_project", "log.wandb_name")
+"""May differ: names of one kind of device (`start_ranks` compares that), a disk of each host's own, and what
+only rank 0 uses."""
 
 
-def launch_facts(config: Config, device: torch.device) -> list[Fact]:
+def launch_facts(config: Config) -> list[Fact]:
     """Software and settings. No collectives; nothing is read but this package's own source."""
     facts = [Fact(name, *2 * (str(installed_version((name,))),), _SAME_SOFTWARE) for name in _PACKAGES]
     source = _source_digest()
     release = f"{megatron_mopd.__version__} (source {source[:8]})"
     facts.append(Fact("megatron_mopd", source, release, _SAME_SOFTWARE))
-    facts.append(Fact("device", device.type, device.type, _SAME_SETTINGS))
+    python = ".".join(platform.python_version_tuple()[:2])
+    facts.append(Fact("python", python, python, _SAME_SOFTWARE))
     return facts + list(_settings(config))
 
 
 def _settings(config: Config) -> Iterator[Fact]:
     for key, value in leaves(config):
-        if key == "device" or key in _HOSTS_OWN:
+        if key in _HOSTS_OWN:
             continue
         written = value.written if isinstance(value, EnvironmentText) else _text(value)
         if key.endswith(_BY_CONTENT):

@@ -11,7 +11,6 @@ import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from megatron_mopd.backend.agreement import require_agreement
@@ -92,7 +91,7 @@ def build_run(config: Config) -> Run:
     """
     device = select_device(config.device)
     lifeline = start_ranks(device, config.parallel.distributed_timeout_minutes)
-    inputs = agreed_inputs(config, device)
+    inputs = agreed_inputs(config)
     confinement = examine_confinement(inputs)
     tokenizer, student, routing = inputs.tokenizer, inputs.student, inputs.routing
     fingerprints = model_fingerprints(
@@ -160,13 +159,13 @@ def build_run(config: Config) -> Run:
     return Run(*shared, learner, engine, rewarder, alarms, resumable, lifeline, confinement)
 
 
-def agreed_inputs(config: Config, device: torch.device) -> Inputs:
+def agreed_inputs(config: Config) -> Inputs:
     """The run's inputs, the same on every rank.
 
     Raises `ConfigError` on every rank alike, for a mistake that any of them finds and for whatever they
     disagree on: software, settings, files. Collectives: those of `require_agreement`.
     """
-    facts, inputs, error = launch_facts(config, device), None, None
+    facts, inputs, error = launch_facts(config), None, None
     try:
         inputs = check_inputs(config, dist.get_world_size())
         facts += input_facts(

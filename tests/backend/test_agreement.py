@@ -109,4 +109,4 @@ def test_long_and_hostile_values(pool):
     ],
 )
 def test_names_of_ranks(ranks, expected):
-    assert agreement._ranks(list(ranks)) == expected
+    assert agreement.ranks_text(list(ranks)) == expected

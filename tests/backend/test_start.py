@@ -58,6 +58,17 @@ def test_missing_ranks_are_named(store, monkeypatch):
         parallel.start_ranks(CPU, 0.01)
 
 
+def test_ranks_on_other_devices_are_named(store):
+    """Process groups of different backends would wait for each other."""
+    store.set("megatron_mopd/0/arrived/0", "cuda")
+    store.set("megatron_mopd/0/arrived/2", "cuda")
+    with pytest.raises(
+        ConfigError, match="ranks disagree on device: cpu on rank 1, cuda on ranks 0, 2; every"
+    ):
+        parallel.start_ranks(CPU, 0.1)
+    assert not dist.is_initialized()
+
+
 def test_agents_that_count_restarts_differently(store, monkeypatch):
     """Rank 0 serves the store (launch/train.sh on several nodes): a replaced node's count begins at 0."""
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")

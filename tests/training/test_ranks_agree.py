@@ -7,7 +7,6 @@ import os
 import shutil
 
 import pytest
-import torch
 
 from megatron_mopd import train
 from megatron_mopd.config import ConfigError, config_from_dict
@@ -55,7 +54,7 @@ def inputs_on(rank, configurations, version=None):
         if version is not None and rank == 1:
             patch.setattr(rank_facts, "installed_version", lambda names: version)
         try:
-            setup.agreed_inputs(config_from_dict(configurations[rank]), torch.device("cpu"))
+            setup.agreed_inputs(config_from_dict(configurations[rank]))
         except ConfigError as error:
             return str(error)
     return None

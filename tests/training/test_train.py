@@ -176,9 +176,9 @@ def test_interrupted_run_continues_with_the_same_metrics(directory, base, expert
     there, again = (run_dir / "checkpoints" / "iter_0000004" for run_dir in (directory / "mopd", path))
     assert _runs.contents(again) == _runs.contents(there)
 
-    # The run is over: started again it only evaluates.
+    # The run is over: started again it says so.
     outcome = run(directory, "resumed", **sections)
-    assert "step" not in outcome.stdout[0]
+    assert "run_dir: finished: " in outcome.stdout[0] and "step" not in outcome.stdout[0]
 
 
 @pytest.mark.parametrize(
