@@ -18,8 +18,8 @@ from megatron_mopd.model.build import DTYPES
 from megatron_mopd.model.checkpoint import complete_iterations, find_checkpoint
 from megatron_mopd.model.checksums import read_sums, verify_checksums
 from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint, is_hugging_face
-from megatron_mopd.training.resume import checkpoints_directory
 from megatron_mopd.training.memory import RankMemory
+from megatron_mopd.training.resume import checkpoints_directory
 from megatron_mopd.training.setup import Inputs, check_inputs
 
 _COMFORTABLE = 0.9

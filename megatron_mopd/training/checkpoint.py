@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from megatron_mopd.config import ConfigError
 from megatron_mopd.config.objectives import rollout_sizes
+from megatron_mopd.config.resume import ResumeClass
 from megatron_mopd.data.position import DataPosition
 from megatron_mopd.data.tokenizer import Tokenizer
 from megatron_mopd.model.background_save import CheckpointWriter
@@ -183,10 +184,14 @@ def resume(learner: Learner, alarms: Alarms | None = None, found: Resumable | No
     except FinishedRun:
         return found.iteration
     say_changes(changed, found.description.common["manifest"], learner.manifest)
-    return _load(learner, found, alarms)
+    # Batches that were sampled ahead are of the sizes and by the settings of then.
+    keeps_rollouts = not any(
+        change.key.startswith("rollout.") or change.kind is ResumeClass.DATA_POSITION for change in changed
+    )
+    return _load(learner, found, alarms, keeps_rollouts)
 
 
-def _load(learner: Learner, found: Resumable, alarms: Alarms | None) -> int:
+def _load(learner: Learner, found: Resumable, alarms: Alarms | None, keeps_rollouts: bool) -> int:
     common = found.description.common
     allocate_state(learner.optimizer)
     wanted = _state(learner, 0, with_optimizer=True, is_loading=True)
@@ -204,12 +209,10 @@ def _load(learner: Learner, found: Resumable, alarms: Alarms | None) -> int:
     if "skipped" in common:
         learner.skipped.load_state_dict(common["skipped"])
     if "position" in common:
-        sizes = rollout_sizes(learner.config)
         before = DataPosition.from_state(common["position"])
-        learner.position = before.resized(found.iteration, *sizes)
-        if learner.position == before:
-            # Batches that were sampled ahead have the prompts of the sizes then.
-            learner.sampled_from |= common.get("sampled_from", {})
+        learner.position = before.resized(found.iteration, *rollout_sizes(learner.config))
+    if keeps_rollouts:
+        learner.sampled_from |= common.get("sampled_from", {})
     if alarms is not None and "alarms" in common:
         alarms.load_state_dict(common["alarms"])
     return state["iteration"]

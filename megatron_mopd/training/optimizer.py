@@ -180,16 +180,15 @@ def keep_settings(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> None:
     for part, place in zip(parts, places):
         groups = place.get("optimizer", place)["param_groups"]  # torch's own state where nothing wraps it
         for saved in groups:
-            current = next(group for group in part.optimizer.param_groups if _is_alike(group, saved))
-            saved |= {key: value for key, value in current.items() if key not in ("params", "step")}
-
-
-_IDENTITY = ("wd_mult", "lr_mult", "is_decoupled_lr", "is_expert_parallel")
-"""What tells apart the parameter groups of one optimizer, whatever its settings."""
+            alike = [group for group in part.optimizer.param_groups if _is_alike(group, saved)]
+            assert alike, "parameter groups follow from the configuration, which is the same"
+            saved |= {key: value for key, value in alike[0].items() if key not in ("params", "step")}
 
 
 def _is_alike(group: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(group[key] == other[key] for key in _IDENTITY)
+    """Whether two groups of one optimizer are the same one, whatever their settings."""
+    identity = ("wd_mult", "lr_mult", "is_decoupled_lr", "is_expert_parallel")
+    return all(group[key] == other[key] for key in identity)
 
 
 def _as_saved(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
