@@ -129,14 +129,11 @@ def run(directory, drawn=None, run_dir="run", **sections):
         return _runs.run_main(arguments)
 
 
-def snapshot(directory) -> dict[str, tuple]:
-    """Content and time of every file, and the directories."""
+def snapshot(directory) -> dict[str, tuple[int, str]]:
+    """Time and content of every file."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
     return {
-        str(path): (
-            path.stat().st_mtime_ns,
-            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "",
-        )
-        for path in sorted(directory.rglob("*"))
+        str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files
     }
 
 
