@@ -184,7 +184,7 @@ class Demo:
 
     def average(self) -> dict[str, Any]:
         return self.common("average", self.prompts(TASKS, BASE_SEED, 4000, BASE_WEIGHT)) | dict(
-            student=dict(load=str(self.run_dir / "average/weights")),
+            student=dict(load=str(self.run_dir / "averaged")),
             objective=dict(kind="sft"),
             schedule=dict(train_iters=0),
         )
@@ -337,7 +337,7 @@ def main() -> None:
     stage(f"experts: {len(EXPERTS)} continuations of the base, one task each")
     stages.train_side_by_side([demo.expert(task) for task in EXPERTS], demo.processes, "experts")
     stage("average: the mean of the experts' weights")
-    average = demo.run_dir / "average/weights"
+    average = demo.run_dir / "averaged"
     if not average.exists():
         experts = [str(demo.run_dir / f"experts/{task}/checkpoints") for task in EXPERTS]
         stages.command(str(TOOLS / "average_checkpoints.py"), "--output", str(average), *experts)

@@ -1,4 +1,9 @@
-"""What to watch in a rollout batch and over the run, per domain, and what to raise the alarm about."""
+"""What to watch in a rollout batch and over the run, per domain, and what to raise the alarm about.
+
+A domain may have thirty tokens in a step, whose mean is mostly chance, and the worst of a dozen domains over
+hundreds of steps is all chance. So what is compared are means over the last steps that have enough tokens
+together, and only as far as they differ by more than their standard errors explain (`recent.py`).
+"""
 
 from __future__ import annotations
 
@@ -7,25 +12,33 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.training.recent import RecentMean
 
 KL_CEILING = 5.0
 """Mean KL per token above which teacher and student have hardly anything in common (another tokenizer's ids,
 a wrong checkpoint). Same-origin teachers start near 0.04, foreign ones near 0.2 (arXiv 2606.30406)."""
 KL_GROWTH = 3.0
 """A domain's KL this many times above the lowest it has had means that the student is moving away."""
-KL_NOISE = 0.02
-"""KL below which growth means nothing."""
+KL_NOISE = 0.1
+"""KL below which growth means nothing: `self` starts at 0, and the student leaves it by learning anything."""
 ENTROPY_COLLAPSE = 0.1
-"""Share of the first batch's entropy below which sampling has become deterministic."""
+"""Share of the first steps' entropy, and of the teachers' cross-entropy on the same tokens, below which
+sampling has become deterministic where the teachers have not."""
+POOR_REWARD = 0.8
+"""Mean reward below which a deterministic student of a domain without teachers has not simply mastered it."""
 ALWAYS_CUT = 0.9
 """Share of responses that run into the length limit above which stop tokens are out of reach."""
+FEWEST_RESPONSES = 64
+"""So many responses of a domain are looked at together for that share."""
 GRADIENT_SPIKE = 30.0
 """Norm of the gradient, relative to the typical one so far, that a bad batch or broken hardware explains
 better than training does."""
 _STEPS_TO_KNOW = 3
 """Steps before a gradient's norm is compared with the typical one."""
-FEWEST_VERDICTS = 64
+FEWEST_VERDICTS = 256
 """So many verdicts of a domain in a row have to be equal before the reward counts as constant."""
+_CHANCE = 1e-6
+"""Zeros in a row that are less likely than this, after the rewards of before, are not chance."""
 
 
 def rollout_metrics(
@@ -50,15 +63,19 @@ def rollout_metrics(
 
 
 class Alarms:
-    """Messages about a run that is going wrong, each once per domain: what a batch may cross and recross by
-    chance (entropy, growth of the KL) once per run, the rest until it has been fine again.
+    """Messages about a run that is going wrong, each once per domain: what may cross and recross its limit
+    (entropy, growth of the KL) once per run, the rest until it has been fine again.
     """
 
     def __init__(self):
         self._raised: set[str] = set()
-        self._lowest_kl: dict[str, float] = {}
-        self._first_entropy: dict[str, float] = {}
+        self._kl: dict[str, RecentMean] = {}
+        self._lowest_kl: dict[str, tuple[float, float]] = {}  # mean and its upper bound
+        self._entropy: dict[str, RecentMean] = {}
+        self._first_entropy: dict[str, tuple[float, float]] = {}  # mean and its lower bound
+        self._cut: dict[str, tuple[int, int]] = {}  # cut, judged
         self._equal: dict[str, tuple[float, int]] = {}
+        self._before: dict[str, tuple[float, int]] = {}  # sum and number of the verdicts before that row
         self._failed: dict[str, int] = {}
         self._typical_gradient = (0.0, 0)  # moving mean of the norm's logarithm, steps in it
 
@@ -66,21 +83,32 @@ class Alarms:
         """What has been seen so far, in plain containers: a resumed run raises the same alarms."""
         return {
             "raised": sorted(self._raised),
-            "lowest_kl": dict(self._lowest_kl),
-            "first_entropy": dict(self._first_entropy),
+            "recent_kl": {domain: mean.state() for domain, mean in self._kl.items()},
+            "lowest_recent_kl": {domain: list(lowest) for domain, lowest in self._lowest_kl.items()},
+            "recent_entropy": {domain: mean.state() for domain, mean in self._entropy.items()},
+            "first_recent_entropy": {domain: list(first) for domain, first in self._first_entropy.items()},
+            "cut": {domain: list(counts) for domain, counts in self._cut.items()},
             "equal": {domain: list(seen) for domain, seen in self._equal.items()},
+            "before": {domain: list(counts) for domain, counts in self._before.items()},
             "failed": dict(self._failed),
             "typical_gradient": list(self._typical_gradient),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Go on from `state_dict`. What checkpoints of before do not have starts anew."""
+
+        def pairs(name: str) -> dict[str, tuple]:
+            return {domain: tuple(pair) for domain, pair in state.get(name, {}).items()}
+
+        def means(name: str) -> dict[str, RecentMean]:
+            return {domain: RecentMean(steps) for domain, steps in state.get(name, {}).items()}
+
         self._raised = set(state["raised"])
-        self._lowest_kl = dict(state["lowest_kl"])
-        self._first_entropy = dict(state["first_entropy"])
-        self._equal = {domain: (value, count) for domain, (value, count) in state["equal"].items()}
+        self._kl, self._entropy = means("recent_kl"), means("recent_entropy")
+        self._lowest_kl, self._first_entropy = pairs("lowest_recent_kl"), pairs("first_recent_entropy")
+        self._cut, self._equal, self._before = pairs("cut"), pairs("equal"), pairs("before")
         self._failed = dict(state["failed"])
-        mean, steps = state.get("typical_gradient", (0.0, 0))  # checkpoints of before have none
+        mean, steps = state.get("typical_gradient", (0.0, 0))
         self._typical_gradient = mean, steps
 
     def rollout(
@@ -89,68 +117,119 @@ class Alarms:
         rewards: Mapping[int, float | None],
         metrics: Mapping[str, float],
     ) -> list[str]:
-        """What the `rollout_metrics` of a rollout batch say."""
+        """What a rollout batch and its rewards say; `metrics` are its `rollout_metrics`."""
         alarms = []
         for domain in sorted({t.domain for t in trajectories}):
-            judged = [rewards[t.index] for t in trajectories if t.domain == domain and t.index in rewards]
-            verdicts = [reward for reward in judged if reward is not None]
-            if verdicts:
-                value, count = self._equal.get(domain, (verdicts[0], 0))
-                is_constant = set(verdicts) == {value}
-                self._equal[domain] = (verdicts[-1], count + len(verdicts) if is_constant else 0)
-            value, count = self._equal.get(domain, (0.0, 0))
-            alarms += self._once(
-                f"reward {domain}",
-                count >= FEWEST_VERDICTS,
-                f"the last {count} rewards of domain {domain!r} are all {value}: there is nothing to learn "
-                "from them; does its verifier understand the answers?",
-            )
-            failed = 0 if verdicts else self._failed.get(domain, 0) + len(judged)
-            self._failed[domain] = failed
-            alarms += self._once(
-                f"missing {domain}",
-                failed >= FEWEST_VERDICTS,
-                f"the verifier of domain {domain!r} failed on the last {failed} responses",
-            )
-            cut = metrics.get(f"unfinished/{domain}", 0.0)
-            alarms += self._once(
-                f"cut {domain}",
-                cut > ALWAYS_CUT,
-                f"{cut:.0%} of the responses of domain {domain!r} run into rollout.max_new_tokens",
-            )
-            entropy = metrics.get(f"rollout_entropy/{domain}")
-            if entropy is not None:
-                first = self._first_entropy.setdefault(domain, entropy)
-                alarms += self._once(
-                    f"entropy {domain}",
-                    entropy < ENTROPY_COLLAPSE * first,
-                    f"the entropy of domain {domain!r} fell from {first:.3g} to {entropy:.3g} nats per token",
-                    again=False,
-                )
+            mine = [t for t in trajectories if t.domain == domain]
+            judged = [rewards[t.index] for t in mine if t.index in rewards]
+            alarms += self._rewards(domain, judged)
+            if f"unfinished/{domain}" in metrics:
+                alarms += self._cut_off(domain, mine)
         return alarms
 
     def step(self, metrics: Mapping[str, float]) -> list[str]:
-        """What the metrics of an optimizer step say: its gradient, the divergence from the teachers."""
+        """What the metrics of an optimizer step say: its gradient, the divergence from the teachers, entropy.
+
+        `tokens/DOMAIN` says how many tokens a domain's means are over; without it they are taken as exact.
+        """
         alarms = self._gradient(metrics.get("grad_norm", 0.0))
         for key, value in metrics.items():
-            if not key.startswith("kl/"):
-                continue
-            domain = key.removeprefix("kl/")
-            lowest = min(self._lowest_kl.get(domain, value), value)
-            self._lowest_kl[domain] = lowest
-            alarms += self._once(
-                f"ceiling {domain}",
-                value > KL_CEILING,
-                f"the KL of domain {domain!r} is {value:.2f} nats per token: is its teacher the right one?",
-            )
-            alarms += self._once(
-                f"growth {domain}",
-                value > KL_GROWTH * max(lowest, KL_NOISE),
-                f"the KL of domain {domain!r} has grown from {lowest:.3g} to {value:.3g}: a smaller "
-                "optimizer.lr, or rollout_correction when rollouts are stale, may help",
-                again=False,
-            )
+            kind, _, domain = key.partition("/")
+            if kind in ("kl", "rollout_entropy") and math.isfinite(value):
+                tokens = metrics.get(f"tokens/{domain}", math.inf)
+                means = self._kl if kind == "kl" else self._entropy
+                means.setdefault(domain, RecentMean()).add(value, tokens)
+                if kind == "kl":
+                    alarms += self._divergence(domain)
+        for domain in sorted(self._entropy):
+            if f"rollout_entropy/{domain}" in metrics:
+                alarms += self._collapse(domain, metrics.get(f"reward/{domain}", 0.0))
         return alarms
+
+    def _rewards(self, domain: str, judged: Sequence[float | None]) -> list[str]:
+        verdicts = [reward for reward in judged if reward is not None]
+        for verdict in verdicts:
+            value, count = self._equal.get(domain, (verdict, 0))
+            if verdict != value:
+                total, number = self._before.get(domain, (0.0, 0))
+                self._before[domain] = total + count * value, number + count
+                value, count = verdict, 0
+            self._equal[domain] = value, count + 1
+        value, count = self._equal.get(domain, (0.0, 0))
+        total, number = self._before.get(domain, (0.0, 0))
+        # A domain that has had other rewards and now has the best ones is mastered. Zeros in a row may be
+        # chance: that all `total` successes so far come before the row has this probability, at any rate.
+        is_stuck = not number or 0.0 < value < 1.0
+        is_stuck |= value == 0.0 and (number / max(1, number + count)) ** total < _CHANCE
+        failed = 0 if verdicts else self._failed.get(domain, 0) + len(judged)
+        self._failed[domain] = failed
+        return self._once(
+            f"reward {domain}",
+            count >= FEWEST_VERDICTS and is_stuck,
+            f"the last {count} rewards of domain {domain!r} are all {value}: there is nothing to learn "
+            "from them; does its verifier understand the answers?",
+        ) + self._once(
+            f"missing {domain}",
+            failed >= FEWEST_VERDICTS,
+            f"the verifier of domain {domain!r} failed on the last {failed} responses",
+        )
+
+    def _cut_off(self, domain: str, trajectories: Sequence[Trajectory]) -> list[str]:
+        cut, total = self._cut.get(domain, (0, 0))
+        cut += sum(not t.finished for t in trajectories)
+        total += len(trajectories)
+        if total < FEWEST_RESPONSES:
+            self._cut[domain] = cut, total
+            return []
+        self._cut[domain] = 0, 0
+        return self._once(
+            f"cut {domain}",
+            cut > ALWAYS_CUT * total,
+            f"{cut / total:.0%} of the responses of domain {domain!r} run into rollout.max_new_tokens",
+        )
+
+    def _divergence(self, domain: str) -> list[str]:
+        if (known := self._kl[domain].bounds()) is None:
+            return []
+        mean, low, high = known
+        alarms = self._once(
+            f"ceiling {domain}",
+            low > KL_CEILING,
+            f"the KL of domain {domain!r} is {mean:.2f} nats per token: is its teacher the right one? "
+            "or is optimizer.lr too large?",
+        )
+        lowest, lowest_high = self._lowest_kl.get(domain, (mean, high))
+        if high <= lowest_high:
+            lowest, lowest_high = mean, high
+        self._lowest_kl[domain] = lowest, lowest_high
+        return alarms + self._once(
+            f"growth {domain}",
+            low > KL_GROWTH * max(lowest_high, KL_NOISE),
+            f"the KL of domain {domain!r} has grown from {lowest:.3g} to {mean:.3g}: a smaller "
+            "optimizer.lr, or rollout_correction when rollouts are stale, may help",
+            again=False,
+        )
+
+    def _collapse(self, domain: str, reward: float) -> list[str]:
+        """The student has become deterministic, and the teachers would not say the same: what they need for
+        its tokens is their cross-entropy, the student's entropy plus the KL. A domain without teachers has
+        its rewards to tell collapse from mastery."""
+        if (known := self._entropy[domain].bounds()) is None:
+            return []
+        mean, low, high = known
+        first, first_low = self._first_entropy.setdefault(domain, (mean, low))
+        alone = reward < POOR_REWARD
+        against = ""
+        if domain in self._kl:
+            kl = self._kl[domain].bounds()
+            alone = kl is not None and kl[1] > max(KL_NOISE, (1 / ENTROPY_COLLAPSE - 1) * high)
+            against = f", against a cross-entropy of {mean + kl[0]:.3g} of its teachers" if kl else ""
+        return self._once(
+            f"entropy {domain}",
+            alone and high < ENTROPY_COLLAPSE * first_low,
+            f"the entropy of domain {domain!r} fell from {first:.3g} to {mean:.3g} nats per token{against}",
+            again=False,
+        )
 
     def _gradient(self, norm: float) -> list[str]:
         if not (math.isfinite(norm) and norm > 0):

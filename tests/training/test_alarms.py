@@ -1,14 +1,22 @@
 """Runs that go wrong without an error: wrong checkpoints, rewards that say nothing; and combinations with a
 wrong gradient, which the configuration refuses."""
 
+import dataclasses
 import math
+import random
 
 import pytest
 
 from megatron_mopd.config import ConfigError, TeacherConfig, config_from_dict
 from megatron_mopd.teachers.routing import Routing
 from megatron_mopd.training.guards import first_step_alarms
-from megatron_mopd.training.monitors import FEWEST_VERDICTS, GRADIENT_SPIKE, KL_CEILING, Alarms
+from megatron_mopd.training.monitors import (
+    FEWEST_RESPONSES,
+    FEWEST_VERDICTS,
+    GRADIENT_SPIKE,
+    KL_CEILING,
+    Alarms,
+)
 from tests._models import trajectory
 
 TEACHERS = [TeacherConfig("expert", "e"), TeacherConfig("other", "o", kl_floor=0.01, kl_ceiling=9.0)]
@@ -64,6 +72,103 @@ def test_rewards_that_are_all_the_same(value):
     assert "'math'" in alarm and f"are all {value}" in alarm
     mixed = constant | {0: 0.5}
     assert alarms.rollout(batch, mixed, {}) == []
+
+
+def step_metrics(rng, domain, kl, entropy, tokens, **more):
+    """A step's means over so few tokens that they are mostly chance: of heavy-tailed values, as in a run."""
+
+    def mean(expected, sigma):
+        return sum(expected * rng.lognormvariate(-sigma * sigma / 2, sigma) for _ in range(tokens)) / tokens
+
+    found = {"kl": mean(kl, 1.5), "rollout_entropy": mean(entropy, 1.5), "tokens": tokens} | more
+    return {f"{name}/{domain}": value for name, value in found.items()}
+
+
+def healthy(rng, steps=200):
+    """What a run of twelve experts and `self` looks like: every KL falls, that of `self` rises from nothing,
+    and the student becomes as sure as its teachers are."""
+    domains = [
+        (f"task{k}", rng.uniform(0.2, 2.5), rng.uniform(0.2, 1.2), rng.randint(30, 100)) for k in range(12)
+    ]
+    for number in range(steps):
+        done = number / steps
+        line = step_metrics(rng, "self", min(0.1, 0.004 * number), 0.5, 40)
+        for domain, kl, entropy, tokens in domains:
+            line |= step_metrics(rng, domain, kl * 0.03**done, entropy * 0.03**done, tokens)
+        yield line
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_healthy_run_raises_none(seed):
+    alarms, rng = Alarms(), random.Random(seed)
+    assert [message for line in healthy(rng) for message in alarms.step(line)] == []
+
+
+def steps_until_alarm(rng, change, after=50, longest=100):
+    """Steps that a domain which was healthy takes to raise an alarm once `change(steps since)` gives its KL,
+    entropy and more; and the alarm. The run is interrupted and resumed in between."""
+    alarms = Alarms()
+    for _ in range(after):
+        assert alarms.step(step_metrics(rng, "bad", 0.3, 0.5, 60)) == []
+    resumed = Alarms()
+    resumed.load_state_dict(alarms.state_dict())
+    for number in range(longest):
+        kl, entropy, more = change(number)
+        if messages := resumed.step(step_metrics(rng, "bad", kl, entropy, 60, **more)):
+            (message,) = messages
+            assert "'bad'" in message
+            return number + 1, message
+    return None, ""
+
+
+def test_a_student_that_moves_away():
+    steps, message = steps_until_alarm(random.Random(1), lambda n: (0.3 * 1.2**n, 0.5, {}))
+    assert steps < 40 and "the KL of domain 'bad' has grown" in message
+
+
+def test_a_student_that_has_become_deterministic_where_its_teachers_have_not():
+    collapse = lambda n: (0.6, 0.5 * 0.7**n, {})  # noqa: E731
+    steps, message = steps_until_alarm(random.Random(2), collapse)
+    assert steps < 60 and "the entropy of domain 'bad' fell from" in message and "of its teachers" in message
+    as_sure_as_its_teachers = lambda n: (0.03, 0.5 * 0.7**n, {})  # noqa: E731
+    assert steps_until_alarm(random.Random(2), as_sure_as_its_teachers) == (None, "")
+
+
+@pytest.mark.parametrize("reward, sounds", [(0.1, True), (0.95, False)])
+def test_a_deterministic_student_without_teachers(reward, sounds):
+    """Rewards tell one that has collapsed from one that has mastered its task."""
+    alarms, rng, said = Alarms(), random.Random(3), []
+    for number in range(120):
+        line = step_metrics(rng, "math", 1.0, 0.5 * 0.9**number, 60, reward=reward)
+        del line["kl/math"]
+        said += alarms.step(line)
+    assert len(said) == sounds and all("the entropy of domain 'math' fell" in message for message in said)
+
+
+def test_responses_that_never_end():
+    endless = [
+        dataclasses.replace(trajectory(i, [1], [2], "math"), logprobs=(-1.0,), finished=False)
+        for i in range(8)
+    ]
+    some = [dataclasses.replace(t, finished=True) if t.index < 2 else t for t in endless]
+    alarms, said = Alarms(), []
+    for _ in range(FEWEST_RESPONSES // 8):
+        assert said == [], "a few say nothing"
+        said = alarms.rollout(endless, {}, {"unfinished/math": 1.0})
+    assert len(said) == 1 and "100% of the responses of domain 'math' run into" in said[0]
+    assert not any(Alarms().rollout(some, {}, {"unfinished/math": 0.75}) for _ in range(50))
+
+
+def test_a_mastered_task_is_no_broken_verifier():
+    batch = [trajectory(index, [1], [2], "math") for index in range(FEWEST_VERDICTS)]
+    alarms = Alarms()
+    assert alarms.rollout(batch, {t.index: float(t.index % 10 < 8) for t in batch}, {}) == []
+    assert alarms.rollout(batch, {t.index: 1.0 for t in batch}, {}) == [], "all right"
+    (alarm,) = alarms.rollout(batch, {t.index: 0.0 for t in batch}, {})
+    assert "are all 0.0" in alarm, "after eight in ten"
+    hard = Alarms()
+    assert hard.rollout(batch, {t.index: float(t.index == 7) for t in batch}, {}) == []
+    assert hard.rollout(batch, {t.index: 0.0 for t in batch}, {}) == [], "one in 256 before: chance"
 
 
 @pytest.mark.parametrize(
