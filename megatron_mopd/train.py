@@ -143,10 +143,13 @@ def iterate(
                 metrics |= evaluated | {"time/evaluate": time.perf_counter() - begun}
         log.step(done, metrics)
         # Between two steps of one rollout batch nothing can be saved: its samples are in memory alone.
-        is_between = done % config.schedule.steps_per_rollout == 0
+        # Weights that are not finite are not saved; the guard decides what becomes of the run.
+        is_sound = not run.learner.skipped.weights_damaged
+        is_between = is_sound and done % config.schedule.steps_per_rollout == 0
         is_asked = is_between and stop.agreed() and done < last
         is_best = is_between and config.checkpoint.save_best and best.is_new(metrics)
-        if done == last or is_asked or is_best or _every(config.checkpoint.save_interval, done):
+        is_due = is_sound and (done == last or _every(config.checkpoint.save_interval, done))
+        if is_due or is_asked or is_best:
             watchdog.begin(f"checkpoint of iteration {done}")
             keep = True if is_asked else None  # whoever is asked to stop is to go on later
             best.saved(done, metrics)
@@ -160,6 +163,11 @@ def iterate(
             raise Preempted(done)
     watchdog.begin("the last checkpoint")
     saver.wait()
+    if run.learner.skipped.weights_damaged:
+        raise FloatingPointError(
+            "the student's weights are not finite after the last step (see evidence/); the same command "
+            "continues from the last checkpoint"
+        )
     if first >= last:  # no iterations were asked for: the student as it is
         metrics = evaluation(run)
         if metrics:

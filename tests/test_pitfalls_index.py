@@ -100,6 +100,14 @@ GUARDS = {
     "A verifier that gives every answer the same reward": (
         "training/test_alarms.py::test_rewards_that_are_all_the_same",
     ),
+    "Alarms that sound in every healthy run": (
+        "training/test_alarms.py::test_a_healthy_run_raises_none",
+        "training/test_alarms.py::test_a_mastered_task_is_no_broken_verifier",
+    ),
+    "A NaN that ends the run before the guard against NaN is asked": (
+        "training/test_not_finite.py::test_every_loss_leaves_its_step_out_and_goes_on",
+        "faults/test_faults.py::test_weights_that_are_not_finite",
+    ),
     "Interrupted rollouts sampled anew, which favours short ones": (
         # Sampled anew they are the same tokens: which ones are kept cannot depend on their length.
         "rollout/test_megatron_engine.py::test_tokens_follow_from_seed_and_index_alone",

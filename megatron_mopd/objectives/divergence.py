@@ -15,7 +15,7 @@ from megatron_mopd.objectives.definitions import LOGIT_FLOOR, DivergenceSpec, Mo
 from megatron_mopd.objectives.kernels import kernels_for
 from megatron_mopd.objectives.torch_kernels import tiles
 from megatron_mopd.objectives.validation import check_pair
-from megatron_mopd.objectives.vocab_shard import VocabShard, agree, raise_if_not_finite
+from megatron_mopd.objectives.vocab_shard import VocabShard, agree, require_finite
 
 
 def merge_statistics(local: Tensor, shard: VocabShard, spec: DivergenceSpec) -> Moments:
@@ -128,7 +128,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
                 "teacher": teacher[token].masked_fill(legal, 0),
             }
 
-        raise_if_not_finite(shard, value, token_logits, spec.divergence)
+        require_finite(shard, value, token_logits, spec.divergence)
         ctx.save_for_backward(student_logits, teacher_logits, *moments)
         ctx.shard, ctx.spec = shard, spec
         return value.view(student_logits.shape[:-1])

@@ -24,7 +24,7 @@ from megatron_mopd.objectives.validation import (
     check_token_ids,
     check_token_weight,
 )
-from megatron_mopd.objectives.vocab_shard import VocabShard, agree, raise_if_not_finite
+from megatron_mopd.objectives.vocab_shard import Report, VocabShard, agree, require_finite
 
 
 def linear_cross_entropy(
@@ -38,6 +38,7 @@ def linear_cross_entropy(
     chunk_size: int = 1024,
     reduce_hidden_grad: bool = True,
     accumulate_into_main_grad: bool = False,
+    report: Report | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of next-token cross-entropies of a vocab-parallel head: loss = sum_t token_weight_t L_t.
 
@@ -59,6 +60,7 @@ def linear_cross_entropy(
         chunk_size,
         reduce_hidden_grad,
         accumulate_into_main_grad,
+        report,
     )
     return _LinearCrossEntropy.apply(hidden, weight, request)
 
@@ -74,6 +76,7 @@ def sampled_token_logprobs(
     chunk_size: int = 1024,
     reduce_hidden_grad: bool = True,
     accumulate_into_main_grad: bool = False,
+    report: Report | None = None,
 ) -> Tensor:
     """Log-probabilities [T] of given tokens under a vocab-parallel head, differentiable in hidden and weight.
 
@@ -87,7 +90,8 @@ def sampled_token_logprobs(
 
     Raises:
         ValueError: on every rank alike, for shapes, dtypes, devices or shards that do not match, ids outside
-            the vocabulary, options out of range, and NaN or infinite logits (naming token and rank).
+            the vocabulary, options out of range, and NaN or infinite logits (naming token and rank), which
+            `report` is told of instead: see `linear_kl`.
     """
     request = _Request.checked(
         hidden,
@@ -100,6 +104,7 @@ def sampled_token_logprobs(
         chunk_size,
         reduce_hidden_grad,
         accumulate_into_main_grad,
+        report,
     )
     return _SampledTokenLogprobs.apply(hidden, weight, request)
 
@@ -116,6 +121,7 @@ class _Request:
     chunk_size: int
     reduce_hidden_grad: bool
     accumulate_into_main_grad: bool
+    report: Report | None
 
     @classmethod
     def checked(
@@ -130,6 +136,7 @@ class _Request:
         chunk_size,
         reduce_hidden_grad,
         accumulate_into_main_grad,
+        report,
     ) -> "_Request":
         """Check the arguments on every rank of `group` together; raises ValueError on all or on none."""
 
@@ -141,7 +148,7 @@ class _Request:
             shard = VocabShard.of(weight.shape[0], group, vocab_size)
             check_per_token("token ids", token_ids, hidden)
             if token_weight is not None:
-                check_token_weight(token_weight, hidden)
+                check_token_weight(token_weight, hidden, finite=report is None)
             in_use = None if token_weight is None else token_weight != 0
             check_token_ids("token ids", token_ids, in_use, shard.total)
             return {
@@ -169,6 +176,7 @@ class _Request:
             chunk_size,
             reduce_hidden_grad,
             accumulate_into_main_grad,
+            report,
         )
 
 
@@ -188,7 +196,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _nll_gradient_(logits, rows, normalizer, logprobs[rows], scale, request)
                 gradient.add(rows, logits, hidden[rows])
         gradient.finish()
-        _raise_if_not_finite(hidden, weight, logprobs, request)
+        _require_finite(hidden, weight, logprobs, request)
         per_token = logprobs.neg_().masked_fill_(token_weight == 0, 0)
         loss = torch.dot(token_weight, per_token)
         ctx.gradient, ctx.largest_weight = gradient, largest_weight
@@ -217,7 +225,7 @@ class _SampledTokenLogprobs(torch.autograd.Function):
             logits = buffer.fill(hidden[rows], weight)
             local[:, rows] = _local_statistics(logits, rows, request)
         normalizer, logprobs = _merge(shard, local)
-        _raise_if_not_finite(hidden, weight, logprobs, request)
+        _require_finite(hidden, weight, logprobs, request)
         ctx.save_for_backward(hidden, weight, normalizer, logprobs)
         ctx.request = request
         return logprobs
@@ -278,10 +286,11 @@ def _nll_gradient_(
     logits.scatter_(1, columns, torch.where(is_here, at_token, logits.gather(1, columns)))
 
 
-def _raise_if_not_finite(hidden: Tensor, weight: Tensor, logprobs: Tensor, request: _Request) -> None:
-    raise_if_not_finite(
+def _require_finite(hidden: Tensor, weight: Tensor, logprobs: Tensor, request: _Request) -> None:
+    require_finite(
         request.shard,
         logprobs,
         lambda token: {"student": hidden[token] @ weight[: request.shard.valid].t()},
         "token log-probability",
+        request.report,
     )

@@ -34,7 +34,7 @@ from megatron_mopd.objectives.validation import (
     check_pair,
     check_token_weight,
 )
-from megatron_mopd.objectives.vocab_shard import VocabShard, agree, raise_if_not_finite
+from megatron_mopd.objectives.vocab_shard import Report, VocabShard, agree, require_finite
 
 
 def linear_kl(
@@ -56,6 +56,7 @@ def linear_kl(
     diagnostics_top_k: int | None = None,
     reduce_hidden_grad: bool = True,
     accumulate_into_main_grad: bool = False,
+    report: Report | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, DivergenceDiagnostics]:
     """Weighted sum of per-token divergences of two vocab-parallel heads: loss = sum_t token_weight_t L_t.
 
@@ -77,6 +78,8 @@ def linear_kl(
             False leaves this rank's part, for a caller that reduce-scatters it (sequence parallelism).
         accumulate_into_main_grad: add the weight gradient to `student_weight.main_grad` in the backward (for
             megatron-core's gradient accumulation fusion) instead of returning it.
+        report: is told of NaN or infinite logits, which then are no error; loss and gradients are what they
+            come to. `token_weight` need not be finite either.
 
     Returns:
         loss (a scalar) and per_token [T] (detached), in fp32, or fp64 for fp64 inputs; equal on every rank.
@@ -114,7 +117,7 @@ def linear_kl(
                     "otherwise their columns do not correspond"
                 )
         check_chunk_size(chunk_size)
-        check_token_weight(token_weight, student_hidden)
+        check_token_weight(token_weight, student_hidden, finite=report is None)
         check_main_grad(student_weight, accumulate_into_main_grad)
         check_top_k(top_k, top_k_from)
         if diagnostics_top_k is not None and diagnostics_top_k < 1:
@@ -157,6 +160,7 @@ def linear_kl(
         diagnostics_top_k=diagnostics_top_k,
         reduce_hidden_grad=reduce_hidden_grad,
         accumulate_into_main_grad=accumulate_into_main_grad,
+        report=report,
     )
     loss, per_token, *observed = _LinearDivergence.apply(student_hidden, student_weight, request)
     if diagnostics_top_k is None:
@@ -178,6 +182,7 @@ class _Request:
     diagnostics_top_k: int | None
     reduce_hidden_grad: bool
     accumulate_into_main_grad: bool
+    report: Report | None
 
 
 class _LinearDivergence(torch.autograd.Function):
@@ -191,7 +196,7 @@ class _LinearDivergence(torch.autograd.Function):
         gradient.finish()
         request.shard.all_reduce(per_token)
         per_token = request.teachers.complete(per_token)
-        raise_if_not_finite(
+        require_finite(
             request.shard,
             per_token,
             lambda token: {
@@ -199,6 +204,7 @@ class _LinearDivergence(torch.autograd.Function):
                 **request.teachers.token_logits(token),
             },
             request.spec.divergence,
+            request.report,
         )
         loss = torch.dot(request.token_weight, per_token)
         ctx.gradient, ctx.largest_weight = gradient, largest_weight

@@ -46,10 +46,10 @@ def check_per_token(name: str, values: Tensor, hidden: Tensor) -> None:
         )
 
 
-def check_token_weight(token_weight: Tensor, hidden: Tensor) -> None:
-    """Finite weights [T]."""
+def check_token_weight(token_weight: Tensor, hidden: Tensor, finite: bool = True) -> None:
+    """Weights [T]; `finite` ones, unless the caller looks after that."""
     check_per_token("token_weight", token_weight, hidden)
-    if not bool(torch.isfinite(token_weight).all()):
+    if finite and not bool(torch.isfinite(token_weight).all()):
         token = int(torch.isfinite(token_weight).logical_not().nonzero()[0])
         raise ValueError(f"token_weight must be finite, got {float(token_weight[token])} at token {token}")
 

@@ -148,16 +148,44 @@ def _describe_disagreement(reports: list[tuple[str | None, dict[str, float | str
     return "ranks of one tensor-parallel group must agree: " + "; ".join(differing)
 
 
-def raise_if_not_finite(
+@dataclass(frozen=True)
+class NotFinite:
+    """A token whose divergence or log-probability is NaN or infinite, and the logits to blame."""
+
+    what: str
+    """Name of the quantity."""
+    token: int
+    """Row of the hidden states."""
+    value: float
+    logits: tuple[tuple[int, str, int, float], ...]
+    """Of each rank of the tensor-parallel group and each model that has any, the first logit that is not
+    finite: (rank, model, vocabulary id, value)."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"rank {rank}: {model} logit of vocabulary id {column} is {value}"
+            for rank, model, column, value in self.logits
+        ]
+        cause = "; ".join(lines) or f"it is {self.value}, and no single logit is to blame"
+        return f"{self.what} is not finite at token {self.token} ({cause})"
+
+
+Report = Callable[[NotFinite], None]
+"""Is told, on every rank of the tensor-parallel group alike, instead of a `ValueError`."""
+
+
+def require_finite(
     shard: VocabShard,
     per_token: torch.Tensor,
     token_logits: Callable[[int], dict[str, torch.Tensor]],
     what: str,
+    report: Report | None = None,
 ) -> None:
-    """Raise ValueError naming token and rank if `per_token` [T], equal on all ranks, has a NaN or infinity.
+    """Raise ValueError naming token and rank if `per_token` [T], equal on all ranks, has a NaN or infinity;
+    with `report`, tell it about the first such token and return.
 
     `token_logits(t)` rebuilds one token's local logits by model name ({"student": [V/tp], ...}). It is called
-    only on failure, to find the rank whose logits are to blame (one gather of a short string a rank).
+    only on failure, to find the rank whose logits are to blame (one gather of a short list a rank).
     """
     if bool(torch.isfinite(per_token).all()):
         return
@@ -167,11 +195,13 @@ def raise_if_not_finite(
         bad = torch.isfinite(logits).logical_not().nonzero()
         if len(bad):
             column = int(bad[0])
-            blame.append(f"{model} logit of vocabulary id {shard.offset + column} is {float(logits[column])}")
-    reports = [blame]
+            blame.append((shard.rank, model, shard.offset + column, float(logits[column])))
+    blames = [blame]
     if shard.size > 1:
-        reports = [None] * shard.size
-        dist.all_gather_object(reports, blame, group=shard.group)
-    lines = [f"rank {rank}: {line}" for rank, report in enumerate(reports) for line in report]
-    cause = "; ".join(lines) or f"it is {float(per_token[token])}, and no single logit is to blame"
-    raise ValueError(f"{what} is not finite at token {token} ({cause})")
+        blames = [None] * shard.size
+        dist.all_gather_object(blames, blame, group=shard.group)
+    logits = tuple(logit for blame in blames for logit in blame)
+    found = NotFinite(what, token, float(per_token[token]), logits)
+    if report is None:
+        raise ValueError(str(found))
+    report(found)

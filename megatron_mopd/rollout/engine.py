@@ -34,6 +34,9 @@ class SamplingParams:
     """A response also ends, unfinished, when its last tokens are one pattern this many times in a row."""
     repetition_max_period: int = 16
     """Longest such pattern in tokens."""
+    allow_not_finite: bool = False
+    """Return responses whose log-probs are not finite, because the model's weights are damaged, instead of
+    raising: the trainer leaves out the steps that they would go into."""
     keep_routing: bool = False
     """Take down which experts every token goes to (`RolloutEngine.routing`)."""
 
@@ -57,6 +60,7 @@ class SamplingParams:
             stop_token_ids=tuple(sorted({eos_id, *rollout.stop_token_ids})),
             repetition_stop=rollout.repetition_stop,
             repetition_max_period=rollout.repetition_max_period,
+            allow_not_finite=True,
             keep_routing=rollout.routing_replay,
         )
 

@@ -72,7 +72,7 @@ class MegatronEngine:
         hidden states to the next stage (b x h elements) and 16 bytes a row from the last stage to every
         other; one integer per step among ranks whose experts span data-parallel ranks; at the end two
         all-gathers over data-parallel ranks (16 bytes a response and 16 a token). Raises `ValueError` on
-        every rank when a log-prob is not finite.
+        every rank when a log-prob is not finite, unless `sampling.allow_not_finite`.
         """
         requests = self._requests(prompts, sampling, samples_per_prompt)
         groups, known = self._groups, log.known if log is not None else {}
@@ -108,7 +108,7 @@ class MegatronEngine:
                 decoded = decoder.run(batches)
             by_index = {request.index: response for request, response in decoded}
             mine = [by_index[request.index] for request in shares[groups.dp.rank()]]
-            responses |= self._gather(mine, shares)
+            responses |= self._gather(mine, shares, sampling.allow_not_finite)
         if log is not None:
             log.close()
         self.routing = self._routing_records(by_index, requests) if sampling.keep_routing else None
@@ -154,7 +154,9 @@ class MegatronEngine:
             requests += [Request(first + s, prompt.token_ids, limit) for s in range(samples_per_prompt)]
         return requests
 
-    def _gather(self, mine: list[Response], shares: list[list[Request]]) -> dict[int, Response]:
+    def _gather(
+        self, mine: list[Response], shares: list[list[Request]], allow_not_finite: bool
+    ) -> dict[int, Response]:
         """Everyone's responses by `Trajectory.index`. Two all-gathers over data-parallel ranks, padded to the
         largest share: length and ending of each response (16 bytes), token and log-prob of each token (16
         bytes)."""
@@ -164,7 +166,7 @@ class MegatronEngine:
         all_endings = self._all_gather(endings, max(map(len, shares)))
         lengths = all_endings[..., 0]
         all_values = self._all_gather(values, int(lengths.sum(dim=1).max()))
-        if not bool(torch.isfinite(all_values).all()):
+        if not (allow_not_finite or bool(torch.isfinite(all_values).all())):
             raise ValueError("rollout: the student's logits are not finite; its weights are damaged")
         responses = {}
         for share, endings, values in zip(shares, all_endings.tolist(), all_values.tolist(), strict=True):

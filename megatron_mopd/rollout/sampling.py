@@ -146,5 +146,6 @@ def _nucleus_threshold(candidates: Tensor, normalizer: Tensor, top_p: float) -> 
         return candidates[:, -1], torch.ones_like(normalizer, dtype=torch.bool)
     probabilities = (candidates - normalizer.unsqueeze(1)).double().exp()
     mass = probabilities.cumsum(dim=1)
-    last = (mass - probabilities < top_p).sum(dim=1, keepdim=True) - 1
+    # Of logits that are NaN none is kept; the first one's log-prob will say so.
+    last = ((mass - probabilities < top_p).sum(dim=1, keepdim=True) - 1).clamp_(min=0)
     return candidates.gather(1, last).squeeze(1), mass[:, -1] >= top_p

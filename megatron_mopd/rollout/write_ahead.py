@@ -7,6 +7,7 @@ holds pieces of responses. Reading stops at the first record that is torn or dam
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import time
@@ -177,12 +178,15 @@ def read(path: Path, identity: str) -> Iterator[Piece]:
 
 
 def join(pieces: Iterable[Piece]) -> dict[int, Known]:
-    """Responses from their pieces, of whatever files; a piece after a gap is left out."""
+    """Responses from their pieces, of whatever files; a piece after a gap is left out, and so is one with a
+    log-prob that is not finite: whatever damaged the weights then need not be there now."""
     known: dict[int, Known] = {}
     for piece in sorted(pieces, key=lambda piece: (piece.index, piece.start, len(piece.token_ids))):
         before = known.get(piece.index, Known((), (), CONTINUES))
         new = len(before.token_ids) - piece.start
         if before.is_complete or new < 0 or new >= len(piece.token_ids):
+            continue
+        if not math.isfinite(sum(piece.logprobs)):
             continue
         known[piece.index] = Known(
             before.token_ids + piece.token_ids[new:], before.logprobs + piece.logprobs[new:], piece.state

@@ -29,6 +29,7 @@ def evaluation(run: Run) -> dict[str, float]:
         max_new_tokens=rollout.max_new_tokens,
         temperature=0.0,
         stop_token_ids=SamplingParams.from_config(rollout, run.tokenizer.eos_id).stop_token_ids,
+        allow_not_finite=True,  # damaged weights show in the next step
     )
     shared = (run.engine, list(run.eval_prompts), run.tokenizer)
     with phase(f"evaluating {len(run.eval_prompts)} prompts", often=True):

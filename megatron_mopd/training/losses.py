@@ -8,6 +8,7 @@ global batch times the correction for the distance between the sampler and the m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -28,10 +29,12 @@ from megatron_mopd.config.objectives import (
 from megatron_mopd.data.batching import MicroBatch
 from megatron_mopd.objectives import sampled_token_logprobs
 from megatron_mopd.objectives.importance import drift_gate, importance_weights
+from megatron_mopd.objectives.vocab_shard import Report
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.hidden_cache import HiddenCache
 from megatron_mopd.teachers.routing import Mixture, Routing
 from megatron_mopd.training.batch_facts import BatchFacts
+from megatron_mopd.training.nonfinite import Findings
 from megatron_mopd.training.objective_terms import (
     Policies,
     Teachers,
@@ -65,6 +68,7 @@ class BatchLoss:
         student: Any,
         facts: BatchFacts,
         *,
+        findings: Findings,
         rollout_temperature: float = 1.0,
         routing: Routing | None = None,
         bank: TeacherBank | None = None,
@@ -74,7 +78,7 @@ class BatchLoss:
         self._objectives, self._groups, self._student, self._facts = objectives, groups, student, facts
         self._rollout_temperature = rollout_temperature
         self._routing, self._bank, self._cache = routing, bank, cache
-        self._samples = samples
+        self._samples, self._findings = samples, findings
         self._domain_ids = {domain: i for i, domain in enumerate(domains)}
         self._head_arguments = dict(
             group=groups.tp,
@@ -142,16 +146,22 @@ class BatchLoss:
             if not present:
                 return None
             loss, per_token = supervised_term(
-                rows, self._student.head_weight(), target_ids, base, self._head_arguments
+                rows,
+                self._student.head_weight(),
+                target_ids,
+                base,
+                self._findings.report(tokens),
+                self._head_arguments,
             )
             observe("ce", per_token)
             return loss
 
-        teachers = Teachers(tuple(weight for _, weight in mixture), (), ())
+        names = tuple(name for name, _ in mixture)
+        teachers = Teachers(tuple(weight for _, weight in mixture), (), (), names)
         if mixture and present and not compares_tokens_only(objective):
             teachers = teachers._replace(
-                hidden=tuple(self._cached(tokens, name, self._cache.pop) for name, _ in mixture),
-                heads=tuple(self._bank.heads([name for name, _ in mixture])),
+                hidden=tuple(self._cached(tokens, name, self._cache.pop) for name in names),
+                heads=tuple(self._bank.heads(list(names))),
             )
         policies = token_factor = policy_factor = None
         if needs_policy(objective):  # on every CP rank, also one without a row: it exchanges whole responses
@@ -172,6 +182,7 @@ class BatchLoss:
                     self._student.head_weight(),
                     teachers,
                     token_weight,
+                    partial(self._findings.report, tokens),
                     self._head_arguments,
                 )
                 if kind == objective.kind:
@@ -208,17 +219,23 @@ class BatchLoss:
         """log-probs of the run's sampled tokens under every policy that the objective compares."""
         kinds = kinds_of(objective)
 
-        def logprobs(hidden: Tensor, head: Tensor, differentiable: bool) -> Tensor:
+        def logprobs(hidden: Tensor, head: Tensor, differentiable: bool, report: Report) -> Tensor:
             with torch.set_grad_enabled(differentiable):
                 return sampled_token_logprobs(
-                    hidden, head, target_ids, temperature=self._rollout_temperature, **self._head_arguments
+                    hidden,
+                    head,
+                    target_ids,
+                    temperature=self._rollout_temperature,
+                    report=report,
+                    **self._head_arguments,
                 )
 
         nothing = torch.zeros(0, dtype=like.dtype, device=like.device)
         current = nothing
         if rows.size(0) > 0:
             differentiable = any(kind in POLICY_KINDS for kind in kinds)
-            current = logprobs(rows, self._student.head_weight(), differentiable)
+            report = self._findings.report(tokens)
+            current = logprobs(rows, self._student.head_weight(), differentiable, report)
         whole = tokens.whole(current)
         behaviour = tokens.behaviour_logprobs(like)
         proximal = whole
@@ -233,7 +250,8 @@ class BatchLoss:
             for k, (name, _) in enumerate(mixture):
                 local = nothing
                 if rows.size(0) > 0 and teachers.hidden:
-                    local = logprobs(teachers.hidden[k], teachers.heads[k], False)
+                    report = self._findings.report_of_teacher(tokens, name)
+                    local = logprobs(teachers.hidden[k], teachers.heads[k], False, report)
                 elif rows.size(0) > 0:
                     local = self._cached(tokens, name, self._cache.pop_log_probs)
                 teacher_logprobs.append(tokens.whole(local))
@@ -288,9 +306,12 @@ class _Observer:
 
 
 def named_metrics(sums: Tensor, domains: Sequence[str]) -> dict[str, float]:
-    """Per-domain means from summed reports [domains, metrics, 2]: `kl/math` and so on, where there is any."""
+    """Per-domain means from summed reports [domains, metrics, 2]: `kl/math` and so on, where there is any;
+    `tokens/math` is how many response tokens they are over."""
     metrics = {}
     for domain, row in zip(domains, sums.tolist()):
+        if tokens := max(count for _, count in row):
+            metrics[f"tokens/{domain}"] = tokens
         for name, (total, count) in zip(METRICS, row):
             if count:
                 metrics[f"{name}/{domain}"] = total / count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from megatron_mopd.objectives.policy_gradient import (
     distillation_advantage,
     policy_gradient_loss,
 )
+from megatron_mopd.objectives.vocab_shard import Report
 from megatron_mopd.training.response_tokens import ResponseTokens
 
 
@@ -28,6 +29,7 @@ class Teachers(NamedTuple):
     """
     heads: tuple[Tensor, ...]
     """K of [V/tp, h_k]; none like `hidden`."""
+    names: tuple[str, ...]
 
 
 class Policies(NamedTuple):
@@ -46,10 +48,17 @@ class Policies(NamedTuple):
 
 
 def supervised_term(
-    rows: Tensor, head: Tensor, target_ids: Tensor, token_weight: Tensor, head_arguments: dict[str, Any]
+    rows: Tensor,
+    head: Tensor,
+    target_ids: Tensor,
+    token_weight: Tensor,
+    report: Report,
+    head_arguments: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the given tokens: (weighted sum, per token [n])."""
-    return linear_cross_entropy(rows, head, target_ids, token_weight=token_weight, **head_arguments)
+    return linear_cross_entropy(
+        rows, head, target_ids, token_weight=token_weight, report=report, **head_arguments
+    )
 
 
 def vocabulary_term(
@@ -59,9 +68,11 @@ def vocabulary_term(
     head: Tensor,
     teachers: Teachers,
     token_weight: Tensor,
+    report: Callable[[Sequence[str]], Report],
     head_arguments: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """A divergence of whole distributions: (weighted sum, per token [n]).
+    """A divergence of whole distributions: (weighted sum, per token [n]). `report(names)` takes down what is
+    not finite in a comparison with these teachers.
 
     `full_vocab_kl`: sum_k w_k KL(theta || T_k) (DeepSeek-V4, 5.1.2), all teachers in one softmax. The other
     kinds have no such form: one divergence per teacher, weighted and added.
@@ -76,6 +87,7 @@ def vocabulary_term(
             list(teachers.heads),
             token_weight=token_weight,
             mixture_weight=shares,
+            report=report(teachers.names),
             **options,
             **head_arguments,
         )
@@ -86,9 +98,16 @@ def vocabulary_term(
     else:
         options |= dict(divergence="jsd", beta=0.5 if objective.beta is None else objective.beta)
     loss, per_token = torch.zeros_like(token_weight[0]), torch.zeros_like(token_weight)
-    for share, hidden, teacher_head in zip(*teachers):
+    for share, hidden, teacher_head, name in zip(*teachers):
         part, divergence = linear_kl(
-            rows, head, hidden, teacher_head, token_weight=share * token_weight, **options, **head_arguments
+            rows,
+            head,
+            hidden,
+            teacher_head,
+            token_weight=share * token_weight,
+            report=report([name]),
+            **options,
+            **head_arguments,
         )
         loss, per_token = loss + part, per_token + share * divergence
     return loss, per_token

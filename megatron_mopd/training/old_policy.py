@@ -12,6 +12,7 @@ from megatron_mopd.data.batching import BatchShape, MicroBatch
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.objectives import sampled_token_logprobs
 from megatron_mopd.pipeline.megatron_schedules import run_forward
+from megatron_mopd.training.nonfinite import Findings
 from megatron_mopd.training.response_tokens import ResponseTokens, response_hidden, row_positions
 
 
@@ -24,6 +25,7 @@ def proximal_logprobs(
     vocab_size: int,
     chunk_size: int,
     temperature: float,
+    findings: Findings,
 ) -> dict[int, Tensor]:
     """log-probs [|y|] of the sampled tokens under the student as it is, by trajectory index; on the CPU.
 
@@ -56,6 +58,7 @@ def proximal_logprobs(
                 vocab_size=vocab_size,
                 chunk_size=chunk_size,
                 temperature=temperature,
+                report=findings.report(tokens),
             )
         whole = tokens.whole(logprobs).cpu()
         for trajectory, values in zip(micro_batch.trajectories, whole.split(tokens.lengths)):

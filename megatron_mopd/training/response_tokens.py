@@ -57,6 +57,15 @@ class ResponseTokens:
         self.index = positions + offset.to(positions.device)
         """[n] place of each row in the concatenated responses."""
 
+    def place(self, row: int) -> tuple[Trajectory, int]:
+        """The trajectory that a row [n] belongs to, and the number of its token in the response."""
+        first = token = 0
+        for trajectory, count, length in zip(self.trajectories, self.counts, self.lengths):
+            if row < first + count:
+                return trajectory, int(self.index[row]) - token
+            first, token = first + count, token + length
+        raise IndexError(row)
+
     @property
     def held(self) -> list[int]:
         """`Trajectory.index` of those that have tokens on this rank."""

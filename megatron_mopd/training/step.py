@@ -45,7 +45,15 @@ from megatron_mopd.teachers.hidden_cache import HiddenCache, states_within
 from megatron_mopd.teachers.routing import Mixture, Routing
 from megatron_mopd.training.batch_facts import BatchFacts, outcome_advantages
 from megatron_mopd.training.losses import METRICS, BatchLoss, named_metrics
-from megatron_mopd.training.nonfinite import SkippedSteps, all_finite, save_evidence
+from megatron_mopd.training.nonfinite import (
+    ExpertBiases,
+    Findings,
+    SkippedSteps,
+    all_finite,
+    causes_of_all_ranks,
+    save_evidence,
+    weights_damaged,
+)
 from megatron_mopd.training.old_policy import proximal_logprobs
 from megatron_mopd.training.rewards import NO_REWARDS, PendingRewards
 from megatron_mopd.training.teacher_metrics import cost_of_teachers, divergence_by_teacher, scoring_seconds
@@ -126,6 +134,10 @@ class StepBatch:
     """Most bytes that one scored micro-batch leaves in the cache of any rank."""
     proximal: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Trajectory index -> log-probs at the start of the rollout batch, on the last stage (`BatchFacts`)."""
+    findings: Findings = field(default_factory=Findings)
+    """What this rank's losses and log-probs found to be not finite."""
+    causes: list[str] = field(default_factory=list)
+    """Of a step that was left out: what the losses and log-probs of all ranks found."""
     samples: TokenSamples | None = None
     """Where the step is to take down the divergence of single tokens; complete after it, on every rank."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -163,6 +175,7 @@ def plan_steps(
                 vocab_size=learner.model.vocab_size,
                 chunk_size=learner.config.objective.chunk_size,
                 temperature=learner.config.rollout.temperature,
+                findings=batch.findings,
             )
     return batches
 
@@ -217,8 +230,9 @@ def plan_step(
     cache = HiddenCache(
         groups.device, storage.hidden_cache_device, storage.hidden_cache_dtype, storage.hidden_cache_bytes
     )
+    findings = Findings()
     scores = TeacherScores(
-        cache, learner.config, learner.objectives, groups, learner.bank, learner.model.vocab_size
+        cache, learner.config, learner.objectives, groups, learner.bank, learner.model.vocab_size, findings
     )
     teachers, uses, largest = {}, [], 0
     for name in learner.bank.names if learner.bank else ():
@@ -240,6 +254,7 @@ def plan_step(
         rewards,
         iteration,
         largest,
+        findings=findings,
     )
 
 
@@ -275,8 +290,10 @@ def train_step(learner: Learner, batches: Sequence[StepBatch]) -> dict[str, floa
     if learner.bank is not None:
         learner.bank.check_files(learner.bank.names)
 
+    biases = ExpertBiases(learner.chunks)
+
     def update(reports: list[dict[str, torch.Tensor]]) -> None:
-        metrics.update(_update(learner, batch, reports))
+        metrics.update(_update(learner, batch, reports, biases))
 
     seconds: dict[str, float] = {}
     if learner.pipeline is not None:
@@ -313,7 +330,9 @@ def _limit_cache(learner: Learner, batches: Sequence[StepBatch]) -> None:
         learner.pipeline.limits = replace(learner.pipeline.limits, cached_states=states)
 
 
-def _update(learner: Learner, batch: StepBatch, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+def _update(
+    learner: Learner, batch: StepBatch, reports: list[dict[str, torch.Tensor]], biases: ExpertBiases
+) -> dict[str, float]:
     """Metrics of the step, and the optimizer step when loss and gradients are finite on every rank.
 
     Collectives beyond megatron-core's: one all-reduce over DP x CP and one broadcast over PP of 14 x domains
@@ -322,12 +341,16 @@ def _update(learner: Learner, batch: StepBatch, reports: list[dict[str, torch.Te
     finite.
     """
     metrics = _reduce(learner, batch, reports)
-    if not all_finite(metrics["loss"], learner.chunks, learner.groups):
+    batch.findings.add_sampled(t for micro_batch in batch.student for t in micro_batch.trajectories)
+    # A clamp may have turned what was found into a finite loss.
+    loss = math.nan if batch.findings.causes else metrics["loss"]
+    if not all_finite(loss, learner.chunks, learner.groups):
+        biases.restore()
         return metrics | _skip(learner, batch, metrics)
     _, grad_norm, _ = learner.optimizer.step()
     if grad_norm is not None and not math.isfinite(grad_norm):
         raise FloatingPointError(f"the gradient norm is {grad_norm}; resume from the last checkpoint")
-    learner.skipped.in_a_row = 0
+    learner.skipped.in_a_row, learner.skipped.weights_damaged = 0, False
     learner.scheduler.step(increment=1)
     metrics["grad_norm"] = float(grad_norm) if grad_norm is not None else 0.0
     metrics["lr"] = max(group["lr"] for group in learner.optimizer.param_groups)
@@ -335,20 +358,27 @@ def _update(learner: Learner, batch: StepBatch, reports: list[dict[str, torch.Te
 
 
 def _skip(learner: Learner, batch: StepBatch, metrics: dict[str, float]) -> dict[str, float]:
-    """Leave the optimizer step out: neither weights nor learning-rate schedule move."""
+    """Leave the optimizer step out: neither weights nor learning-rate schedule move. Collective:
+    `causes_of_all_ranks`."""
     iteration = learner.scheduler.num_steps + learner.skipped.total + 1
     directory = Path(learner.config.run_dir) / "evidence"
+    batch.findings.add_weights(learner.chunks, learner.groups.rank)
+    batch.causes = causes_of_all_ranks(batch.findings)
     evidence = save_evidence(
-        directory, iteration, learner.chunks, batch.trajectories, metrics, learner.groups
+        directory, iteration, learner.chunks, batch.trajectories, metrics, learner.groups, batch.causes
     )
     learner.skipped.total += 1
     learner.skipped.in_a_row += 1
+    learner.skipped.weights_damaged = weights_damaged(batch.causes)
     limit = learner.config.guard.max_skipped_steps
     if learner.skipped.in_a_row > limit:
+        weights = "the weights are those of the last finite step"
+        if learner.skipped.weights_damaged:
+            weights = "the weights in memory are damaged, the last checkpoint's are not"
         raise FloatingPointError(
             f"loss or gradient not finite in {learner.skipped.in_a_row} steps in a row "
-            f"(guard.max_skipped_steps={limit}; loss {metrics['loss']}); the weights are those of the last "
-            f"finite step; see {evidence}"
+            f"(guard.max_skipped_steps={limit}; loss {metrics['loss']}); {weights}; see {evidence}"
+            + "".join(f"; {cause}" for cause in batch.causes[:1])
         )
     return {
         "skipped_steps": learner.skipped.total,
@@ -376,6 +406,7 @@ def build_loss(learner: Learner, batch: StepBatch) -> BatchLoss:
         learner.domains,
         unwrap(learner.chunks[-1]),
         facts,
+        findings=batch.findings,
         rollout_temperature=learner.config.rollout.temperature,
         routing=learner.routing.at(batch.iteration) if learner.routing else None,
         bank=learner.bank,

@@ -53,7 +53,7 @@ def alarms_of(
     messages = alarms.rollout(batch.trajectories, batch.rewards.collect(), observed)
     if run.learner.skipped.in_a_row:
         left_out = f"step {iteration + 1} was left out: its loss or a gradient is not finite (see evidence/)"
-        return [*messages, left_out]
+        return [*messages, left_out + "".join(f"; {cause}" for cause in batch.causes[:1])]
     messages += alarms.step(metrics)
     if iteration == 0 and run.learner.routing is not None:
         messages += first_step_alarms(metrics, run.learner.routing, run.config.teachers)

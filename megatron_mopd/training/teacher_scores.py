@@ -15,7 +15,8 @@ from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.objectives import sampled_token_logprobs
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.hidden_cache import HiddenCache
-from megatron_mopd.training.response_tokens import response_hidden
+from megatron_mopd.training.nonfinite import Findings
+from megatron_mopd.training.response_tokens import ResponseTokens, response_hidden, row_positions
 
 
 class TeacherScores:
@@ -31,9 +32,11 @@ class TeacherScores:
         groups: ParallelGroups,
         bank: TeacherBank | None,
         vocab_size: int,
+        findings: Findings,
     ):
         self._cache, self._config, self._objectives = cache, config, objectives
         self._groups, self._bank, self._vocab_size = groups, bank, vocab_size
+        self._findings = findings
 
     def keep(self, teacher: str, micro_batch: MicroBatch, hidden: Tensor) -> None:
         """Take what is needed of `hidden` [s/cp(/tp), b, h], on the last stage; nothing of it is referred to
@@ -64,6 +67,13 @@ class TeacherScores:
         chosen = torch.tensor(only).repeat_interleave(counts).to(rows.device)
         if not bool(chosen.any()):
             return rows.new_zeros(0)
+        tokens = ResponseTokens(
+            [t for t, is_only in zip(micro_batch.trajectories, only) if is_only],
+            slice(0, int(chosen.sum())),
+            row_positions(micro_batch)[chosen],
+            [count for count, is_only in zip(micro_batch.loss_counts, only) if is_only],
+            self._groups,
+        )
         with torch.no_grad():
             return sampled_token_logprobs(
                 rows[chosen],
@@ -73,6 +83,7 @@ class TeacherScores:
                 temperature=self._config.rollout.temperature,
                 vocab_size=self._vocab_size,
                 chunk_size=self._config.objective.chunk_size,
+                report=self._findings.report_of_teacher(tokens, teacher),
             )
 
     def num_bytes(self, teacher: str, trajectories: Sequence[Trajectory]) -> int:

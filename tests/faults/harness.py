@@ -25,7 +25,7 @@ import torch
 from megatron_mopd import train
 from megatron_mopd.model import background_save
 from megatron_mopd.rollout import write_ahead
-from megatron_mopd.training import step
+from megatron_mopd.training import losses, step
 from tests import _runs
 from tests._agent import Agent
 
@@ -277,6 +277,64 @@ def flipped_gradient_bit(number: int, victim: int, bit: int) -> Callable[[int], 
             return original(loss, chunks, groups)
 
         step.all_finite = wrapped
+
+    return fault
+
+
+def broken_logits(number: int, victim: int, value: float = float("nan")) -> Callable[[int], None]:
+    """On rank `victim` one element of the student's last hidden states is `value` in its `number`-th step."""
+
+    def fault(rank: int) -> None:
+        original = losses.response_hidden
+
+        def act() -> None:
+            def poisoned(*args):
+                losses.response_hidden = original
+                rows = original(*args).clone()
+                rows.view(-1)[0] = value
+                return rows
+
+            losses.response_hidden = poisoned
+
+        before("train_step", number, victim, act)(rank)
+
+    return fault
+
+
+def broken_teacher(number: int, victim: int, value: float = float("nan")) -> Callable[[int], None]:
+    """On rank `victim` a teacher's hidden states of one micro-batch are `value` in its `number`-th step."""
+
+    def fault(rank: int) -> None:
+        def act() -> None:
+            original = step.StepBatch.keep
+
+            def poisoned(self, teacher, micro_batch, hidden):
+                step.StepBatch.keep = original
+                original(self, teacher, micro_batch, torch.full_like(hidden, value))
+
+            step.StepBatch.keep = poisoned
+
+        before("train_step", number, victim, act)(rank)
+
+    return fault
+
+
+def damaged_weight(number: int, victim: int, value: float = float("nan")) -> Callable[[int], None]:
+    """On rank `victim` one weight of the student becomes `value` before its `number`-th step, for good."""
+
+    def fault(rank: int) -> None:
+        if rank != victim:
+            return
+        original, calls = train.train_step, [0]
+
+        def wrapped(learner, batches):
+            calls[0] += 1
+            if calls[0] == number:
+                named = dict(learner.chunks[0].named_parameters())
+                named["module.decoder.final_layernorm.weight"].data[3] = value
+            return original(learner, batches)
+
+        train.train_step = wrapped
 
     return fault
 

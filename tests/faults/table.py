@@ -48,6 +48,9 @@ DURING: list[tuple[str, Callable[[int], None]]] = [
     ("SIGUSR1 to rank 1", before("train_step", 4, 1, lambda: os.kill(os.getpid(), signal.SIGUSR1))),
     ("rank 0 cannot write (disk full)", before("save", 2, 0, harness.no_room(8192))),
     ("a gradient is NaN on rank 1", harness.broken_gradients({4})),
+    ("the student's logits are NaN on rank 1", harness.broken_logits(4, 1)),
+    ("a teacher's logits are NaN on rank 1", harness.broken_teacher(4, 1)),
+    ("a weight turns NaN on rank 1 and stays so", harness.damaged_weight(4, 1)),
     ("top exponent bit of a gradient flips", harness.flipped_gradient_bit(4, 1, 30)),
     ("sign bit of a gradient flips", harness.flipped_gradient_bit(4, 1, 31)),
 ]
@@ -72,7 +75,7 @@ BETWEEN: list[tuple[str, Callable[[Path], None]]] = [
 def seen(job: Job) -> str:
     """The lines that tell a user what happened, each once, the directories left out."""
     lines = [line for line in job.printed.splitlines() if any(word in line for word in _WORTH_SHOWING)]
-    lines = [line for line in lines if "100% of the responses" not in line and "Warning" not in line]
+    lines = [line for line in lines if "Warning" not in line]
     short = dict.fromkeys(re.sub(r"\S*/(?=[\w.]+)", "", line.strip())[:170] for line in lines)
     return (
         "<br>".join(f"`{line}`".replace("|", "/") for line in list(short)[:2] + list(short)[2:][-1:])

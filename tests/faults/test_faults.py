@@ -133,6 +133,28 @@ def test_a_flipped_exponent_bit_of_a_gradient(directory):
     assert "ALARM: step 2 was left out" in job.stdout[0]
 
 
+def test_weights_that_are_not_finite(directory, reference):
+    """One weight of one rank is NaN from step 3 on: steps are left out, sampling goes on for as long as the
+    guard lets it, nothing of it is saved, and the next start is as if nothing had happened."""
+    command = harness.arguments(directory, "rotten")
+    job = Job(command, harness.damaged_weight(3, 1)).wait()
+    assert job.statuses == [1] * RANKS, job.printed
+    (error,) = [text.strip().splitlines()[-1] for text in job.stderr if text]
+    assert error.startswith("FloatingPointError: loss or gradient not finite in 4 steps in a row")
+    assert "the student's weight module.decoder.final_layernorm.weight is not finite in 1 of 32" in error
+    assert "on rank 1" in error and "the weights in memory are damaged" in error
+    lines = read_metrics(directory / "rotten")
+    assert [line.get("skipped_steps") for line in lines] == [None, None, 1, 2, 3]
+    assert [path.name for path in (directory / "rotten/checkpoints").glob("iter_*")] == ["iter_0000002"]
+    evidence = [json.loads(p.read_text()) for p in (directory / "rotten/evidence").glob("iter_*/batch.json")]
+    causes = [cause for batch in evidence for cause in batch["causes"]]
+    assert any("the sampler's log-prob is nan" in cause for cause in causes), causes
+    job = Job(command).wait()
+    assert job.statuses == DONE, job.printed
+    assert "resume" in job.stdout[0] or "step 3/6" in job.stdout[0]
+    assert fingerprint(directory / "rotten") == fingerprint(reference)
+
+
 def test_a_hang_is_cut_with_every_rank_s_stack(directory):
     """Rank 1 sleeps inside an optimizer step while rank 0 waits for it in a collective."""
     job = Job(harness.arguments(directory, "hanging"), harness.hang(2, 1, timeout=5)).wait()

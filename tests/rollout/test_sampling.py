@@ -133,6 +133,20 @@ def test_shards_draw_what_one_rank_draws(size):
             torch.testing.assert_close(results[number][1].double(), logprobs.double(), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0.0}, {"top_p": 0.75}, {"top_k": 3, "top_p": 0.5}], ids=str
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_give_a_token_whose_logprob_says_so(params, value):
+    """The trainer leaves the step out; a place outside the vocabulary would end the run first."""
+    logits = LOGITS.expand(4, -1).clone()
+    logits[1, 2] = value
+    logits[2] = value
+    tokens, logprobs = draw(logits, VocabShard.of(len(LOGITS), None, None), **params)
+    assert torch.isfinite(logprobs).tolist() == [True, False, False, True]
+    assert ((tokens >= 0) & (tokens < len(LOGITS))).all()
+
+
 def test_noise_is_a_function_of_its_four_keys_alone():
     rows = torch.tensor([5, 900_000_000_000, 7])
     whole = gumbel_noise(11, rows, 4, 0, 1000)

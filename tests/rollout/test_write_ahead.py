@@ -59,6 +59,11 @@ def test_pieces_of_several_starts_are_joined():
     assert join(reversed(PIECES)) == WHOLE
 
 
+def test_tokens_of_damaged_weights_are_sampled_again():
+    bad = [Piece(9, 0, (5, 6), (-1.0, -0.5), CONTINUES), Piece(9, 2, (7,), (float("nan"),), STOPPED)]
+    assert join(PIECES + bad) == WHOLE | {9: Known((5, 6), (-1.0, -0.5), CONTINUES)}
+
+
 class Killed(Exception):
     pass
 
