@@ -50,8 +50,11 @@ def _read(path: Path) -> DictConfig:
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_keys(node, path)
         is_section = node is None or isinstance(node, yaml.MappingNode)
         raw = OmegaConf.create(text) if is_section else None
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"config file not found: {path}") from None
     except OSError as error:
@@ -65,6 +68,42 @@ def _read(path: Path) -> DictConfig:
             f"{path}: no configuration: none of its keys is a section; known: {', '.join(sorted(_SECTIONS))}"
         )
     return raw
+
+
+def _check_keys(node: yaml.Node | None, path: Path) -> None:
+    """Refuse keys that YAML takes for something else than text: `no`, `on`, `null`, `1e3`, `1.10`.
+
+    As a domain's name they would silently be another name. Whole numbers are names like others (`1:`) unless
+    they are written in another way than they are read (`0x10`, `1_000`).
+    """
+    if not isinstance(node, yaml.MappingNode) or not _SECTIONS & {str(key.value) for key, _ in node.value}:
+        return  # no configuration: what it holds is not quoted
+    open_nodes, seen = [node], set()
+    while open_nodes:
+        current = open_nodes.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, yaml.SequenceNode):
+            open_nodes += current.value
+        for key, value in current.value if isinstance(current, yaml.MappingNode) else ():
+            open_nodes.append(value)
+            _check_key(key, f"{path}: line {key.start_mark.line + 1}, column {key.start_mark.column + 1}")
+
+
+def _check_key(key: yaml.Node, where: str) -> None:
+    if not isinstance(key, yaml.ScalarNode):
+        raise ConfigError(f"{where}: a list or a section as a key; keys are names")
+    if key.style is not None or key.value == "<<":
+        return
+    # As OmegaConf reads it, whose rules are not quite YAML's.
+    (read,) = OmegaConf.to_container(OmegaConf.create(f"- {key.value}"), resolve=False)
+    if isinstance(read, str) or str(read) == key.value and type(read) is int:
+        return
+    meaning = "null" if read is None else str(read).lower() if isinstance(read, bool) else "a number"
+    raise ConfigError(
+        f'{where}: YAML reads the key {key.value or "(nothing)"} as {meaning}; quote it: "{key.value}"'
+    )
 
 
 def _with_included(raw: DictConfig, directory: Path) -> DictConfig:
@@ -97,4 +136,6 @@ def _problem(error: Exception) -> str:
         return f"{text} at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else text
     if isinstance(error, RecursionError):
         return "nested too deeply"
+    if type(error) is ValueError and "digits" in str(error):
+        return "a number of thousands of digits"
     return f"{type(error).__name__}{f' at {key}' if (key := getattr(error, 'full_key', None)) else ''}"

@@ -289,6 +289,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: expected a mapping, found {shown(value)}")
+        for key in value:
+            _require_unicode(str(key), where)
         return {str(key): _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
@@ -300,5 +302,18 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         except ValueError:
             pass
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}: expected {hint.__name__}, found {shown(value)}")
+        # YAML reads `no`, `on`, 1e3 and 1.10 as something else than text.
+        advice = "; quote it in YAML" if hint is str and isinstance(value, (bool, int, float)) else ""
+        raise ConfigError(f"{where}: expected {hint.__name__}, found {shown(value)}{advice}")
+    if isinstance(value, str):
+        _require_unicode(value, where)
     return value
+
+
+def _require_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{where}: no Unicode text: half a character at position {error.start} (a lone surrogate)"
+        ) from None

@@ -12,6 +12,7 @@ import hashlib
 import heapq
 import json
 import math
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mopd.backend.messages import shown
-from megatron_mopd.config import ConfigError, PromptSource
+from megatron_mopd.config import ConfigError, PromptSource, nearest
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.reasoning_tasks import task_entries
 from megatron_mopd.data.tokenizer import Tokenizer
@@ -29,6 +30,12 @@ from megatron_mopd.data.verifiers import check_verifier
 __all__ = ["Prompt", "PromptSampler", "PromptSet", "load_prompts", "require_answers"]
 
 _LINE_KEYS = ("prompt", "domain", "answer", "verifier")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_NOT_SUPPORTED = frozenset(
+    "tools tool_calls tool_call_id tool_choice functions function_call documents reasoning "
+    "reasoning_content thinking image images video videos audio audios".split()
+)
+"""Keys of a line or a message that a chat template would show to the model, and that are not passed on."""
 _LONGEST_LINE = 16 << 20
 
 
@@ -252,10 +259,16 @@ def _from_line(line: bytes, source: PromptSource, origin: str) -> Prompt:
         raise ConfigError(f"{origin}: not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{origin}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
-        raise ConfigError(f"{origin}: not readable as JSON: {str(error).splitlines()[0]}") from None
+    except RecursionError:  # 100,000 brackets
+        raise ConfigError(f"{origin}: not readable as JSON: lists or objects nested too deeply") from None
+    except ValueError:
+        limit = sys.get_int_max_str_digits()
+        raise ConfigError(
+            f"{origin}: not readable as JSON: a number of more than {limit} digits; write it as text"
+        ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"{origin}: expected an object with `prompt` and `domain`")
+    _refuse_what_is_not_passed_on(values, origin)
     for key in values:  # other keys are the file's own business, but not a misspelling of ours
         close = [] if key in _LINE_KEYS else difflib.get_close_matches(key, _LINE_KEYS, n=1, cutoff=0.8)
         if close and close[0] not in values:
@@ -263,13 +276,17 @@ def _from_line(line: bytes, source: PromptSource, origin: str) -> Prompt:
     domain = source.domain or values.get("domain")
     if domain is None:
         raise ConfigError(f"{origin}: `domain` is missing")
-    if not isinstance(domain, str) or not domain:
+    if not isinstance(domain, str) or not domain.strip():
         raise ConfigError(f"{origin}: `domain` must be a name, found {shown(domain)}")
     answer = values.get("answer")
+    if isinstance(answer, float) and not math.isfinite(answer):  # NaN, or 1e400
+        raise ConfigError(f"{origin}: `answer` is {answer}, which is no number; write it as text")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
     if not isinstance(answer, (str, type(None))):
         raise ConfigError(f"{origin}: `answer` must be text or a number, found {shown(answer)}")
+    for key, text in (("domain", domain), ("answer", answer)):
+        _require_unicode(text or "", f"`{key}`", origin)
     verifier = values.get("verifier") or source.verifier or "exact_match"
     check_verifier(verifier, origin)
     if verifier == "reasoning_gym":
@@ -282,10 +299,50 @@ def _text(values: dict[str, Any], origin: str) -> str | tuple[dict[str, str], ..
         raise ConfigError(f"{origin}: `prompt` is missing")
     prompt = values["prompt"]
     if isinstance(prompt, str):
+        _require_unicode(prompt, "`prompt`", origin)
         return prompt
     if not isinstance(prompt, list) or not prompt:
         raise ConfigError(f"{origin}: `prompt` must be text or a list of messages, found {shown(prompt)}")
     for number, turn in enumerate(prompt):
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in ("role", "content")):
-            raise ConfigError(f"{origin}: message {number} of `prompt` needs text `role` and `content`")
+        _check_message(turn, f"message {number} of `prompt`", origin)
+    if prompt[-1]["role"] == "assistant":
+        raise ConfigError(
+            f"{origin}: the last message of `prompt` is the assistant's, and to go on from one is not "
+            "supported: end with the user's, or give the prompt as one text"
+        )
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in prompt)
+
+
+def _check_message(turn: Any, what: str, origin: str) -> None:
+    if not isinstance(turn, dict):
+        raise ConfigError(
+            f"{origin}: {what} must be an object with `role` and `content`, found {shown(turn)}"
+        )
+    _refuse_what_is_not_passed_on(turn, f"{origin}: {what}")
+    if isinstance(turn.get("content"), list):
+        raise ConfigError(f"{origin}: {what}: `content` in parts is not supported; write it as one text")
+    if not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+        raise ConfigError(f"{origin}: {what} needs text `role` and `content`")
+    if turn["role"] not in _ROLES:
+        raise ConfigError(
+            f"{origin}: {what}: unknown role {shown(turn['role'])}{nearest(turn['role'], _ROLES)}"
+        )
+    _require_unicode(turn["content"], f"{what}: `content`", origin)
+
+
+def _refuse_what_is_not_passed_on(values: dict[str, Any], origin: str) -> None:
+    """Other keys are the file's own business; these would be missing from what the model is shown."""
+    for key in sorted(_NOT_SUPPORTED & values.keys()):
+        if values[key]:
+            raise ConfigError(f"{origin}: `{key}` is not supported and would be left out; remove it")
+
+
+def _require_unicode(text: str, what: str, origin: str) -> None:
+    """JSON can spell half a character (`\\ud83d`), which no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{origin}: {what} has half a character at position {error.start} "
+            f"(a lone surrogate, \\u{ord(text[error.start]):04x}); was text cut inside an emoji?"
+        ) from None

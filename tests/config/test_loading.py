@@ -120,7 +120,13 @@ def test_read_only():
         ({"optimizer": {"lr": True}}, "optimizer.lr: expected float, found True"),
         ({"log": {"report": 1}}, "log.report: expected bool, found 1"),
         ({"log": {"report": "yes"}}, "log.report: expected bool, found 'yes'"),
-        ({"run_dir": 3}, "run_dir: expected str, found 3"),
+        ({"run_dir": 3}, "run_dir: expected str, found 3; quote it in YAML"),
+        (
+            {"data": {"prompts": [{"domain": False}]}},
+            "data.prompts[0].domain: expected str, found False; quote",
+        ),
+        ({"run_dir": "a\ud83d"}, "run_dir: no Unicode text: half a character at position 1"),
+        ({"routing": {"\udc00": "x"}}, "routing: no Unicode text: half a character at position 0"),
         ({"student": {"activation_func": 1.5}}, "student.activation_func: expected str, found 1.5"),
         ({"teachers": {"name": "a"}}, "teachers: expected a list"),
         ({"teachers": ["a"]}, "teachers[0]: expected a section with keys, found 'a'"),
@@ -152,6 +158,21 @@ def test_mistakes_name_the_key(section, message):
         ("\tseed: 1", (), "not readable as YAML"),
         ("- 1\n- 2", (), "c.yaml"),
         ("seed: ${nowhere}", (), "nowhere"),
+        (
+            "run_dir: x\nrouting:\n  no: e",
+            (),
+            'line 3, column 3: YAML reads the key no as false; quote it: "no"',
+        ),
+        ("routing: {On: e}", (), 'column 11: YAML reads the key On as true; quote it: "On"'),
+        ("routing: {null: e}", (), 'YAML reads the key null as null; quote it: "null"'),
+        ("routing: {~: e}", (), 'quote it: "~"'),
+        ("routing: {1e3: e}", (), 'YAML reads the key 1e3 as a number; quote it: "1e3"'),
+        ("routing: {1.10: e}", (), 'YAML reads the key 1.10 as a number; quote it: "1.10"'),
+        ("routing: {0x10: e}", (), 'quote it: "0x10"'),
+        ("objective: {per_domain: {off: sft}}", (), 'YAML reads the key off as false; quote it: "off"'),
+        ("routing: {[a, b]: e}", (), "column 11: a list or a section as a key"),
+        ("seed: " + 5000 * "1", (), "a number of thousands of digits"),
+        ("seed: " + 3000 * "[", (), "c.yaml: not readable as YAML"),
         ("run_dir: x", ("seed",), "'seed' is not of the form section.key=value"),
         ("run_dir: x", ("sed=1",), "'sed'; did you mean 'seed'?"),
         ("run_dir: x", ("seed=[1",), "c.yaml"),
@@ -161,6 +182,17 @@ def test_mistakes_in_files_and_overrides(tmp_path, text, overrides, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as raised:
         load(tmp_path, text, *overrides)
     assert "\n" not in str(raised.value)
+
+
+def test_names_that_look_like_numbers(tmp_path):
+    text = """run_dir: x\nrouting: {1: e, "no": e, '1e3': e, 2024-01-01: e, y: e}"""
+    assert list(load(tmp_path, text).routing) == ["1", "no", "1e3", "2024-01-01", "y"]
+
+
+def test_keys_of_what_is_no_configuration_are_not_quoted(tmp_path):
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, "no: hunter2")
+    assert "hunter2" not in str(raised.value) and "quote" not in str(raised.value)
 
 
 def test_files_that_are_no_text(tmp_path):

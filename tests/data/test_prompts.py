@@ -105,12 +105,54 @@ def test_source_settings_over_lines(load):
             r"p\.jsonl:2: verifier `reas",
         ),
         ({"prompt": "divisor " * 300, "domain": "a"}, r"p\.jsonl:2: prompt of \d+ tokens leaves no room"),
+        ({"prompt": "x", "domain": "  "}, r"p\.jsonl:2: `domain` must be a name"),
+        # What JSON can say and nobody can use.
+        (
+            '{"prompt": "a\\ud83d b", "domain": "a"}',
+            r"p\.jsonl:2: `prompt` has half a character at position 1",
+        ),
+        ('{"prompt": "a", "domain": "\\udc00"}', r"p\.jsonl:2: `domain` has half a character"),
+        ('{"prompt": "a", "domain": "a", "answer": "\\ud83d"}', r"p\.jsonl:2: `answer` has half a character"),
+        (
+            '{"prompt": [{"role": "user", "content": "\\ud83d"}], "domain": "a"}',
+            r"p\.jsonl:2: message 0 of `prompt`: `content` has half",
+        ),
+        ('{"prompt": "a", "domain": "a", "answer": ' + 5000 * "1" + "}", r"p\.jsonl:2: .*write it as text"),
+        ('{"prompt": "a", "domain": "a", "answer": 1e400}', r"p\.jsonl:2: `answer` is inf"),
+        ('{"prompt": "a", "domain": "a", "answer": NaN}', r"p\.jsonl:2: `answer` is nan"),
+        ('{"prompt": "a", "x": ' + 100_000 * "[" + 100_000 * "]" + "}", r"p\.jsonl:2: .*nested too deeply"),
+        # What a chat template would show, and we would leave out.
+        ({"prompt": "x", "domain": "a", "tools": [{"type": "function"}]}, r"p\.jsonl:2: `tools` is not supp"),
+        (
+            {"prompt": [{"role": "assistant", "content": "", "tool_calls": [{}]}], "domain": "a"},
+            r"p\.jsonl:2: message 0 of `prompt`: `tool_calls` is not supported",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "domain": "a"},
+            r"p\.jsonl:2: message 0 of `prompt`: `content` in parts is not supported",
+        ),
+        (
+            {"prompt": [{"role": "usr", "content": "x"}], "domain": "a"},
+            r"p\.jsonl:2: message 0 of `prompt`: unknown role 'usr'; did you mean 'user'",
+        ),
+        (
+            {
+                "prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+                "domain": "a",
+            },
+            r"p\.jsonl:2: the last message of `prompt` is the assistant's",
+        ),
     ],
 )
 def test_bad_lines_are_named(load, line, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load({"prompt": "fine", "domain": "a"}, line)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_empty_is_not_left_out(load):
+    messages = [{"role": "user", "content": "x", "tool_calls": None}]
+    assert len(load({"prompt": messages, "domain": "a", "tools": [], "images": []})) == 1
 
 
 def test_bytes_that_are_not_text(tokenizer, tmp_path):
