@@ -26,3 +26,5 @@ class Prompt:
     """Position among all prompts that were loaded together."""
     origin: str = ""
     """File and line, or task and number, for error messages."""
+    opens_thinking: bool = False
+    """Whether the prompt ends inside `<think>`, as some chat templates do: the response begins there."""

@@ -25,7 +25,7 @@ from megatron_mopd.config import ConfigError, PromptSource, nearest
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.reasoning_tasks import task_entries
 from megatron_mopd.data.tokenizer import Tokenizer
-from megatron_mopd.data.verifiers import check_verifier
+from megatron_mopd.data.verifiers import check_verifier, is_thinking
 
 __all__ = ["Prompt", "PromptSampler", "PromptSet", "load_prompts", "require_answers"]
 
@@ -37,6 +37,8 @@ _NOT_SUPPORTED = frozenset(
 )
 """Keys of a line or a message that a chat template would show to the model, and that are not passed on."""
 _LONGEST_LINE = 16 << 20
+_LAST_TOKENS = 32
+"""Of a prompt, in which a chat template may have opened `<think>`."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,9 @@ def load_prompts(
         group = []
         for prompt in read(source, here):
             token_ids = _tokenize(prompt, tokenizer, seq_length)
-            group.append(replace(prompt, token_ids=token_ids, index=start + len(group)))
+            opens = is_thinking(tokenizer.decode(token_ids[-_LAST_TOKENS:]))
+            here_is = {"token_ids": token_ids, "opens_thinking": opens, "index": start + len(group)}
+            group.append(replace(prompt, **here_is))
         groups.append(tuple(group))
         start += len(group)
     if not any(source.weight > 0 for source in sources):

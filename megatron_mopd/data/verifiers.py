@@ -2,8 +2,8 @@
 
 ``verify(prompt, response)`` applies the verifier named by the prompt. A verifier that fails never stops a
 run: the score is then `None`, and ``accuracy`` says how many there were, so that a broken parser does not
-pass for a bad model. All of them look at the final answer only: what follows ``</think>``, and inside
-``<answer>`` tags if any.
+pass for a bad model. All of them look at the final answer only: what is outside ``<think>``, and inside
+``<answer>`` tags if any. A response that never stops thinking has none, and scores 0 with every verifier.
 
 Exact matches are decided here. Every other verifier parses or evaluates what a model wrote, so it runs in a
 confined process (`confinement`), with limits of time and memory for answers and references alike.
@@ -29,6 +29,7 @@ SCORED_AT_ONCE = 16
 """Responses that one process takes at a time: few enough that a hanging one holds up little else."""
 VERIFIERS = ("exact_match", "math_verify", "reasoning_gym")
 _OPEN, _CLOSE = "<answer>", "</answer>"
+_THINK, _THOUGHT = "<think>", "</think>"
 
 
 class Score(NamedTuple):
@@ -78,7 +79,7 @@ def judge(responses: Sequence[tuple[Prompt, str]], process: ScoringProcess, seco
 
     A pair whose verifier crashes or takes longer than `seconds` gets `Score(None, crashed=True)`.
     """
-    confined = [pair for pair in responses if is_confined(pair[0])]
+    confined = [pair for pair in responses if _has_to_be_asked(*pair)]
     try:
         raw = process.score([scoring_request(*pair) for pair in confined], seconds) if confined else []
     except Exception:  # a prompt's entry that cannot be pickled: one by one, so that it costs no other
@@ -87,11 +88,7 @@ def judge(responses: Sequence[tuple[Prompt, str]], process: ScoringProcess, seco
         raw = [None]
     scores = map(to_score, raw)
     return [
-        next(scores)
-        if is_confined(prompt)
-        else exact_match(prompt, response)
-        if has_verdict(prompt)
-        else Score(None)
+        next(scores) if _has_to_be_asked(prompt, response) else _judge_here(prompt, response)
         for prompt, response in responses
     ]
 
@@ -100,7 +97,20 @@ def exact_match(prompt: Prompt, response: str) -> Score:
     """1 when both are the same words: runs of white space count as one space. Nothing is parsed."""
     if prompt.answer is None:
         return Score(None, crashed=True)
-    return Score(float(final_answer(response).split() == prompt.answer.split()))
+    found = final_answer(response, prompt.opens_thinking)
+    return Score(float(found is not None and found.split() == prompt.answer.split()))
+
+
+def _judge_here(prompt: Prompt, response: str) -> Score:
+    if not has_verdict(prompt):
+        return Score(None)
+    if is_confined(prompt):
+        return Score(0.0)  # there is no answer to ask about
+    return exact_match(prompt, response)
+
+
+def _has_to_be_asked(prompt: Prompt, response: str) -> bool:
+    return is_confined(prompt) and final_answer(response, prompt.opens_thinking) is not None
 
 
 def is_confined(prompt: Prompt) -> bool:
@@ -115,7 +125,7 @@ def has_verdict(prompt: Prompt) -> bool:
 
 def scoring_request(prompt: Prompt, response: str) -> tuple[Any, ...]:
     """What a `ScoringProcess` is asked: (verifier, final answer, reference answer, entry)."""
-    return prompt.verifier, final_answer(response), prompt.answer, prompt.entry
+    return prompt.verifier, final_answer(response, prompt.opens_thinking), prompt.answer, prompt.entry
 
 
 def to_score(raw: float | None) -> Score:
@@ -139,14 +149,27 @@ def check_verifier(name: str, where: str) -> None:
         raise ConfigError(f"{where}: unknown verifier {shown(name)}{nearest(str(name), VERIFIERS)}")
 
 
-def final_answer(response: str) -> str:
-    """The part of `response` that is judged: after `</think>`, inside the last `<answer>` tags, stripped."""
-    response = response.rpartition("</think>")[2]
-    found, end = response, 0
+def final_answer(response: str, opens_thinking: bool = False) -> str | None:
+    """The part of `response` that is judged: outside of `<think>`, inside the last `<answer>` tags, stripped.
+
+    `None` when there is none because `response` ends thinking. With `opens_thinking` it also begins so.
+    """
+    _, thought, said = response.rpartition(_THOUGHT)
+    if not thought and opens_thinking:
+        return None
+    said, thinking, _ = said.partition(_THINK)
+    if thinking and not said.strip():
+        return None
+    found, end = said, 0
     # Not a regular expression: many openings without an end would be searched to the end once each.
-    while (start := response.find(_OPEN, end)) >= 0 and (end := response.find(_CLOSE, start)) >= 0:
-        found = response[start + len(_OPEN) : end]
+    while (start := said.find(_OPEN, end)) >= 0 and (end := said.find(_CLOSE, start)) >= 0:
+        found = said[start + len(_OPEN) : end]
     return found.strip()
+
+
+def is_thinking(text: str) -> bool:
+    """Whether `text` ends inside `<think>`."""
+    return text.rfind(_THINK) > text.rfind(_THOUGHT)
 
 
 @functools.lru_cache(maxsize=1)

@@ -150,6 +150,13 @@ def test_bad_lines_are_named(load, line, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_prompt_that_ends_inside_thinking(load):
+    """As the prompts of chat templates do that open `<think>` for the model."""
+    texts = ["a <think>\n", "<think>a</think> b", "b", "c <think>d</think><think>"]
+    prompts = load(*({"prompt": text, "domain": "a"} for text in texts))
+    assert [p.opens_thinking for p in prompts] == [True, False, False, True]
+
+
 def test_what_is_empty_is_not_left_out(load):
     messages = [{"role": "user", "content": "x", "tool_calls": None}]
     assert len(load({"prompt": messages, "domain": "a", "tools": [], "images": []})) == 1

@@ -1,5 +1,6 @@
 """Verifiers: right answers, wrong ones, failures that are counted, and other threads."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -177,3 +178,23 @@ def test_final_answer():
     assert final_answer("<answer>a<answer>b</answer></answer>") == "a<answer>b"
     assert final_answer("<answer>a</answer><answer>b") == "a"
     assert final_answer("<answer>a</answer><answer></answer>") == ""
+    assert final_answer("so 7 <think>or 8") == "so 7"
+    assert final_answer("<think>a</think> 7 <think>or 8") == "7"
+    assert final_answer("<think>7") is None
+    assert final_answer("<think>a</think><think>7 <answer>7</answer>") is None
+    assert final_answer("7", opens_thinking=True) is None
+    assert final_answer("8?</think>7", opens_thinking=True) == "7"
+    assert final_answer("8?</think><think>7", opens_thinking=True) is None
+
+
+@pytest.mark.parametrize("response", ["<think>is it {}", "<think>no</think><think><answer>{}</answer>"])
+def test_an_answer_inside_thinking_that_never_ends(response):
+    """Every verifier judges what was answered, and nothing was; after the thinking the same text is right."""
+    task = task_prompt("gcd")
+    for example in (prompt("7"), prompt("7", "math_verify"), task):
+        inside = response.format(example.answer)
+        assert score(example, inside) == Score(0.0)
+        assert score(example, f"{inside}</think>{example.answer}") == Score(1.0)
+        opened = dataclasses.replace(example, opens_thinking=True)
+        assert score(opened, f"{example.answer}") == Score(0.0)
+        assert score(opened, f"hm</think>{example.answer}") == Score(1.0)
