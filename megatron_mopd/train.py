@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import os
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -27,11 +28,12 @@ from megatron_mopd.backend.lifeline import LIFELINE_NOTICES
 from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.parallel import seed_model_parallel
 from megatron_mopd.backend.watchdog import Watchdog
+from megatron_mopd.backend.whole_files import disk_problem
 from megatron_mopd.config import Config, ConfigError, load_config, save_config
 from megatron_mopd.config.objectives import samples_per_prompt
 from megatron_mopd.data.prompts import PromptSampler
 from megatron_mopd.data.trajectory import Trajectory
-from megatron_mopd.model.background_save import CheckpointWriter
+from megatron_mopd.model.background_save import CheckpointWriter, SaveError
 from megatron_mopd.observe.access import closed_to_others, others_may_enter
 from megatron_mopd.observe.progress import phase, say
 from megatron_mopd.observe.report import draw_report
@@ -41,7 +43,7 @@ from megatron_mopd.training.best import BestCheckpoint
 from megatron_mopd.training.checkpoint import check_space, resume, save
 from megatron_mopd.training.evaluate import evaluation, evaluation_fingerprint
 from megatron_mopd.training.monitors import Alarms, rollout_metrics
-from megatron_mopd.training.preemption import PREEMPTED_STATUS, Preempted, StopRequest
+from megatron_mopd.training.preemption import INTERRUPTED_STATUS, PREEMPTED_STATUS, Preempted, StopRequest
 from megatron_mopd.training.resume import FinishedRun, checkpoints_directory
 from megatron_mopd.training.rollout_log import open_rollout_log
 from megatron_mopd.training.sampling import draw_trajectories
@@ -62,7 +64,12 @@ def train(config: Config) -> dict[str, float]:
     except FinishedRun as finished:
         say(str(finished))
         return {}
-    alarms = Alarms()
+    with run.lock or contextlib.nullcontext():
+        return _train(run)
+
+
+def _train(run: Run) -> dict[str, float]:
+    config, alarms = run.config, Alarms()
     first = resume(run.learner, alarms, run.resumable)
     check_space(run.learner)
     if run.groups.rank == 0:
@@ -109,6 +116,8 @@ def iterate(
     aside: dict[str, float] = {}  # seconds between two steps
     for iteration in range(first, last):
         saver.check()
+        if run.lock is not None:
+            run.lock.check()
         started = time.perf_counter()
         reach = iteration + config.rollout.batches_ahead * config.schedule.steps_per_rollout
         while sampled_for <= min(reach, last - 1):
@@ -199,6 +208,9 @@ def sample(
     )
 
 
+_MAKE_ROOM = "make room, and the same command continues from the last checkpoint"
+
+
 def _every(interval: int, iteration: int) -> bool:
     return interval > 0 and iteration % interval == 0
 
@@ -219,28 +231,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.allow_teacher_change:
         options.overrides.append("checkpoint.allow_teacher_change=true")
+    threading.excepthook = _of_thread
     try:
         train(load_config(options.config, options.overrides))
     except Preempted as request:
         say(f"{request} (exit status {PREEMPTED_STATUS})")
         dist.barrier()  # the launcher stops everybody at the first exit
         _leave(PREEMPTED_STATUS)
+    except KeyboardInterrupt:  # before the first step: there is nothing to save
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
+        _leave(INTERRUPTED_STATUS)
     except Exception as error:
         # One rank's failure ends the job: the others wait in a collective until the launcher stops them.
         if isinstance(error, RuntimeError):
             # A collective breaks when a rank dies: the lifeline, which is about to notice, says which one.
             time.sleep(LIFELINE_NOTICES)
+        # Nothing of the program's is wrong where a disk is full: like a mistake, that is one line.
+        full = disk_problem(error)
         is_mistake = isinstance(error, ConfigError)
         # What the error quotes of files, names and models is shown, and does not act on the terminal.
-        said = visible(error, keep_lines=not is_mistake)
-        message = f"error: {said}" if is_mistake else f"{type(error).__name__}: {said}"
+        is_line = is_mistake or full is not None or isinstance(error, SaveError)
+        said = visible(error if full is None else f"{full}; {_MAKE_ROOM}", keep_lines=not is_line)
+        message = f"error: {said}" if is_line else f"{type(error).__name__}: {said}"
         if is_first_to_fail(message):
-            if options.debug or not is_mistake:
+            if options.debug or not is_line:
                 print(visible(traceback.format_exc(), keep_lines=True), end="", file=sys.stderr)
             print(message, file=sys.stderr)
         _leave(2 if is_mistake else 1)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _of_thread(failure: threading.ExceptHookArgs) -> None:
+    """A full disk that a library's thread met (TensorBoard's) is told in one line by whoever waits for it."""
+    if disk_problem(failure.exc_value) is None:
+        threading.__excepthook__(failure)
 
 
 def _leave(status: int) -> None:

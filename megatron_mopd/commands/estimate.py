@@ -142,6 +142,8 @@ def check(config: Config) -> int:
     run = build_run(replace(config, checkpoint=replace(config.checkpoint, resume=False)))
     found = measure(run)
     run.rewarder.close()
+    if run.lock is not None:
+        run.lock.release()
     sizes = expected.device | expected.host | ({"teacher files": expected.disk} if expected.disk else {})
     rows: list[list[tuple[str, int, int]]] = [[] for _ in range(world_size)]
     dist.all_gather_object(rows, [(name, size, found.get(name, 0)) for name, size in sizes.items()])

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from omegaconf import OmegaConf
 
 from megatron_mopd.backend.messages import shown
+from megatron_mopd.backend.whole_files import write_whole
 from megatron_mopd.config.files import read_tree
 from megatron_mopd.config.interpolation import as_written, resolve
 from megatron_mopd.config.objectives import GLOBAL_KEYS, check_objectives
@@ -68,8 +69,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the configuration as YAML: complete, with environment variables by their names."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+    """Write the configuration as YAML: complete, with environment variables by their names; in one step."""
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

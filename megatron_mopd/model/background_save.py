@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mopd.backend.planned_save import PlannedSave, SaveStrategy, plan_save
+from megatron_mopd.backend.whole_files import disk_problem, naming
 from megatron_mopd.config import ModelConfig
 from megatron_mopd.model.checkpoint import (
     HUGGING_FACE_DIRECTORY,
@@ -148,10 +149,11 @@ class CheckpointWriter:
     ) -> None:
         failed = f"iteration {iteration} could not be saved, the checkpoint before it is still there: "
         try:
-            names, written = save.write_part()
+            with naming(partial):
+                names, written = save.write_part()
             message = (None, {name: sum_up(partial / name) for name in names}, written)
         except BaseException as error:
-            message = (f"{failed}rank {dist.get_rank()}: {type(error).__name__}: {error}", {}, [])
+            message = (f"{failed}rank {dist.get_rank()}: {_reason(error)}", {}, [])
         save.buckets.clear()  # the copies' memory
         try:
             messages = self._gather(number, message)
@@ -161,10 +163,11 @@ class CheckpointWriter:
             self._error = next((error for error, _, _ in messages if error is not None), None)
             if self._error is None:
                 try:
-                    save.finish([written for _, _, written in messages])
-                    complete({name: entry for _, sums, _ in messages for name, entry in sums.items()})
+                    with naming(partial):
+                        save.finish([written for _, _, written in messages])
+                        complete({name: entry for _, sums, _ in messages for name, entry in sums.items()})
                 except BaseException as error:
-                    self._error = f"{failed}{type(error).__name__}: {error}"
+                    self._error = f"{failed}{_reason(error)}"
             if self._store is not None:
                 self._store.set(f"{_KEYS}/{number}/outcome", self._error or "")
         except RuntimeError as error:  # whoever kept the store is gone
@@ -199,6 +202,10 @@ class CheckpointWriter:
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_POLL)
         return self._store.get(key)
+
+
+def _reason(error: BaseException) -> str:
+    return disk_problem(error) or f"{type(error).__name__}: {error}"
 
 
 def write_checkpoint(

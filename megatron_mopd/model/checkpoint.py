@@ -27,6 +27,7 @@ import torch.distributed as dist
 from megatron_mopd.backend.checked_loading import load_checked
 from megatron_mopd.backend.model_files import read_limited, read_mapping
 from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.backend.whole_files import write_whole
 from megatron_mopd.config import ConfigError, ModelConfig, model_config_from_dict, to_dict
 from megatron_mopd.data.tokenizer import load_tokenizer
 from megatron_mopd.model.checksums import verify_checksums, write_checksums
@@ -269,9 +270,7 @@ def put_in_place(partial: Path, directory: Path, iteration: int) -> None:
     final = iteration_directory(directory, iteration)
     remove_checkpoint(final)
     partial.rename(final)
-    tracker = directory / TRACKER
-    tracker.with_suffix(".tmp").write_text(str(iteration))
-    tracker.with_suffix(".tmp").replace(tracker)
+    write_whole(directory / TRACKER, str(iteration))
     _sync(directory)
 
 

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_mopd.backend.whole_files import naming
+
 METRICS_FILE, ALARMS_FILE, SAMPLES_FILE = "metrics.jsonl", "alarms.jsonl", "samples.jsonl"
 FACTS_FILE = "run.json"
 PART_BYTES = 4 * 2**20
@@ -60,21 +62,23 @@ class Journal:
 
     def write(self, iteration: int, entry: Mapping[str, Any]) -> None:
         """Append one line and flush it; values are what JSON knows, and finite."""
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "a", encoding="utf-8")
-            self._size = self._path.stat().st_size
         line = json.dumps({"iteration": iteration, **entry}, allow_nan=False) + "\n"
-        self._file.write(line)
-        self._file.flush()
+        with naming(self._path):
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self._path, "a", encoding="utf-8")
+                self._size = self._path.stat().st_size
+            self._file.write(line)
+            self._file.flush()
         self._size += len(line)  # `json` writes ASCII
         if self._size >= self._limit:
             self._move()
 
     def close(self) -> None:
-        """Close the file; safe to call twice."""
+        """Close the file; safe to call twice. What a full disk has refused is not tried again."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # raised by `write` already, which flushes
+                self._file.close()
         self._file = None
 
     def _move(self) -> None:

@@ -12,6 +12,7 @@ the first 2048 steps, then of a metric the first of every 2, from step 4096 on o
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -23,8 +24,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_mopd.backend.messages import visible
+from megatron_mopd.backend.whole_files import naming
 from megatron_mopd.observe.journal import METRICS_FILE, Journal, read_journal
 
+_EVENTS_FILE = "events.out.tfevents.*"
 FULL_STEPS = 1024
 """TensorBoard gets about so many values of a metric whenever the number of steps has doubled."""
 MOST_LINES = 5_000
@@ -69,7 +72,8 @@ class MetricsWriter:
                 for line in read_journal(run_dir / METRICS_FILE, since):
                     numbers = [name for name, value in line.items() if isinstance(value, (int, float))]
                     self._thinning.choose(line["iteration"], [*numbers, *line.get("nonfinite", ())])
-            self._tensorboard = SummaryWriter(str(run_dir), purge_step=purge_step)
+            with naming(run_dir / _EVENTS_FILE):
+                self._tensorboard = SummaryWriter(str(run_dir), purge_step=purge_step)
 
     def log(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """Append one line and flush it; nested mappings become paths (`{"kl": {"gcd": 1}}` is `kl/gcd`).
@@ -93,8 +97,9 @@ class MetricsWriter:
                 for name in (numbers if iteration == self._last else chosen)
             ]
             if written:  # one event for all: `add_scalar` costs a hundred microseconds and 30 bytes each
-                self._tensorboard.file_writer.add_summary(Summary(value=written), iteration)
-                self._tensorboard.flush()
+                with naming(Path(self._tensorboard.log_dir) / _EVENTS_FILE):
+                    self._tensorboard.file_writer.add_summary(Summary(value=written), iteration)
+                    self._tensorboard.flush()
             if iteration == 2 * FULL_STEPS:
                 self._say(
                     f"TensorBoard: from iteration {iteration} on it gets every second value of a metric, and "
@@ -105,7 +110,8 @@ class MetricsWriter:
         """Close the files; safe to call twice."""
         for writer in (self._file, self._tensorboard):
             if writer is not None:
-                writer.close()
+                with contextlib.suppress(OSError):  # of a full disk, which `log` has told of
+                    writer.close()
         self._file = self._tensorboard = None
 
 

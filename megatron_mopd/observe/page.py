@@ -7,7 +7,6 @@ in the page (`page_template.py`). What a run does not have is left out, and the 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 
 import megatron_mopd
 from megatron_mopd.backend.messages import visible
+from megatron_mopd.backend.whole_files import write_whole
 from megatron_mopd.observe import svg
 from megatron_mopd.observe.formats import format_count, format_seconds
 from megatron_mopd.observe.journal import ALARMS_FILE
@@ -52,9 +52,7 @@ def write_page(
     record = read_run(run_dir, base, experts)
     path = Path(output) if output is not None else record.directory / PAGE_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(render(record), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, render(record))
     return path
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import time
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 import megatron_mopd
+from megatron_mopd.backend.whole_files import write_whole
 from megatron_mopd.config import Config
 from megatron_mopd.confinement.kernel import Confinement
 from megatron_mopd.observe.journal import ALARMS_FILE, FACTS_FILE, SAMPLES_FILE, Journal
@@ -86,10 +86,8 @@ class RunLog:
             "confinement": None if confinement is None else confinement.to_dict(),
             "manifest": manifest,
         }
-        path = Path(self._config.run_dir) / FACTS_FILE
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        text = json.dumps(facts, indent=1, default=str) + "\n"
+        write_whole(Path(self._config.run_dir) / FACTS_FILE, text)
 
     def step(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of `iteration` (steps done), and show its line when it is its turn."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_mopd.backend.whole_files import write_whole
 from megatron_mopd.model.checkpoint import complete_iterations
 
 BEST_FILE = "best.json"
@@ -68,9 +68,7 @@ class BestCheckpoint:
         facts = {"metric": self._metric, "evaluation": self._evaluation, "best": best, "values": values}
         text = json.dumps(facts, indent=1)
         self._directory.mkdir(parents=True, exist_ok=True)
-        temporary = self._directory / f"{BEST_FILE}.tmp"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, self._directory / BEST_FILE)
+        write_whole(self._directory / BEST_FILE, text + "\n")
 
 
 def _read(directory: Path, metric: str | None = None, evaluation: str | None = None) -> dict[int, float]:

@@ -143,7 +143,7 @@ def check_space(learner: Learner) -> None:
             moments = (2 + (width < 4)) * max(4, width) if learner.config.checkpoint.save_optimizer else 0
             size += tensor.data.numel() * (width + moments)
     if problem := _lack_of_space(learner, size):
-        raise ConfigError(f"run_dir: {problem}")
+        raise ConfigError(f"run_dir: {problem}; make room")
 
 
 def _lack_of_space(learner: Learner, size: int) -> str | None:
@@ -162,8 +162,8 @@ def _lack_of_space(learner: Learner, size: int) -> str | None:
     if free >= needed:
         return None
     return (
-        f"a checkpoint takes about {needed / 1e9:.3g} GB, {directory} has {free / 1e9:.3g} GB left; make "
-        "room, or keep fewer with checkpoint.keep_last"
+        f"a checkpoint takes about {needed / 1e9:.3g} GB, {directory} has {free / 1e9:.3g} GB left "
+        "(checkpoint.keep_last keeps fewer)"
     )
 
 

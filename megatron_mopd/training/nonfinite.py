@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_mopd.backend.messages import shown
 from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.backend.whole_files import write_whole
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.objectives.vocab_shard import NotFinite, Report
 from megatron_mopd.observe.progress import say
@@ -179,7 +180,7 @@ def save_evidence(
             if gradient is not None and (count := int((~(gradient.abs() <= LARGEST_GRADIENT)).sum())):
                 names[f"chunk {number}: {name}"] = {"not_finite": count, "elements": gradient.numel()}
     if names:
-        (path / f"rank_{groups.rank}.json").write_text(json.dumps(names, indent=1))
+        write_whole(path / f"rank_{groups.rank}.json", json.dumps(names, indent=1))
     if groups.rank == 0:
         batch = [
             {
@@ -194,7 +195,7 @@ def save_evidence(
         ]
         said = {name: repr(value) for name, value in metrics.items()}  # JSON has no NaN
         evidence = {"metrics": said, "causes": list(causes), "batch": batch}
-        (path / "batch.json").write_text(json.dumps(evidence))
+        write_whole(path / "batch.json", json.dumps(evidence))
         limit_evidence(directory)
     return path
 

@@ -1,10 +1,11 @@
-"""Being asked to stop: SIGTERM and SIGUSR1 (Slurm's warning) end a run with a checkpoint, on all ranks at
-once.
+"""Being asked to stop: SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C end a run with a checkpoint, on all
+ranks at once. Who cannot wait presses Ctrl-C again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 
@@ -16,7 +17,13 @@ from megatron_mopd.backend.parallel import ParallelGroups
 PREEMPTED_STATUS = 75
 """Exit status of a run that was asked to stop and saved: start it again to continue (EX_TEMPFAIL)."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+INTERRUPTED_STATUS = 130
+"""Exit status of a run that Ctrl-C ended without a checkpoint: the shells' 128 and the signal's number."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+_STOPPING = b"\nCtrl-C: stopping after this step, with a checkpoint; again: at once, without one\n"
 
 
 class Preempted(Exception):
@@ -31,7 +38,7 @@ class StopRequest(contextlib.AbstractContextManager):
 
     def __init__(self, groups: ParallelGroups):
         self._groups = groups
-        self._asked = False
+        self._asked = self._interrupted = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -45,7 +52,15 @@ class StopRequest(contextlib.AbstractContextManager):
             signal.signal(number, handler)
 
     def _note(self, number, frame) -> None:
+        # A second Ctrl-C comes as SIGINT from a terminal. From torchrun, which is then already passing on the
+        # first, it comes as SIGTERM; schedulers send SIGTERM too, but never after SIGINT.
+        if self._interrupted and number in (signal.SIGINT, signal.SIGTERM):
+            os._exit(INTERRUPTED_STATUS)
         self._asked = True
+        if number == signal.SIGINT:
+            self._interrupted = True
+            if self._groups.rank == 0:  # not `print`: the signal may have come in the midst of one
+                os.write(2, _STOPPING)
 
     def agreed(self) -> bool:
         """Whether any rank has been asked to stop; the same answer on all ranks.

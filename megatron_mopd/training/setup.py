@@ -11,6 +11,7 @@ import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_mopd.backend.agreement import require_agreement
@@ -35,6 +36,7 @@ from megatron_mopd.model.build import build_model
 from megatron_mopd.model.checkpoint import find_checkpoint, load_weights, read_model_config
 from megatron_mopd.model.router_replay import install_routing_replay
 from megatron_mopd.observe.progress import phase, say
+from megatron_mopd.observe.run_lock import RunLock, claim
 from megatron_mopd.observe.weights_and_biases import check_tracking
 from megatron_mopd.rollout.engine import RolloutEngine
 from megatron_mopd.rollout.megatron_engine import MegatronEngine
@@ -81,6 +83,8 @@ class Run:
     """To be released before this rank ends by itself."""
     confinement: Confinement | None
     """On the first rank of a host: how its answers are confined; `None` where nothing has to be."""
+    lock: RunLock | None
+    """On rank 0: what keeps other runs out of `run_dir`; to be released at the end."""
 
 
 def build_run(config: Config) -> Run:
@@ -93,6 +97,23 @@ def build_run(config: Config) -> Run:
     lifeline = start_ranks(device, config.parallel.distributed_timeout_minutes)
     inputs = agreed_inputs(config)
     confinement = examine_confinement(inputs)
+    lock = claim(Path(config.run_dir))
+    try:
+        return _build(config, device, inputs, lifeline, confinement, lock)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _build(
+    config: Config,
+    device: torch.device,
+    inputs: Inputs,
+    lifeline: Lifeline,
+    confinement: Confinement | None,
+    lock: RunLock | None,
+) -> Run:
     tokenizer, student, routing = inputs.tokenizer, inputs.student, inputs.routing
     fingerprints = model_fingerprints(
         config.student.load,
@@ -156,7 +177,7 @@ def build_run(config: Config) -> Run:
     )
     rewarder = Rewarder(config, groups, tokenizer.decode)
     shared = (config, groups, tokenizer, inputs.prompts, inputs.eval_prompts)
-    return Run(*shared, learner, engine, rewarder, alarms, resumable, lifeline, confinement)
+    return Run(*shared, learner, engine, rewarder, alarms, resumable, lifeline, confinement, lock)
 
 
 def agreed_inputs(config: Config) -> Inputs:

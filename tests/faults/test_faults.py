@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import time
 
 import pytest
 
@@ -59,6 +60,41 @@ def test_asked_to_stop(directory, reference):
     assert_equal(directory / "stopped", reference)
 
 
+def test_a_second_start_and_ctrl_c(directory, reference):
+    """While a run goes on, another start in its directory is refused; Ctrl-C then ends it like SIGTERM."""
+    at_step, refused = directory / "at step", directory / "refused"
+
+    def wait_and_interrupt():
+        at_step.write_text(str(os.getpid()))
+        while not refused.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    command = harness.arguments(directory, "twice")
+    job = Job(command, before("train_step", 3, 0, wait_and_interrupt))
+    while not at_step.exists() and job.processes[0].is_alive():
+        time.sleep(0.05)
+
+    def files():  # all but the checkpoint, which may still be written
+        return {path: path.read_bytes() for path in (directory / "twice").glob("*") if path.is_file()}
+
+    before_it = files()
+    second = Job(command).wait()
+    assert second.statuses == [2] * RANKS, second.printed
+    (error,) = [text for text in second.stderr if text]
+    assert re.search(rf"twice is in use: process {at_step.read_text()} on host .*, started \d+ sec", error)
+    assert error.count("\n") == 1
+    assert files() == before_it and {"config.yaml", "run.lock"} <= {path.name for path in before_it}
+    refused.touch()
+    job.wait()
+    assert job.statuses == [PREEMPTED_STATUS] * RANKS, job.printed
+    assert "saved iteration 4" in job.stdout[0]
+    assert job.stderr[0].strip().startswith("Ctrl-C: stopping after this step") and not job.stderr[1]
+    assert "Traceback" not in job.printed
+    assert Job(command).wait().statuses == DONE
+    assert_equal(directory / "twice", reference)
+
+
 def test_damaged_checkpoints(directory, reference):
     """A flipped bit and a torn file are found; the newest undamaged checkpoint is used, and said so."""
     run_dir = directory / "damaged"
@@ -94,10 +130,38 @@ def test_full_disk(directory, reference):
         before("save", 2, 0, harness.no_room(8192)),
     ).wait()
     assert job.statuses == [1] * RANKS, job.printed
+    (error,) = [text for text in job.stderr if text]
+    assert re.fullmatch(
+        "error: iteration 4 could not be saved, the checkpoint before it is still there: "
+        r"rank 0: \S+/checkpoints/.iter_0000004.incomplete\S*: the file may not grow any further\n",
+        error,
+    )
     assert [path.name for path in (directory / "full" / "checkpoints").glob("iter_*")] == ["iter_0000002"]
     job = Job(harness.arguments(directory, "full")).wait()
     assert "passed over .iter_0000004.incomplete" in job.stdout[0]
     assert_equal(directory / "full", reference)
+
+
+def test_a_disk_that_fills_while_training(directory, reference):
+    """The metrics of a step do not fit any more: one line names the file, and the run goes on from the last
+    checkpoint once there is room."""
+    metrics = directory / "filled" / "metrics.jsonl"
+
+    def fill():
+        harness.no_room(metrics.stat().st_size + 20)()
+
+    command = harness.arguments(directory, "filled", log={"tensorboard": True})
+    job = Job(command, before("train_step", 3, 0, fill)).wait()
+    assert job.statuses == [1] * RANKS, job.printed
+    (error,) = [text for text in job.stderr if text]
+    assert error == (
+        f"error: {metrics}: the file may not grow any further; make room, and the same command continues "
+        "from the last checkpoint\n"
+    )
+    assert not metrics.read_bytes().endswith(b"\n"), "a line was cut"
+    assert [path.name for path in (directory / "filled" / "checkpoints").glob("iter_*")] == ["iter_0000002"]
+    assert Job(command).wait().statuses == DONE
+    assert_equal(directory / "filled", reference)
 
 
 def test_gradients_that_are_not_finite(directory):
