@@ -107,4 +107,4 @@ else
   arguments+=(--standalone)
 fi
 
-exec "$python" -m torch.distributed.run "${arguments[@]}" -m "${MODULE:-megatron_mopd.train}" "$@"
+exec "$python" -m megatron_mopd.commands.elastic "${arguments[@]}" -m "${MODULE:-megatron_mopd.train}" "$@"
