@@ -16,6 +16,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -60,6 +61,7 @@ WORDS += [choice for choices in _CHOICES.values() for choice in choices if choic
 NUMBERS = [-1, 0, 1, 2, 3, 4, 7, 16, 300, 2**31, 2**62, -0.5, 0.25, 0.999, 1.5, 1e-8, 1e30]
 NUMBERS += [float("nan"), float("inf")]
 ODD = [None, True, False, "", "x", "é\n", "1e-4", [], [1], ["x"], {}, {"a": 1}, {"x": {"y": 2}}, [{}]]
+ODD += ["\ud83d", {"\udc00": "x"}, 10**5000, -(10**400), functools.reduce(lambda x, _: [x], range(200), 1)]
 
 
 def paths_of(cls: type, prefix: tuple = ()) -> list[tuple]:

@@ -5,7 +5,8 @@
 The files are prompts (JSONL), tokenizers (SentencePiece, and a Hugging Face directory), a Hugging Face model
 (safetensors, configuration) and a checkpoint (its JSON files, checksums, pickles and tensors; half of the
 time without the list of checksums, as another program would leave it). Each is damaged in one to three
-places: bytes flipped, cut off, put in, overwritten, or a JSON value changed. One in three is instead changed
+places: bytes flipped, cut off, put in, overwritten, or a JSON value changed, also into what JSON can say and
+few expect (half characters, numbers of 5,000 digits, 100,000 brackets). One in three is instead changed
 as only somebody who means it would: a file becomes a link out of the directory, a device or a pipe, or a
 sparse file of gigabytes; a safetensors header or a `.metadata` gets another value; names of files get a
 directory. It is then read in a process of its own, so that a crash of native code and a hang count as
@@ -22,6 +23,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
 import struct
 import sys
@@ -47,6 +49,21 @@ from tests.faults import harness
 from tests.model import _families
 
 READ, REFUSED = 0, 3
+_JSON_VALUE = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?|true|false|null')
+ODD_JSON = [
+    rb'"\ud83d"',
+    rb'"a\udc00b"',
+    5000 * b"1",
+    100_000 * b"[" + 100_000 * b"]",
+    900 * b'{"a":' + b"1" + 900 * b"}",
+    b"1e400",
+    b"-Infinity",
+    b"NaN",
+    b'{"role": "usr", "content": "x"}',
+    rb'[{"role": "user", "content": "\ud83d"}]',
+    b'[{"role": "user", "content": [{"type": "text", "text": "x"}]}]',
+]
+"""What JSON can say, or Python's parser takes for JSON, and few expect: half characters, huge numbers, nesting."""
 
 
 def read_prompts(directory: Path) -> None:
@@ -104,12 +121,20 @@ def make_inputs(directory: Path) -> dict[str, tuple[Path, Callable[[Path], None]
 def damage(path: Path, rng: random.Random) -> str:
     """Change a file; says how."""
     data = bytearray(path.read_bytes())
-    kind = rng.choice(["flip", "flip", "cut", "insert", "overwrite", "empty", "json"])
+    kind = rng.choice(["flip", "flip", "cut", "insert", "overwrite", "empty", "json", "spell", "spell"])
     place = rng.randrange(len(data)) if data else 0
     if kind == "json":
         try:
             data = bytearray(json.dumps(_changed(json.loads(data), rng)).encode())
         except (ValueError, RecursionError):
+            kind = "flip"
+    if kind == "spell":
+        values = list(_JSON_VALUE.finditer(data))
+        if values:
+            value, odd = rng.choice(values), rng.choice(ODD_JSON)
+            data[value.start() : value.end()] = odd
+            place = value.start()
+        else:
             kind = "flip"
     if kind == "flip" and data:
         data[place] ^= 1 << rng.randrange(8)
