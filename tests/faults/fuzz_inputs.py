@@ -63,7 +63,7 @@ ODD_JSON = [
     rb'[{"role": "user", "content": "\ud83d"}]',
     b'[{"role": "user", "content": [{"type": "text", "text": "x"}]}]',
 ]
-"""What JSON can say, or Python's parser takes for JSON, and few expect: half characters, huge numbers, nesting."""
+"""What JSON can say, or Python takes for JSON, and few expect: half characters, huge numbers, nesting."""
 
 
 def read_prompts(directory: Path) -> None:
