@@ -13,7 +13,7 @@ from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_mopd.model.gpt import HiddenStateGPT
 from megatron_mopd.model.initialize import initialize_weights
-from megatron_mopd.model.rotary import RotaryAngles, check_scaling
+from megatron_mopd.model.rotary import RotaryAngles, check_scaling, effective_scaling
 from megatron_mopd.model.specs import block_spec, uses_transformer_engine
 
 _REFUSALS = (
@@ -165,7 +165,7 @@ def _latent_attention_scale(model: ModelConfig, where: str) -> dict[str, Any]:
     }
     if named := sorted(owned & model.transformer.keys()):
         raise ConfigError(f"{where}.{named[0]}: set rope_scaling, rotary_base or rotary_percent instead")
-    scaling = model.rope_scaling or {"rope_type": "default"}
+    scaling = effective_scaling(model.rope_scaling) or {"rope_type": "default"}
     is_yarn = scaling["rope_type"] == "yarn"
     return dict(
         rope_type="rope",
@@ -185,7 +185,7 @@ def _rotary_angles(model: ModelConfig, config: TransformerConfig) -> RotaryAngle
         channels = config.qk_pos_emb_head_dim
     else:
         channels = int(config.kv_channels * model.rotary_percent)
-    return RotaryAngles(channels, model.rotary_base, model.rope_scaling)
+    return RotaryAngles(channels, model.rotary_base, effective_scaling(model.rope_scaling))
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:

@@ -21,12 +21,49 @@ SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def check_scaling(scaling: Mapping[str, Any] | None) -> str | None:
-    """What is wrong with a `rope_scaling` mapping, in a few words; `None` when nothing is."""
+# Written by some publishers and of no effect here: by `rope_type` whatever the value, and for every type at
+# this value alone (other programs read these, and at another value the result would not be the same).
+_IGNORED: dict[str, tuple[str, ...]] = {
+    "default": tuple({key for keys in SCALING_KEYS.values() for key in (*keys[0], *keys[1])}),
+    "linear": ("original_max_position_embeddings",),
+}
+_DEFAULTS = {"attn_factor": 1, "extrapolation_factor": 1, "attention_factor": 1}
+
+
+def effective_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A `rope_scaling` mapping without the keys that change nothing; `None` when nothing is scaled.
+
+    These are: `finetuned` (whether weights were trained with it), the former name `type`, keys without a
+    value, factors on the attention at 1 where the type has none, the original context of `linear`, and
+    whatever is left of other types beside `rope_type: default`. Every other key stays, for `check_scaling`.
+    """
     if scaling is None:
         return None
-    kind = scaling.get("rope_type")
-    if kind not in SCALING_KEYS:
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if not isinstance(kind, str):
+        return {**scaling, "rope_type": kind}
+    known = {key for keys in SCALING_KEYS.get(kind, ((), ())) for key in keys}
+    ignored = {"finetuned", "type", *_IGNORED.get(kind, ())}
+    kept = {
+        key: value
+        for key, value in scaling.items()
+        if key in known or not (key in ignored or value is None or _is_default(key, value))
+    }
+    kept = {"rope_type": kind} | kept
+    return None if kept == {"rope_type": "default"} else kept
+
+
+def _is_default(key: str, value: Any) -> bool:
+    return key in _DEFAULTS and not isinstance(value, bool) and value == _DEFAULTS[key]
+
+
+def check_scaling(scaling: Mapping[str, Any] | None) -> str | None:
+    """What is wrong with a `rope_scaling` mapping, in a few words; `None` when nothing is."""
+    scaling = effective_scaling(scaling)
+    if scaling is None:
+        return None
+    kind = scaling["rope_type"]
+    if not isinstance(kind, str) or kind not in SCALING_KEYS:
         return f"rope_type {kind!r} is not one of {', '.join(SCALING_KEYS)}"
     needed, optional = SCALING_KEYS[kind]
     if missing := [key for key in needed if scaling.get(key) is None]:

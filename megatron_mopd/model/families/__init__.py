@@ -18,6 +18,7 @@ from megatron_mopd.model.families.qwen2_moe import QWEN2_MOE
 from megatron_mopd.model.families.qwen3 import QWEN3
 from megatron_mopd.model.families.qwen3_moe import QWEN3_MOE
 from megatron_mopd.model.families.table import Family, Rule, Sizes, Weight, moe_layers
+from megatron_mopd.model.rotary import effective_scaling
 
 FAMILIES = {
     family.model_type: family
@@ -52,7 +53,7 @@ def matching_family(model: ModelConfig, where: str) -> Family:
 def computes(model: ModelConfig) -> dict[str, Any]:
     """What decides the function that a model computes, defaults filled in: equal for equal functions."""
     get, pattern, sizes = model.transformer.get, moe_layers(model), Sizes.of(model)
-    rope = (model.rotary_base, model.rotary_percent, model.rope_scaling)
+    rope = (model.rotary_base, model.rotary_percent, effective_scaling(model.rope_scaling))
     result = {
         "layers": pattern,
         "embeddings": (sizes.vocab, sizes.hidden, model.share_embeddings_and_output_weights),

@@ -19,7 +19,7 @@ from megatron_mopd.model.families.table import (
     row,
     vocabulary,
 )
-from megatron_mopd.model.rotary import SCALING_KEYS, check_scaling
+from megatron_mopd.model.rotary import check_scaling, effective_scaling
 
 # Hugging Face configuration key -> our field, the same in every family.
 COMMON_FIELDS = {
@@ -172,17 +172,13 @@ def basics_to_megatron(config: PretrainedConfig) -> dict[str, Any]:
     refuse(quantization, "quantized weights are not supported; convert the checkpoint to bfloat16 first")
     rope = dict(config.rope_parameters)
     base, share = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", 1.0)
-    rope.pop("type", None)  # the former name of rope_type
-    kind = rope.get("rope_type", "default")
-    known = {key for keys in SCALING_KEYS.get(kind, ((), ())) for key in keys}
-    scaling = {key: value for key, value in rope.items() if value is not None or key in known}
-    problem = check_scaling(scaling)
+    problem = check_scaling(rope)
     refuse(problem, f"rope_parameters: {problem}")
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return dict(
         rotary_base=float(base),
         rotary_percent=float(share),
-        rope_scaling=None if kind == "default" else scaling,
+        rope_scaling=effective_scaling(rope),
         kv_channels=head,
     )
 
@@ -190,7 +186,9 @@ def basics_to_megatron(config: PretrainedConfig) -> dict[str, Any]:
 def basics_to_hugging_face(model: ModelConfig) -> dict[str, Any]:
     """The inverse of `basics_to_megatron`."""
     get = model.transformer.get
-    rope = {"rope_type": "default", "rope_theta": model.rotary_base} | (model.rope_scaling or {})
+    rope = {"rope_type": "default", "rope_theta": model.rotary_base} | (
+        effective_scaling(model.rope_scaling) or {}
+    )
     if model.rotary_percent != 1.0:
         rope["partial_rotary_factor"] = model.rotary_percent
     sizes = Sizes.of(model)
