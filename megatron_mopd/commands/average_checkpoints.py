@@ -35,7 +35,7 @@ def main() -> None:
         path = average_checkpoints(arguments.checkpoints, arguments.output, groups, weights=arguments.weights)
         say(f"average of {len(arguments.checkpoints)} checkpoints: {path}")
 
-    run_on_ranks(work, lambda: device)
+    run_on_ranks(work, lambda: device, reads=arguments.checkpoints)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main() -> None:
             say(f"{left} tensors are not trained here (multi-token prediction): kept for the way back")
         say(f"wrote {write_megatron(source, output, dtype=dtype)} ({source.family.architecture})")
 
-    run_on_ranks(work)
+    run_on_ranks(work, reads=[arguments.hf])
 
 
 if __name__ == "__main__":

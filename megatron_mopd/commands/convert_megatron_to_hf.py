@@ -47,7 +47,7 @@ def main() -> None:
         write_hugging_face(source, output, dtype=dtype, max_shard_size=size)
         say(f"wrote {output} ({source.family.architecture})")
 
-    run_on_ranks(work)
+    run_on_ranks(work, reads=[arguments.checkpoint])
 
 
 def _best(directory: str) -> Path:

@@ -61,6 +61,7 @@ def main() -> None:
     run_on_ranks(
         lambda: generate(arguments, load_config(None, overrides)),
         device=lambda: select_device(arguments.device),
+        reads=[arguments.checkpoint],
     )
 
 

@@ -6,33 +6,42 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 import transformers
 
+from megatron_mopd.backend.agreement import require_agreement
+from megatron_mopd.backend.failure import is_first_to_fail
 from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.parallel import end_ranks, start_ranks
 from megatron_mopd.config import ConfigError
+from megatron_mopd.training.rank_facts import command_facts, software_facts
 
 
 def run_on_ranks(
-    work: Callable[[], None], device: Callable[[], torch.device] = lambda: torch.device("cpu")
+    work: Callable[[], None],
+    device: Callable[[], torch.device] = lambda: torch.device("cpu"),
+    reads: Sequence[str] = (),
 ) -> None:
     """Start torch.distributed for `device` (one rank without torchrun) and do `work` on every rank.
 
-    A user's mistake is one line on rank 0's terminal and exit status 2; any other failure ends the job at
-    once, so that no rank waits for one that is gone.
+    reads: the model directories on the command line, of which every host may have a copy. A user's mistake,
+    and ranks that disagree, are one line and exit status 2; any other failure ends the job at once, so that
+    no rank waits for one that is gone.
     """
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     try:
         lifeline = start_ranks(device(), timeout_minutes=10)
+        if dist.get_world_size() > 1:
+            require_agreement([*software_facts(), *command_facts(sys.argv[1:], reads)])
         work()
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {visible(error)}", file=sys.stderr, flush=True)
+        message = f"error: {visible(error)}"
+        if is_first_to_fail(message):
+            print(message, file=sys.stderr, flush=True)
         os._exit(2)
     except BaseException:
         print(visible(traceback.format_exc(), keep_lines=True), end="", file=sys.stderr)

@@ -55,7 +55,7 @@ def main() -> None:
             written = write_megatron(source, output, dtype=dtype)
         say(f"wrote {written} ({source.family.architecture})")
 
-    run_on_ranks(work)
+    run_on_ranks(work, reads=[arguments.checkpoint])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -36,13 +36,18 @@ only rank 0 uses."""
 
 def launch_facts(config: Config) -> list[Fact]:
     """Software and settings. No collectives; nothing is read but this package's own source."""
+    return software_facts() + list(_settings(config))
+
+
+def software_facts() -> list[Fact]:
+    """Releases of Python and of the packages that results depend on. No collectives."""
     facts = [Fact(name, *2 * (str(installed_version((name,))),), _SAME_SOFTWARE) for name in _PACKAGES]
     source = _source_digest()
     release = f"{megatron_mopd.__version__} (source {source[:8]})"
     facts.append(Fact("megatron_mopd", source, release, _SAME_SOFTWARE))
     python = ".".join(platform.python_version_tuple()[:2])
     facts.append(Fact("python", python, python, _SAME_SOFTWARE))
-    return facts + list(_settings(config))
+    return facts
 
 
 def _settings(config: Config) -> Iterator[Fact]:
@@ -91,6 +96,21 @@ def input_facts(
     found = sorted(complete_iterations(checkpoints_directory(config.run_dir)))
     shown = f"checkpoints {', '.join(map(str, found))}" if found else "no checkpoints"
     facts.append(Fact("the checkpoints in run_dir", str(found), shown, _ONE_DIRECTORY))
+    return facts
+
+
+def command_facts(arguments: Sequence[str], reads: Sequence[str]) -> list[Fact]:
+    """Of a command line: its arguments, and the model directories among them that it `reads`. One that cannot
+    be read is a fact too, and the command's own to report where it is so on every rank. No collectives.
+    """
+    other = [argument for argument in arguments if argument not in reads]
+    facts = [Fact("the command line", _text(other), " ".join(other), "start every rank with the same one")]
+    for number, path in enumerate(reads, start=1):
+        try:
+            fingerprint = quick_fingerprint(find_checkpoint(path, ""))
+        except (ConfigError, OSError):
+            fingerprint = "not readable"
+        facts.append(_file(f"model directory {number} of the command line", path, fingerprint))
     return facts
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_mopd import train
+from megatron_mopd.commands import ranks
 from megatron_mopd.config import ConfigError, config_from_dict
 from megatron_mopd.data.tokenizer import train_sentencepiece
 from megatron_mopd.training import rank_facts, setup
 from tests import _runs
+from tests._agent import Agent
 from tests._distributed import RankPool
 
 
@@ -164,6 +169,45 @@ def with_variable(rank, directory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WHERE", f"/runs/host-{rank}")
         return inputs_on(rank, [_runs.values(directory, run_dir="${oc.env:WHERE}")] * 2)
+
+
+def run_tool(rank, agent, arguments, reads):
+    """A tool under torchrun, as `commands/` start one; it does nothing but write that it began."""
+    agent.set_environment(rank, 2)
+    sys.argv = ["tool", *arguments[rank]]
+    ranks.run_on_ranks(lambda: Path(arguments[0][-1]).touch(), reads=reads[rank])
+    os._exit(0)
+
+
+@pytest.mark.parametrize(
+    "options, model, message",
+    [
+        ([], "twin", None),
+        ([], "newer", "ranks disagree on model directory 1 of the command line: "),
+        ([], "none", "ranks disagree on model directory 1 of the command line: "),
+        (["--seed=3"], "student", "ranks disagree on the command line: "),
+    ],
+)
+def test_tools(directory, tmp_path, capfd, options, model, message):
+    context, began = multiprocessing.get_context("fork"), tmp_path / "began"
+    models = [str(directory / "student"), str(directory / model)]
+    arguments = [[models[0], str(began)], [*options, models[1], str(began)]]
+    with Agent() as agent:
+        started = [
+            context.Process(target=run_tool, args=(rank, agent, arguments, [[model] for model in models]))
+            for rank in range(2)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(60)
+            process.kill()
+    printed = capfd.readouterr().err
+    assert [process.exitcode for process in started] == ([0, 0] if message is None else [2, 2]), printed
+    assert began.exists() == (message is None)
+    if message is not None:
+        (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: {message}") and " on rank 1" in line
 
 
 def test_both_ranks_of_a_run_end_with_status_2_before_anything_is_written(directory, monkeypatch):
