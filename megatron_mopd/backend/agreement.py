@@ -94,7 +94,7 @@ def _disagreement(facts: dict[str, Fact]) -> str:
         return f"{told[name].shown} (on {ranks_text(ranks)}{host})"
     described = [f"{_shown(told, name)} on {ranks_text(ranks)}{host}" for told, ranks, host in sides]
     remedy = (first.get(name) or second[name]).remedy
-    return f"ranks disagree on {visible(name)}: {', '.join(described)}; {remedy}"
+    return f"ranks differ in {visible(name)}: {', '.join(described)}; {remedy}"
 
 
 def _told_by(rank: int, facts: dict[str, Fact]) -> tuple[dict[str, Fact], str]:

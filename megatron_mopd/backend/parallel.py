@@ -206,7 +206,7 @@ def _check_in(
         by_type = {kind: [r for r, t in enumerate(types) if t == kind] for kind in sorted(set(types))}
         found = ", ".join(f"{kind} on {ranks_text(ranks)}" for kind, ranks in by_type.items())
         raise ConfigError(
-            f"ranks disagree on device: {found}; every rank needs a GPU, or device=cpu on all of them"
+            f"ranks differ in device: {found}; every rank needs a GPU, or device=cpu on all of them"
         )
 
 

@@ -59,24 +59,22 @@ def test_ranks_that_agree_send_sixteen_bytes(pool):
 def test_the_first_difference_is_named_with_values_and_ranks(pool):
     same = {"torch": "2.9", "lr": "0.1", "seed": "1"}
     message, sent = told(pool, {None: same, 2: same | {"lr": "0.2", "seed": "2"}})
-    assert (
-        message == "ranks disagree on lr: <0.1> on ranks 0-1, 3 (host-0), <0.2> on rank 2 (host-1); mend it"
-    )
+    assert message == "ranks differ in lr: <0.1> on ranks 0-1, 3 (host-0), <0.2> on rank 2 (host-1); mend it"
     assert [name for name, _ in sent] == [
         "all_reduce", "all_gather", "broadcast_object_list", "broadcast_object_list", "all_gather",
     ]  # fmt: skip
     assert [size for name, size in sent if name == "all_gather"] == [8, 8], "bytes a rank, whatever the facts"
     # Two ranks that differ in different things: that of the first is told, and on which ranks it is.
     message, _ = told(pool, {None: same, 1: same | {"seed": "2"}, 3: same | {"torch": "2.10"}})
-    assert message == "ranks disagree on seed: <1> on ranks 0, 2-3, <2> on rank 1; mend it"
+    assert message == "ranks differ in seed: <1> on ranks 0, 2-3, <2> on rank 1; mend it"
     # Rank 0 is the odd one out.
     message, _ = told(pool, {None: same, 0: same | {"lr": "0.2"}})
-    assert message == "ranks disagree on lr: <0.2> on rank 0, <0.1> on ranks 1-3; mend it"
+    assert message == "ranks differ in lr: <0.2> on rank 0, <0.1> on ranks 1-3; mend it"
 
 
 def test_what_one_rank_lacks(pool):
     message, _ = told(pool, {None: {"lr": "0.1", "more": "x"}, 1: {"lr": "0.1"}})
-    assert message == "ranks disagree on more: <x> on ranks 0, 2-3, nothing on rank 1; mend it"
+    assert message == "ranks differ in more: <x> on ranks 0, 2-3, nothing on rank 1; mend it"
 
 
 def test_errors(pool):
@@ -91,7 +89,7 @@ def test_errors(pool):
     )
     assert message == "p.jsonl: not found (on ranks 1-2)"
     message, _ = told(pool, {None: whole, 2: {"lr": "0.2"}}, {2: "p.jsonl: not found"})
-    assert message.startswith("ranks disagree on lr: ")
+    assert message.startswith("ranks differ in lr: ")
 
 
 def test_long_and_hostile_values(pool):

@@ -109,6 +109,6 @@ def assert_matches(results, expected, rtol=1e-9, atol=1e-10):
         torch.testing.assert_close(result[0].double(), loss, rtol=rtol, atol=atol)
         torch.testing.assert_close(result[1].double(), per_token, rtol=rtol, atol=atol)
         torch.testing.assert_close(result[2].double(), hidden_grad, rtol=rtol, atol=atol)
-        assert torch.equal(result[0], results[0][0]), "ranks disagree on the loss"
+        assert torch.equal(result[0], results[0][0]), "ranks differ in the loss"
     joined = torch.cat([result[3] for result in results]).double()
     torch.testing.assert_close(joined, weight_grad, rtol=rtol, atol=atol)

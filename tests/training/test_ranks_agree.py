@@ -113,7 +113,7 @@ def test_whatever_differs_is_named_with_the_ranks(pool, directory):
             assert part in message, (name, message)
         assert "\n" not in message
         if name != "missing file":
-            assert message.startswith("ranks disagree on ") and "rank 0" in message
+            assert message.startswith("ranks differ in ") and "rank 0" in message
 
 
 def test_copies_of_the_same_files_at_other_places_agree(pool, directory):
@@ -131,9 +131,9 @@ def test_copies_of_the_same_files_at_other_places_agree(pool, directory):
     assert told(pool, ours, theirs) is None
     theirs = _runs.values(directory, student=student | {"load": str(directory / "newer")})
     message = told(pool, ours, theirs)
-    assert message.startswith("ranks disagree on the model of student.load: ") and "newer (SHA-256" in message
+    assert message.startswith("ranks differ in the model of student.load: ") and "newer (SHA-256" in message
     message = told(pool, ours, _runs.values(directory, student=student | {"load": None}))
-    assert message.startswith("ranks disagree on student.load: ")
+    assert message.startswith("ranks differ in student.load: ")
 
 
 def test_a_run_directory_that_is_not_shared(pool, directory):
@@ -141,7 +141,7 @@ def test_a_run_directory_that_is_not_shared(pool, directory):
     ours = _runs.values(directory, run_dir=str(directory / "has_checkpoints"))
     assert told(pool, ours, ours) is None
     (message,) = set(pool.run(without_checkpoints, ours))
-    assert message.startswith("ranks disagree on the checkpoints in run_dir: checkpoints 2, 4 on rank 0, no ")
+    assert message.startswith("ranks differ in the checkpoints in run_dir: checkpoints 2, 4 on rank 0, no ")
     assert message.endswith("a file system that all hosts share")
 
 
@@ -154,14 +154,12 @@ def without_checkpoints(rank, configuration):
 
 def test_software(pool, directory):
     message = told(pool, _runs.values(directory), _runs.values(directory), version="2.0")
-    assert message.startswith("ranks disagree on torch: ") and "2.0 on rank 1; install" in message
+    assert message.startswith("ranks differ in torch: ") and "2.0 on rank 1; install" in message
 
 
 def test_what_a_variable_holds_is_compared_and_not_told(pool, directory):
     (message,) = set(pool.run(with_variable, directory))
-    assert message.startswith(
-        "ranks disagree on run_dir: ${oc.env:WHERE} on rank 0, ${oc.env:WHERE} on rank 1"
-    )
+    assert message.startswith("ranks differ in run_dir: ${oc.env:WHERE} on rank 0, ${oc.env:WHERE} on rank 1")
     assert "host-" not in message
 
 
@@ -183,9 +181,9 @@ def run_tool(rank, agent, arguments, reads):
     "options, model, message",
     [
         ([], "twin", None),
-        ([], "newer", "ranks disagree on model directory 1 of the command line: "),
-        ([], "none", "ranks disagree on model directory 1 of the command line: "),
-        (["--seed=3"], "student", "ranks disagree on the command line: "),
+        ([], "newer", "ranks differ in model directory 1 of the command line: "),
+        ([], "none", "ranks differ in model directory 1 of the command line: "),
+        (["--seed=3"], "student", "ranks differ in the command line: "),
     ],
 )
 def test_tools(directory, tmp_path, capfd, options, model, message):
@@ -223,8 +221,6 @@ def test_both_ranks_of_a_run_end_with_status_2_before_anything_is_written(direct
     outcome = _runs.run_main(arguments, 2)
     assert outcome.statuses == [2, 2], outcome.printed
     (line,) = outcome.printed.splitlines()
-    assert line.startswith(
-        "error: ranks disagree on optimizer.lr: 0.001 on rank 0, 0.1 on rank 1; start every"
-    )
+    assert line.startswith("error: ranks differ in optimizer.lr: 0.001 on rank 0, 0.1 on rank 1; start every")
     assert set(outcome.failures) == {line}
     assert not (directory / "new").exists()
