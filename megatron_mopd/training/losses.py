@@ -28,6 +28,7 @@ from megatron_mopd.config.objectives import (
 )
 from megatron_mopd.data.batching import MicroBatch
 from megatron_mopd.objectives import sampled_token_logprobs
+from megatron_mopd.objectives.empty_loss import empty_loss
 from megatron_mopd.objectives.importance import drift_gate, importance_weights
 from megatron_mopd.objectives.vocab_shard import Report
 from megatron_mopd.teachers.bank import TeacherBank
@@ -90,8 +91,7 @@ class BatchLoss:
     def __call__(self, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         rows = response_hidden(hidden, micro_batch, self._groups)
         sums = torch.zeros(len(self._domain_ids), len(METRICS), 2, dtype=torch.float64, device=rows.device)
-        # An empty micro-batch still runs its backward pass, because other ranks' experts wait for it.
-        loss = rows.sum() * 0.0 if rows.size(0) == 0 else None
+        loss = empty_loss(rows, self._student.head_weight()) if rows.size(0) == 0 else None
         for objective, mixture, tokens in self._runs(micro_batch):
             part = self._run_loss(
                 objective, mixture, tokens, rows[tokens.rows], micro_batch.target_ids[tokens.rows], sums
