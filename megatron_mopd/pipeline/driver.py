@@ -6,6 +6,7 @@ before a plan is executed all ranks make sure that they hold the same one and th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections import deque
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.config import ConfigError
 from megatron_mopd.pipeline.check import check_plan, check_same_plan
 from megatron_mopd.pipeline.communicator import PipelineCommunicator
 from megatron_mopd.pipeline.instructions import Plan
@@ -26,10 +28,11 @@ from megatron_mopd.pipeline.measured_costs import Mean, MeasuredCosts, cost_keys
 from megatron_mopd.pipeline.megatron_schedules import LossFunction
 from megatron_mopd.pipeline.model_work import ModelWork, StepInput, Teachers
 from megatron_mopd.pipeline.plan import Planner, bubble_free_time
-from megatron_mopd.pipeline.problem import CostModel, Limits, PlanRequest, TeacherGroup
+from megatron_mopd.pipeline.problem import CostModel, LimitError, Limits, PlanRequest, TeacherGroup
 from megatron_mopd.pipeline.runtime import Recording, Stopwatch, execute
 from megatron_mopd.pipeline.simulate import Event, PlanError, simulate
 from megatron_mopd.pipeline.timeline import draw_timeline, idle_share, without_waiting, write_chrome_trace
+from megatron_mopd.teachers.hidden_cache import states_within
 
 PLANNING_SHARE = 0.01
 """Share of a step's time that planning it may take."""
@@ -63,6 +66,8 @@ class PipelineDriver:
         timeout: timedelta = timedelta(minutes=10),
     ):
         self.groups, self.kind, self.limits = groups, kind, limits or Limits()
+        self.cache_bytes: int | None = None
+        """Most bytes of teacher states that a stage may hold; `None`: no limit but that of `limits`."""
         p, v = groups.pp_size, groups.vpp_size
         self.communicator = PipelineCommunicator(groups.pp, groups.device, virtual_stages=v, timeout=timeout)
         dist.barrier(group=groups.pp)
@@ -97,12 +102,11 @@ class PipelineDriver:
 
         The next step is planned and agreed on at this one's optimizer step, where all stages meet anyway:
         teacher forwards that come after it then run into the next plan without another meeting.
-        Collectives beyond the plan's own: see `agree` and `_exchange_costs`.
+        Collectives beyond the plan's own: see `agree` and `_exchange_costs`. Raises `LimitError` on every
+        rank when no plan keeps to the limits.
         """
-        reach = self.look_ahead()
-        offered = None if reach is None else 1 + reach
         steps = list(steps)
-        current = steps[:offered]
+        current = self._within_reach(steps)
         plan = self._agreed_plan(current, teachers)
         self.communicator.begin_plan()
 
@@ -112,14 +116,38 @@ class PipelineDriver:
             self._take_over(plan, current)
             if len(steps) > 1:
                 self._exchange_costs()
-                following = steps[1:][:offered]
-                self._agreed = self._request(following, teachers), self.plan(following, teachers)
+                # Limits that the next step cannot keep to are named when it begins: this one is done.
+                with contextlib.suppress(LimitError, ConfigError):
+                    following = self._within_reach(steps[1:])
+                    self._agreed = self._request(following, teachers), self.plan(following, teachers)
 
         work = ModelWork(chunks, current, self.groups, loss_function, teachers, optimizer_step)
         recording = execute(plan, self.groups.pp.rank(), work, self.communicator, self._stopwatch)
         self._steps += 1
         self.recent.append(Measured(plan, recording))
         self._unmeasured.append(recording)
+
+    def _within_reach(self, steps: Sequence[StepInput]) -> list[StepInput]:
+        """The steps that one plan is for: as many as this kind of schedule looks ahead, but none whose states
+        are so large that the room for them is too small for the first step's own.
+        """
+        reach = self.look_ahead()
+        steps = list(steps[: None if reach is None else 1 + reach])
+        while len(steps) > 1 and not any(group.scored for group in steps[-1].groups):
+            states = self._cached_states(steps)
+            if states is None or self._bare_request(steps).smallest_cache() <= states:
+                break
+            steps.pop()
+        return steps
+
+    def _cached_states(self, steps: Sequence[StepInput]) -> int | None:
+        """How many scored micro-batches of these steps a stage may hold."""
+        if self.cache_bytes is None:
+            return self.limits.cached_states
+        # Those of the first step must fit, or there is no plan at all.
+        states = states_within(self.cache_bytes, steps[0].state_bytes)
+        states = min(states, *(self.cache_bytes // max(1, step.state_bytes) for step in steps))
+        return states if self.limits.cached_states is None else min(states, self.limits.cached_states)
 
     def _agreed_plan(self, steps: Sequence[StepInput], teachers: Teachers | None) -> Plan:
         """The plan agreed on during the last step, unless the request has changed since (samples have
@@ -142,7 +170,7 @@ class PipelineDriver:
                 step.groups = tuple(ahead.get(number, ()))
 
     def plan(self, steps: Sequence[StepInput], teachers: Teachers | None = None) -> Plan:
-        """The plan that every rank will execute. Raises on all ranks alike (`PlanError`, or `ValueError` for
+        """The plan that every rank will execute. Raises on all ranks alike (`PlanError`, or `LimitError` for
         limits that cannot be met) when it cannot be executed or the ranks disagree.
         """
         plan, problem = None, None
@@ -160,21 +188,25 @@ class PipelineDriver:
         assert plan is not None
         return plan
 
-    def _request(self, steps: Sequence[StepInput], teachers: Teachers | None) -> PlanRequest:
-        request = PlanRequest(
+    def _bare_request(self, steps: Sequence[StepInput]) -> PlanRequest:
+        """What is asked for, without what the last plan left behind."""
+        return PlanRequest(
             stages=self.groups.pp_size,
             microbatches=len(steps[0].student),
             costs=self._costs.model(),
             virtual_stages=self.groups.vpp_size,
             groups=tuple(replace(g, step=number) for number, s in enumerate(steps) for g in s.groups),
             kind=self.kind,
-            limits=self.limits,
+            limits=replace(self.limits, cached_states=self._cached_states(steps)),
         )
+
+    def _request(self, steps: Sequence[StepInput], teachers: Teachers | None) -> PlanRequest:
+        request = self._bare_request(steps)
         # Head slots that a step has needed stay.
         heads = max(request.head_slots(), len(self._slots.get("resident_heads", ())))
         if teachers is not None and self.groups.is_last_stage:
             teachers.reserve_heads(heads)
-        return replace(request, limits=replace(self.limits, resident_heads=heads), **self._slots)
+        return replace(request, limits=replace(request.limits, resident_heads=heads), **self._slots)
 
     def _effort(self, request: PlanRequest) -> int:
         """Placements the planner may try: a small share of the time that the step itself will take."""

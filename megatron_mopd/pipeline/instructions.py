@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from megatron_mopd.pipeline.problem import PlanRequest, TeacherGroup, TeacherJob
@@ -177,17 +177,8 @@ class Plan:
     _digest: list[str] = field(default_factory=list, compare=False, repr=False)
 
     def next_groups(self) -> tuple[TeacherGroup, ...]:
-        """The groups of the request's look-ahead as the next request must list them: one step nearer, and
-        scored.
-        """
-        left: dict[tuple[str, int], int] = {}
-        for job in self.deferred:
-            left[job.teacher, job.step] = left.get((job.teacher, job.step), 0) + 1
-        return tuple(
-            replace(g, step=g.step - 1, scored=len(g.microbatches) - left.get((g.teacher, g.step), 0))
-            for g in self.request.groups
-            if g.step > 0
-        )
+        """The groups of the request's look-ahead as the next request must list them."""
+        return self.request.next_groups(self.deferred)
 
     def digest(self) -> str:
         """A fingerprint of all lists. Ranks whose digests differ would wait for each other for ever."""

@@ -48,6 +48,8 @@ class StepInput(Protocol):
     teachers: Mapping[str, Sequence[MicroBatch]]
     groups: tuple[TeacherGroup, ...]
     """For each teacher, which student micro-batches need each of its micro-batches; `step` is 0."""
+    state_bytes: int
+    """Most bytes that one scored micro-batch leaves in the cache of any rank."""
 
     def keep(self, teacher: str, micro_batch: MicroBatch, hidden: Tensor) -> None:
         """Take what the loss needs of a teacher's last-layer hidden states [s/cp(/tp), b, h]; last stage."""

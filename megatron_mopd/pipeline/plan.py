@@ -111,7 +111,8 @@ def _work(request: PlanRequest, jobs: tuple[TeacherJob, ...]) -> list[float]:
 
 
 def _jobs_that_fit(request: PlanRequest) -> tuple[tuple[TeacherJob, ...], tuple[TeacherJob, ...]]:
-    """The jobs to run, and the look-ahead jobs whose results the cache could not hold."""
+    """The jobs to run, and the look-ahead jobs whose results the cache could not hold, or would hold where
+    the next step needs the room for what it uses first."""
     jobs = request.pending_jobs()
     budget = request.limits.cached_states
     if budget is None:
@@ -121,7 +122,10 @@ def _jobs_that_fit(request: PlanRequest) -> tuple[tuple[TeacherJob, ...], tuple[
         room = budget - request.scored_at_start() - own
     else:
         room = budget - sum(group.scored for group in request.groups if group.step > 0)
-    keep = own + max(0, room)
+    counts = range(own, min(len(jobs), own + max(0, room)) + 1)
+    # What is scored already only takes room from what has yet to be.
+    feasible = bisect_left(counts, True, key=lambda n: request.next_smallest_cache(jobs[n:]) > budget)
+    keep = counts[max(0, feasible - 1)]
     return jobs[:keep], jobs[keep:]
 
 

@@ -7,11 +7,34 @@ Times are in any one unit (seconds when they were measured, multiples of a stude
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 KINDS = ("bubble_fill", "back_to_back", "serial")
+
+
+class UnmetLimit(NamedTuple):
+    """A field of `Limits` that no plan of a request can keep to."""
+
+    name: str
+    value: int
+    smallest: int
+    """The smallest value that works."""
+
+
+class LimitError(ValueError):
+    """No plan of a request keeps to its limits."""
+
+    def __init__(self, unmet: Sequence[UnmetLimit]):
+        super().__init__(
+            "; ".join(
+                f"limit {name}={value} cannot be met by any plan: the smallest value that works is {smallest}"
+                for name, value, smallest in unmet
+            )
+        )
+        self.unmet = tuple(unmet)
 
 
 class TeacherJob(NamedTuple):
@@ -213,7 +236,8 @@ class PlanRequest:
     resident_heads: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        """Raises ValueError for anything that no plan could serve, and says what to change."""
+        """Raises ValueError for anything that no plan could serve, and says what to change (`LimitError` for
+        limits that are too small)."""
         if self.stages < 1 or self.virtual_stages < 1 or self.microbatches < 1:
             raise ValueError(
                 f"stages={self.stages}, virtual_stages={self.virtual_stages}, "
@@ -257,13 +281,9 @@ class PlanRequest:
             ("resident_heads", limits.resident_heads, heads),
             ("cached_states", limits.cached_states, self.smallest_cache()),
         ]
-        problems = [
-            f"limit {name}={value} cannot be met by any plan: the smallest value that works is {smallest}"
-            for name, value, smallest in needed
-            if value is not None and value < smallest
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
+        unmet = [UnmetLimit(*item) for item in needed if item[1] is not None and item[1] < item[2]]
+        if unmet:
+            raise LimitError(unmet)
 
     def activation_limit(self) -> int:
         """How many student forwards a stage may hold whose backward is still to come, in chunks."""
@@ -302,13 +322,16 @@ class PlanRequest:
     def pending_jobs(self) -> tuple[TeacherJob, ...]:
         """Every job still to run, teacher by teacher, so that each teacher is loaded once per step.
 
-        This step's groups come first, in the order their first micro-batch is needed. Among the look-ahead
-        groups of one step a teacher that was used last goes first, because it is resident.
+        This step's groups come first, in the order their first micro-batch is needed. Where the cache cannot
+        hold what that order keeps waiting, its jobs come in the order of the micro-batches that need them,
+        and teachers are loaded more than once. Among the look-ahead groups of one step a teacher that was
+        used last goes first, because it is resident.
         """
-        own = [group for group in self.groups if group.step == 0 and group.pending()]
-        own.sort(key=lambda group: min(job.microbatch for job in group.pending()))
-        jobs = [job for group in own for job in group.pending()]
-        resident = own[-1].teacher if own else next((name for name in reversed(self.resident) if name), "")
+        jobs = self._jobs_by_teacher()
+        limit = self.limits.cached_states
+        if limit is not None and self.kind != "serial" and self._peak_of_cache(jobs) > limit:
+            jobs = _by_need(jobs)
+        resident = jobs[-1].teacher if jobs else next((name for name in reversed(self.resident) if name), "")
         for step in sorted({group.step for group in self.groups if group.step > 0}):
             ahead = [group for group in self.groups if group.step == step and group.pending()]
             ahead.sort(key=lambda group: group.teacher != resident)
@@ -326,12 +349,41 @@ class PlanRequest:
             return ""
         return min(groups, key=lambda group: group.microbatches[0]).teacher
 
+    def _jobs_by_teacher(self) -> list[TeacherJob]:
+        """This step's jobs still to run, teacher by teacher."""
+        own = [group for group in self.groups if group.step == 0 and group.pending()]
+        own.sort(key=lambda group: min(job.microbatch for job in group.pending()))
+        return [job for group in own for job in group.pending()]
+
     def smallest_cache(self) -> int:
         """The fewest cached states with which this step (without any look-ahead) can be completed."""
+        own = self._jobs_by_teacher()
         if self.kind == "serial":
-            return self.scored_at_start() + sum(job.step == 0 for job in self.pending_jobs())
+            return self.scored_at_start() + len(own)
+        return self._peak_of_cache(_by_need(own))  # no order keeps less waiting
+
+    def next_smallest_cache(self, deferred: Sequence[TeacherJob]) -> int:
+        """`smallest_cache` of the next request, after a plan that has left out the look-ahead jobs
+        `deferred`."""
+        groups = self.next_groups(deferred)
+        last = max((last for group in groups if group.step == 0 for _, last in group.uses()), default=0)
+        return replace(self, microbatches=last + 1, groups=groups).smallest_cache()
+
+    def next_groups(self, deferred: Sequence[TeacherJob]) -> tuple[TeacherGroup, ...]:
+        """The look-ahead groups as the next request must list them, after a plan that has left out the jobs
+        `deferred`: one step nearer, and scored.
+        """
+        left = Counter((job.teacher, job.step) for job in deferred)
+        return tuple(
+            replace(g, step=g.step - 1, scored=len(g.microbatches) - left[g.teacher, g.step])
+            for g in self.groups
+            if g.step > 0
+        )
+
+    def _peak_of_cache(self, own: Sequence[TeacherJob]) -> int:
+        """Most states waiting for their loss when this step's jobs run in this order, each micro-batch of the
+        student as soon as it can."""
         last_job = [-1] * self.microbatches
-        own = [job for job in self.pending_jobs() if job.step == 0]
         for number, job in enumerate(own):
             last_job[job.microbatch] = number
         held = peak = self.scored_at_start()
@@ -343,3 +395,8 @@ class PlanRequest:
             peak = max(peak, held)
             held -= released
         return peak
+
+
+def _by_need(jobs: Sequence[TeacherJob]) -> list[TeacherJob]:
+    """The jobs in the order of the first micro-batch that needs them."""
+    return sorted(jobs, key=lambda job: job.microbatch)

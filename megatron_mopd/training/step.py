@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_mopd.backend.parallel import ParallelGroups
-from megatron_mopd.config import Config, DomainObjectives, ModelConfig
+from megatron_mopd.config import Config, ConfigError, DomainObjectives, ModelConfig
 from megatron_mopd.config.objectives import (
     needs_old_policy,
     needs_teachers,
@@ -38,10 +38,10 @@ from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.objectives.reduction import token_weights
 from megatron_mopd.pipeline.driver import PipelineDriver
 from megatron_mopd.pipeline.megatron_schedules import run_student, run_teacher
-from megatron_mopd.pipeline.problem import Limits, TeacherGroup
+from megatron_mopd.pipeline.problem import LimitError, Limits, TeacherGroup
 from megatron_mopd.rollout.routing import RoutingRecords
 from megatron_mopd.teachers.bank import TeacherBank
-from megatron_mopd.teachers.hidden_cache import HiddenCache, states_within
+from megatron_mopd.teachers.hidden_cache import HiddenCache
 from megatron_mopd.teachers.routing import Mixture, Routing
 from megatron_mopd.training.batch_facts import BatchFacts, outcome_advantages
 from megatron_mopd.training.losses import METRICS, BatchLoss, named_metrics
@@ -278,7 +278,8 @@ def train_step(learner: Learner, batches: Sequence[StepBatch]) -> dict[str, floa
     """One optimizer step on `batches[0]`: teachers score what is not scored yet, the student learns.
 
     `batches[1:]` are later steps whose samples are already there: teachers may score them while the student
-    leaves a stage idle. Returns the step's metrics, equal on every rank.
+    leaves a stage idle. Returns the step's metrics, equal on every rank. Raises `ConfigError` on every rank,
+    before anything runs, where `schedule.max_*` or `teacher_storage.hidden_cache_bytes` are too small.
     """
     started = time.perf_counter()
     batch, metrics = batches[0], {}
@@ -297,8 +298,11 @@ def train_step(learner: Learner, batches: Sequence[StepBatch]) -> dict[str, floa
 
     seconds: dict[str, float] = {}
     if learner.pipeline is not None:
-        _limit_cache(learner, batches)
-        learner.pipeline.run(learner.chunks, batches, loss, learner.bank, update)
+        learner.pipeline.cache_bytes = learner.config.teacher_storage.hidden_cache_bytes
+        try:
+            learner.pipeline.run(learner.chunks, batches, loss, learner.bank, update)
+        except LimitError as error:
+            raise _unmet_limits(learner, batch, error) from None
         shares = learner.pipeline.idle_shares
         metrics |= {f"idle/stage_{stage}": share for stage, share in enumerate(shares)}
         seconds = scoring_seconds(learner.pipeline.recent[-1].recording.events())
@@ -320,14 +324,23 @@ def train_step(learner: Learner, batches: Sequence[StepBatch]) -> dict[str, floa
     return metrics
 
 
-def _limit_cache(learner: Learner, batches: Sequence[StepBatch]) -> None:
-    """Let the plan score and learn in parts of as many micro-batches as the cache's budget holds."""
-    budget = learner.config.teacher_storage.hidden_cache_bytes
-    if budget is not None:
-        states = states_within(budget, max(batch.state_bytes for batch in batches))
-        if learner.config.schedule.max_cached_states is not None:
-            states = min(states, learner.config.schedule.max_cached_states)
-        learner.pipeline.limits = replace(learner.pipeline.limits, cached_states=states)
+def _unmet_limits(learner: Learner, batch: StepBatch, error: LimitError) -> ConfigError:
+    """What the planner's limits are in the configuration."""
+    problems = []
+    for name, value, smallest in error.unmet:
+        key, own = f"schedule.max_{name}", getattr(learner.config.schedule, f"max_{name}", None)
+        if name == "cached_states" and (own is None or own > value):
+            key, size = "teacher_storage.hidden_cache_bytes", batch.state_bytes
+            own, smallest = learner.config.teacher_storage.hidden_cache_bytes, smallest * size
+            problems.append(
+                f"{key}: {own} cannot hold the teachers' hidden states that one step needs together, up to "
+                f"{smallest} bytes; raise it, or make micro-batches smaller"
+            )
+        else:
+            problems.append(
+                f"{key}: {own} cannot be met by any plan of a step; it must be at least {smallest}"
+            )
+    return ConfigError("; ".join(problems))
 
 
 def _update(

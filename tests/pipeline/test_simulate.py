@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -211,6 +212,18 @@ def test_random_requests_complete_within_their_limits(request):
     assert set(ran) == {len(request.pending_jobs()) - len(plan.deferred)}
     if not plan.deferred:
         assert result.total >= bubble_free_time(request) * (1 - 1e-9)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(requests())
+def test_look_ahead_leaves_the_room_that_the_next_step_needs(request):
+    """A step that a cache can hold by itself can still be held after the plan before has scored ahead."""
+    cold = tuple(replace(group, step=0) for group in request.groups if group.step == 1)
+    budget = replace(request, groups=cold).smallest_cache()
+    budget = max(budget, request.smallest_cache(), 1)
+    plan = make_plan(replace(request, limits=replace(request.limits, cached_states=budget)), effort=2_000)
+    following = replace(plan.request, groups=plan.next_groups(), resident=(), resident_heads=())
+    check_plan(make_plan(following, effort=2_000))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
