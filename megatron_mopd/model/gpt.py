@@ -58,3 +58,9 @@ def unwrap(module: torch.nn.Module) -> HiddenStateGPT:
     while not isinstance(module, HiddenStateGPT):
         module = module.module
     return module
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter or buffer of this name belongs to a routed expert, and so has the replicas of an
+    expert."""
+    return ".experts." in name

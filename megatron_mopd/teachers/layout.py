@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_mopd.model.gpt import HiddenStateGPT
+from megatron_mopd.model.gpt import HiddenStateGPT, is_expert
 
 DENSE, EXPERT, HEAD = "dense", "expert", "head"
 
@@ -148,7 +148,7 @@ def _weights(chunk: HiddenStateGPT) -> dict[str, Tensor]:
 def _segment_of(name: str, tensor: Tensor, head: Tensor | None) -> str:
     if tensor is head:
         return HEAD
-    return EXPERT if ".experts." in name else DENSE
+    return EXPERT if is_expert(name) else DENSE
 
 
 def _embedding(chunk: HiddenStateGPT) -> Tensor:

@@ -22,6 +22,7 @@ from megatron_mopd.backend.parallel import ParallelGroups, build_parallel_groups
 from megatron_mopd.config import Config, DomainObjectives, ModelConfig
 from megatron_mopd.config.objectives import compares_tokens_only, needs_teachers
 from megatron_mopd.model.build import DTYPES, build_model
+from megatron_mopd.model.gpt import is_expert
 from megatron_mopd.model.norm import HeadsRMSNorm
 from megatron_mopd.objectives.torch_kernels import TILE_ELEMENTS
 from megatron_mopd.pipeline.instructions import Plan, StudentForward, TeacherForward
@@ -88,7 +89,7 @@ def estimate_rank(
         chunks = build_model(student, groups, config.params_dtype, max_sequence_length=config.data.seq_length)
         itemsize = DTYPES[config.params_dtype].itemsize
         parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
-        experts = sum(p.numel() for chunk in chunks for n, p in chunk.named_parameters() if ".experts." in n)
+        experts = sum(p.numel() for chunk in chunks for n, p in chunk.named_parameters() if is_expert(n))
         device = {
             "student weights": parameters * itemsize,
             "gradients": parameters * (4 if itemsize == 2 else itemsize),

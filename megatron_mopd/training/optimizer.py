@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import Config, ConfigError
 from megatron_mopd.model.build import DTYPES
-from megatron_mopd.model.gpt import HiddenStateGPT
+from megatron_mopd.model.gpt import HiddenStateGPT, is_expert
 
 
 def freeze_routing(chunks: list[HiddenStateGPT], config: Config) -> None:
@@ -46,6 +46,22 @@ def freeze_routing(chunks: list[HiddenStateGPT], config: Config) -> None:
                     module.requires_grad_(False)
 
 
+def mark_experts(chunks: list[HiddenStateGPT], groups: ParallelGroups) -> None:
+    """Mark the experts' parameters as reduced over expert-data-parallel ranks, before gradient buffers are
+    made.
+
+    megatron-core marks them (`allreduce=False`) only where experts are divided over ranks. Experts that are
+    cut into another number of tensor-parallel shards than the rest have other replicas as well: without the
+    mark, gradients of different shards would be summed, or those of replicas left apart. No collectives.
+    """
+    if groups.collection.expt_tp.size() == groups.tp_size:
+        return  # the same ranks either way, or marked already
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if is_expert(name):
+                parameter.allreduce = False
+
+
 def wrap_data_parallel(
     chunks: list[HiddenStateGPT], config: Config, groups: ParallelGroups
 ) -> list[DistributedDataParallel]:
@@ -53,6 +69,7 @@ def wrap_data_parallel(
     tokens.
     """
     freeze_routing(chunks, config)
+    mark_experts(chunks, groups)
     settings = DistributedDataParallelConfig(
         # bf16 gradients lose small contributions when they are summed over many ranks and micro-batches.
         grad_reduce_in_fp32=config.params_dtype == "bfloat16",

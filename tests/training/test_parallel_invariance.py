@@ -55,6 +55,8 @@ GRID = [
     (2, GQA, cp(2), PADDED),
     (2, DENSE, {}, PACKED),
     (2, MOE, ep(2), PACKED),
+    (2, MOE, ep(1, 2), PACKED),
+    (2, SHARED, tp(2) | ep(1), PADDED),
     (2, SHARED, pp(2, 2), PACKED),
     (2, SHARED, tp(2), PADDED),
     (4, DENSE, tp(4), PADDED),
