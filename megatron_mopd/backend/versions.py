@@ -14,6 +14,7 @@ from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_block import TransformerBlock
 
 _installed = False
 
@@ -40,6 +41,7 @@ def install() -> None:
         filesystem_async._results_queue = queue.Queue()
     if hasattr(TopKRouter, "_apply_expert_bias"):
         TopKRouter._apply_expert_bias = _with_column_mask(TopKRouter._apply_expert_bias)
+    TransformerBlock._checkpointed_forward = _with_padding_mask(TransformerBlock._checkpointed_forward)
     DistributedOptimizer._set_main_param_and_optimizer_states = _with_step(
         DistributedOptimizer._set_main_param_and_optimizer_states
     )
@@ -71,6 +73,28 @@ def _with_column_mask(original):
         if padding_mask is not None and padding_mask.dim() == 1:
             padding_mask = padding_mask.unsqueeze(-1)
         return original(self, routing_map, padding_mask=padding_mask, **kwargs)
+
+    return wrapper
+
+
+def _with_padding_mask(original):
+    """`recompute_method: block` calls the layers that are not recomputed without the padding mask, so that
+    their routers count padding in statistics and losses.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self, *args, padding_mask=None, **kwargs):
+        def give_mask(layer, arguments, named):
+            return arguments, named | {"padding_mask": padding_mask}
+
+        hooks = []
+        if padding_mask is not None and self.config.recompute_method == "block":
+            hooks = [layer.register_forward_pre_hook(give_mask, with_kwargs=True) for layer in self.layers]
+        try:
+            return original(self, *args, padding_mask=padding_mask, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     return wrapper
 

@@ -117,6 +117,8 @@ def transformer_config(
     )
     if frozen:
         values |= _FROZEN_OVERRIDES
+    else:
+        _check_biases(values, where)
     if isinstance(values["activation_func"], str):
         if values["activation_func"] not in _ACTIVATIONS:
             raise ConfigError(f"{where}.activation_func: not one of {', '.join(_ACTIVATIONS)}")
@@ -151,6 +153,28 @@ def transformer_config(
     except _REFUSALS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{where}: megatron-core refuses this model: {reason}") from None
+
+
+def _check_biases(values: dict[str, Any], where: str) -> None:
+    """`ConfigError` for a model to be trained whose biases megatron-core has no right backward pass for."""
+    if not values["add_bias_linear"]:
+        return
+    if values.get("num_moe_experts"):
+        # Added in place to a view, which autograd refuses; and marked for a reduction over tensor-parallel
+        # ranks, which hold other experts.
+        raise ConfigError(
+            f"{where}.add_bias_linear: experts with biases (num_moe_experts) cannot be trained; use "
+            "add_qkv_bias and attention_output_bias for attention's alone"
+        )
+    recomputed = values.get("recompute_modules")
+    is_selective = values.get("recompute_granularity") == "selective" and isinstance(recomputed, list)
+    if is_selective and "mlp" in recomputed:
+        # The MLP hands out its last bias, a parameter; as an output of the checkpointed function its backward
+        # pass is the function's own, which calls itself for ever.
+        raise ConfigError(
+            f"{where}.recompute_modules: 'mlp' does not work with add_bias_linear; leave it out, or set "
+            "recompute_granularity to full"
+        )
 
 
 def _latent_attention_scale(model: ModelConfig, where: str) -> dict[str, Any]:

@@ -6,6 +6,10 @@ from megatron_mopd.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_mopd.model.build import transformer_config
 from tests import _models
 
+BIASED = dict(add_bias_linear=True)
+SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"])
+UNIFORM = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+
 
 def made(transformer=(), **own):
     model = ModelConfig(vocab_size=64, transformer=_models.DENSE | dict(transformer), **own)
@@ -28,12 +32,27 @@ def test_an_architecture_that_is_fine():
         (dict(normalization="LayerNorm"), {}, "normalization: only RMSNorm is supported"),
         ({}, dict(qk_layernorm_over_heads=True), "qk_layernorm_over_heads: needs qk_layernorm"),
         ({}, dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling: "),
+        (BIASED | SELECTIVE, {}, "recompute_modules: 'mlp' does not work with add_bias_linear"),
+        (BIASED | dict(num_moe_experts=4), {}, "add_bias_linear: experts with biases"),
     ],
 )
 def test_what_makes_no_sense(transformer, own, message):
     with pytest.raises(ConfigError) as error:
         made(transformer, **own)
     assert str(error.value).startswith("teachers[1]") and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "transformer",
+    [SELECTIVE, BIASED | dict(recompute_granularity="selective"), BIASED | SELECTIVE | UNIFORM],
+)
+def test_biases_with_other_recomputation(transformer):
+    made(transformer)
+
+
+def test_a_teacher_may_have_what_only_training_cannot():
+    model = ModelConfig(vocab_size=64, transformer=_models.MOE | BIASED | SELECTIVE)
+    assert transformer_config(model, ParallelConfig(), "float32", "cpu", frozen=True).add_bias_linear
 
 
 def test_whatever_megatron_core_raises():
