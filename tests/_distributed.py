@@ -71,14 +71,20 @@ class RankPool:
 
     def run(self, fn, *args, timeout=None):
         """Call `fn(rank, *args)` on every rank and return the list of results, rank 0 first."""
+        self.start(fn, *args)
+        return self.collect(timeout)
+
+    def start(self, fn, *args):
+        """Have every rank call `fn(rank, *args)`; `collect` waits for the results."""
         if not self._processes:
             raise RankError("the pool is closed (an earlier run failed, or close() was called)")
         task = pickle.dumps((fn, args))
         for connection in self._connections:
             connection.send_bytes(task)
-        return self._collect(timeout or self.timeout)
 
-    def _collect(self, timeout):
+    def collect(self, timeout=None):
+        """The results of what was started, rank 0 first."""
+        timeout = timeout or self.timeout
         deadline = time.monotonic() + timeout
         results, waiting = {}, dict(enumerate(self._connections))
         while waiting:
@@ -122,7 +128,7 @@ class RankPool:
 def run_ranks(world_size, fn, *args, timeout=60):
     """Fork `world_size` ranks, call `fn(rank, *args)` on each and return their results, rank 0 first."""
     with RankPool(world_size, timeout, _inherited_task=(fn, args)) as pool:
-        return pool._collect(timeout)
+        return pool.collect(timeout)
 
 
 def _rank_main(rank, world_size, connection, parents_ends, timeout, inherited_task):

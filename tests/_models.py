@@ -56,12 +56,10 @@ ROUTING = {"arith": "a", "text": {"b": 0.7, "c": 0.3}, "default": "c"}
 def model_config(transformer: dict, **kwargs) -> ModelConfig:
     """`transformer` may also name fields of `ModelConfig`, as a section of a configuration does."""
     own = {field.name for field in dataclasses.fields(ModelConfig)} & transformer.keys()
+    values = {"vocab_size": VOCAB, "make_vocab_size_divisible_by": 8}
+    values |= {name: transformer[name] for name in own} | kwargs
     return ModelConfig(
-        vocab_size=VOCAB,
-        make_vocab_size_divisible_by=8,
-        transformer={name: value for name, value in transformer.items() if name not in own},
-        **{name: transformer[name] for name in own},
-        **kwargs,
+        transformer={name: value for name, value in transformer.items() if name not in own}, **values
     )
 
 
@@ -141,6 +139,21 @@ def make_learner(
             directory=teacher_directory,
             max_mixture=routing.max_teachers,
         )
+    domains = ["arith", "other", "text"]
+    return assemble_learner(config, groups, chunks, student, domains, routing=routing, bank=bank)
+
+
+def assemble_learner(
+    config: Config,
+    groups: ParallelGroups,
+    chunks: list,
+    student: ModelConfig,
+    domains: list[str],
+    *,
+    routing: Routing | None = None,
+    bank: TeacherBank | None = None,
+) -> Learner:
+    """A learner of what has been built, with gradient buffers and an optimizer. Collective over all ranks."""
     wrapped = wrap_data_parallel(chunks, config, groups)
     optimizer, scheduler = build_optimizer(wrapped, config, groups)
     return Learner(
@@ -151,7 +164,7 @@ def make_learner(
         scheduler=scheduler,
         model=student,
         manifest={"tokenizer": "none"},
-        domains=["arith", "other", "text"],
+        domains=domains,
         routing=routing,
         bank=bank,
     )
@@ -166,8 +179,10 @@ def pieces(learner: Learner, gradients: bool) -> list[tuple]:
         try:
             if gradients:
                 for parameter in chunk.parameters():
-                    parameter.data = parameter.main_grad.to(parameter.dtype)
-            names = {parameter.data_ptr() for parameter in chunk.parameters()}
+                    if parameter.requires_grad:
+                        parameter.data = parameter.main_grad.to(parameter.dtype)
+                    else:
+                        parameter.data = torch.zeros_like(parameter)
             for sharded in sharded_tensors(chunk.sharded_state_dict()):
                 if sharded.data is None or not any(_inside(sharded.data, p) for p in chunk.parameters()):
                     continue
@@ -175,7 +190,6 @@ def pieces(learner: Learner, gradients: bool) -> list[tuple]:
                 result.append(
                     (sharded.key, tuple(sharded.global_shape), tuple(sharded.global_offset), values)
                 )
-            del names
         finally:
             for name, parameter in chunk.named_parameters():
                 parameter.data = kept[name]
@@ -187,21 +201,23 @@ def _inside(view: torch.Tensor, whole: torch.Tensor) -> bool:
     return view.untyped_storage().data_ptr() == storage
 
 
-def assemble(per_rank: list[list[tuple]]) -> dict[str, torch.Tensor]:
+def assemble(
+    per_rank: list[list[tuple]], vocab_size: int = VOCAB, rtol: float = 1e-4, atol: float = 1e-6
+) -> dict[str, torch.Tensor]:
     """Full tensors from every rank's slices; replicas agree where they overlap, up to rounding."""
     full: dict[str, torch.Tensor] = {}
     seen: dict[str, torch.Tensor] = {}
     for key, shape, offset, values in (piece for pieces_ in per_rank for piece in pieces_):
         if "word_embeddings" in key or "output_layer" in key:  # padded to a layout's own width
-            shape = (VOCAB, *shape[1:])
-            values = values[: max(0, min(VOCAB - offset[0], len(values)))]
+            shape = (vocab_size, *shape[1:])
+            values = values[: max(0, min(vocab_size - offset[0], len(values)))]
         target = full.setdefault(key, torch.zeros(shape, dtype=values.dtype))
         mask = seen.setdefault(key, torch.zeros(shape, dtype=torch.bool))
         values = values.reshape((1,) * (len(shape) - values.dim()) + tuple(values.shape))
         index = tuple(slice(start, start + size) for start, size in zip(offset, values.shape))
         if mask[index].any():
             torch.testing.assert_close(
-                target[index], values, rtol=1e-4, atol=1e-6, msg=f"replicas of {key} differ"
+                target[index], values, rtol=rtol, atol=atol, msg=f"replicas of {key} differ"
             )
         target[index] = values
         mask[index] = True

@@ -10,6 +10,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.enums import ModelType
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -41,7 +42,10 @@ def install() -> None:
         filesystem_async._results_queue = queue.Queue()
     if hasattr(TopKRouter, "_apply_expert_bias"):
         TopKRouter._apply_expert_bias = _with_column_mask(TopKRouter._apply_expert_bias)
-    TransformerBlock._checkpointed_forward = _with_padding_mask(TransformerBlock._checkpointed_forward)
+    if hasattr(TransformerBlock, "_checkpointed_forward"):
+        TransformerBlock._checkpointed_forward = _with_padding_mask(TransformerBlock._checkpointed_forward)
+    if CheckpointWithoutOutput(fp8=False).fp8:
+        CheckpointWithoutOutput.__init__ = _without_fp8(CheckpointWithoutOutput.__init__)
     DistributedOptimizer._set_main_param_and_optimizer_states = _with_step(
         DistributedOptimizer._set_main_param_and_optimizer_states
     )
@@ -78,8 +82,8 @@ def _with_column_mask(original):
 
 
 def _with_padding_mask(original):
-    """`recompute_method: block` calls the layers that are not recomputed without the padding mask, so that
-    their routers count padding in statistics and losses.
+    """0.16.1's `recompute_method: block` calls the layers that are not recomputed without the padding mask,
+    so that their routers count padding in statistics and losses.
     """
 
     @functools.wraps(original)
@@ -95,6 +99,18 @@ def _with_padding_mask(original):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    return wrapper
+
+
+def _without_fp8(original):
+    """Recomputing norms or latent attention's projections takes "no fp8" for fp8, and then needs
+    transformer-engine, in both releases.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self, fp8=False):
+        original(self, fp8=fp8 or None)
 
     return wrapper
 

@@ -1,0 +1,121 @@
+"""The verdict on a case: both sides run on pools of forked ranks, and are compared."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+
+from megatron_mopd.config import ConfigError, DomainObjectives, config_from_dict
+from megatron_mopd.config.objectives import needs_teachers
+from megatron_mopd.teachers.routing import Routing
+from megatron_mopd.training import setup
+from tests._distributed import RankError, RankPool
+from tests.fuzz_layouts.case import Case
+from tests.fuzz_layouts.compare import differences
+from tests.fuzz_layouts.run import Outcome, run_case
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """kind: `right`, `refused` (a `ConfigError` before anything is trained), `wrong` (values differ),
+    `failed` (an exception) or `hangs`."""
+
+    kind: str
+    detail: str = ""
+
+    @property
+    def is_fine(self) -> bool:
+        return self.kind in ("right", "refused")
+
+    @property
+    def signature(self) -> str:
+        """What a smaller case must share to fail in the same way."""
+        return self.kind if self.kind == "wrong" else f"{self.kind}: {self.last_line[:70]}"
+
+    @property
+    def last_line(self) -> str:
+        """An exception's own words."""
+        lines = [line for line in self.detail.splitlines() if line.strip()]
+        return next((line for line in reversed(lines) if not line.startswith("on pipeline stage")), "")
+
+
+class Pools:
+    """Pools of ranks by size: one of a single rank, and the others that fit `most` processes."""
+
+    def __init__(self, timeout: float = 150, most: int = 8):
+        self._timeout, self._most = timeout, most
+        self._pools: dict[int, RankPool] = {}
+
+    def pool(self, ranks: int) -> RankPool:
+        """The pool of this size, forked when it is not there."""
+        if ranks not in self._pools:
+            for other in sorted(self._pools.keys() - {1}):
+                if sum(self._pools) + ranks > self._most:
+                    self._pools.pop(other).close()
+            self._pools[ranks] = RankPool(ranks, self._timeout)
+        return self._pools[ranks]
+
+    def run_both(self, case: Case, directory: str) -> tuple[list, list]:
+        """One rank's outcome and the layout's, computed side by side. Raises `RankError`."""
+        if case.ranks == 1:
+            one = many = self.pool(1)
+            expected = one.run(run_case, case, f"{directory}/reference", True)
+            return expected, many.run(run_case, case, f"{directory}/layout", False)
+        one, many = self.pool(1), self.pool(case.ranks)
+        try:
+            one.start(run_case, case, f"{directory}/reference", True)
+            many.start(run_case, case, f"{directory}/layout", False)
+            found = many.collect()
+            return one.collect(), found
+        except BaseException:
+            self.drop(1, case.ranks)
+            raise
+
+    def drop(self, *sizes: int) -> None:
+        """Kill these pools: what they still do is of no use."""
+        for size in sizes:
+            if (pool := self._pools.pop(size, None)) is not None:
+                pool.close(kill=True)
+
+    def close(self) -> None:
+        for size in list(self._pools):
+            self._pools.pop(size).close()
+
+    def __enter__(self) -> Pools:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def judge(case: Case, pools: Pools) -> Verdict:
+    """Run a case on one rank and on its layout, and compare."""
+    if problem := refusal(case):
+        return Verdict("refused", problem)
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            (expected,), outcomes = pools.run_both(case, directory)
+        except RankError as error:
+            pools.drop(1, case.ranks)
+            return Verdict("hangs" if "no answer from ranks" in str(error) else "failed", str(error))
+    refusals = {outcome for outcome in (expected, *outcomes) if isinstance(outcome, str)}
+    if refusals:
+        if isinstance(expected, Outcome) and all(isinstance(o, str) for o in outcomes) and len(refusals) == 1:
+            return Verdict("refused", refusals.pop())
+        return Verdict("failed", f"not all ranks refuse alike: {sorted(refusals)}")
+    problems = differences(case, expected, outcomes)
+    return Verdict("wrong", "\n".join(problems)) if problems else Verdict("right")
+
+
+def refusal(case: Case) -> str | None:
+    """What is said about a case before anything is built; `None` when it may start."""
+    try:
+        config = config_from_dict(case.config_values("unused", reference=False))
+        student = case.model_config(case.student | case.recompute)
+        setup._check_layout(config, case.ranks, student, case.sources())
+        setup._check_batch(config)
+        scored = DomainObjectives(config.objective).any(needs_teachers, case.domains)
+        Routing(config.routing, case.sources()).check(case.domains, scored=scored)
+    except ConfigError as error:
+        return str(error)
+    return None

@@ -1,0 +1,203 @@
+"""What one rank does with a case: two optimizer steps, and what came of them."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_mopd.config import ConfigError, DomainObjectives, config_from_dict
+from megatron_mopd.config.objectives import needs_teachers
+from megatron_mopd.model.build import build_model
+from megatron_mopd.model.gpt import is_expert, unwrap
+from megatron_mopd.model.router_replay import install_routing_replay
+from megatron_mopd.pipeline.problem import CostModel, PlanRequest
+from megatron_mopd.rollout.routing import RoutingRecords
+from megatron_mopd.teachers.bank import TeacherBank
+from megatron_mopd.teachers.encoding import BLOCK
+from megatron_mopd.teachers.routing import Routing
+from megatron_mopd.training.step import Learner, StepBatch, plan_step, plan_steps, train_step
+from tests import _models
+from tests.fuzz_layouts.case import STUDENT_SEED, Case
+
+LONGEST = 64
+"""Tokens of the longest sequence."""
+
+
+@dataclass
+class Outcome:
+    """What a rank has after the steps of a case; pieces are `tests._models.pieces`."""
+
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    gradients: list[list[tuple]] = field(default_factory=list)
+    """Of every step; none where the distributed optimizer leaves each rank a part of the sums."""
+    weights: list[tuple] = field(default_factory=list)
+    expert_biases: dict[int, Tensor] = field(default_factory=dict)
+    """By layer."""
+
+
+class Known:
+    """Rewards that are there already; a `PendingRewards`."""
+
+    def __init__(self, rewards: dict[int, float | None]):
+        self._rewards = rewards
+
+    def collect(self) -> dict[int, float | None]:
+        return self._rewards
+
+
+def run_case(rank: int, case: Case, directory: str, reference: bool) -> Outcome | str:
+    """The steps of a case on this rank, or why its configuration is refused. Collective over all ranks."""
+    torch.manual_seed(0)
+    try:
+        learner = make_learner(case, directory, reference)
+    except ConfigError as error:
+        return str(error)
+    if not reference and case.spare and learner.pipeline is not None:
+        _limit_cache(learner, case)
+    outcome = Outcome()
+    queue = deque(_plan(learner, case))
+    while queue:
+        offered = 1 if reference else case.offered
+        metrics = train_step(learner, list(queue)[:offered])
+        batch = queue.popleft()
+        budget = learner.config.teacher_storage.hidden_cache_bytes
+        assert len(batch.cache) == 0, "every cached hidden state is used exactly once"
+        assert budget is None or batch.cache.peak_bytes <= budget, "the cache outgrew its budget"
+        outcome.metrics.append({name: float(value) for name, value in metrics.items()})
+        if not learner.config.optimizer.use_distributed_optimizer:
+            outcome.gradients.append(_models.pieces(learner, gradients=True))
+    outcome.weights = _models.pieces(learner, gradients=False)
+    outcome.expert_biases = {
+        router.layer_number: router.expert_bias.detach().double()
+        for router in _routers(learner)
+        if getattr(router, "expert_bias", None) is not None
+    }
+    return outcome
+
+
+def make_learner(case: Case, directory: str, reference: bool) -> Learner:
+    """Student, teachers and optimizer, on this rank's place in the layout. Collective over all ranks."""
+    values = case.config_values(directory, reference)
+    config = config_from_dict(values)
+    groups = _models.groups_for(values["parallel"], only=True)
+    student = case.model_config(case.student | ({} if reference else case.recompute))
+    chunks = build_model(student, groups, config.params_dtype, max_sequence_length=LONGEST, seed=STUDENT_SEED)
+    if case.routing_replay:
+        install_routing_replay(chunks)
+    bank = routing = None
+    if any(needs_teachers(objective) for objective in DomainObjectives(config.objective).all()):
+        sources = case.sources()
+        routing = Routing(config.routing, sources)
+        kind, rounding = TeacherBank, {}
+        if reference and case.storage.get("dtype"):
+            kind, rounding = RoundedTeachers, {"case": case}
+        bank = kind(
+            sources,
+            groups,
+            config.params_dtype,
+            LONGEST,
+            config.teacher_storage,
+            directory=f"{directory}/teachers",
+            max_mixture=routing.max_teachers,
+            **rounding,
+        )
+    return _models.assemble_learner(
+        config, groups, chunks, student, sorted(case.domains), routing=routing, bank=bank
+    )
+
+
+class RoundedTeachers(TeacherBank):
+    """Teachers on one rank whose weights are rounded to 8 bits as the shards of a layout are.
+
+    A row of a matrix has one scale for every 128 columns, counted from the first column of the shard: layouts
+    differ only where they divide columns.
+    """
+
+    def __init__(self, *args, case: Case, **kwargs):
+        self._case = case
+        super().__init__(*args, **kwargs)
+
+    def _encode(self, key: tuple[str, str], segment: Tensor) -> Tensor:
+        for place in self._encodings[key].segment.places:
+            if len(place.shape) == 2 and ".router." not in place.name:
+                weights = place.view(segment)
+                for shard in weights.chunk(self._column_shards(place.name), dim=1):
+                    for block in shard.split(BLOCK, dim=1):
+                        block.copy_(rounded(block, self._case.storage["dtype"]))
+        return segment
+
+    def _column_shards(self, name: str) -> int:
+        if not name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            return 1
+        return self._case.size("etp" if is_expert(name) else "tp")
+
+
+def rounded(block: Tensor, dtype: str) -> Tensor:
+    """`block` [rows, columns], every row to 8-bit numbers of one scale: int8, or float8 (e4m3)."""
+    largest = {"int8": 127.0, "fp8": 448.0}[dtype]
+    scale = block.float().abs().amax(dim=1, keepdim=True) / largest
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    numbers = block.float() / scale
+    numbers = numbers.round() if dtype == "int8" else numbers.to(torch.float8_e4m3fn).float()
+    return numbers * scale
+
+
+def _plan(learner: Learner, case: Case) -> list[StepBatch]:
+    loaded = [case.trajectories(step) for step in range(len(case.batches))]
+    if case.steps_per_rollout > 1:
+        rollout = [trajectory for trajectories, _ in loaded for trajectory in trajectories]
+        rewards = {index: reward for _, by_index in loaded for index, reward in by_index.items()}
+        return plan_steps(learner, rollout, Known(rewards), _records(case, learner, rollout))
+    return [
+        plan_step(learner, trajectories, Known(rewards), _records(case, learner, trajectories), step)
+        for step, (trajectories, rewards) in enumerate(loaded)
+    ]
+
+
+def _limit_cache(learner: Learner, case: Case) -> None:
+    """Limit the hidden-state cache to a little more than the fewest micro-batches that any step needs."""
+    storage, schedule = learner.config.teacher_storage, learner.config.schedule
+    fewest, largest = 1, 1
+    for step in range(len(case.batches)):
+        batch = plan_step(learner, case.trajectories(step)[0], iteration=step)
+        costs = CostModel.build(1, teacher_forward=dict.fromkeys(learner.bank.names, 1.0))
+        request = PlanRequest(1, len(batch.student), costs, groups=batch.groups, kind=schedule.kind)
+        fewest, largest = max(fewest, request.smallest_cache()), max(largest, batch.state_bytes)
+    if "bytes" in case.spare:
+        storage = replace(storage, hidden_cache_bytes=int(largest * (fewest + case.spare["bytes"])))
+    if "states" in case.spare:
+        schedule = replace(schedule, max_cached_states=fewest + int(case.spare["states"]))
+        limits = replace(learner.pipeline.limits, cached_states=schedule.max_cached_states)
+        learner.pipeline.limits = limits
+    learner.config = replace(learner.config, teacher_storage=storage, schedule=schedule)
+
+
+def _routers(learner: Learner) -> list[TopKRouter]:
+    modules = [module for chunk in learner.chunks for module in unwrap(chunk).modules()]
+    return [module for module in modules if isinstance(module, TopKRouter)]
+
+
+def _records(case: Case, learner: Learner, trajectories: list[Any]) -> RoutingRecords | None:
+    """Expert choices that follow from trajectory, position and layer alone, on any layout."""
+    if not case.routing_replay:
+        return None
+    groups, layers = learner.groups, [router.layer_number for router in _routers(learner)]
+    experts, topk = case.student["num_moe_experts"], case.student.get("moe_router_topk", 2)
+    records = {}
+    for trajectory in trajectories:
+        if trajectory.index % groups.dp_size != groups.dp.rank():
+            continue
+        record = torch.zeros(len(trajectory) - 1, len(layers), topk, dtype=torch.uint8)
+        for place, layer in enumerate(layers):
+            rng = random.Random(f"{trajectory.index}/{layer}")
+            for position in range(len(trajectory) - 1):
+                record[position, place] = torch.tensor(rng.sample(range(experts), topk), dtype=torch.uint8)
+        records[trajectory.index] = record
+    lengths = {trajectory.index: len(trajectory) for trajectory in trajectories}
+    return RoutingRecords(records, lengths, (len(layers), topk), torch.uint8)
