@@ -95,11 +95,16 @@ def _experts(rng: Random, ep: int, layers: int) -> dict[str, Any]:
     return model
 
 
-def draw_router_losses(rng: Random, model: dict[str, Any]) -> dict[str, Any]:
-    """Coefficients of auxiliary and z losses for a student with experts; often none."""
+def draw_router_losses(rng: Random, model: dict[str, Any], alone: bool) -> dict[str, Any]:
+    """Coefficients of auxiliary and z losses for a student with experts; often none.
+
+    alone: every micro-batch is one sample, as the reference's are. `aux_loss`, which is of a micro-batch,
+    depends on how samples are cut into them.
+    """
     losses: dict[str, Any] = {}
     if model.get("moe_router_load_balancing_type") != "none" and rng.random() < 0.3:
-        losses["moe_router_load_balancing_type"] = rng.choice(["aux_loss", "seq_aux_loss"])
+        kinds = ["aux_loss", "seq_aux_loss"] if alone else ["seq_aux_loss"]
+        losses["moe_router_load_balancing_type"] = rng.choice(kinds)
         losses["moe_aux_loss_coeff"] = rng.choice([0.01, 0.1, 1.0])
     if rng.random() < 0.2:
         losses["moe_z_loss_coeff"] = rng.choice([0.001, 0.1])
