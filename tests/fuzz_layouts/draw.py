@@ -32,8 +32,7 @@ def draw_case(seed: int, most_ranks: int = 8) -> Case:
     params_dtype = "float32" if rng.random() < 0.12 else "float64"
     schedule = _schedule(rng, stages)
     if student_has_experts:
-        alone = 1 in (schedule.get("micro_batch_size"), schedule.get("max_tokens_per_micro_batch"))
-        student = student | draw_router_losses(rng, student, alone)
+        student = student | draw_router_losses(rng, student, schedule.get("micro_batch_size") == 1)
     return Case(
         ranks=ranks,
         vocab_size=vocab_size,

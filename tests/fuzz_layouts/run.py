@@ -185,9 +185,9 @@ def _routers(learner: Learner) -> list[TopKRouter]:
 
 def _records(case: Case, learner: Learner, trajectories: list[Any]) -> RoutingRecords | None:
     """Expert choices that follow from trajectory, position and layer alone, on any layout."""
-    if not case.routing_replay:
-        return None
     groups, layers = learner.groups, [router.layer_number for router in _routers(learner)]
+    if not case.routing_replay or not layers:  # as rollouts do on a stage without experts
+        return None
     experts, topk = case.student["num_moe_experts"], case.student.get("moe_router_topk", 2)
     records = {}
     for trajectory in trajectories:
