@@ -51,7 +51,10 @@ class RewardWorkers:
     def _serve(self, process: ScoringProcess) -> None:
         while (task := self._tasks.get()) is not None:
             responses, future = task
-            future.set_result(judge(responses, process, self._timeout))
+            try:
+                future.set_result(judge(responses, process, self._timeout))
+            except BaseException as error:  # of the machine, not of a response: who waits must hear of it
+                future.set_exception(error)
 
 
 def scores_of(futures: Sequence[Future[list[Score]]]) -> list[Score]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -19,8 +19,9 @@ class BatchFacts:
 
     token_weights: Mapping[int, float]
     """Weight of each response token (`objectives.reduction`)."""
-    outcome_advantages: Mapping[int, float] = field(default_factory=dict)
-    """Group-relative advantage of the reward; 0 where there is no verdict."""
+    outcome_advantages: Callable[[], Mapping[int, float]] = dict
+    """Group-relative advantages of the rewards; 0 where there is no verdict. The first call waits for the
+    verifiers, so only a loss that needs an advantage makes it."""
     proximal_logprobs: Mapping[int, Tensor] = field(default_factory=dict)
     """log-probs [|y|] under the student at the start of the rollout batch; empty for the first step of a
     rollout batch, where that is the student in training."""

@@ -24,6 +24,7 @@ from megatron_mopd.config.objectives import (
     importance_band,
     kinds_of,
     needs_policy,
+    needs_rewards,
     needs_teachers,
 )
 from megatron_mopd.data.batching import MicroBatch
@@ -188,7 +189,7 @@ class BatchLoss:
                 if kind == objective.kind:
                     observe("kl", divergence)
             else:
-                outcome = [self._facts.outcome_advantages.get(t.index, 0.0) for t in tokens.trajectories]
+                outcome = [self._outcome_advantage(objective, t.index) for t in tokens.trajectories]
                 part = policy_term(
                     kind,
                     objective,
@@ -201,6 +202,11 @@ class BatchLoss:
                 )
             loss = part if loss is None else loss + part
         return loss
+
+    def _outcome_advantage(self, objective: ObjectiveConfig, index: int) -> float:
+        if not needs_rewards(objective):  # does not wait for anybody's verifiers
+            return 0.0
+        return self._facts.outcome_advantages().get(index, 0.0)
 
     def _cached(self, tokens: ResponseTokens, name: str, pop: Callable[[int, str], Tensor]) -> Tensor:
         """What the cache keeps of a teacher for this rank's rows of a run, which is not empty."""

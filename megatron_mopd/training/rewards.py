@@ -1,11 +1,17 @@
-"""Rewards of a rollout batch on their way: started after sampling, collected before the loss needs them."""
+"""Rewards of a rollout batch on their way: verifiers start after sampling, and nothing waits for them before
+a loss needs one of their scores.
+
+A thread of every rank exchanges the scores, on a process group of its own, so that a rank whose main thread
+is in the middle of a plan takes part without reaching any particular instruction.
+"""
 
 from __future__ import annotations
 
-import time
+import queue
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import cached_property
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,12 +23,20 @@ from megatron_mopd.data.rewards import RewardWorkers, scores_of
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.data.verifiers import Score
 
+# Ranks enter an exchange when they have sampled; the last one when its verifiers are done, which
+# `rewards.timeout_seconds` limits response by response.
+_PATIENCE = timedelta(days=1)
+
+Judged = list[tuple[float | None, bool]]
+"""Of every judged response: its reward (`None` without a verdict), and whether its verifier crashed."""
+
 
 class Rewarder:
     """Judges the trajectories of the domains whose objective asks for rewards.
 
     Every data-parallel rank judges a share, in the processes of its first tensor-, context- and
-    pipeline-parallel rank, which run while teachers score.
+    pipeline-parallel rank, which run while teachers score. Construction is collective over all ranks: a
+    process group (gloo) where some objective asks for rewards.
     """
 
     def __init__(self, config: Config, groups: ParallelGroups, decode: Callable[[Sequence[int]], str]):
@@ -32,67 +46,87 @@ class Rewarder:
         self._workers = None
         if judges:
             self._workers = RewardWorkers(config.rewards.workers, config.rewards.timeout_seconds)
+        self._exchanges: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        if any(map(needs_rewards, self._objectives.all())):
+            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            # Not an executor's thread, for which the interpreter would wait at its end.
+            threading.Thread(target=self._serve, name="reward-exchange", daemon=True).start()
 
     def start(self, trajectories: Sequence[Trajectory]) -> PendingRewards:
-        """Begin to judge a rollout batch (the same list on every rank). No collectives."""
+        """Begin to judge a rollout batch (the same list on every rank). Returns at once; collectives run in
+        the background: one all-reduce over all ranks of 4 float64 a judged response.
+        """
         wanted = [t for t in trajectories if needs_rewards(self._objectives.of(t.domain))]
+        if not wanted:
+            return NO_REWARDS
         mine, futures = [], []
         if self._workers is not None:
             mine = list(range(self._groups.dp.rank(), len(wanted), self._groups.dp_size))
             pairs = [(wanted[i].prompt, self._decode(wanted[i].response_ids)) for i in mine]
             futures = self._workers.submit(pairs)
-        return PendingRewards(self._groups.device, wanted, mine, futures)
+        pending = PendingRewards(wanted)
+        self._exchanges.put(lambda: pending.set(lambda: self._exchange(len(wanted), mine, futures)))
+        return pending
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes and the thread."""
+        self._exchanges.put(None)
         if self._workers is not None:
             self._workers.close()
+
+    def _serve(self) -> None:
+        while (exchange := self._exchanges.get()) is not None:
+            exchange()
+
+    def _exchange(self, count: int, mine: Sequence[int], futures: Sequence[Future[list[Score]]]) -> Judged:
+        """All ranks' scores. A rank that cannot judge says so to all, or they would wait for it for ever."""
+        judged = torch.zeros(count, 4, dtype=torch.float64)
+        problem = None
+        try:
+            for place, score in zip(mine, scores_of(futures), strict=True):
+                judged[place, :3] = torch.tensor(
+                    [score.raw or 0.0, score.raw is not None, score.crashed], dtype=torch.float64
+                )
+        except Exception as error:
+            problem = error
+            judged[:, 3] = 1.0
+        dist.all_reduce(judged, group=self._group)
+        if problem is not None:
+            raise problem
+        if judged[:, 3].any():
+            raise RuntimeError("another rank could not have its responses judged")
+        return [
+            (value if is_judged else None, bool(crashed)) for value, is_judged, crashed, _ in judged.tolist()
+        ]
 
 
 class PendingRewards:
     """The rewards of one rollout batch, as far as asked for."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        wanted: Sequence[Trajectory],
-        mine: Sequence[int],
-        futures: Sequence[Future[list[Score]]],
-    ):
-        """`wanted` are all judged trajectories, `mine` the places among them of those judged in `futures`."""
-        self._device, self._wanted, self._mine, self._futures = device, wanted, mine, futures
-        self.seconds_waited = 0.0
-        """How long `collect` had to wait for the verifiers on this rank."""
+    def __init__(self, wanted: Sequence[Trajectory] = ()):
+        self._wanted = wanted
+        self._judged: Future[Judged] = Future()
+        if not wanted:
+            self._judged.set_result([])
+
+    def set(self, judge: Callable[[], Judged]) -> None:
+        """What `judge` returns for the wanted trajectories, or raises, is the outcome."""
+        try:
+            self._judged.set_result(judge())
+        except BaseException as error:
+            self._judged.set_exception(error)
 
     def collect(self) -> dict[int, float | None]:
         """Reward by trajectory index; `None` where the verifier failed. Equal on every rank.
 
-        Collective the first time: one all-reduce over all ranks of 3 float64 a judged response.
+        Waits for the verifiers of all ranks. No collectives in the caller's thread.
         """
-        return {
-            t.index: (value if has_verdict else None)
-            for t, (value, has_verdict, _) in zip(self._wanted, self._judged)
-        }
+        return {t.index: reward for t, (reward, _) in zip(self._wanted, self._judged.result())}
 
     def crashes(self) -> int:
-        """Responses on which the verifier crashed or took too long; call after `collect`."""
-        return sum(bool(crashed) for *_, crashed in self._judged)
-
-    @cached_property
-    def _judged(self) -> list[list[float]]:
-        if not self._wanted:
-            return []
-        started = time.perf_counter()
-        judged = torch.zeros(len(self._wanted), 3, dtype=torch.float64)
-        for place, score in zip(self._mine, scores_of(self._futures)):
-            judged[place] = torch.tensor(
-                [score.raw or 0.0, score.raw is not None, score.crashed], dtype=torch.float64
-            )
-        judged = judged.to(self._device)
-        dist.all_reduce(judged)
-        self.seconds_waited = time.perf_counter() - started
-        return judged.tolist()
+        """Responses on which the verifier crashed or took too long; waits as `collect` does."""
+        return sum(crashed for _, crashed in self._judged.result())
 
 
-NO_REWARDS = PendingRewards(torch.device("cpu"), (), (), ())
+NO_REWARDS = PendingRewards()
 """For a batch in which no objective asks for a reward."""

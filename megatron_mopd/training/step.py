@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -401,15 +401,17 @@ def _skip(learner: Learner, batch: StepBatch, metrics: dict[str, float]) -> dict
 
 
 def build_loss(learner: Learner, batch: StepBatch) -> BatchLoss:
-    """The loss of one step, for the last stage. No collectives; waits for the batch's rewards."""
+    """The loss of one step, for the last stage. No collectives; the first micro-batch whose objective needs a
+    reward waits for the verifiers."""
+
+    @cache
+    def advantages() -> dict[int, float]:
+        rewards, group = batch.rewards.collect(), samples_per_prompt(learner.config)
+        return outcome_advantages(learner.objectives, batch.trajectories, rewards, group)
+
     facts = BatchFacts(
         token_weights=token_weights(batch.trajectories, learner.config.objective.reduction),
-        outcome_advantages=outcome_advantages(
-            learner.objectives,
-            batch.trajectories,
-            batch.rewards.collect(),
-            samples_per_prompt(learner.config),
-        ),
+        outcome_advantages=advantages,
         proximal_logprobs=batch.proximal,
     )
     return BatchLoss(
