@@ -3,6 +3,7 @@
     python benchmarks/teacher_scaling.py [--mode host mmap] [--steps 12]
     torchrun --nproc-per-node 2 benchmarks/teacher_scaling.py --mode host host_sharded mmap
     python benchmarks/teacher_scaling.py --slow-store       # load time hidden behind scoring time
+    python benchmarks/teacher_scaling.py --heads            # when output heads arrive, by recipe; counts only
 
 The same trajectories, in as many domains as the largest count, are scored by 1, 2, 4 or 12 teachers; the
 number of scored tokens does not change. Every data-parallel rank has one full micro-batch of each domain, so
@@ -18,6 +19,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -25,11 +27,12 @@ import torch.distributed as dist
 
 from megatron_mopd.backend.parallel import build_parallel_groups, select_device, start_ranks
 from megatron_mopd.config import Config, ModelConfig, config_from_dict
+from megatron_mopd.config.recipes import RECIPES
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.build import build_model
 from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
-from megatron_mopd.teachers.layout import DENSE
+from megatron_mopd.teachers.layout import DENSE, HEAD
 from megatron_mopd.teachers.routing import Routing
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_mopd.training.step import Learner, plan_step, train_step
@@ -77,6 +80,7 @@ def main() -> None:
     parser.add_argument("--teachers", type=int, nargs="+", default=[1, 2, 4, 12])
     parser.add_argument("--steps", type=int, default=12, help="measured steps for each number of teachers")
     parser.add_argument("--slow-store", action="store_true", help="make arrivals slow instead")
+    parser.add_argument("--heads", action="store_true", help="count the arrivals of output heads instead")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -86,6 +90,9 @@ def main() -> None:
         directory = [name]
         dist.broadcast_object_list(directory)  # the files of `mmap` are shared
         groups = None
+        if options.heads:
+            options.mode = []
+            count_heads(directory[0], max(options.teachers), device)
         for mode in options.mode:
             config = configuration(directory[0], mode, options.dtype)
             groups = groups or build_parallel_groups(config.parallel, device, seed=1)
@@ -99,10 +106,11 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def configuration(directory: str, mode: str, dtype: str | None) -> Config:
+def configuration(directory: str, mode: str, dtype: str | None, recipe: str = "deepseek_v4") -> Config:
     return config_from_dict(
         {
             "run_dir": directory,
+            "objective": {"kind": RECIPES[recipe]["objective"]["kind"]},
             "schedule": {
                 "global_batch_size": DOMAINS * MICRO_BATCH * dist.get_world_size(),
                 "micro_batch_size": MICRO_BATCH,
@@ -135,7 +143,7 @@ def trajectories(seed: int) -> list[Trajectory]:
         ids = [rng.randrange(VOCAB) for _ in range(48)]
         domain = f"domain{index % DOMAINS:02d}"
         prompt = Prompt("", tuple(ids[:24]), domain, None, "exact_match", None, index, "")
-        result.append(Trajectory(prompt, tuple(ids[24:]), index))
+        result.append(Trajectory(prompt, tuple(ids[24:]), index, logprobs=(-8.0,) * 24))
     return result
 
 
@@ -169,6 +177,44 @@ def scaling(learners: dict[int, Learner], mode: str, options) -> None:
             step, bank = 1e3 * statistics.median(times[n]), item.bank
             sizes = f"{bank.device_bytes():12d}  {bank.host_bytes():10d}  {predicted:9d}"
             print(f"{n:8d}  {step:9.1f}  {ratio:5.3f}  {sizes}  {loads:10.0f}  {share}", flush=True)
+
+
+def count_heads(directory: str, teachers: int, device: torch.device) -> None:
+    """Arrivals of output heads in three steps, after a first: those that a plan started ahead of their use,
+    those that the computation that reads the head had to start itself, and those that nothing read."""
+    print("recipe             ahead  by the reader  never read")
+    groups = None
+    for recipe in RECIPES:
+        config = configuration(directory, "host", None, recipe)
+        groups = groups or build_parallel_groups(config.parallel, device, seed=1)
+        item = learner(config, groups, teachers, Path(directory) / recipe)
+        arrivals, reading, read = [], [], []
+        begin, heads = item.bank.store.begin, item.bank.heads
+
+        def counted(key, destination, begin=begin, arrivals=arrivals, reading=reading):
+            if key[1] == HEAD:
+                arrivals.append((key[0], bool(reading)))
+            return begin(key, destination)
+
+        def reads(names, heads=heads, arrivals=arrivals, reading=reading, read=read):
+            reading.append(True)
+            result = heads(names)
+            reading.clear()
+            read += [max(i for i, (name, _) in enumerate(arrivals) if name == wanted) for wanted in names]
+            return result
+
+        item.bank.store.begin, item.bank.heads = counted, reads
+        batches = deque(plan_step(item, trajectories(step)) for step in range(4))
+        first = None
+        while batches:
+            train_step(item, batches)
+            batches.popleft()
+            first = len(arrivals) if first is None else first
+        late = sum(is_late for _, is_late in arrivals[first:])
+        # What has arrived for a step to come is not yet read.
+        unread = len(set(range(first, len(arrivals) - 1)) - set(read))
+        ahead = len(arrivals) - first - late
+        print(f"{recipe:17}  {ahead:5d}  {late:13d}  {unread:10d}", flush=True)
 
 
 def slow_store(item: Learner) -> None:

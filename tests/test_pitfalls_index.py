@@ -62,6 +62,11 @@ GUARDS = {
         "objectives/test_pitfalls.py::test_the_check_fails_wrong_inputs",
         "objectives/test_linear_kl.py::test_loss_and_gradients",
     ),
+    "An auxiliary loss divided by another token count than the main loss": (
+        "training/test_router_losses.py::test_the_coefficient_does_not_depend_on_where_responses_begin",
+        "training/test_router_losses.py::test_gradients_equal_the_formulas",
+        "training/test_parallel_invariance.py::test_loss_gradients_and_weights_do_not_depend_on_the_layout",
+    ),
     # Teachers
     "The student's own checkpoint as teacher, or one of another model, unnoticed": (
         "training/test_alarms.py::test_a_teacher_that_equals_the_student_at_the_first_step",

@@ -139,6 +139,16 @@ class DomainObjectives:
         """The domains, sorted, whose objective `needs` something."""
         return sorted(domain for domain in domains if needs(self.of(domain)))
 
+    def heads_at_once(self, largest_mixture: int) -> int:
+        """Most output heads of teachers that are read together, where a sample has `largest_mixture` teachers
+        at most: a divergence of whole distributions reads all of them, log-probs of sampled tokens are taken
+        one teacher after another."""
+        return 1 if self.compare_tokens_only() else largest_mixture
+
+    def compare_tokens_only(self) -> bool:
+        """Whether every objective that has teachers compares sampled tokens only."""
+        return all(compares_tokens_only(o) for o in self.all() if needs_teachers(o))
+
     def check_domains(self, domains: Iterable[str]) -> None:
         """Every override names a domain that the data has; `ConfigError` otherwise."""
         domains = set(domains)

@@ -142,7 +142,8 @@ class _Walk:
         self.unsent: dict[Compute, tuple[Channel, int, Compute]] = {}
         self.activations = 0
         self.cached = request.scored_at_start() if self.is_last else 0
-        self.needed, self.releases = request.heads_needed(), request.releases()
+        self.states, self.releases = request.states_needed(), request.releases()
+        self.loss_heads, self.scoring_heads = request.heads_needed(), request.scoring_heads()
         slots = request.limits.resident_teachers
         self.slots = list(request.resident) + [""] * (slots - len(request.resident))
         self.head_slots = list(request.resident_heads) + [""] * (
@@ -238,6 +239,8 @@ class _Walk:
         if job.teacher not in self.slots:
             self.report(position, entry, f"teacher {job.teacher} is not loaded, the slots hold {self.slots}")
         if self.is_last:
+            if job in self.scoring_heads:
+                self.read_head(position, entry, job.teacher)
             self.unscored.discard((job.teacher, job.microbatch) if job.step == 0 else None)
             if self.p == 1:
                 self.hold_state(position, entry, 1)
@@ -249,13 +252,17 @@ class _Walk:
         limit = self.request.activation_limit()
         if self.activations > limit:
             self.report(position, entry, f"{self.activations} activations in flight, the limit is {limit}")
-        if self.is_last and entry.chunk == self.v - 1 and 0 <= entry.microbatch < len(self.needed):
+        if self.is_last and entry.chunk == self.v - 1 and 0 <= entry.microbatch < len(self.states):
             self.cached -= self.releases[entry.microbatch]
-            for teacher in self.needed[entry.microbatch]:
-                if teacher not in self.head_slots:
-                    self.report(position, entry, f"head of teacher {teacher} is not loaded")
+            for teacher in self.loss_heads[entry.microbatch]:
+                self.read_head(position, entry, teacher)
+            for teacher in self.states[entry.microbatch]:
                 if any(name == teacher and first <= entry.microbatch for name, first in self.unscored):
                     self.report(position, entry, f"teacher {teacher} has not scored this micro-batch yet")
+
+    def read_head(self, position: int, entry: Compute, teacher: str) -> None:
+        if teacher not in self.head_slots:
+            self.report(position, entry, f"head of teacher {teacher} is not loaded")
 
     def hold_state(self, position: int, entry: object, count: int) -> None:
         self.cached += count

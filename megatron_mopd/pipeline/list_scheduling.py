@@ -175,16 +175,30 @@ class Schedule:
             request.resident,
             request.next_teacher(),
         )
-        self.needed, self.releases = request.heads_needed(), request.releases()
-        self.head_loads, self.resident_heads = slot_loads(
-            list(self.needed), request.head_slots(), request.resident_heads
-        )
+        self.needed, self.releases = request.states_needed(), request.releases()
+        self._loss_heads, self._scoring_heads = request.heads_needed(), request.scoring_heads()
         self.last_job = [-1] * request.microbatches
         for number, job in enumerate(jobs):
             if job.step == 0:
                 self.last_job[job.microbatch] = number
         self.placed: list[list[Placed]] = [[] for _ in range(p)]
         _run(self)
+        # Heads are read by losses and by forwards that keep log-probs, in the order that has come out.
+        uses = [(item, heads) for item in self.placed[-1] if (heads := self._heads_read(item))]
+        self.head_uses = [(item.kind, item.index) for item, _ in uses]
+        """What reads a head on the last stage: (kind, index) in order; `SlotLoad.after` counts these."""
+        self.head_loads, self.resident_heads = slot_loads(
+            [heads for _, heads in uses], request.head_slots(), request.resident_heads, request.next_head()
+        )
+
+    def _heads_read(self, item: Placed) -> tuple[str, ...]:
+        """The teachers whose output heads a computation of the last stage reads."""
+        if item.kind == TEACHER:
+            job = self.jobs[item.index]
+            return (job.teacher,) if job in self._scoring_heads else ()
+        i, chunk = self.forward[item.index]
+        is_loss = item.kind == FORWARD and chunk == self.request.virtual_stages - 1
+        return self._loss_heads[i] if is_loss else ()
 
 
 def _run(schedule: Schedule) -> None:
@@ -216,11 +230,7 @@ def _run(schedule: Schedule) -> None:
     loads_after: dict[int, list] = {}
     for load in schedule.teacher_loads:
         loads_after.setdefault(load.after, []).append(load)
-    heads_after: dict[int, list] = {}
-    for load in schedule.head_loads:
-        heads_after.setdefault(load.after, []).append(load)
     job_loaded = [{load.before: inf for load in schedule.teacher_loads} for _ in range(p)]
-    head_loaded = {load.before: inf for load in schedule.head_loads}
 
     def start_teacher_loads(stage: int, after: int, now: float) -> None:
         for load in loads_after.get(after, ()):
@@ -228,16 +238,9 @@ def _run(schedule: Schedule) -> None:
             job_loaded[stage][load.before] = copy_at[stage]
             heapq.heappush(events, (copy_at[stage], stage))
 
-    def start_head_loads(after: int, now: float) -> None:
-        for load in heads_after.get(after, ()):
-            copy_at[last] = max(copy_at[last], now) + costs.head(load.teacher)
-            head_loaded[load.before] = copy_at[last]
-            heapq.heappush(events, (copy_at[last], last))
-
     for stage in range(p):
         start_teacher_loads(stage, -1, 0.0)
         heapq.heappush(events, (0.0, stage))
-    start_head_loads(-1, 0.0)
 
     teachers_first, strict = policy.teachers_first, policy.teachers_first and budget == inf
     serial = request.kind == "serial"
@@ -262,8 +265,6 @@ def _run(schedule: Schedule) -> None:
         if may_forward:
             i, chunk = forward[f]
             f_time = forward_in[stage][f]
-            if is_last and chunk == v - 1 and i in head_loaded:
-                f_time = max(f_time, head_loaded[i])
             if chunk == v - 1 and t <= schedule.last_job[i]:
                 f_time, urgent = inf, True
             elif (strict and t < n_jobs) or (serial and teachers_left):
@@ -318,7 +319,6 @@ def _run(schedule: Schedule) -> None:
                 backward_in[stage][backward_at[i, chunk]] = end
                 if schedule.needed[i]:
                     held[last] -= schedule.releases[i]
-                    start_head_loads(i, end)
                     heapq.heappush(events, (end, max(0, last - 1)))
         elif choice == BACKWARD:
             i, chunk = backward[b]

@@ -245,8 +245,6 @@ def _instruction_lists(schedule: Schedule) -> tuple[tuple[Instruction, ...], ...
     backward = [StudentBackward(i, c) for i, c in schedule.backward]
     teacher = [TeacherForward(job) for job in schedule.jobs]
     table: tuple[list[Compute], ...] = (forward, backward, teacher)
-    last_chunk = {unit: number for number, unit in enumerate(schedule.forward) if unit[1] == v - 1}
-    head_trigger = {i: number for (i, _), number in last_chunk.items()}
 
     cuts, _ = _optimizer_cuts(schedule)
     before: list[list[list[Instruction]]] = [[[] for _ in range(len(items) + 1)] for items in schedule.placed]
@@ -284,9 +282,11 @@ def _instruction_lists(schedule: Schedule) -> tuple[tuple[Instruction, ...], ...
         start += loads_after.get((TEACHER, -1), [])
         if stage == p - 1:
             for load in schedule.head_loads:
-                key = (FORWARD, head_trigger.get(load.after, -1))
-                loads_after.setdefault(key, []).append(LoadHead(load.teacher, load.slot))
-            start += loads_after.get((FORWARD, -1), [])
+                head = LoadHead(load.teacher, load.slot)
+                if load.after < 0:
+                    start.append(head)
+                else:
+                    loads_after.setdefault(schedule.head_uses[load.after], []).append(head)
         entries: list[Instruction] = start
         synchronized = request.kind != "serial" or not schedule.jobs
         for position, item in enumerate(items):

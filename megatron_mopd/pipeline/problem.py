@@ -56,6 +56,10 @@ class TeacherGroup:
     cut differently from the student's, `last_uses` says, for each of them, which student micro-batch is the
     last to need it; empty stands for the first. `scored` is how many, counted from the front, an earlier plan
     has already put in the cache. An empty group is allowed and costs nothing.
+
+    The teacher's output head is read by the loss of the student micro-batches `loss_heads` (None: of all that
+    need its results), and on the last stage by the forwards in `scoring_heads`, which keep log-probs of
+    sampled tokens instead of hidden states.
     """
 
     teacher: str
@@ -63,6 +67,8 @@ class TeacherGroup:
     step: int = 0
     scored: int = 0
     last_uses: tuple[int, ...] = ()
+    scoring_heads: tuple[int, ...] = ()
+    loss_heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.microbatches)) != len(self.microbatches):
@@ -82,10 +88,21 @@ class TeacherGroup:
                 f"teacher group {self.teacher!r}: last_uses={self.last_uses} does not match first uses "
                 f"{self.microbatches}"
             )
+        needed = self.needed_by()
+        for name, values, known in (
+            ("scoring_heads", self.scoring_heads, self.microbatches),
+            ("loss_heads", self.loss_heads or (), needed),
+        ):
+            if not set(values) <= set(known):
+                raise ValueError(f"teacher group {self.teacher!r}: {name}={values} is not among {known}")
 
     def uses(self) -> tuple[tuple[int, int], ...]:
         """(first, last) student micro-batch that needs each forward's result."""
         return tuple(zip(self.microbatches, self.last_uses or self.microbatches))
+
+    def needed_by(self) -> tuple[int, ...]:
+        """The student micro-batches that need some result, in order."""
+        return tuple(sorted({i for first, last in self.uses() for i in range(first, last + 1)}))
 
     def pending(self) -> tuple[TeacherJob, ...]:
         """The jobs still to be run."""
@@ -274,7 +291,8 @@ class PlanRequest:
         self._validate_limits()
 
     def _validate_limits(self) -> None:
-        limits, heads = self.limits, max(map(len, self.heads_needed()), default=0)
+        limits = self.limits
+        heads = max(1 if self.scoring_heads() else 0, *map(len, self.heads_needed()))
         needed = [
             ("activations", limits.activations, self.virtual_stages),
             ("resident_teachers", limits.resident_teachers, 1 if self.pending_jobs() else 0),
@@ -291,14 +309,31 @@ class PlanRequest:
             return self.limits.activations
         return one_f_one_b_activations(self.stages, self.virtual_stages)
 
+    def states_needed(self) -> tuple[tuple[str, ...], ...]:
+        """For each student micro-batch, the teachers whose cached results its loss needs."""
+        return self._by_microbatch({g.teacher: g.needed_by() for g in self.groups if g.step == 0})
+
     def heads_needed(self) -> tuple[tuple[str, ...], ...]:
-        """For each student micro-batch, the teachers whose head and cached states its loss needs."""
-        needed: list[list[str]] = [[] for _ in range(self.microbatches)]
-        for group in self.groups:
-            if group.step == 0:
-                for i in sorted({i for first, last in group.uses() for i in range(first, last + 1)}):
-                    needed[i].append(group.teacher)
-        return tuple(map(tuple, needed))
+        """For each student micro-batch, the teachers whose head its loss reads."""
+        return self._by_microbatch(
+            {
+                g.teacher: g.needed_by() if g.loss_heads is None else g.loss_heads
+                for g in self.groups
+                if g.step == 0
+            }
+        )
+
+    def _by_microbatch(self, of_teacher: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, ...], ...]:
+        return tuple(
+            tuple(teacher for teacher, numbers in of_teacher.items() if i in numbers)
+            for i in range(self.microbatches)
+        )
+
+    def scoring_heads(self) -> frozenset[TeacherJob]:
+        """The jobs that read their teacher's head on the last stage."""
+        return frozenset(
+            TeacherJob(g.teacher, first, g.step) for g in self.groups for first in g.scoring_heads
+        )
 
     def releases(self) -> tuple[int, ...]:
         """For each student micro-batch, how many cached states nobody needs any more after its loss."""
@@ -354,6 +389,11 @@ class PlanRequest:
         own = [group for group in self.groups if group.step == 0 and group.pending()]
         own.sort(key=lambda group: min(job.microbatch for job in group.pending()))
         return [job for group in own for job in group.pending()]
+
+    def next_head(self) -> str:
+        """The head that the next step's first teacher forward reads; "" when it reads none, or is unknown."""
+        teacher = self.next_teacher()
+        return teacher if any(g.teacher == teacher and g.scoring_heads for g in self.groups) else ""
 
     def smallest_cache(self) -> int:
         """The fewest cached states with which this step (without any look-ahead) can be completed."""

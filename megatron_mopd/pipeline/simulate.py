@@ -127,7 +127,8 @@ class _Machine:
         self.local: list[set] = [set() for _ in range(p)]
         self.events: list[Event] = []
         self.teacher_cost = [dict(plan.request.costs.teacher_forward) for plan in plans]
-        self.needed = [plan.request.heads_needed() for plan in plans]
+        self.loss_heads = [plan.request.heads_needed() for plan in plans]
+        self.scoring_heads = [plan.request.scoring_heads() for plan in plans]
         self.releases = [plan.request.releases() for plan in plans]
 
     def run(self) -> Simulation:
@@ -233,6 +234,8 @@ class _Machine:
         if kind is TeacherForward:
             teacher = entry.job.teacher
             start = max(start, self.loaded[stage].get(teacher, 0.0))
+            if is_last and entry.job in self.scoring_heads[number]:
+                start = max(start, self.heads.get(teacher, 0.0))
             end = start + self.teacher_cost[number][teacher][stage]
             if p == 1:
                 self.cache(stage, 1)
@@ -243,7 +246,7 @@ class _Machine:
             self.peak_activations[stage] = max(self.peak_activations[stage], self.activations[stage])
             end = start + costs.student_forward[entry.chunk * p + stage]
             if is_last and entry.chunk == last_chunk:
-                teachers = self.needed[number][entry.microbatch]
+                teachers = self.loss_heads[number][entry.microbatch]
                 arrival = max((self.heads.get(teacher, 0.0) for teacher in teachers), default=0.0)
                 start, end = max(start, arrival), max(start, arrival) + (end - start)
                 self.cache(stage, -self.releases[number][entry.microbatch])

@@ -11,10 +11,10 @@ of architectures, and the twelfth teacher costs what the second did.
     (head,) = bank.heads(["math"])      # the last stage's loss
 
 Slots. `make_resident` makes a teacher the current one; an arrival goes into the slot that is not current,
-unless the caller names one. Heads: as many slots as the largest mixture of one sample has teachers, plus one
-in which the next may arrive; so with one teacher a sample, one head is on the device besides the one
-arriving. Heads returned by `heads` stay until the next call. Everything is called from one thread, on all
-ranks of a stage in the same order: arrivals of `host_sharded` are collectives.
+unless the caller names one. Heads: as many slots as are read together (by a divergence of distributions,
+those of the largest mixture of one sample; where log-probs of sampled tokens are taken, one), plus one in
+which the next may arrive. Heads returned by `heads` stay until the next call. Everything is called from one
+thread, on all ranks of a stage in the same order: arrivals of `host_sharded` are collectives.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class TeacherBank:
         directory: str | Path = "teachers",
         max_mixture: int = 1,
     ):
-        """`directory`: where `mmap` keeps its files when `storage` names none; `max_mixture`: teachers of one
-        sample at most."""
+        """`directory`: where `mmap` keeps its files when `storage` names none; `max_mixture`: most heads
+        that `heads` is asked for (by a full-vocabulary divergence as many as a sample has teachers)."""
         storage = storage or TeacherStorageConfig()
         sources = list(sources)
         self._groups, self._storage = groups, storage

@@ -20,7 +20,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_mopd.backend.parallel import ParallelGroups, build_parallel_groups, destroy_parallel_groups
 from megatron_mopd.config import Config, DomainObjectives, ModelConfig
-from megatron_mopd.config.objectives import compares_tokens_only, needs_teachers
 from megatron_mopd.model.build import DTYPES, build_model
 from megatron_mopd.model.gpt import is_expert
 from megatron_mopd.model.norm import HeadsRMSNorm
@@ -143,7 +142,7 @@ def _teacher_bytes(
             payload[segment.name] += size
             staging[segment.name] = max(staging[segment.name], size)
     slots = min(2, len(teachers)) * max(s.body_bytes for s in skeletons.values())
-    heads = min(max_mixture + 1, len(teachers))
+    heads = min(DomainObjectives(config.objective).heads_at_once(max_mixture) + 1, len(teachers))
     if config.schedule.kind != "megatron":
         heads = max(heads, 2)  # a plan's head slots
     slots += heads * max(s.head_bytes for s in skeletons.values())
@@ -168,7 +167,7 @@ def _cache_bytes(
     width = max(source.model.transformer["hidden_size"] for source in teachers)
     itemsize = CACHE_DTYPES[storage.hidden_cache_dtype or config.params_dtype].itemsize
     per_token = width * itemsize
-    if _only_tokens(config):  # a log-prob instead of a state
+    if DomainObjectives(config.objective).compare_tokens_only():  # a log-prob instead of a state
         per_token = 8 if config.params_dtype == "float64" else 4
     per_sample = config.rollout.max_new_tokens * per_token * max_mixture // groups.cp_size
     if schedule.kind == "megatron" or schedule.max_tokens_per_micro_batch:
@@ -227,19 +226,13 @@ def _loss_bytes(
     chunk = min(config.objective.chunk_size, rows) * head.shape[0]
     logits, states = chunk * itemsize, 2 * student.transformer["hidden_size"]
     tiles = 0
-    if teachers and not _only_tokens(config):
+    if teachers and not DomainObjectives(config.objective).compare_tokens_only():
         # Teachers' logits are mixed in float32 at least.
         logits += chunk * (itemsize + (wide if max_mixture > 1 else 0))
         states += max(source.model.transformer["hidden_size"] for source in teachers) * max_mixture
         tiles = 8 * wide * min(chunk, TILE_ELEMENTS["cpu"])
     kept = head.numel() * wide + rows * states * itemsize
     return logits + kept + (tiles if config.device == "cpu" else 0)
-
-
-def _only_tokens(config: Config) -> bool:
-    """Whether every objective that has teachers compares sampled tokens only."""
-    objectives = [o for o in DomainObjectives(config.objective).all() if needs_teachers(o)]
-    return all(compares_tokens_only(objective) for objective in objectives)
 
 
 def _micro_batch_tokens(config: Config) -> int:

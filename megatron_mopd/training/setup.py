@@ -152,7 +152,7 @@ def _build(
             config.data.seq_length,
             config.teacher_storage,
             directory=run_directory(config) / "teachers",
-            max_mixture=routing.max_teachers,
+            max_mixture=DomainObjectives(config.objective).heads_at_once(routing.max_teachers),
         )
     wrapped = wrap_data_parallel(chunks, config, groups)
     optimizer, scheduler = build_optimizer(wrapped, config, groups)

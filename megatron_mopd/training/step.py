@@ -56,6 +56,7 @@ from megatron_mopd.training.nonfinite import (
 )
 from megatron_mopd.training.old_policy import proximal_logprobs
 from megatron_mopd.training.rewards import NO_REWARDS, PendingRewards
+from megatron_mopd.training.teacher_groups import teacher_group
 from megatron_mopd.training.teacher_metrics import cost_of_teachers, divergence_by_teacher, scoring_seconds
 from megatron_mopd.training.teacher_scores import TeacherScores
 from megatron_mopd.training.token_samples import TokenSamples
@@ -240,7 +241,7 @@ def plan_step(
         if any(selected):
             scored = cut(selected)
             teachers[name] = mine(scored)
-            uses.append(teacher_group(name, scored, student))
+            uses.append(teacher_group(name, scored, student, scores.keeps_log_probs))
             # Under context parallelism one rank may hold a whole response.
             largest = max(largest, *(scores.num_bytes(name, part) for share in scored for part in share))
     return StepBatch(
@@ -256,22 +257,6 @@ def plan_step(
         largest,
         findings=findings,
     )
-
-
-def teacher_group(
-    teacher: str, scored: list[list[list[Trajectory]]], student: list[list[list[Trajectory]]]
-) -> TeacherGroup:
-    """Which student micro-batches need each micro-batch of a teacher, on any data-parallel rank:
-    `[rank][micro-batch]` lists of trajectories, both cut from the same order.
-
-    First uses strictly increase: two micro-batches of a teacher hold more than one of the student's could.
-    """
-    uses: list[list[int]] = [[] for _ in scored[0]]
-    for mine, students in zip(scored, student):
-        place = {t.index: number for number, members in enumerate(students) for t in members}
-        for members, numbers in zip(mine, uses):
-            numbers += [place[t.index] for t in members]
-    return TeacherGroup(teacher, tuple(map(min, uses)), last_uses=tuple(map(max, uses)))
 
 
 def train_step(learner: Learner, batches: Sequence[StepBatch]) -> dict[str, float]:
@@ -309,10 +294,13 @@ def train_step(learner: Learner, batches: Sequence[StepBatch]) -> dict[str, floa
         batch.seconds["score"] = sum(seconds.values())
     else:
         names = list(batch.teachers)
+        scoring = {group.teacher for group in batch.groups if group.scoring_heads}
         for number, (name, micro_batches) in enumerate(batch.teachers.items()):
             teacher = learner.bank.make_resident(name)
             # After the last comes the first: the next step begins with it.
             learner.bank.prefetch(names[(number + 1) % len(names)])
+            if learner.groups.is_last_stage and name in scoring:
+                learner.bank.prefetch_head(name)
             begun = time.perf_counter()
             run_teacher(teacher, micro_batches, batch.shape, learner.groups, partial(batch.keep, name))
             seconds[name] = time.perf_counter() - begun

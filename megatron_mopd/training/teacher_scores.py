@@ -46,7 +46,7 @@ class TeacherScores:
         """
         rows = response_hidden(hidden, micro_batch, self._groups)
         counts, trajectories = micro_batch.loss_counts, micro_batch.trajectories
-        only = [self._keeps_log_probs(t) for t in trajectories]
+        only = [self.keeps_log_probs(t) for t in trajectories]
         if any(only):
             log_probs = self._log_probs(teacher, rows, micro_batch, only)
         for t, states, is_only, count in zip(trajectories, rows.split(counts), only, counts):
@@ -58,7 +58,8 @@ class TeacherScores:
             else:
                 self._cache.put(t.index, teacher, states)
 
-    def _keeps_log_probs(self, trajectory: Trajectory) -> bool:
+    def keeps_log_probs(self, trajectory: Trajectory) -> bool:
+        """Whether its teachers' forward passes read their heads and keep log-probs."""
         return compares_tokens_only(self._objectives.of(trajectory.domain))
 
     def _log_probs(self, teacher: str, rows: Tensor, micro_batch: MicroBatch, only: Sequence[bool]) -> Tensor:
@@ -92,5 +93,5 @@ class TeacherScores:
         state = self._bank.config(teacher).hidden_size * self._cache.itemsize(dtype)
         log_prob = 8 if dtype == "float64" else 4
         return sum(
-            len(t.response_ids) * (log_prob if self._keeps_log_probs(t) else state) for t in trajectories
+            len(t.response_ids) * (log_prob if self.keeps_log_probs(t) else state) for t in trajectories
         )

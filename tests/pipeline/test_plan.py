@@ -139,6 +139,57 @@ def test_a_micro_batch_with_three_teachers_gets_three_heads():
     assert simulate(plan).peak_cached_states[1] >= 7  # a and b score all three before c scores the first
 
 
+def scoring_request(kind, stages=4):
+    """Three teachers whose forwards keep log-probs of sampled tokens: no loss reads a head."""
+    plain = request(stages, counts={"a": 3, "b": 2, "c": 3}, ahead=False, kind=kind)
+    groups = tuple(replace(g, scoring_heads=g.microbatches, loss_heads=()) for g in plain.groups)
+    return replace(plain, groups=groups)
+
+
+@pytest.mark.parametrize("stages", [1, 4])
+@pytest.mark.parametrize("kind", ["bubble_fill", "back_to_back", "serial"])
+def test_a_head_that_scoring_reads_is_loaded_while_the_teacher_before_scores(kind, stages):
+    """And the first one again at the end, because the next step begins with it; none for the losses."""
+    plan = make_plan(scoring_request(kind, stages))
+    check_plan(plan)
+    entries = plan.stages[-1]
+    assert [e.teacher for e in entries if isinstance(e, LoadHead)] == ["a", "b", "c", "a"]
+    assert plan.resident_heads == ("c", "a")
+    order = [
+        e.teacher if isinstance(e, LoadHead) else e.job.teacher.upper()
+        for e in entries
+        if isinstance(e, LoadHead | TeacherForward)
+    ]
+    assert order == [*"abAAA", *"cBB", *"aCCC"]
+    again = make_plan(replace(plan.request, resident=plan.resident, resident_heads=plan.resident_heads))
+    assert [e.teacher for e in of_type(again, stages - 1, LoadHead)] == ["b", "c", "a"]
+    with pytest.raises(PlanError, match="teacher forward b .*head of teacher b is not loaded"):
+        check_plan(without(plan, stages - 1, lambda e: isinstance(e, LoadHead) and e.teacher == "b"))
+
+
+def test_forwards_wait_for_their_heads_in_the_simulation():
+    plain = scoring_request("back_to_back")
+    costs = replace(plain.costs, head_load=(("a", 100.0),))
+    assert simulate(make_plan(replace(plain, costs=costs))).total >= 100
+    without_heads = tuple(replace(g, scoring_heads=()) for g in plain.groups)
+    assert simulate(make_plan(replace(plain, costs=costs, groups=without_heads))).total < 100
+
+
+def test_heads_of_losses_and_of_forwards_share_their_slots():
+    """A teacher of both kinds of objective, and a micro-batch's loss that reads two heads of three."""
+    groups = (
+        TeacherGroup("a", (0, 1, 2), scoring_heads=(1,), loss_heads=(0, 2)),
+        TeacherGroup("b", (0, 1, 2), loss_heads=(2,)),
+        TeacherGroup("c", (0, 1, 2), scoring_heads=(0, 1, 2), loss_heads=()),
+    )
+    costs = CostModel.build(2, teacher_forward=dict.fromkeys("abc", 1.0))
+    planned = PlanRequest(2, 3, costs, groups=groups)
+    assert planned.heads_needed() == (("a",), (), ("a", "b")) and planned.head_slots() == 2
+    check_plan(make_plan(planned))
+    with pytest.raises(ValueError, match=r"scoring_heads=\(3,\) is not among \(0, 1, 2\)"):
+        TeacherGroup("a", (0, 1, 2), scoring_heads=(3,))
+
+
 @pytest.mark.parametrize("counts", [{}, {"empty": 0, "all": 5}])
 def test_no_teachers_and_empty_groups(counts):
     check_plan(make_plan(request(3, 5, counts)))

@@ -184,7 +184,12 @@ def requests(draw, stages=(1, 2, 3, 4, 5, 6)):
     for name in names:
         members = tuple(sorted(draw(st.sets(st.integers(0, m - 1)))))
         last_uses = tuple(min(m - 1, i + draw(st.integers(0, 2))) for i in members)
-        groups.append(TeacherGroup(name, members, 0, draw(st.integers(0, len(members))), last_uses))
+        group = TeacherGroup(name, members, 0, draw(st.integers(0, len(members))), last_uses)
+        if draw(st.booleans()):  # some forwards keep log-probs, and some losses read no head
+            scoring = tuple(i for i in members if draw(st.booleans()))
+            losses = tuple(i for i in group.needed_by() if draw(st.booleans()))
+            group = replace(group, scoring_heads=scoring, loss_heads=losses)
+        groups.append(group)
         groups.append(TeacherGroup(name, tuple(range(draw(st.integers(0, m)))), 1))
     activations = draw(st.sampled_from([None, v, v + 1, v + 3]))
     limits = Limits(activations, draw(st.integers(1, 3)))

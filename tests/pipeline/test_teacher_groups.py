@@ -43,6 +43,19 @@ def test_first_uses_increase_and_cover_every_sample(seed, max_tokens, dp_size):
                 assert not used_by or (first <= used_by[0] and used_by[-1] <= last)
 
 
+def test_heads_are_read_by_forwards_that_keep_log_probs_and_by_the_losses_of_the_others():
+    a, b, c, d = _models.batch(4)
+    scored, student = [[[a, b], [c, d]], [[c], []]], [[[a], [b, c], [d]], [[], [c], []]]
+
+    def group(*names):
+        return teacher_group("t", scored, student, lambda t: t in names)
+
+    assert (group().scoring_heads, group().loss_heads) == ((), (0, 1, 2))
+    assert (group(a).scoring_heads, group(a).loss_heads) == ((0,), (1, 2))
+    assert (group(a, c).scoring_heads, group(a, c).loss_heads) == ((0, 1), (1, 2))
+    assert (group(a, b, c, d).scoring_heads, group(a, b, c, d).loss_heads) == ((0, 1), ())
+
+
 def test_last_uses_must_match():
     with pytest.raises(ValueError, match="does not match first uses"):
         TeacherGroup("a", (0, 2), last_uses=(1, 1))

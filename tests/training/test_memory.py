@@ -10,7 +10,9 @@ import time
 import pytest
 
 from megatron_mopd.commands import estimate
-from megatron_mopd.config import config_from_dict
+from megatron_mopd.config import DomainObjectives, ModelConfig, config_from_dict
+from megatron_mopd.teachers.bank import TeacherSource
+from megatron_mopd.training.memory import estimate_rank, imagined_groups
 from tests import _runs
 from tests._agent import Agent
 
@@ -128,3 +130,22 @@ def test_components_of_a_large_world_shrink_as_the_layout_says(inputs):
     # 16 replicas of the optimizer's dense part, 8 of its experts.
     assert first.device["optimizer"] < first.device["gradients"] * 2 / 7
     assert first.host["teacher storage"] < first.device["student weights"] / 7
+
+
+def head_slots(config):
+    """Head slots of four teachers that are up to three for a sample, by the estimate."""
+    model = ModelConfig(vocab_size=64, transformer=DENSE, make_vocab_size_divisible_by=8)
+    teachers = [TeacherSource(f"t{number}", model, number) for number in range(4)]
+    with imagined_groups(config, 1, 0) as groups:
+        slots = estimate_rank(config, model, teachers, 3, groups).device["teacher slots"]
+        one = estimate_rank(config, model, teachers, 0, groups).device["teacher slots"]
+    head = 64 * 64 * 4
+    return (slots - one) // head + 2
+
+
+def test_log_probs_of_sampled_tokens_need_one_head_at_a_time(inputs):
+    """Whatever the mixture, and the run's bank is built with the same number."""
+    for kind, heads, slots in (("full_vocab_kl", 3, 4), ("sampled_token", 1, 2)):
+        config = configuration(inputs, DENSE, objective={"kind": kind, "temperature": 1.0})
+        assert DomainObjectives(config.objective).heads_at_once(3) == heads
+        assert in_a_process(head_slots, config) == slots

@@ -1,0 +1,41 @@
+"""What a plan is told of one teacher's micro-batches: who needs their results, and where its head is read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.pipeline.problem import TeacherGroup
+
+
+def teacher_group(
+    teacher: str,
+    scored: list[list[list[Trajectory]]],
+    student: list[list[list[Trajectory]]],
+    keeps_log_probs: Callable[[Trajectory], bool] = lambda _: False,
+) -> TeacherGroup:
+    """Which student micro-batches need each micro-batch of a teacher, on any data-parallel rank, and where
+    its output head is read: `[rank][micro-batch]` lists of trajectories, both cut from the same order.
+
+    Of a trajectory that `keeps_log_probs` the teacher's own forward reads the head, of the others the
+    student's loss. First uses strictly increase: two micro-batches of a teacher hold more than one of the
+    student's could.
+    """
+    uses: list[list[int]] = [[] for _ in scored[0]]
+    scoring = [False] * len(uses)
+    losses: set[int] = set()
+    for mine, students in zip(scored, student):
+        place = {t.index: number for number, members in enumerate(students) for t in members}
+        for number, members in enumerate(mine):
+            uses[number] += [place[t.index] for t in members]
+            scoring[number] |= any(map(keeps_log_probs, members))
+            losses |= {place[t.index] for t in members if not keeps_log_probs(t)}
+    firsts = tuple(map(min, uses))
+    return TeacherGroup(
+        teacher,
+        firsts,
+        last_uses=tuple(map(max, uses)),
+        scoring_heads=tuple(itertools.compress(firsts, scoring)),
+        loss_heads=tuple(sorted(losses)),
+    )
