@@ -3,7 +3,7 @@
     python benchmarks/teacher_scaling.py [--mode host mmap] [--steps 12]
     torchrun --nproc-per-node 2 benchmarks/teacher_scaling.py --mode host host_sharded mmap
     python benchmarks/teacher_scaling.py --slow-store       # load time hidden behind scoring time
-    python benchmarks/teacher_scaling.py --heads            # when output heads arrive, by recipe; counts only
+    torchrun --nproc-per-node 2 benchmarks/teacher_scaling.py --heads     # arrivals of output heads, 2 stages
 
 The same trajectories, in as many domains as the largest count, are scored by 1, 2, 4 or 12 teachers; the
 number of scored tokens does not change. Every data-parallel rank has one full micro-batch of each domain, so
@@ -106,11 +106,14 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def configuration(directory: str, mode: str, dtype: str | None, recipe: str = "deepseek_v4") -> Config:
+def configuration(
+    directory: str, mode: str, dtype: str | None, kind: str = "full_vocab_kl", stages: int = 1
+) -> Config:
     return config_from_dict(
         {
             "run_dir": directory,
-            "objective": {"kind": RECIPES[recipe]["objective"]["kind"]},
+            "objective": {"kind": kind},
+            "parallel": {"pipeline_model_parallel_size": stages},
             "schedule": {
                 "global_batch_size": DOMAINS * MICRO_BATCH * dist.get_world_size(),
                 "micro_batch_size": MICRO_BATCH,
@@ -179,42 +182,53 @@ def scaling(learners: dict[int, Learner], mode: str, options) -> None:
             print(f"{n:8d}  {step:9.1f}  {ratio:5.3f}  {sizes}  {loads:10.0f}  {share}", flush=True)
 
 
+class HeadCount:
+    """Watches a bank's output heads: who starts their arrival, and which of them nothing reads."""
+
+    def __init__(self, bank: TeacherBank):
+        self._begin, self._heads, self._reading = bank.store.begin, bank.heads, False
+        self.arrivals: list[tuple[str, bool]] = []
+        """(teacher, whether the computation that reads the head started the arrival)"""
+        self.read: set[int] = set()
+        """Places in `arrivals`."""
+        bank.store.begin, bank.heads = self._counted, self._watched
+
+    def _counted(self, key, destination):
+        if key[1] == HEAD:
+            self.arrivals.append((key[0], self._reading))
+        return self._begin(key, destination)
+
+    def _watched(self, names):
+        self._reading = True
+        result = self._heads(names)
+        self._reading = False
+        self.read |= {
+            max(i for i, (name, _) in enumerate(self.arrivals) if name == wanted) for wanted in names
+        }
+        return result
+
+
 def count_heads(directory: str, teachers: int, device: torch.device) -> None:
-    """Arrivals of output heads in three steps, after a first: those that a plan started ahead of their use,
-    those that the computation that reads the head had to start itself, and those that nothing read."""
-    print("recipe             ahead  by the reader  never read")
+    """Arrivals of output heads on the last stage in four steps: started ahead of their use, started by the
+    computation that reads the head (and waits), and of all these the ones that nothing reads."""
+    stages = dist.get_world_size()
+    is_last = dist.get_rank() == stages - 1
+    if is_last:
+        print("recipe             ahead  by the reader  never read", flush=True)
     groups = None
     for recipe in RECIPES:
-        config = configuration(directory, "host", None, recipe)
+        config = configuration(directory, "host", None, RECIPES[recipe]["objective"]["kind"], stages)
         groups = groups or build_parallel_groups(config.parallel, device, seed=1)
         item = learner(config, groups, teachers, Path(directory) / recipe)
-        arrivals, reading, read = [], [], []
-        begin, heads = item.bank.store.begin, item.bank.heads
-
-        def counted(key, destination, begin=begin, arrivals=arrivals, reading=reading):
-            if key[1] == HEAD:
-                arrivals.append((key[0], bool(reading)))
-            return begin(key, destination)
-
-        def reads(names, heads=heads, arrivals=arrivals, reading=reading, read=read):
-            reading.append(True)
-            result = heads(names)
-            reading.clear()
-            read += [max(i for i, (name, _) in enumerate(arrivals) if name == wanted) for wanted in names]
-            return result
-
-        item.bank.store.begin, item.bank.heads = counted, reads
+        count = HeadCount(item.bank)
         batches = deque(plan_step(item, trajectories(step)) for step in range(4))
-        first = None
         while batches:
             train_step(item, batches)
             batches.popleft()
-            first = len(arrivals) if first is None else first
-        late = sum(is_late for _, is_late in arrivals[first:])
-        # What has arrived for a step to come is not yet read.
-        unread = len(set(range(first, len(arrivals) - 1)) - set(read))
-        ahead = len(arrivals) - first - late
-        print(f"{recipe:17}  {ahead:5d}  {late:13d}  {unread:10d}", flush=True)
+        if is_last:
+            late = sum(by_reader for _, by_reader in count.arrivals)
+            unread = len(count.arrivals) - len(count.read)
+            print(f"{recipe:17}  {len(count.arrivals) - late:5d}  {late:13d}  {unread:10d}", flush=True)
 
 
 def slow_store(item: Learner) -> None:

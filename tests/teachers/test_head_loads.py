@@ -11,12 +11,17 @@ import pytest
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: F401  (before forking)
 
 from megatron_mopd.pipeline.instructions import LoadHead, TeacherForward
+from megatron_mopd.teachers.bank import TeacherSource
 from megatron_mopd.training.step import plan_step, train_step
 from tests import _models
 from tests._distributed import RankPool
 
+TEACHERS = [f"t{number}" for number in range(5)]
+DOMAINS = [f"d{number}" for number in range(6)]
+ROUTING = {domain: TEACHERS[number % 5] for number, domain in enumerate(DOMAINS)}
 SAMPLED = dict(kind="sampled_token")
-MIXED = dict(kind="full_vocab_kl", per_domain={"other": "sampled_token"})  # teacher c serves both kinds
+# t0 serves both kinds: d0 compares tokens, d5 whole vocabularies.
+MIXED = dict(kind="full_vocab_kl", per_domain=dict.fromkeys(("d0", "d2", "d3"), "sampled_token"))
 PP2 = dict(pipeline_model_parallel_size=2)
 
 
@@ -27,36 +32,47 @@ def pools():
 
 
 def loads(rank, parallel, objective, kind):
-    """(heads started ahead, heads started by the work that needs them, heads read) in three steps, and the
-    last plan's order of loads and teacher forwards on the last stage."""
+    """Heads started ahead, heads started by the work that needs them, how many of them nothing read, in three
+    steps of two micro-batches a domain; and the first plan's loads and forwards on the last stage."""
+    model = _models.model_config(_models.DENSE)
     learner = _models.make_learner(
         _models.DENSE,
         parallel,
         objective=objective,
+        sources=[TeacherSource(name, model, number) for number, name in enumerate(TEACHERS)],
+        routing=ROUTING,
         schedule=dict(micro_batch_size=2, kind=kind),
         rollout=dict(temperature=1.0),
     )
-    bank, ahead, late, read = learner.bank, [], [], []
-    start, prefetch, heads = bank._start_head, bank.prefetch_head, bank.heads
+    learner.domains = DOMAINS
+    bank, ahead, late, unread = learner.bank, [], [], 0
+    start, heads = bank._start_head, bank.heads
 
     def started(name, slot, keep):
+        nonlocal unread
         (late if reading else ahead).append(name)
+        unread += name in arrived  # it had been there, was not read, and had to give way
+        arrived.add(name)
         start(name, slot, keep)
 
     def reads(names):
         nonlocal reading
-        read.extend(names)
         reading = True
         try:
             return heads(names)
         finally:
             reading = False
+            arrived.difference_update(names)
 
-    reading = False
-    bank._start_head, bank.prefetch_head, bank.heads = started, prefetch, reads
+    reading, arrived = False, set()
+    bank._start_head, bank.heads = started, reads
     batches = deque()
     for step in range(3):
-        samples = [replace(t, logprobs=(-1.0,) * len(t.response_ids)) for t in _models.batch(12, seed=step)]
+        samples = [
+            _models.trajectory(t.index, list(t.prompt.token_ids), list(t.response_ids), DOMAINS[t.index % 6])
+            for t in _models.batch(24, seed=step)
+        ]
+        samples = [replace(t, logprobs=(-1.0,) * len(t.response_ids)) for t in samples]
         batches.append(plan_step(learner, samples))
     while batches:
         train_step(learner, batches)
@@ -69,28 +85,28 @@ def loads(rank, parallel, objective, kind):
             for e in entries
             if isinstance(e, LoadHead | TeacherForward)
         ]
-    return ahead, late, read, order
+    return ahead, late, unread + len(arrived), order
 
 
 @pytest.mark.parametrize("objective", [SAMPLED, MIXED], ids=["sampled", "mixed"])
 @pytest.mark.parametrize("parallel, kind", [({}, "bubble_fill"), (PP2, "bubble_fill"), (PP2, "serial")])
 def test_no_work_starts_the_arrival_of_the_head_it_reads(pools, parallel, kind, objective):
-    ahead, late, read, order = pools[2 if parallel else 1].run(loads, parallel, objective, kind)[-1]
+    ahead, late, unread, order = pools[2 if parallel else 1].run(loads, parallel, objective, kind)[-1]
     assert late == []
-    assert set(ahead) <= set(read), "no head arrives that nothing reads"
+    assert unread <= 1, "but for the one with which the next step would begin"
     if objective is SAMPLED:
-        # Three teachers share two slots: in every step each arrives once, but for what is still there.
-        assert len(ahead) <= 3 * 3 + 1
-        for name in dict.fromkeys(name for _, name in order):
-            first = order.index((TeacherForward, name))
-            assert (LoadHead, name) in order[:first]
+        # Five teachers share two slots: each arrives once a step, the next while the one before scores.
+        assert len(ahead) <= 3 * 5 + 1
+        for before, name in zip(TEACHERS, TEACHERS[1:]):
+            first, scoring = order.index((TeacherForward, name)), (TeacherForward, before)
+            assert (LoadHead, name) in order[:first] and scoring in order[order.index((LoadHead, name)) :]
 
 
 def test_with_megatron_cores_schedule_heads_arrive_while_their_teachers_score(pools):
-    ahead, late, read, _ = pools[1].run(loads, {}, SAMPLED, "megatron")[-1]
-    assert late == [] and set(ahead) == set(read)
+    ahead, late, unread, _ = pools[1].run(loads, {}, SAMPLED, "megatron")[-1]
+    assert late == [] and unread == 0 and set(ahead) == set(TEACHERS)
 
 
 def test_losses_that_read_whole_vocabularies_find_their_heads_too(pools):
-    ahead, late, read, _ = pools[2].run(loads, PP2, dict(kind="full_vocab_kl"), "bubble_fill")[-1]
-    assert late == [] and set(ahead) == set(read)
+    ahead, late, unread, _ = pools[2].run(loads, PP2, dict(kind="full_vocab_kl"), "bubble_fill")[-1]
+    assert late == [] and unread == 0 and set(ahead) == set(TEACHERS)
