@@ -143,7 +143,7 @@ class _Walk:
         self.activations = 0
         self.cached = request.scored_at_start() if self.is_last else 0
         self.states, self.releases = request.states_needed(), request.releases()
-        self.loss_heads, self.scoring_heads = request.heads_needed(), request.scoring_heads()
+        self.loss_heads, self.scoring_heads = request.heads_needed(), request.jobs_reading_heads()
         slots = request.limits.resident_teachers
         self.slots = list(request.resident) + [""] * (slots - len(request.resident))
         self.head_slots = list(request.resident_heads) + [""] * (

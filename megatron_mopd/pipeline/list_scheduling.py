@@ -176,7 +176,7 @@ class Schedule:
             request.next_teacher(),
         )
         self.needed, self.releases = request.states_needed(), request.releases()
-        self._loss_heads, self._scoring_heads = request.heads_needed(), request.scoring_heads()
+        self._loss_heads, self._scoring_heads = request.heads_needed(), request.jobs_reading_heads()
         self.last_job = [-1] * request.microbatches
         for number, job in enumerate(jobs):
             if job.step == 0:
@@ -196,9 +196,10 @@ class Schedule:
         if item.kind == TEACHER:
             job = self.jobs[item.index]
             return (job.teacher,) if job in self._scoring_heads else ()
-        i, chunk = self.forward[item.index]
-        is_loss = item.kind == FORWARD and chunk == self.request.virtual_stages - 1
-        return self._loss_heads[i] if is_loss else ()
+        if item.kind == FORWARD:
+            i, chunk = self.forward[item.index]
+            return self._loss_heads[i] if chunk == self.request.virtual_stages - 1 else ()
+        return ()
 
 
 def _run(schedule: Schedule) -> None:

@@ -292,7 +292,7 @@ class PlanRequest:
 
     def _validate_limits(self) -> None:
         limits = self.limits
-        heads = max(1 if self.scoring_heads() else 0, *map(len, self.heads_needed()))
+        heads = max(1 if self.jobs_reading_heads() else 0, *map(len, self.heads_needed()))
         needed = [
             ("activations", limits.activations, self.virtual_stages),
             ("resident_teachers", limits.resident_teachers, 1 if self.pending_jobs() else 0),
@@ -324,13 +324,14 @@ class PlanRequest:
         )
 
     def _by_microbatch(self, of_teacher: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, ...], ...]:
-        return tuple(
-            tuple(teacher for teacher, numbers in of_teacher.items() if i in numbers)
-            for i in range(self.microbatches)
-        )
+        found: list[list[str]] = [[] for _ in range(self.microbatches)]
+        for teacher, numbers in of_teacher.items():
+            for i in numbers:
+                found[i].append(teacher)
+        return tuple(map(tuple, found))
 
-    def scoring_heads(self) -> frozenset[TeacherJob]:
-        """The jobs that read their teacher's head on the last stage."""
+    def jobs_reading_heads(self) -> frozenset[TeacherJob]:
+        """The jobs that themselves read their teacher's head, on the last stage."""
         return frozenset(
             TeacherJob(g.teacher, first, g.step) for g in self.groups for first in g.scoring_heads
         )

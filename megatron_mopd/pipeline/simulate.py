@@ -128,7 +128,7 @@ class _Machine:
         self.events: list[Event] = []
         self.teacher_cost = [dict(plan.request.costs.teacher_forward) for plan in plans]
         self.loss_heads = [plan.request.heads_needed() for plan in plans]
-        self.scoring_heads = [plan.request.scoring_heads() for plan in plans]
+        self.scoring_heads = [plan.request.jobs_reading_heads() for plan in plans]
         self.releases = [plan.request.releases() for plan in plans]
 
     def run(self) -> Simulation:

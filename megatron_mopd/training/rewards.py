@@ -87,7 +87,7 @@ class Rewarder:
                 judged[place, :3] = torch.tensor(
                     [score.raw or 0.0, score.raw is not None, score.crashed], dtype=torch.float64
                 )
-        except Exception as error:
+        except BaseException as error:
             problem = error
             judged[:, 3] = 1.0
         dist.all_reduce(judged, group=self._group)
