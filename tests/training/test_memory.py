@@ -9,11 +9,12 @@ import time
 
 import pytest
 
+from megatron_mopd.backend.parallel import select_device
 from megatron_mopd.commands import estimate
-from megatron_mopd.config import DomainObjectives, ModelConfig, config_from_dict
+from megatron_mopd.config import DomainObjectives, config_from_dict
 from megatron_mopd.teachers.bank import TeacherSource
 from megatron_mopd.training.memory import estimate_rank, imagined_groups
-from tests import _runs
+from tests import _models, _runs
 from tests._agent import Agent
 
 DENSE = dict(
@@ -134,12 +135,13 @@ def test_components_of_a_large_world_shrink_as_the_layout_says(inputs):
 
 def head_slots(config):
     """Head slots of four teachers that are up to three for a sample, by the estimate."""
-    model = ModelConfig(vocab_size=64, transformer=DENSE, make_vocab_size_divisible_by=8)
+    select_device("cpu")
+    model = _models.model_config(_models.DENSE)
     teachers = [TeacherSource(f"t{number}", model, number) for number in range(4)]
     with imagined_groups(config, 1, 0) as groups:
         slots = estimate_rank(config, model, teachers, 3, groups).device["teacher slots"]
         one = estimate_rank(config, model, teachers, 0, groups).device["teacher slots"]
-    head = 64 * 64 * 4
+    head = 88 * 32 * 4  # padded vocabulary, width, float32
     return (slots - one) // head + 2
 
 
