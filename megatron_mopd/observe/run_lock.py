@@ -1,6 +1,6 @@
 """One run at a time in a run directory: a second start is refused, a dead one's lock is taken over.
 
-Rank 0 holds a POSIX lock on `run.lock`, which its kernel releases whatever way the process ends, and touches
+Rank 0 holds a POSIX lock on `run.lock`, which the kernel releases whatever way the process ends, and touches
 the file every few seconds. Where both starts are under one kernel, the lock decides at once. Locks of network
 file systems may be known to one host only, so a file that another host has written is also watched: as long
 as somebody touches it that run is alive, and after `SILENCE_SECONDS` without it is not. Times are those of
@@ -69,10 +69,9 @@ class RunLock(contextlib.AbstractContextManager):
         self._ended, self._lost = threading.Event(), False
         self._file = self._opened()
         try:
-            knows_all = self._lock()
-            before = self._read()
-            if before is not None and not (knows_all and before.boot == _boot()):
-                self._wait_for_silence(before)
+            while not self._is_free():  # a run that ended has just removed what was opened here
+                os.close(self._file)
+                self._file = self._opened()
             self._own = Holder(
                 socket.gethostname(), os.getpid(), _boot(), secrets.token_hex(8), self._file_system_time()
             )
@@ -98,8 +97,8 @@ class RunLock(contextlib.AbstractContextManager):
             return
         self._ended.set()
         with contextlib.suppress(OSError):
-            if not self._lost:
-                os.ftruncate(self._file, 0)
+            if not self._lost and self._is_in_place():
+                os.unlink(self._path)
         os.close(self._file)
 
     def __exit__(self, *exception) -> None:
@@ -111,6 +110,20 @@ class RunLock(contextlib.AbstractContextManager):
             return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             raise ConfigError(f"run_dir: cannot write {self._path}: {error.strerror}") from None
+
+    def _is_free(self) -> bool:
+        """Whether nobody holds the file that is open; `False` when another one has taken its place."""
+        knows_all = self._lock()
+        before = self._read()
+        if before is not None and not (knows_all and before.boot == _boot()):
+            self._wait_for_silence(before)
+        return self._is_in_place()
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file), os.stat(self._path, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
 
     def _lock(self) -> bool:
         """Take the POSIX lock; whether this file system has such locks.
@@ -146,8 +159,9 @@ class RunLock(contextlib.AbstractContextManager):
         deadline = time.monotonic() + left
         while time.monotonic() < deadline:
             time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
-            # Opened anew, because that is when a network file system asks its server.
-            if os.stat(self._path).st_mtime != last or self._read() != holder:
+            if not self._is_in_place():
+                return
+            if os.fstat(self._file).st_mtime != last or self._read() != holder:
                 self._refuse(self._read() or holder)
 
     def _beat(self) -> None:

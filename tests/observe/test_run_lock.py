@@ -62,7 +62,7 @@ def test_a_second_start_is_refused(tmp_path, hold):
 
 def test_a_killed_run_is_in_nobody_s_way(tmp_path, hold):
     """Not even when a helper that it had forked lives on."""
-    children = FORK.Queue()
+    children = FORK.SimpleQueue()  # whose `put` has written when it returns
 
     def fork():
         child = FORK.Process(target=time.sleep, args=(60,))
@@ -87,7 +87,22 @@ def test_an_ended_run_leaves_the_directory_free(tmp_path):
         lock = RunLock(tmp_path)
         lock.release()
         lock.release()
-    assert (tmp_path / LOCK_FILE).read_bytes() == b""
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_lock_that_goes_while_it_is_taken(tmp_path, monkeypatch):
+    """The run before removes its file between another's opening and locking it."""
+    (tmp_path / LOCK_FILE).write_text("")
+    lock = RunLock._lock
+
+    def remove_first(self):
+        monkeypatch.setattr(RunLock, "_lock", lock)
+        os.unlink(tmp_path / LOCK_FILE)
+        return lock(self)
+
+    monkeypatch.setattr(RunLock, "_lock", remove_first)
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["process"] == os.getpid()
 
 
 def test_a_lock_that_another_host_left(tmp_path, hold, monkeypatch, capsys):
