@@ -3,6 +3,6 @@ computes."""
 
 import warnings
 
-from tests import _distributed  # noqa: F401  (one intra-op thread before anything else touches torch)
+from tests import _distributed, _unwritten_memory  # noqa: F401  (one intra-op thread before anything else)
 
 warnings.filterwarnings("ignore")

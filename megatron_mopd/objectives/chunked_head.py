@@ -15,16 +15,25 @@ def chunks(tokens: int, chunk_size: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk_size, tokens))
 
 
+def without_gaps(matrix: Tensor) -> Tensor:
+    """The matrix [n, m] itself if its rows are adjacent, else a copy: what a caller's view skips may never
+    have been written, and products may read it (see `LogitsBuffer`)."""
+    if matrix.stride() == (matrix.shape[1], 1):
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)
+
+
 class LogitsBuffer:
     """One chunk's logits [chunk, valid columns] of any head, always in the same memory.
 
     Rows are V/tp wide even where fewer columns are real, so that a vocabulary of odd size leaves rows aligned
-    for the matrix product.
+    for the matrix product. What pads them stays zero: with AMX, a product of bfloat16 goes in pairs and reads
+    one element past a row of odd length, and what it multiplies by 0 must not be NaN.
     """
 
     def __init__(self, hidden: Tensor, chunk_size: int, shard: VocabShard):
-        rows = min(chunk_size, hidden.shape[0])
-        self._memory = torch.empty(rows, shard.columns, dtype=hidden.dtype, device=hidden.device)
+        rows, width = min(chunk_size, hidden.shape[0]), shard.columns + shard.columns % 2
+        self._memory = torch.zeros(rows, width, dtype=hidden.dtype, device=hidden.device)
         self._valid = shard.valid
 
     def fill(self, hidden: Tensor, weight: Tensor) -> Tensor:

@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_mopd.backend.autograd import graph_is_kept
-from megatron_mopd.objectives.chunked_head import HeadGradient, LogitsBuffer, chunks, largest_magnitude
+from megatron_mopd.objectives.chunked_head import (
+    HeadGradient,
+    LogitsBuffer,
+    chunks,
+    largest_magnitude,
+    without_gaps,
+)
 from megatron_mopd.objectives.definitions import check_temperature, statistics_dtype
 from megatron_mopd.objectives.torch_kernels import scaled_softmax_, softmax_statistics
 from megatron_mopd.objectives.validation import (
@@ -184,6 +190,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, request):
         shard, token_weight = request.shard, request.token_weight
+        hidden, weight = without_gaps(hidden), without_gaps(weight)
         gradient = HeadGradient(hidden, weight, shard, ctx.needs_input_grad[:2], request.reduce_hidden_grad)
         largest_weight = largest_magnitude(token_weight)
         buffer = LogitsBuffer(hidden, request.chunk_size, shard)
@@ -218,6 +225,7 @@ class _SampledTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, request):
         shard = request.shard
+        hidden, weight = without_gaps(hidden), without_gaps(weight)
         buffer = LogitsBuffer(hidden, request.chunk_size, shard)
         dtype = statistics_dtype(hidden.dtype)
         local = torch.zeros(3, hidden.shape[0], dtype=dtype, device=hidden.device)

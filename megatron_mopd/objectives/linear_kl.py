@@ -20,6 +20,7 @@ from megatron_mopd.objectives.chunked_head import (
     LogitsBuffer,
     chunks,
     largest_magnitude,
+    without_gaps,
 )
 from megatron_mopd.objectives.definitions import DivergenceSpec, statistics_dtype
 from megatron_mopd.objectives.diagnostics import DivergenceDiagnostics, DivergenceObserver
@@ -145,8 +146,8 @@ def linear_kl(
         shard=shard,
         spec=spec,
         teachers=TeacherMixture(
-            [hidden.detach() for hidden in teacher_hiddens],
-            [weight.detach() for weight in teacher_weights],
+            [without_gaps(hidden.detach()) for hidden in teacher_hiddens],
+            [without_gaps(weight.detach()) for weight in teacher_weights],
             mixture_weight,
             chunk_size,
             shard,
@@ -188,6 +189,7 @@ class _Request:
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, request):
+        hidden, weight = without_gaps(hidden), without_gaps(weight)
         gradient = HeadGradient(
             hidden, weight, request.shard, ctx.needs_input_grad[:2], request.reduce_hidden_grad
         )

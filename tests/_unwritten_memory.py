@@ -1,0 +1,64 @@
+"""Memory that was never written, made visible on any CPU: importing this module turns it on for the process
+and for all that are forked from it.
+
+- Fresh tensors hold NaN (integers their largest value) instead of what happens to lie there.
+- A matrix product fails where memory that it may read beside the rows of an operand is not finite. With AMX,
+  oneDNN multiplies bfloat16 in pairs and reads one element past a row of odd length, times 0: NaN if that
+  element is NaN. Other CPUs and dtypes read no further than the row, so only this check shows it there.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+_FACTORS = {
+    0: ("mm", "mm.out", "bmm", "bmm.out", "mv", "mv.out"),
+    1: ("addmm", "addmm_", "addmm.out", "baddbmm", "baddbmm_", "baddbmm.out", "addmv", "addmv_", "addmv.out")
+    + ("_addmm_activation", "_addmm_activation.out"),
+}
+"""Place of the first factor among the arguments -> operators of ATen to which every product comes down."""
+
+
+def beside_rows(matrix: Tensor) -> list[Tensor]:
+    """Views of what lies between the rows of a matrix [..., m, n] (of a transposed one: its columns), and of
+    the element after the last row if rows are of odd length; as far as it belongs to the same storage."""
+    if matrix.dim() < 2 or matrix.numel() == 0 or (matrix.size(-1) % 2 == 0 and matrix.is_contiguous()):
+        return []
+    if matrix.stride(-1) != 1:
+        matrix = matrix.transpose(-1, -2)
+    *outer, rows, length = matrix.shape
+    *strides, pitch, unit = matrix.stride()
+    if unit != 1 or (rows > 1 and pitch < length):  # the elements of a row are not adjacent, or rows overlap
+        return []
+    start, views = matrix.storage_offset() + length, []
+    if rows > 1 and pitch > length:
+        views.append(matrix.as_strided((*outer, rows - 1, pitch - length), (*strides, pitch, 1), start))
+    last = start + (rows - 1) * pitch + sum((n - 1) * stride for n, stride in zip(outer, strides))
+    if length % 2 and last < matrix.untyped_storage().nbytes() // matrix.element_size():
+        views.append(matrix.as_strided(tuple(outer), tuple(strides), start + (rows - 1) * pitch))
+    return views
+
+
+def _checked(name: str, first: int, product, keys, *arguments, **options):
+    for factor in arguments[first : first + 2]:
+        if not all(view.isfinite().all() for view in beside_rows(factor)):
+            raise AssertionError(
+                f"{name}: unwritten memory beside the rows of {list(factor.shape)} with strides "
+                f"{factor.stride()}: fill it, or multiply a contiguous matrix"
+            )
+    return product.call_boxed(keys, *arguments, **options)
+
+
+def _make_visible() -> torch.library.Library:
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    library = torch.library.Library("aten", "IMPL")
+    for first, names in _FACTORS.items():
+        for name in names:
+            product = torch.library.get_kernel(f"aten::{name}", "CPU")
+            library.impl(name, functools.partial(_checked, name, first, product), "CPU", with_keyset=True)
+    return library
+
+
+_library = _make_visible()  # what it registers is gone when it is
