@@ -48,9 +48,10 @@ class LogitsBuffer:
 class HeadGradient:
     """Gradients of one head, summed chunk by chunk: hidden [T, h] and weight [V/tp, h].
 
-    The weight gradient of bf16 and fp16 weights is summed in fp32: adding up chunks in bf16 would drop small
-    ones. With `reduce_hidden`, each chunk's hidden gradient [c, h] is summed over the tensor-parallel group
-    (the one collective that any vocab-parallel head needs) while the next products run.
+    Both count in a `unit` (a scalar), by which token weights are divided before they meet logits. The weight
+    gradient of bf16 and fp16 weights is summed in fp32: adding up chunks in bf16 would drop small ones. With
+    `reduce_hidden`, each chunk's hidden gradient [c, h] is summed over the tensor-parallel group (the one
+    collective that any vocab-parallel head needs) while the next products run.
     """
 
     def __init__(
@@ -60,30 +61,33 @@ class HeadGradient:
         shard: VocabShard,
         needs: tuple[bool, bool],
         reduce_hidden: bool,
+        unit: Tensor,
     ):
-        needs_hidden, needs_weight = needs
-        self._weight, self._shard, self._reduce_hidden = weight[: shard.valid], shard, reduce_hidden
+        self.needs_hidden, self.needs_weight = needs
+        self.unit, self._shard, self._reduce_hidden = unit, shard, reduce_hidden
+        self._weight = weight[: shard.valid]
         self._pending = []
         self.hidden = (
-            torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
+            torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs[0] else None
         )
-        self.weight = (
-            torch.zeros(weight.shape, dtype=statistics_dtype(weight.dtype), device=weight.device)
-            if needs_weight
-            else None
-        )
+        self.weight = None
+        """Allocated with the first chunk: a micro-batch without a response token takes none."""
 
     @property
     def needed(self) -> bool:
-        return self.hidden is not None or self.weight is not None
+        return self.needs_hidden or self.needs_weight
 
     def add(self, rows: slice, logits_grad: Tensor, hidden: Tensor) -> None:
         """Add the chunk `rows`: logits_grad [c, valid] and the chunk's hidden [c, h]."""
-        if self.hidden is not None:
-            torch.mm(logits_grad, self._weight, out=self.hidden[rows])
+        if self.needs_hidden:
+            self.hidden[rows].addmm_(logits_grad, self._weight)
             if self._reduce_hidden:
                 self._pending.append(self._shard.all_reduce_async(self.hidden[rows]))
-        if self.weight is not None:
+        if self.needs_weight:
+            if self.weight is None:
+                shape = (self._shard.columns, hidden.shape[1])
+                dtype = statistics_dtype(hidden.dtype)
+                self.weight = torch.zeros(shape, dtype=dtype, device=hidden.device)
             _add_product_(self.weight[: self._shard.valid], logits_grad.t(), hidden)
 
     def finish(self) -> "HeadGradient":
@@ -95,19 +99,19 @@ class HeadGradient:
         return self
 
     def deliver(
-        self, weight: Tensor, factor: Tensor, accumulate_into_main_grad: bool, keep: bool
+        self, weight: Tensor, loss_grad: Tensor | float, accumulate_into_main_grad: bool, keep: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What a backward returns for (hidden, weight), given the scalar factor still missing.
+        """What a backward returns for (hidden, weight), given the loss's own gradient, a scalar.
 
         Without `keep`, the sums themselves are scaled and given away: a copy of [T, h] would grow with T.
         """
-        hidden, total = self.hidden, self.weight
+        factor, hidden, total = loss_grad * self.unit, self.hidden, self.weight
         if not keep:
             self.hidden = self.weight = None  # autograd copies what somebody else still holds
         hidden_grad = weight_grad = None
-        if hidden is not None:
+        if self.needs_hidden:
             hidden_grad = _scaled(hidden, factor, hidden.dtype, keep)
-        if total is not None:
+        if self.needs_weight:
             weight_grad = _deliver_weight_grad(weight, total, factor, accumulate_into_main_grad, keep)
         return hidden_grad, weight_grad
 
@@ -142,7 +146,7 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, keep: bool) ->
 
 
 def _deliver_weight_grad(
-    weight: Tensor, gradient: Tensor, factor: Tensor, accumulate_into_main_grad: bool, keep: bool
+    weight: Tensor, gradient: Tensor | None, factor: Tensor, accumulate_into_main_grad: bool, keep: bool
 ) -> Tensor | None:
     """Hand factor * gradient to autograd, or add it to `weight.main_grad` as megatron-core's fused heads do.
 
@@ -150,11 +154,12 @@ def _deliver_weight_grad(
     megatron/core/tensor_parallel/layers.py: `grad_added_to_main_grad` tells DDP's hook that nothing is left
     to add, and a placeholder gradient makes the hook run. For a tied embedding megatron-core sets
     `zero_out_wgrad`: autograd then adds the embedding's own gradient to the placeholder, which must therefore
-    be zero.
+    be zero. `gradient` is None where nothing was added: that is a zero, and hooks run all the same.
     """
     if not accumulate_into_main_grad:
-        return _scaled(gradient, factor, weight.dtype, keep)
-    weight.main_grad.addcmul_(gradient, factor.view(1, 1))
+        return torch.zeros_like(weight) if gradient is None else _scaled(gradient, factor, weight.dtype, keep)
+    if gradient is not None:
+        weight.main_grad.addcmul_(gradient, factor.view(1, 1))
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True

@@ -21,6 +21,7 @@ from megatron_mopd.objectives.chunked_head import (
     without_gaps,
 )
 from megatron_mopd.objectives.definitions import check_temperature, statistics_dtype
+from megatron_mopd.objectives.micro_batch_head import SharedGradient, needed_gradients
 from megatron_mopd.objectives.torch_kernels import scaled_softmax_, softmax_statistics
 from megatron_mopd.objectives.validation import (
     check_chunk_size,
@@ -45,6 +46,7 @@ def linear_cross_entropy(
     reduce_hidden_grad: bool = True,
     accumulate_into_main_grad: bool = False,
     report: Report | None = None,
+    shared_gradient: SharedGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of next-token cross-entropies of a vocab-parallel head: loss = sum_t token_weight_t L_t.
 
@@ -67,7 +69,11 @@ def linear_cross_entropy(
         reduce_hidden_grad,
         accumulate_into_main_grad,
         report,
+        shared_gradient,
     )
+    if shared_gradient is not None:
+        with torch.no_grad():
+            return _loss_and_gradient(hidden, weight, request, shared_gradient)
     return _LinearCrossEntropy.apply(hidden, weight, request)
 
 
@@ -83,6 +89,7 @@ def sampled_token_logprobs(
     reduce_hidden_grad: bool = True,
     accumulate_into_main_grad: bool = False,
     report: Report | None = None,
+    shared_gradient: SharedGradient | None = None,
 ) -> Tensor:
     """Log-probabilities [T] of given tokens under a vocab-parallel head, differentiable in hidden and weight.
 
@@ -111,7 +118,10 @@ def sampled_token_logprobs(
         reduce_hidden_grad,
         accumulate_into_main_grad,
         report,
+        shared_gradient,
     )
+    if shared_gradient is not None:  # the two get their gradients from the micro-batch's head
+        hidden, weight = hidden.detach().requires_grad_(shared_gradient.needed), weight.detach()
     return _SampledTokenLogprobs.apply(hidden, weight, request)
 
 
@@ -128,6 +138,7 @@ class _Request:
     reduce_hidden_grad: bool
     accumulate_into_main_grad: bool
     report: Report | None
+    shared_gradient: SharedGradient | None
 
     @classmethod
     def checked(
@@ -143,6 +154,7 @@ class _Request:
         reduce_hidden_grad,
         accumulate_into_main_grad,
         report,
+        shared_gradient,
     ) -> "_Request":
         """Check the arguments on every rank of `group` together; raises ValueError on all or on none."""
 
@@ -163,8 +175,7 @@ class _Request:
                 "vocab_size": shard.total,
                 "chunk_size": chunk_size,
                 "temperature": temperature,
-                "hidden gradient needed": hidden.requires_grad and torch.is_grad_enabled(),
-                "weight gradient needed": weight.requires_grad and torch.is_grad_enabled(),
+                **needed_gradients(hidden, weight, shared_gradient),
                 "reduce_hidden_grad": reduce_hidden_grad,
             }
 
@@ -183,30 +194,23 @@ class _Request:
             reduce_hidden_grad,
             accumulate_into_main_grad,
             report,
+            shared_gradient,
         )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, request):
-        shard, token_weight = request.shard, request.token_weight
-        hidden, weight = without_gaps(hidden), without_gaps(weight)
-        gradient = HeadGradient(hidden, weight, shard, ctx.needs_input_grad[:2], request.reduce_hidden_grad)
-        largest_weight = largest_magnitude(token_weight)
-        buffer = LogitsBuffer(hidden, request.chunk_size, shard)
-        logprobs = torch.zeros_like(token_weight)
-        for rows in chunks(hidden.shape[0], request.chunk_size):
-            logits = buffer.fill(hidden[rows], weight)
-            normalizer, logprobs[rows] = _merge(shard, _local_statistics(logits, rows, request))
-            if gradient.needed:
-                scale = token_weight[rows] / largest_weight
-                _nll_gradient_(logits, rows, normalizer, logprobs[rows], scale, request)
-                gradient.add(rows, logits, hidden[rows])
-        gradient.finish()
-        _require_finite(hidden, weight, logprobs, request)
-        per_token = logprobs.neg_().masked_fill_(token_weight == 0, 0)
-        loss = torch.dot(token_weight, per_token)
-        ctx.gradient, ctx.largest_weight = gradient, largest_weight
+        gradient = HeadGradient(
+            hidden,
+            weight,
+            request.shard,
+            ctx.needs_input_grad[:2],
+            request.reduce_hidden_grad,
+            largest_magnitude(request.token_weight),
+        )
+        loss, per_token = _loss_and_gradient(hidden, weight, request, gradient)
+        ctx.gradient = gradient
         ctx.accumulate_into_main_grad = request.accumulate_into_main_grad
         ctx.save_for_backward(weight)
         ctx.mark_non_differentiable(per_token)
@@ -216,9 +220,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, loss_grad, _):
         (weight,) = ctx.saved_tensors
-        factor = loss_grad * ctx.largest_weight
         keep = graph_is_kept()
-        return *ctx.gradient.deliver(weight, factor, ctx.accumulate_into_main_grad, keep), None
+        return *ctx.gradient.deliver(weight, loss_grad, ctx.accumulate_into_main_grad, keep), None
+
+
+def _loss_and_gradient(
+    hidden: Tensor, weight: Tensor, request: _Request, gradient: HeadGradient | SharedGradient
+) -> tuple[Tensor, Tensor]:
+    """The cross-entropy's loss and per_token [T]; adds to `gradient`."""
+    shard, token_weight = request.shard, request.token_weight
+    hidden, weight = without_gaps(hidden), without_gaps(weight)
+    buffer = LogitsBuffer(hidden, request.chunk_size, shard)
+    logprobs = torch.zeros_like(token_weight)
+    for rows in chunks(hidden.shape[0], request.chunk_size):
+        logits = buffer.fill(hidden[rows], weight)
+        normalizer, logprobs[rows] = _merge(shard, _local_statistics(logits, rows, request))
+        if gradient.needed:
+            scale = token_weight[rows] / gradient.unit
+            _nll_gradient_(logits, rows, normalizer, logprobs[rows], scale, request)
+            gradient.add(rows, logits, hidden[rows])
+    gradient.finish()
+    _require_finite(hidden, weight, logprobs, request)
+    per_token = logprobs.neg_().masked_fill_(token_weight == 0, 0)
+    return torch.dot(token_weight, per_token), per_token
 
 
 class _SampledTokenLogprobs(torch.autograd.Function):
@@ -242,21 +266,29 @@ class _SampledTokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, logprobs_grad):
         hidden, weight, normalizer, logprobs = ctx.saved_tensors
-        request = ctx.request
-        gradient = HeadGradient(
-            hidden, weight, request.shard, ctx.needs_input_grad[:2], request.reduce_hidden_grad
-        )
+        request, shared = ctx.request, ctx.request.shared_gradient
         # A log-probability is a negated cross-entropy whose token weight has arrived only now.
         token_weight = -logprobs_grad.to(logprobs.dtype) * request.inverse_temperature
-        largest_weight = largest_magnitude(token_weight)
+        gradient = shared
+        if shared is None:
+            gradient = HeadGradient(
+                hidden,
+                weight,
+                request.shard,
+                ctx.needs_input_grad[:2],
+                request.reduce_hidden_grad,
+                largest_magnitude(token_weight),
+            )
         buffer = LogitsBuffer(hidden, request.chunk_size, request.shard)
         for rows in chunks(hidden.shape[0], request.chunk_size):
             logits = buffer.fill(hidden[rows], weight)
-            scale = token_weight[rows] / largest_weight
+            scale = token_weight[rows] / gradient.unit
             _nll_gradient_(logits, rows, normalizer[rows], logprobs[rows], scale, request)
             gradient.add(rows, logits, hidden[rows])
-        fused = request.accumulate_into_main_grad
-        return *gradient.finish().deliver(weight, largest_weight, fused, keep=False), None
+        gradient.finish()
+        if shared is not None:
+            return None, None, None
+        return *gradient.deliver(weight, 1.0, request.accumulate_into_main_grad, keep=False), None
 
 
 def _local_statistics(logits: Tensor, rows: slice, request: _Request) -> Tensor:

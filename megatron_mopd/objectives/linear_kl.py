@@ -26,6 +26,7 @@ from megatron_mopd.objectives.definitions import DivergenceSpec, statistics_dtyp
 from megatron_mopd.objectives.diagnostics import DivergenceDiagnostics, DivergenceObserver
 from megatron_mopd.objectives.divergence import complete_mean_score, merge_statistics
 from megatron_mopd.objectives.kernels import kernels_for
+from megatron_mopd.objectives.micro_batch_head import SharedGradient, needed_gradients
 from megatron_mopd.objectives.teacher_mixture import TeacherMixture, check_mixture
 from megatron_mopd.objectives.top_k import check_top_k, truncate
 from megatron_mopd.objectives.validation import (
@@ -58,6 +59,7 @@ def linear_kl(
     reduce_hidden_grad: bool = True,
     accumulate_into_main_grad: bool = False,
     report: Report | None = None,
+    shared_gradient: SharedGradient | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, DivergenceDiagnostics]:
     """Weighted sum of per-token divergences of two vocab-parallel heads: loss = sum_t token_weight_t L_t.
 
@@ -81,6 +83,8 @@ def linear_kl(
             megatron-core's gradient accumulation fusion) instead of returning it.
         report: is told of NaN or infinite logits, which then are no error; loss and gradients are what they
             come to. `token_weight` need not be finite either.
+        shared_gradient: these tokens' part of a `MicroBatchHead`, which takes the gradients of several losses
+            and decides about the two options before. Nothing that is returned is differentiable then.
 
     Returns:
         loss (a scalar) and per_token [T] (detached), in fp32, or fp64 for fp64 inputs; equal on every rank.
@@ -134,8 +138,7 @@ def linear_kl(
             "top_k": top_k or 0,
             "top_k_from": top_k_from,
             "diagnostics_top_k": diagnostics_top_k or 0,
-            "hidden gradient needed": student_hidden.requires_grad and torch.is_grad_enabled(),
-            "weight gradient needed": student_weight.requires_grad and torch.is_grad_enabled(),
+            **needed_gradients(student_hidden, student_weight, shared_gradient),
             "reduce_hidden_grad": reduce_hidden_grad,
         }
 
@@ -163,7 +166,13 @@ def linear_kl(
         accumulate_into_main_grad=accumulate_into_main_grad,
         report=report,
     )
-    loss, per_token, *observed = _LinearDivergence.apply(student_hidden, student_weight, request)
+    if shared_gradient is None:
+        loss, per_token, *observed = _LinearDivergence.apply(student_hidden, student_weight, request)
+    else:
+        with torch.no_grad():
+            loss, per_token, *observed = _loss_and_gradient(
+                student_hidden, student_weight, request, shared_gradient
+            )
     if diagnostics_top_k is None:
         return loss, per_token
     return loss, per_token, DivergenceDiagnostics(*observed)
@@ -189,30 +198,18 @@ class _Request:
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, request):
-        hidden, weight = without_gaps(hidden), without_gaps(weight)
         gradient = HeadGradient(
-            hidden, weight, request.shard, ctx.needs_input_grad[:2], request.reduce_hidden_grad
-        )
-        largest_weight = largest_magnitude(request.token_weight)
-        per_token, observer = _forward_chunks(hidden, weight, request, gradient, largest_weight)
-        gradient.finish()
-        request.shard.all_reduce(per_token)
-        per_token = request.teachers.complete(per_token)
-        require_finite(
+            hidden,
+            weight,
             request.shard,
-            per_token,
-            lambda token: {
-                "student": hidden[token] @ weight[: request.shard.valid].t(),
-                **request.teachers.token_logits(token),
-            },
-            request.spec.divergence,
-            request.report,
+            ctx.needs_input_grad[:2],
+            request.reduce_hidden_grad,
+            largest_magnitude(request.token_weight),
         )
-        loss = torch.dot(request.token_weight, per_token)
-        ctx.gradient, ctx.largest_weight = gradient, largest_weight
+        loss, per_token, *observed = _loss_and_gradient(hidden, weight, request, gradient)
+        ctx.gradient = gradient
         ctx.accumulate_into_main_grad = request.accumulate_into_main_grad
         ctx.save_for_backward(weight)
-        observed = () if observer is None else observer.result(request.shard)
         ctx.mark_non_differentiable(per_token, *observed)
         return loss, per_token, *observed
 
@@ -220,13 +217,35 @@ class _LinearDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, loss_grad, *_):
         (weight,) = ctx.saved_tensors
-        factor = loss_grad * ctx.largest_weight
         keep = graph_is_kept()
-        return *ctx.gradient.deliver(weight, factor, ctx.accumulate_into_main_grad, keep), None
+        return *ctx.gradient.deliver(weight, loss_grad, ctx.accumulate_into_main_grad, keep), None
+
+
+def _loss_and_gradient(
+    hidden: Tensor, weight: Tensor, request: _Request, gradient: HeadGradient | SharedGradient
+) -> tuple[Tensor, ...]:
+    """Loss, per_token [T] and what diagnostics observed; adds to `gradient`."""
+    hidden, weight = without_gaps(hidden), without_gaps(weight)
+    per_token, observer = _forward_chunks(hidden, weight, request, gradient)
+    gradient.finish()
+    request.shard.all_reduce(per_token)
+    per_token = request.teachers.complete(per_token)
+    require_finite(
+        request.shard,
+        per_token,
+        lambda token: {
+            "student": hidden[token] @ weight[: request.shard.valid].t(),
+            **request.teachers.token_logits(token),
+        },
+        request.spec.divergence,
+        request.report,
+    )
+    loss = torch.dot(request.token_weight, per_token)
+    return loss, per_token, *(() if observer is None else observer.result(request.shard))
 
 
 def _forward_chunks(
-    hidden: Tensor, weight: Tensor, request: _Request, gradient: HeadGradient, largest_weight: Tensor
+    hidden: Tensor, weight: Tensor, request: _Request, gradient: HeadGradient | SharedGradient
 ) -> tuple[Tensor, DivergenceObserver | None]:
     """All chunks: this rank's part of each token's divergence [T], and of diagnostics; fills `gradient`."""
     shard, spec, teachers = request.shard, request.spec, request.teachers
@@ -254,7 +273,7 @@ def _forward_chunks(
         scale = out = None
         if gradient.needed:
             moments = complete_mean_score(student, teacher, moments, shard, spec)
-            scale = request.token_weight[rows] / largest_weight * teachers.total_weight(rows)
+            scale = request.token_weight[rows] / gradient.unit * teachers.total_weight(rows)
             scale = scale * spec.inverse_temperature
             out = student
         per_token[rows] = kernels.divergence(student, teacher, moments, spec, scale, out)

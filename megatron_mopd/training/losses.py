@@ -29,8 +29,9 @@ from megatron_mopd.config.objectives import (
 )
 from megatron_mopd.data.batching import MicroBatch
 from megatron_mopd.objectives import sampled_token_logprobs
-from megatron_mopd.objectives.empty_loss import empty_loss
+from megatron_mopd.objectives.definitions import statistics_dtype
 from megatron_mopd.objectives.importance import drift_gate, importance_weights
+from megatron_mopd.objectives.micro_batch_head import MicroBatchHead, SharedGradient
 from megatron_mopd.objectives.vocab_shard import Report
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.hidden_cache import HiddenCache
@@ -92,13 +93,27 @@ class BatchLoss:
     def __call__(self, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         rows = response_hidden(hidden, micro_batch, self._groups)
         sums = torch.zeros(len(self._domain_ids), len(METRICS), 2, dtype=torch.float64, device=rows.device)
-        loss = empty_loss(rows, self._student.head_weight()) if rows.size(0) == 0 else None
+        head = MicroBatchHead(
+            rows,
+            self._student.head_weight(),
+            group=self._groups.tp,
+            vocab_size=self._head_arguments["vocab_size"],
+            reduce_hidden_grad=self._head_arguments["reduce_hidden_grad"],
+        )
+        states, total = rows.detach(), torch.zeros((), dtype=statistics_dtype(rows.dtype), device=rows.device)
         for objective, mixture, tokens in self._runs(micro_batch):
             part = self._run_loss(
-                objective, mixture, tokens, rows[tokens.rows], micro_batch.target_ids[tokens.rows], sums
+                objective,
+                mixture,
+                tokens,
+                states[tokens.rows],
+                head.part(tokens.rows),
+                micro_batch.target_ids[tokens.rows],
+                sums,
             )
             if part is not None:
-                loss = part if loss is None else loss + part
+                total = total + part
+        loss = head.loss(total)  # also of a micro-batch without a token, whose backward others wait for
         num_tokens = torch.tensor(rows.size(0), dtype=torch.int, device=rows.device)
         report = {"domain_sums": sums, "weighted_sum": loss.detach().double(), "tokens": num_tokens}
         return loss, num_tokens, report
@@ -132,12 +147,14 @@ class BatchLoss:
         mixture: Mixture,
         tokens: ResponseTokens,
         rows: Tensor,
+        gradient: SharedGradient,
         target_ids: Tensor,
         sums: Tensor,
     ) -> Tensor | None:
-        """The run's weighted loss, or `None` where this rank holds none of its tokens; adds to `sums`."""
-        statistics = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        like = torch.zeros((), dtype=statistics, device=rows.device)
+        """The run's weighted loss, or `None` where this rank holds none of its tokens; adds to `gradient` and
+        to `sums`."""
+        like = torch.zeros((), dtype=statistics_dtype(rows.dtype), device=rows.device)
+        head_arguments = self._head_arguments | {"shared_gradient": gradient}
         kinds, present = kinds_of(objective), rows.size(0) > 0
         weight = self._facts.token_weights
         base = tokens.mine(tokens.per_response([weight[t.index] for t in tokens.trajectories], like))
@@ -152,7 +169,7 @@ class BatchLoss:
                 target_ids,
                 base,
                 self._findings.report(tokens),
-                self._head_arguments,
+                head_arguments,
             )
             observe("ce", per_token)
             return loss
@@ -166,7 +183,7 @@ class BatchLoss:
             )
         policies = token_factor = policy_factor = None
         if needs_policy(objective):  # on every CP rank, also one without a row: it exchanges whole responses
-            policies = self._policies(objective, tokens, rows, target_ids, mixture, teachers, like)
+            policies = self._policies(objective, tokens, rows, gradient, target_ids, mixture, teachers, like)
             token_factor, policy_factor = self._correction(objective, tokens, policies, observe)
         if not present:
             return None
@@ -184,7 +201,7 @@ class BatchLoss:
                     teachers,
                     token_weight,
                     partial(self._findings.report, tokens),
-                    self._head_arguments,
+                    head_arguments,
                 )
                 if kind == objective.kind:
                     observe("kl", divergence)
@@ -201,7 +218,9 @@ class BatchLoss:
                     observe,
                 )
             loss = part if loss is None else loss + part
-        return loss
+        if loss.requires_grad:  # through the log-probs of a policy-gradient term, into the shared gradient
+            loss.backward()
+        return loss.detach()
 
     def _outcome_advantage(self, objective: ObjectiveConfig, index: int) -> float:
         if not needs_rewards(objective):  # does not wait for anybody's verifiers
@@ -217,6 +236,7 @@ class BatchLoss:
         objective: ObjectiveConfig,
         tokens: ResponseTokens,
         rows: Tensor,
+        gradient: SharedGradient,
         target_ids: Tensor,
         mixture: Mixture,
         teachers: Teachers,
@@ -225,23 +245,23 @@ class BatchLoss:
         """log-probs of the run's sampled tokens under every policy that the objective compares."""
         kinds = kinds_of(objective)
 
-        def logprobs(hidden: Tensor, head: Tensor, differentiable: bool, report: Report) -> Tensor:
-            with torch.set_grad_enabled(differentiable):
-                return sampled_token_logprobs(
-                    hidden,
-                    head,
-                    target_ids,
-                    temperature=self._rollout_temperature,
-                    report=report,
-                    **self._head_arguments,
-                )
+        def logprobs(hidden: Tensor, head: Tensor, report: Report, **options) -> Tensor:
+            return sampled_token_logprobs(
+                hidden,
+                head,
+                target_ids,
+                temperature=self._rollout_temperature,
+                report=report,
+                **self._head_arguments,
+                **options,
+            )
 
         nothing = torch.zeros(0, dtype=like.dtype, device=like.device)
         current = nothing
         if rows.size(0) > 0:
-            differentiable = any(kind in POLICY_KINDS for kind in kinds)
             report = self._findings.report(tokens)
-            current = logprobs(rows, self._student.head_weight(), differentiable, report)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and any(k in POLICY_KINDS for k in kinds)):
+                current = logprobs(rows, self._student.head_weight(), report, shared_gradient=gradient)
         whole = tokens.whole(current)
         behaviour = tokens.behaviour_logprobs(like)
         proximal = whole
@@ -257,7 +277,7 @@ class BatchLoss:
                 local = nothing
                 if rows.size(0) > 0 and teachers.hidden:
                     report = self._findings.report_of_teacher(tokens, name)
-                    local = logprobs(teachers.hidden[k], teachers.heads[k], False, report)
+                    local = logprobs(teachers.hidden[k], teachers.heads[k], report)
                 elif rows.size(0) > 0:
                     local = self._cached(tokens, name, self._cache.pop_log_probs)
                 teacher_logprobs.append(tokens.whole(local))

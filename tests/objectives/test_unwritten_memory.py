@@ -1,4 +1,4 @@
-"""Memory that nobody has written is NaN in every test (`tests/_unwritten_memory.py`), and no product reads it."""
+"""Memory that nobody has written is NaN in every test (`tests/_unwritten_memory.py`); no product reads it."""
 
 import pytest
 import torch
