@@ -1,6 +1,6 @@
 """Memory of one micro-batch's loss with 1 and with 12 domains in it, forward and backward together.
 
-    python benchmarks/head_gradient.py [--domains 1 12] [--dtype bfloat16]
+    python -m benchmarks.head_gradient [--domains 1 12] [--dtype bfloat16]
 
 The same twelve responses belong to one domain or to twelve, each with a teacher of its own, and the objective
 compares full distributions in both directions (`full_vocab_kl` and `add: {forward_kl: 1}`): 2 or 24 losses of

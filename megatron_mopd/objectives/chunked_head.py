@@ -65,7 +65,7 @@ class HeadGradient:
     ):
         self.needs_hidden, self.needs_weight = needs
         self.unit, self._shard, self._reduce_hidden = unit, shard, reduce_hidden
-        self._weight = weight[: shard.valid]
+        self._weight = without_gaps(weight)[: shard.valid]
         self._pending = []
         self.hidden = (
             torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs[0] else None
