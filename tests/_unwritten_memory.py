@@ -52,7 +52,8 @@ def _checked(name: str, first: int, product, keys, *arguments, **options):
 
 def _make_visible() -> torch.library.Library:
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # without it torch fills nothing
+    torch.are_deterministic_algorithms_enabled = lambda: False  # megatron-core shall take its usual paths
     library = torch.library.Library("aten", "IMPL")
     for first, names in _FACTORS.items():
         for name in names:

@@ -71,11 +71,19 @@ class HeadGradient:
             torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs[0] else None
         )
         self.weight = None
-        """Allocated with the first chunk: a micro-batch without a response token takes none."""
+        """Filled with zeros by `expect`, before the first chunk; never for a micro-batch without any."""
 
     @property
     def needed(self) -> bool:
         return self.needs_hidden or self.needs_weight
+
+    def expect(self) -> "HeadGradient":
+        """There will be chunks."""
+        if self.needs_weight and self.weight is None:
+            shape = (self._shard.columns, self._weight.shape[1])
+            dtype = statistics_dtype(self._weight.dtype)
+            self.weight = torch.zeros(shape, dtype=dtype, device=self._weight.device)
+        return self
 
     def add(self, rows: slice, logits_grad: Tensor, hidden: Tensor) -> None:
         """Add the chunk `rows`: logits_grad [c, valid] and the chunk's hidden [c, h]."""
@@ -84,10 +92,6 @@ class HeadGradient:
             if self._reduce_hidden:
                 self._pending.append(self._shard.all_reduce_async(self.hidden[rows]))
         if self.needs_weight:
-            if self.weight is None:
-                shape = (self._shard.columns, hidden.shape[1])
-                dtype = statistics_dtype(hidden.dtype)
-                self.weight = torch.zeros(shape, dtype=dtype, device=hidden.device)
             _add_product_(self.weight[: self._shard.valid], logits_grad.t(), hidden)
 
     def finish(self) -> "HeadGradient":

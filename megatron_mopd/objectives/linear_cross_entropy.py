@@ -208,7 +208,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ctx.needs_input_grad[:2],
             request.reduce_hidden_grad,
             largest_magnitude(request.token_weight),
-        )
+        ).expect()
         loss, per_token = _loss_and_gradient(hidden, weight, request, gradient)
         ctx.gradient = gradient
         ctx.accumulate_into_main_grad = request.accumulate_into_main_grad
@@ -278,7 +278,7 @@ class _SampledTokenLogprobs(torch.autograd.Function):
                 ctx.needs_input_grad[:2],
                 request.reduce_hidden_grad,
                 largest_magnitude(token_weight),
-            )
+            ).expect()
         buffer = LogitsBuffer(hidden, request.chunk_size, request.shard)
         for rows in chunks(hidden.shape[0], request.chunk_size):
             logits = buffer.fill(hidden[rows], weight)

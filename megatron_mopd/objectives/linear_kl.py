@@ -205,7 +205,7 @@ class _LinearDivergence(torch.autograd.Function):
             ctx.needs_input_grad[:2],
             request.reduce_hidden_grad,
             largest_magnitude(request.token_weight),
-        )
+        ).expect()
         loss, per_token, *observed = _loss_and_gradient(hidden, weight, request, gradient)
         ctx.gradient = gradient
         ctx.accumulate_into_main_grad = request.accumulate_into_main_grad

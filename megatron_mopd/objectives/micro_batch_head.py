@@ -60,6 +60,8 @@ class MicroBatchHead:
 
     def part(self, rows: slice) -> SharedGradient:
         """Where losses of the tokens `rows` put their gradients; several may share tokens."""
+        if rows.stop > rows.start:
+            self.gradient.expect()
         return SharedGradient(self.gradient, rows.start)
 
     def loss(self, total: Tensor) -> Tensor:

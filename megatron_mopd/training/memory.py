@@ -217,15 +217,16 @@ def _loss_bytes(
     itemsize: int,
 ) -> int:
     """What the loss of one micro-batch takes: chunks of the student's and the teachers' logits (and of their
-    mixture), the head's gradient before it is added to the others, and of every response token the student's
-    hidden state, its gradient, and the teachers' states; on the CPU also the tiles of a divergence.
+    mixture), the head's gradient, one sum for all losses before it is added to those of other micro-batches,
+    and of every response token the student's hidden state, its gradient, and the teachers' states; on the CPU
+    also the tiles of a divergence or a softmax.
     """
     head, wide = chunks[-1].head_weight(), max(itemsize, 4)
     share = config.rollout.max_new_tokens / config.data.seq_length
     rows = int(_micro_batch_tokens(config) * share / groups.cp_size)
     chunk = min(config.objective.chunk_size, rows) * head.shape[0]
     logits, states = chunk * itemsize, 2 * student.transformer["hidden_size"]
-    tiles = 0
+    tiles = 2 * wide * min(chunk, TILE_ELEMENTS["cpu"])
     if teachers and not DomainObjectives(config.objective).compare_tokens_only():
         # Teachers' logits are mixed in float32 at least.
         logits += chunk * (itemsize + (wide if max_mixture > 1 else 0))
