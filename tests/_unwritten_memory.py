@@ -42,7 +42,9 @@ def beside_rows(matrix: Tensor) -> list[Tensor]:
 
 def _checked(name: str, first: int, product, keys, *arguments, **options):
     for factor in arguments[first : first + 2]:
-        if not all(view.isfinite().all() for view in beside_rows(factor)):
+        beside = beside_rows(factor)
+        # A factor that is not finite itself, as of a model with a damaged weight, hides nothing.
+        if not all(view.isfinite().all() for view in beside) and factor.isfinite().all():
             raise AssertionError(
                 f"{name}: unwritten memory beside the rows of {list(factor.shape)} with strides "
                 f"{factor.stride()}: fill it, or multiply a contiguous matrix"
