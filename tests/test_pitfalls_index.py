@@ -124,6 +124,14 @@ GUARDS = {
         "rollout/test_decoding_mode.py::test_switched_off_everywhere_and_restored_after_an_exception",
         "rollout/test_decoding_mode.py::test_a_failing_rollout_leaves_a_model_that_trains",
     ),
+    # Checkpoints
+    "A tied checkpoint whose own head differs from the embedding, replaced by it": (
+        "model/test_weight_files.py::test_a_tied_model_s_own_head_is_kept",
+    ),
+    "Two sets of weights in one directory, or a tensor in two shards: one of them taken silently": (
+        "model/test_weight_files.py::test_a_single_file_that_differs_from_the_shards_beside_it",
+        "model/test_weight_files.py::test_a_tensor_that_differs_in_two_shards",
+    ),
     # Operation
     "A verifier that gives every answer the same reward": (
         "training/test_alarms.py::test_rewards_that_are_all_the_same",

@@ -31,12 +31,12 @@ from megatron_mopd.backend.whole_files import write_whole
 from megatron_mopd.config import ConfigError, ModelConfig, model_config_from_dict, to_dict
 from megatron_mopd.data.tokenizer import load_tokenizer
 from megatron_mopd.model.checksums import verify_checksums, write_checksums
-from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint, is_hugging_face, read_config
+from megatron_mopd.model.directory_kinds import DESCRIPTION, TRACKER, not_a_checkpoint
+from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint, is_hugging_face, read_model
 from megatron_mopd.model.initialize import sharded_tensors
 from megatron_mopd.model.pickled_files import Checked, refuse_code
 
-TRACKER = "latest_checkpointed_iteration.txt"
-MODEL_FILE = "model.json"
+MODEL_FILE = DESCRIPTION
 TOKENIZER_DIRECTORY = "tokenizer"
 HUGGING_FACE_DIRECTORY = "hugging_face"
 _EXTRA_STATE = re.compile(r"_extra_state\d*$")
@@ -58,11 +58,9 @@ def find_checkpoint(path: str | Path, where: str) -> Path:
             return path
     except ValueError as error:  # a link out of the directory, or a name with a NUL byte
         raise ConfigError(f"{where}: {error}") from None
-    if not path.is_dir():
-        raise ConfigError(f"{where}: checkpoint directory not found: {path}")
     newest = latest_iteration(path)
     if newest is None:
-        raise ConfigError(f"{where}: no complete checkpoint (no {TRACKER}) in {path}")
+        raise not_a_checkpoint(path, where)
     return iteration_directory(path, newest)
 
 
@@ -105,8 +103,7 @@ def read_architecture(checkpoint: Path, where: str) -> ModelConfig:
     """Architecture of a checkpoint (ours or Hugging Face's); `ConfigError` when damaged or not supported."""
     if (checkpoint / MODEL_FILE).exists():
         return model_config_from_dict(_description(checkpoint, where)["model"], where)
-    family, config = read_config(checkpoint, where)
-    return family.model_config(config, where)
+    return read_model(checkpoint, where)
 
 
 def tokenizer_directory(checkpoint: Path) -> Path:

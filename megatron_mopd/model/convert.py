@@ -36,9 +36,10 @@ from megatron_mopd.model.companions import (
     write_untrained,
 )
 from megatron_mopd.model.families import Weight, matching_family
-from megatron_mopd.model.hugging_face import CONFIG, INDEX, SINGLE_FILE, HuggingFaceCheckpoint
+from megatron_mopd.model.hugging_face import CONFIG, HuggingFaceCheckpoint
 from megatron_mopd.model.safetensors_files import FilePlan, FileWriter, TensorInfo
 from megatron_mopd.model.streamed_checkpoint import Chunk, ChunkReader, share_of, write_chunks
+from megatron_mopd.model.weight_files import INDEX, SINGLE_FILE
 from megatron_mopd.model.weight_source import Companions, WeightSource
 from megatron_mopd.observe.progress import phase, progress
 

@@ -5,24 +5,24 @@ Only safetensors are read, and no code of the directory is ever executed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from megatron_mopd.backend.model_files import bare_name, read_mapping, real_path
+from megatron_mopd.backend.model_files import read_mapping, real_path
 from megatron_mopd.config import ConfigError, ModelConfig
+from megatron_mopd.model.directory_kinds import not_a_model, refuse_adapter
 from megatron_mopd.model.families import Family, Weight, family_named
-from megatron_mopd.model.safetensors_files import SliceReader, TensorInfo, read_header
+from megatron_mopd.model.safetensors_files import SliceReader, TensorInfo
 from megatron_mopd.model.travelling_files import travelling_files
+from megatron_mopd.model.weight_files import WeightFiles, has_weights, open_weights
 from megatron_mopd.model.weight_source import Companions, WeightSource
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def is_hugging_face(path: str | Path) -> bool:
@@ -40,10 +40,13 @@ def is_hugging_face(path: str | Path) -> bool:
 def read_config(path: Path, where: str) -> tuple[Family, PretrainedConfig]:
     """Family and configuration of a directory; `ConfigError` (prefix `where`) for one that is not
     supported."""
+    if not path.is_dir():
+        raise not_a_model(path, where)
     try:
         raw = read_mapping(path, CONFIG, where)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{where}: {path / CONFIG} is not readable: {error}") from None
+    except FileNotFoundError:
+        raise not_a_model(path, where) from None
+    refuse_adapter(path, where)
     model_type = raw.get("model_type")
     travelling_files(path, where)  # whoever reads a tokenizer or a template next finds regular files
     family = family_named(model_type if isinstance(model_type, str) else repr(model_type)[:80], where)
@@ -54,6 +57,28 @@ def read_config(path: Path, where: str) -> tuple[Family, PretrainedConfig]:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{where}: {path / CONFIG}: {first_line}") from None
     return family, config
+
+
+def read_model(path: Path, where: str) -> ModelConfig:
+    """Architecture of a directory, as its configuration and its weights say together.
+
+    Where the configuration ties the output head to the embedding and the files hold another head, it is not
+    tied: transformers keeps the head as well. Only descriptions are read, and the two tensors in that case;
+    a directory without weights is what its configuration says. `ConfigError` (prefix `where`).
+    """
+    family, config = read_config(path, where)
+    model = family.model_config(config, where)
+    if model.share_embeddings_and_output_weights and has_weights(path):
+        model = _untied(model, open_weights(path, where))
+    return model
+
+
+def _untied(model: ModelConfig, files: WeightFiles) -> ModelConfig:
+    """The model with a head of its own if its files hold one that differs from the embedding."""
+    both = {_EMBEDDING, _HEAD} <= files.tensors.keys()
+    if not model.share_embeddings_and_output_weights or not both or files.are_equal(_EMBEDDING, _HEAD):
+        return model
+    return replace(model, share_embeddings_and_output_weights=False)
 
 
 @dataclass
@@ -67,6 +92,8 @@ class HuggingFaceCheckpoint(WeightSource):
     companions: Companions
     tensors: dict[str, TensorInfo]
     """Every tensor of the files, by name, in the order of the files."""
+    _names: dict[str, str]
+    """The family's name of every tensor -> its name in the files."""
     _reader: SliceReader
 
     @classmethod
@@ -74,87 +101,85 @@ class HuggingFaceCheckpoint(WeightSource):
         """Read configuration and headers, and check them against the family's table. No collectives.
 
         Raises `ConfigError` (prefix `where`): unsupported architecture, missing or truncated file, pickled
-        weights, unexpected or missing tensor, unexpected shape.
+        weights, unexpected or missing tensor, unexpected shape, a tensor that is there twice with two values.
         """
         path = Path(path)
         family, config = read_config(path, where)
-        model = family.model_config(config, where)
-        headers, tensors = {}, {}
-        files, promised = _weight_files(path, where)
-        for file in files:
-            headers[file], infos = read_header(path / file, where)
-            if twice := next(iter(tensors.keys() & infos.keys()), None):
-                raise ConfigError(
-                    f"{where}: tensor {twice} is in {path / tensors[twice].file} and in {path / file}; which "
-                    "one counts is not said: remove one of them"
-                )
-            tensors |= infos
+        files = open_weights(path, where)
+        tensors = files.tensors
+        configured = family.model_config(config, where)
+        model = _untied(configured, files)
         weights = family.weights(model)
-        expected = {
-            name: shape
-            for weight in weights
-            for name, shape in zip(weight.hugging_face, weight.rule.shapes, strict=True)
-        }
+        names = _names_in_files(family, model, tensors)
+        expected = _expected(weights, names)
         aliases = {}
-        if model.share_embeddings_and_output_weights and "lm_head.weight" in tensors:
-            aliases["lm_head.weight"] = "model.embed_tokens.weight"
-            expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+        if model.share_embeddings_and_output_weights and {_EMBEDDING, _HEAD} <= tensors.keys():
+            aliases[_HEAD] = _EMBEDDING
+            expected[_HEAD] = expected[_EMBEDDING]
         untrained = {
             name: info
             for name, info in tensors.items()
             if name not in expected and _is_untrained(name, model)
         }
-        _check_index(path, promised, tensors, where)
         _check_tensors(path, expected, tensors, untrained, where)
         reader = SliceReader(path)
-        companions = Companions(path, headers, aliases, untrained, reader)
-        return cls(path, family, model, weights, companions, tensors, reader)
+        companions = Companions(path, files.headers, aliases, untrained, reader)
+        if model != configured:  # programs that tie by the configuration alone would lose the head
+            companions.config = read_mapping(path, CONFIG, where) | {"tie_word_embeddings": False}
+        return cls(path, family, model, weights, companions, tensors, names, reader)
 
     def tokenizer_directory(self) -> Path:
         return self.path
 
     def dtype(self, weight: Weight) -> torch.dtype:
-        dtypes = [self.tensors[name].dtype for name in weight.hugging_face]
+        names = (weight.fused,) if weight.fused in self._names else weight.hugging_face
+        dtypes = [self.tensors[self._names[name]].dtype for name in names]
         result = dtypes[0]
         for dtype in dtypes[1:]:
             result = torch.promote_types(result, dtype)
         return result
 
     def slice_of(self, weight: Weight, start: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+        if weight.fused in self._names:
+            index = (weight.offsets[-1], *(slice(s, s + n) for s, n in zip(start, size)))
+            return self._read(weight.fused, index)
         result = torch.empty(size, dtype=self.dtype(weight))
         columns = tuple(slice(s, s + n) for s, n in zip(start[1:], size[1:]))
         for tensor, source, target, rows in weight.rule.pieces():
             first, last = max(target, start[0]), min(target + rows, start[0] + size[0])
             if first < last:
                 index = (slice(source + first - target, source + last - target), *columns)
-                name = weight.hugging_face[tensor]
-                part = self._reader.read(self.tensors[name].file, name, index)
+                part = self._read(weight.hugging_face[tensor], index)
                 result[first - start[0] : last - start[0]] = part
         return result
 
+    def _read(self, name: str, index: tuple[int | slice, ...]) -> Tensor:
+        name = self._names[name]
+        return self._reader.read(self.tensors[name].file, name, index)
 
-def _weight_files(path: Path, where: str) -> tuple[list[str], dict[str, str]]:
-    """Names of the weight files, in order, and what the index says of each tensor's file. Opens only the
-    index.
-    """
-    if (path / INDEX).exists():
-        what = f"{where}: {path / INDEX}"
-        promised = read_mapping(path, INDEX, where).get("weight_map")
-        if type(promised) is not dict:
-            raise ConfigError(f"{what} is not readable: it has no mapping 'weight_map'")
-        for file in promised.values():
-            if not bare_name(file, what).endswith(".safetensors"):
-                raise ConfigError(f"{what} names {file[:80]!r}, which is not a safetensors file")
-        return sorted(set(promised.values())), promised
-    if (path / SINGLE_FILE).exists():
-        return [SINGLE_FILE], {}
-    pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
-    if pickled:
-        raise ConfigError(
-            f"{where}: {path / pickled[0]} holds pickled weights, which can execute code when read; "
-            "only safetensors are accepted: save the model again with safetensors"
-        )
-    raise ConfigError(f"{where}: no weights ({SINGLE_FILE} or {INDEX}) in {path}")
+
+def _names_in_files(family: Family, model: ModelConfig, tensors: dict[str, TensorInfo]) -> dict[str, str]:
+    """The family's name of each tensor -> its name in the files, which may be another that transformers reads
+    as well."""
+    names = {name: name for name in tensors}
+    for theirs, ours in family.other_names:
+        for name in tensors:
+            names.setdefault(name.replace(theirs, ours), name)
+    if model.share_embeddings_and_output_weights and _HEAD in tensors:
+        names.setdefault(_EMBEDDING, _HEAD)  # of two tied tensors the files need to have only one
+    return names
+
+
+def _expected(weights: list[Weight], names: dict[str, str]) -> dict[str, tuple[int, ...]]:
+    """Name in the files -> shape of every tensor of a model; one that is missing has the family's name."""
+    expected = {}
+    for weight in weights:
+        if weight.fused in names:
+            expected[names[weight.fused]] = (weight.axes[-1], *weight.shape)
+            continue
+        for name, shape in zip(weight.hugging_face, weight.rule.shapes, strict=True):
+            expected[names.get(name, name)] = tuple(shape)
+    return expected
 
 
 def _is_untrained(name: str, model: ModelConfig) -> bool:
@@ -165,16 +190,11 @@ def _is_untrained(name: str, model: ModelConfig) -> bool:
     )
 
 
-def _check_index(path: Path, promised: dict[str, str], tensors: dict[str, TensorInfo], where: str) -> None:
-    for name, file in promised.items():
-        if name not in tensors or tensors[name].file != file:
-            raise ConfigError(f"{where}: {path / INDEX} promises {name} in {file}, which does not have it")
-
-
 def _check_tensors(path: Path, expected, tensors: dict[str, TensorInfo], untrained: set, where: str) -> None:
     for name, shape in expected.items():
         if name not in tensors:
-            raise ConfigError(f"{where}: tensor {name} is missing from {path}")
+            hint = "; if the head is the embedding, set tie_word_embeddings to true in config.json"
+            raise ConfigError(f"{where}: tensor {name} is missing from {path}{hint if name == _HEAD else ''}")
         if tensors[name].shape != tuple(shape):
             raise ConfigError(
                 f"{where}: tensor {name} in {path / tensors[name].file} has shape "

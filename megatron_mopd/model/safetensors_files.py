@@ -99,7 +99,7 @@ class SliceReader:
         self._file = None
         self._read = 0
 
-    def read(self, file: str, name: str, index: tuple[slice, ...]) -> Tensor:
+    def read(self, file: str, name: str, index: tuple[int | slice, ...]) -> Tensor:
         """A copy of `tensor[index]`."""
         if file != self._name or self._read > _MAPPED_BYTES:
             self.close()
@@ -196,7 +196,10 @@ class FileWriter:
     def __init__(self, directory: Path, plans: Iterable[FilePlan]):
         self._directory = directory
         self._plans = {plan.name: plan for plan in plans}
-        self._place = {tensor: plan for plan in self._plans.values() for tensor in plan.infos}
+        self._places: dict[str, list[FilePlan]] = {}
+        for plan in self._plans.values():
+            for tensor in plan.infos:
+                self._places.setdefault(tensor, []).append(plan)
         self._descriptors: dict[str, int] = {}
 
     def create(self) -> None:
@@ -207,17 +210,17 @@ class FileWriter:
                 stream.truncate(plan.size)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one whole tensor, cast to its planned dtype."""
-        plan = self._place[name]
-        info = plan.infos[name]
-        assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} is not {info.shape}"
-        if plan.name not in self._descriptors:
-            self._descriptors[plan.name] = os.open(self._directory / plan.name, os.O_WRONLY)
-        data = tensor.detach().to("cpu", info.dtype).contiguous().flatten().view(torch.uint8).numpy()
-        view, offset = memoryview(data), plan.offsets[name]
-        while view:  # one call writes at most 2 GiB
-            written = os.pwrite(self._descriptors[plan.name], view, offset)
-            view, offset = view[written:], offset + written
+        """Write one whole tensor, cast to its planned dtype, into every file that is to hold it."""
+        for plan in self._places[name]:
+            info = plan.infos[name]
+            assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} is not {info.shape}"
+            if plan.name not in self._descriptors:
+                self._descriptors[plan.name] = os.open(self._directory / plan.name, os.O_WRONLY)
+            data = tensor.detach().to("cpu", info.dtype).contiguous().flatten().view(torch.uint8).numpy()
+            view, offset = memoryview(data), plan.offsets[name]
+            while view:  # one call writes at most 2 GiB
+                written = os.pwrite(self._descriptors[plan.name], view, offset)
+                view, offset = view[written:], offset + written
 
     def close(self) -> None:
         """Everything on disk."""

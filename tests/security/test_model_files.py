@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_mopd.config import ConfigError
 from megatron_mopd.data.tokenizer import HuggingFaceTokenizer
-from megatron_mopd.model import companions, convert, hugging_face
+from megatron_mopd.model import companions, convert, hugging_face, weight_files
 from megatron_mopd.model.checkpoint import (
     find_checkpoint,
     latest_iteration,
@@ -432,7 +432,7 @@ def test_index_names_files_beside_it(model, tmp_path, monkeypatch, file):
     def never(*args):
         raise AssertionError("opened")
 
-    monkeypatch.setattr(hugging_face, "read_header", never)
+    monkeypatch.setattr(weight_files, "read_header", never)
     refused(lambda: opened(model), "student.load: ", INDEX)
 
 

@@ -29,4 +29,5 @@ MIXTRAL = Family(
     rules=_rules,
     to_megatron=_to_megatron,
     to_hugging_face=_to_hugging_face,
+    other_names=((".mlp.", ".block_sparse_moe."),),  # what the module is called since transformers 5
 )

@@ -117,8 +117,23 @@ def experts(
     rules = [
         replicated(_LAYER + "pre_mlp_layernorm.weight", norm, hidden, layers="moe"),
         replicated(ours + "router.weight", theirs + "gate.weight", sizes.experts, hidden, layers="moe"),
-        gated_mlp(own + "linear_fc1.weight", gate, up, ffn, hidden, layers="moe"),
-        row(own + "linear_fc2.weight", down, hidden, ffn, layers="moe"),
+        gated_mlp(
+            own + "linear_fc1.weight",
+            gate,
+            up,
+            ffn,
+            hidden,
+            layers="moe",
+            fused=theirs + "experts.gate_up_proj",
+        ),
+        row(
+            own + "linear_fc2.weight",
+            down,
+            hidden,
+            ffn,
+            layers="moe",
+            fused=theirs + "experts.down_proj",
+        ),
     ]
     if get("moe_router_enable_expert_bias"):
         bias = theirs + "gate.e_score_correction_bias"

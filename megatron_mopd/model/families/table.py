@@ -38,6 +38,9 @@ class Rule:
     """`all`, `dense` or `moe`: which layers have it (for a name with `{layer}`)."""
     groups: int = 1
     """`fused_qkv`: number of query groups."""
+    fused: str = ""
+    """For a name with `{expert}`: the one tensor that transformers 5 keeps for all experts of a layer. It is
+    the Megatron tensors of all experts, stacked."""
 
     def pieces(self) -> list[tuple[int, int, int, int]]:
         """(which Hugging Face tensor, its first row, the Megatron tensor's first row, how many rows)."""
@@ -67,8 +70,8 @@ def column(megatron: str, hugging_face: str, *shape: int, layers: str = "all") -
     return Rule("column", megatron, (hugging_face,), (shape,), layers)
 
 
-def row(megatron: str, hugging_face: str, *shape: int, layers: str = "all") -> Rule:
-    return Rule("row", megatron, (hugging_face,), (shape,), layers)
+def row(megatron: str, hugging_face: str, *shape: int, layers: str = "all", fused: str = "") -> Rule:
+    return Rule("row", megatron, (hugging_face,), (shape,), layers, fused=fused)
 
 
 def fused_qkv(megatron: str, hugging_face: str, sizes: Sizes, *columns: int) -> Rule:
@@ -78,8 +81,8 @@ def fused_qkv(megatron: str, hugging_face: str, sizes: Sizes, *columns: int) -> 
     return Rule("fused_qkv", megatron, names, shapes, groups=sizes.groups)
 
 
-def gated_mlp(megatron: str, gate: str, up: str, *shape: int, layers: str = "all") -> Rule:
-    return Rule("gated_mlp", megatron, (gate, up), (shape, shape), layers)
+def gated_mlp(megatron: str, gate: str, up: str, *shape: int, layers: str = "all", fused: str = "") -> Rule:
+    return Rule("gated_mlp", megatron, (gate, up), (shape, shape), layers, fused=fused)
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,8 @@ class Weight:
     axes: Shape
     """Length of those axes."""
     hugging_face: tuple[str, ...]
+    fused: str = ""
+    """Of an expert: the tensor that may hold it together with the layer's other experts."""
 
     @property
     def shape(self) -> Shape:
@@ -168,10 +173,10 @@ def expand(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[Weight]:
         if "{expert}" not in key:
             yield Weight(rule, key, offsets, axes, tuple(names))
             return
-        key = key.replace("{expert}.", "")
+        key, fused = key.replace("{expert}.", ""), rule.fused.replace("{layer}", str(layer))
         for expert in range(experts):
             own = tuple(name.replace("{expert}", str(expert)) for name in names)
-            yield Weight(rule, key, (*offsets, expert), (*axes, experts), own)
+            yield Weight(rule, key, (*offsets, expert), (*axes, experts), own, fused)
 
     per_layer = [rule for rule in rules if "{layer}" in rule.megatron]
     outside = [rule for rule in rules if "{layer}" not in rule.megatron]
@@ -202,6 +207,8 @@ class Family:
     """The fields whose values change on the way; `ConfigError` (via `refuse`) for what cannot be computed."""
     to_hugging_face: Callable[[ModelConfig], dict[str, Any]]
     """The inverse."""
+    other_names: tuple[tuple[str, str], ...] = ()
+    """Parts of tensor names that files may have, and what the rules have in their place."""
 
     def model_config(self, config: PretrainedConfig, where: str) -> ModelConfig:
         """The architecture of a Hugging Face configuration; `ConfigError` (prefix `where`) for what we cannot
