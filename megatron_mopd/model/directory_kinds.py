@@ -72,8 +72,8 @@ def not_a_checkpoint(path: Path, where: str) -> ConfigError:
         return ConfigError(f"{where}: {path} is a file, not a checkpoint directory: {_what_a_file_is(path)}")
     if _HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
         return ConfigError(
-            f"{where}: checkpoint directory not found: {path}; if it is a model of the Hugging Face Hub, fetch "
-            f"it (hf download {path} --local-dir DIR) and name DIR"
+            f"{where}: checkpoint directory not found: {path}; if it is a model of the Hugging Face Hub, "
+            f"fetch it (hf download {path} --local-dir DIR) and name DIR"
         )
     return ConfigError(f"{where}: checkpoint directory not found: {path}")
 
@@ -102,8 +102,8 @@ def refuse_adapter(directory: Path, where: str) -> None:
     adapter and its base instead."""
     if (directory / _ADAPTER).exists():
         raise ConfigError(
-            f"{where}: {directory} has a LoRA adapter ({_ADAPTER}) beside a model: {_merge(directory)}; if it is "
-            f"merged already, remove {_ADAPTER}"
+            f"{where}: {directory} has a LoRA adapter ({_ADAPTER}) beside a model: {_merge(directory)}; if it "
+            f"is merged already, remove {_ADAPTER}"
         )
 
 
