@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 
 from megatron_mopd.backend.checked_loading import load_checked
 from megatron_mopd.backend.model_files import read_limited, read_mapping
@@ -34,6 +35,15 @@ from megatron_mopd.model.checksums import verify_checksums, write_checksums
 from megatron_mopd.model.directory_kinds import DESCRIPTION, TRACKER, not_a_checkpoint
 from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint, is_hugging_face, read_model
 from megatron_mopd.model.initialize import sharded_tensors
+from megatron_mopd.model.megatron_arguments import check_arguments
+from megatron_mopd.model.megatron_lm import (
+    has_key_per_layer,
+    is_megatron_lm,
+    key_prefix,
+    newest_of_megatron_lm,
+    require_architecture,
+    require_same_tensors,
+)
 from megatron_mopd.model.pickled_files import Checked, refuse_code
 
 MODEL_FILE = DESCRIPTION
@@ -49,19 +59,22 @@ def iteration_directory(directory: str | Path, iteration: int) -> Path:
 
 def find_checkpoint(path: str | Path, where: str) -> Path:
     """The newest complete checkpoint under `path`, or `path` itself when it is one, or a Hugging Face model.
+    Checkpoints of Megatron-LM's own training count as well.
 
     `where` is the configuration key shown in the `ConfigError` raised when there is none.
     """
     path = Path(path)
     try:
-        if (path / MODEL_FILE).exists() or is_hugging_face(path):
+        if (path / MODEL_FILE).exists() or is_hugging_face(path) or is_megatron_lm(path):
             return path
     except ValueError as error:  # a link out of the directory, or a name with a NUL byte
         raise ConfigError(f"{where}: {error}") from None
     newest = latest_iteration(path)
-    if newest is None:
-        raise not_a_checkpoint(path, where)
-    return iteration_directory(path, newest)
+    if newest is not None:
+        return iteration_directory(path, newest)
+    if (found := newest_of_megatron_lm(path)) is not None:
+        return found
+    raise not_a_checkpoint(path, where)
 
 
 def latest_iteration(directory: str | Path) -> int | None:
@@ -90,10 +103,16 @@ def complete_iterations(directory: str | Path) -> list[int]:
     return sorted((int(match[1]) for match in complete), reverse=True)
 
 
-def read_model_config(checkpoint: Path, where: str) -> tuple[ModelConfig, str]:
+def read_model_config(
+    checkpoint: Path, where: str, given: ModelConfig | None = None
+) -> tuple[ModelConfig, str | None]:
     """Architecture and tokenizer fingerprint of a checkpoint (ours or Hugging Face's); `ConfigError` when
     damaged or not supported.
+
+    Megatron-LM's own checkpoints have neither: their architecture is the `given` one, the fingerprint `None`.
     """
+    if is_megatron_lm(checkpoint):
+        return require_architecture(checkpoint, given, where), None
     if (checkpoint / MODEL_FILE).exists():
         return read_architecture(checkpoint, where), _description(checkpoint, where)["tokenizer"]
     return read_architecture(checkpoint, where), load_tokenizer(checkpoint).fingerprint()
@@ -103,6 +122,8 @@ def read_architecture(checkpoint: Path, where: str) -> ModelConfig:
     """Architecture of a checkpoint (ours or Hugging Face's); `ConfigError` when damaged or not supported."""
     if (checkpoint / MODEL_FILE).exists():
         return model_config_from_dict(_description(checkpoint, where)["model"], where)
+    if is_megatron_lm(checkpoint):
+        return require_architecture(checkpoint, None, where)
     return read_model(checkpoint, where)
 
 
@@ -124,29 +145,55 @@ def _description(checkpoint: Path, where: str) -> dict[str, Any]:
     return description
 
 
-def model_state(chunks: list[torch.nn.Module], groups: ParallelGroups) -> dict[str, Any]:
-    """Sharded state dict of this rank's chunks (unwrapped models), under canonical keys."""
-    metadata = {"dp_cp_group": groups.collection.dp_cp}
+def model_state(
+    chunks: list[torch.nn.Module], groups: ParallelGroups, *, key_per_layer: bool = False
+) -> dict[str, Any]:
+    """Sharded state dict of this rank's chunks (unwrapped models), under canonical keys.
+
+    key_per_layer: each layer's tensors under keys of their own, also where all layers are alike.
+    """
+    metadata = {"dp_cp_group": groups.collection.dp_cp, "non_homogeneous_layers": key_per_layer}
     return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
 
 
-def load_weights(chunks: list[torch.nn.Module], checkpoint: Path, groups: ParallelGroups, where: str) -> None:
+def load_weights(
+    chunks: list[torch.nn.Module],
+    checkpoint: Path,
+    groups: ParallelGroups,
+    where: str,
+    model: ModelConfig | None = None,
+) -> None:
     """Load a checkpoint's weights into this rank's chunks, whatever layout it was saved at.
 
-    `checkpoint` is what `find_checkpoint` returned: one of ours, or a Hugging Face model, of which each rank
-    reads its own slices. Collective over all ranks. Raises `ConfigError` (prefix `where`) when tensors are
-    missing or of another shape.
+    `checkpoint` is what `find_checkpoint` returned: one of ours, a Hugging Face model, of which each rank
+    reads its own slices, or one of Megatron-LM's, for which `model` is the chunks' architecture.
+
+    Collectives: those of megatron-core's loading, and a gather of the keys within each pipeline. Raises
+    `ConfigError` (prefix `where`), on every rank, when tensors are missing, of another shape, or left over.
     """
-    if not (checkpoint / MODEL_FILE).exists():
+    foreign = is_megatron_lm(checkpoint)
+    if not foreign and not (checkpoint / MODEL_FILE).exists():
         load_hugging_face_weights(chunks, checkpoint, where)
         return
-    verify_checksums(checkpoint, where)
-    description = refuse_code(checkpoint, where)
-    state = without_extra_state(model_state(chunks, groups))
+    if foreign:
+        model = require_architecture(checkpoint, model, where)
+        description = refuse_code(checkpoint, where, True)
+        check_arguments(description.common, model, f"{where}: {checkpoint}")
+    else:
+        verify_checksums(checkpoint, where)
+        model = read_architecture(checkpoint, where)
+        description = refuse_code(checkpoint, where)
+    keys = description.metadata.state_dict_metadata
+    state = without_extra_state(
+        model_state(chunks, groups, key_per_layer=foreign and has_key_per_layer(keys))
+    )
+    if foreign:
+        apply_prefix_mapping(state, {"": key_prefix(keys)})
+        require_same_tensors(state, keys, model.vocab_size, groups, f"{where}: {checkpoint}")
     loaded = load_described(state, checkpoint, Checked(description.metadata, {}), where)
     for i, chunk in enumerate(chunks):
         put_into(chunk, loaded[f"model{i}"], where)
-        _clear_padding(chunk, read_architecture(checkpoint, where).vocab_size)
+        _clear_padding(chunk, model.vocab_size)
 
 
 def load_described(

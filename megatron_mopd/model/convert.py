@@ -37,6 +37,7 @@ from megatron_mopd.model.companions import (
 )
 from megatron_mopd.model.families import Weight, matching_family
 from megatron_mopd.model.hugging_face import CONFIG, HuggingFaceCheckpoint
+from megatron_mopd.model.megatron_lm import is_megatron_lm
 from megatron_mopd.model.safetensors_files import FilePlan, FileWriter, TensorInfo
 from megatron_mopd.model.streamed_checkpoint import Chunk, ChunkReader, share_of, write_chunks
 from megatron_mopd.model.weight_files import INDEX, SINGLE_FILE
@@ -133,7 +134,7 @@ def open_checkpoint(path: str | Path, where: str) -> WeightSource:
     """A model on disk, in either format; `ConfigError` (prefix `where`) when there is none or it is
     damaged."""
     found = find_checkpoint(path, where)
-    if (found / MODEL_FILE).exists():
+    if (found / MODEL_FILE).exists() or is_megatron_lm(found):
         return MegatronCheckpoint(found, where)
     return HuggingFaceCheckpoint.open(found, where)
 

@@ -102,8 +102,8 @@ def refuse_adapter(directory: Path, where: str) -> None:
     adapter and its base instead."""
     if (directory / _ADAPTER).exists():
         raise ConfigError(
-            f"{where}: {directory} has a LoRA adapter ({_ADAPTER}) beside a model: {_merge(directory)}; if it "
-            f"is merged already, remove {_ADAPTER}"
+            f"{where}: {directory} has a LoRA adapter ({_ADAPTER}) beside a model: {_merge(directory)}; if "
+            f"it is merged already, remove {_ADAPTER}"
         )
 
 
@@ -135,7 +135,7 @@ def _problem_of_tracker(directory: Path) -> str:
         return f"{TRACKER} is not readable"
     name = f"iter_{int(named):07d}" if named.isascii() and named.isdecimal() else visible(named)
     target = directory / name
-    if not named or not target.is_dir():
+    if not named or "/" in named or not target.is_dir():
         return f"{TRACKER} names {name}, which is not there"
     return f"{name}: {_kind_of(target) or 'it has no model.json and no .metadata'}"
 

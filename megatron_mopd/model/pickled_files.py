@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_mopd.backend.model_files import bare_name, open_file, read_limited, read_mapping
 from megatron_mopd.backend.plain_values import load_plain
 from megatron_mopd.config import ConfigError
+from megatron_mopd.model.megatron_arguments import read_arguments
 
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
@@ -44,7 +45,14 @@ _METADATA_LIMIT = 2**30
 _OBJECT_LIMIT = 2**30
 _LARGEST_SIZE = 2**48
 _MOST_DIMENSIONS = 16
+_WEIGHT_KEY = re.compile(r"((model|module)\.)*(embedding|decoder|output_layer|mtp)\.")
 _OBJECT_KEY = re.compile(r".+/shard_\d+(\.\d+)*(_\d+(\.\d+)*)?")
+
+
+def is_weight(key: Any) -> bool:
+    """Whether a checkpoint's key is that of a model's tensor, under whatever prefix a program puts before
+    it."""
+    return type(key) is str and _WEIGHT_KEY.match(key) is not None and "_extra_state" not in key
 
 
 class _Record:
@@ -134,16 +142,17 @@ class Checked:
     """What was saved beside tensors and sharded objects."""
 
 
-def refuse_code(checkpoint: Path, where: str) -> Checked:
+def refuse_code(checkpoint: Path, where: str, weights_only: bool = False) -> Checked:
     """What describes a checkpoint; `ConfigError` (prefix `where`), on every rank alike, when its pickles hold
     anything but the description of tensors, tensors and plain values, or cannot be read.
 
-    Rank 0 reads, and tells the others. Collectives: one broadcast of about 150 bytes a tensor of a rank.
+    weights_only: see `check`. Rank 0 reads, and tells the others. Collectives: one broadcast of about 150
+    bytes a tensor of a rank.
     """
     found: list[Any] = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            found = [None, check(checkpoint)]
+            found = [None, check(checkpoint, weights_only)]
         except ConfigError as error:
             found = [str(error), None]
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -153,15 +162,22 @@ def refuse_code(checkpoint: Path, where: str) -> Checked:
     return found[1]
 
 
-def check(checkpoint: Path) -> Checked:
-    """What describes a checkpoint; `ConfigError` says why it is not to be read. No collectives."""
+def check(checkpoint: Path, weights_only: bool = False) -> Checked:
+    """What describes a checkpoint; `ConfigError` says why it is not to be read. No collectives.
+
+    weights_only: only the model's tensors are described, and of the rest only Megatron-LM's arguments are
+    read (`common`), because the objects of its checkpoints hold classes of its own.
+    """
     name = FORMAT_FILE
     try:
         if (checkpoint / name).exists():
             _check_format(read_mapping(checkpoint, name, name))
         name = METADATA_FILE
-        metadata = _metadata(_Restricted(io.BytesIO(read_limited(checkpoint, name, _METADATA_LIMIT))).load())
+        record = _Restricted(io.BytesIO(read_limited(checkpoint, name, _METADATA_LIMIT))).load()
+        metadata = _metadata(record, weights_only)
         _check_places(checkpoint, metadata)
+        if weights_only:
+            return Checked(metadata, read_arguments(_common_bytes(checkpoint, metadata)))
         name, common = COMMON_FILE, {}
         if (checkpoint / name).exists():
             common = load_plain(io.BytesIO(read_limited(checkpoint, name, _OBJECT_LIMIT)))
@@ -187,6 +203,18 @@ def _check_format(written: dict[str, Any]) -> None:
             raise ValueError(f"{key} is {str(written[key])[:80]!r}, not {known}")
 
 
+def _common_bytes(checkpoint: Path, metadata: Metadata) -> bytes:
+    """What `torch.save` wrote of the common state, wherever this release of megatron-core puts it."""
+    if (checkpoint / COMMON_FILE).exists():
+        return read_limited(checkpoint, COMMON_FILE, _OBJECT_LIMIT)
+    place = metadata.storage_data.get(MetadataIndex(_COMMON_OBJECT))
+    if place is None or place.length > _OBJECT_LIMIT:
+        return b""
+    with open_file(checkpoint, place.relative_path) as stream:
+        stream.seek(place.offset)
+        return stream.read(place.length)
+
+
 def _object(checkpoint: Path, place: _StorageInfo) -> Any:
     if place.length > _OBJECT_LIMIT:
         raise ValueError(f"it has {place.length} bytes; the limit is {_OBJECT_LIMIT}")
@@ -195,18 +223,22 @@ def _object(checkpoint: Path, place: _StorageInfo) -> Any:
         return load_plain(io.BytesIO(stream.read(place.length)))
 
 
-def _metadata(record: Any) -> Metadata:
-    """torch's description of a checkpoint from an inert one."""
+def _metadata(record: Any, weights_only: bool) -> Metadata:
+    """torch's description of a checkpoint from an inert one; `weights_only`: of little but the model's
+    tensors."""
     if _class_of(record) != "Metadata":
         raise ValueError(f"it is not a list of tensors, but a {_class_of(record)}")
     fields = _fields(record, "Metadata")
     listed = {
         _text(key, "a tensor's name"): _entry(key, entry)
         for key, entry in _items(fields.get("state_dict_metadata"), "the list of tensors")
+        if not weights_only or is_weight(key) or key == _COMMON_OBJECT
     }
     places = {}
     for index, place in _items(fields.get("storage_data"), "the list of places"):
         key, known = _index(index), len(places)
+        if key.fqn not in listed and weights_only:
+            continue
         places[key] = _place(place, key.fqn)
         if len(places) == known:
             raise ValueError(f"{key.fqn} is listed with two places")

@@ -1,6 +1,7 @@
 """Which files of a model directory travel with the model: configuration, tokenizer and texts, nothing else.
 
-Weights do not travel as files, and neither does what could be run: scripts, libraries, pickles. A file that
+Weights do not travel as files, and neither does what could be run (scripts, libraries, pickles) or what is
+merely stored beside a model (weights of other programs, optimizer states, archives, logs). A file that
 travels is copied by its content, so a symbolic link that leaves the model's directory would carry away what
 it leads to: it is refused by name (`backend.model_files` says which links are followed).
 """
@@ -17,6 +18,11 @@ from megatron_mopd.config import ConfigError
 TRAVELLING_LIMIT = 100 * 10**6
 """Bytes of the largest file that travels; the largest tokenizers of published models have about 35 MB."""
 _SUFFIXES = (".json", ".txt", ".md", ".jinja", ".model", ".tiktoken", ".bpe", ".spm")
+_LARGE_SUFFIXES = (".model", ".tiktoken", ".bpe", ".spm", ".safetensors.index.json")
+_LARGE_NAMES = ("tokenizer", "vocab", "merges", "added_tokens", "special_tokens", "dict")
+_SMALL = 10**6
+"""Bytes of the largest file that travels without being a tokenizer's or an index: a larger JSON or text file
+is a log, a record of training or data."""
 _TEXTS = ("license", "licence", "notice", "readme", "copying", "copyright", "authors", "citation")
 _INDEX_SUFFIX = ".index.json"
 _MOST_FILES = 1000
@@ -33,8 +39,13 @@ def travels(name: str) -> bool:
     return suffix in _SUFFIXES or (not suffix and stem in _TEXTS)
 
 
+def _may_be_large(name: str) -> bool:
+    return name.endswith(_LARGE_SUFFIXES) or name.startswith(_LARGE_NAMES)
+
+
 def travelling_files(directory: Path, where: str) -> list[Path]:
-    """The files that travel, relative to `directory`, in order. Directories behind links are not entered.
+    """The files that travel, relative to `directory`, in order. Directories behind links are not entered, and
+    logs and data (`_SMALL`) are left out.
 
     Raises `ConfigError` (prefix `where`) for one that is a link out of the directory, is not a regular file,
     or is too large.
@@ -56,6 +67,8 @@ def travelling_files(directory: Path, where: str) -> list[Path]:
                 f"{where}: {path} has {size} bytes, the limit is {TRAVELLING_LIMIT} for what travels with a "
                 "model; move it out of the model's directory"
             )
+        if size > _SMALL and not _may_be_large(path.name.lower()):
+            continue
         found.append(relative)
     if len(found) > _MOST_FILES:
         raise ConfigError(

@@ -193,7 +193,7 @@ class TeacherBank:
             where = f"teachers.{name}"
             if source.model.load is not None:
                 checkpoint = find_checkpoint(source.model.load, where)
-                load_weights([skeleton.chunk], checkpoint, self._groups, where)
+                load_weights([skeleton.chunk], checkpoint, self._groups, where, source.model)
             else:
                 (drawn,) = build(dataclasses.replace(source.model), where=where, seed=source.seed)
                 skeleton.chunk.load_state_dict(drawn.state_dict())

@@ -137,7 +137,8 @@ def _build(
     )
     if student.load is not None:
         with phase("loading the student"):
-            load_weights(chunks, find_checkpoint(student.load, "student.load"), groups, "student.load")
+            checkpoint = find_checkpoint(student.load, "student.load")
+            load_weights(chunks, checkpoint, groups, "student.load", student)
     if config.rollout.routing_replay:
         install_routing_replay(chunks)
     bank, alarms = None, []
@@ -249,8 +250,9 @@ def resolve_student(config: Config, tokenizer: Tokenizer) -> ModelConfig:
     """The student's architecture: its checkpoint's, with what the configuration sets explicitly on top."""
     student = config.student
     if student.load is not None:
-        loaded, fingerprint = read_model_config(find_checkpoint(student.load, "student.load"), "student.load")
-        if fingerprint != tokenizer.fingerprint():
+        checkpoint = find_checkpoint(student.load, "student.load")
+        loaded, fingerprint = read_model_config(checkpoint, "student.load", student)
+        if fingerprint not in (None, tokenizer.fingerprint()):
             raise ConfigError(
                 f"data.tokenizer: not the tokenizer that student.load ({student.load}) was trained with"
             )
@@ -286,12 +288,13 @@ def resolve_teachers(
             # stages).
             sources.append(TeacherSource(teacher.name, student, config.seed))
             continue
-        model, fingerprint = read_model_config(find_checkpoint(teacher.load, where), where)
+        # An expert that Megatron-LM trained has no description of its own: it is built like the student.
+        model, fingerprint = read_model_config(find_checkpoint(teacher.load, where), where, student)
         if model.vocab_size != student.vocab_size:
             raise ConfigError(
                 f"{where}: vocabulary of {model.vocab_size} tokens, the student's has {student.vocab_size}"
             )
-        if fingerprint != tokenizer.fingerprint():
+        if fingerprint not in (None, tokenizer.fingerprint()):
             raise ConfigError(f"{where}: {teacher.load} speaks another tokenizer than data.tokenizer")
         # Vocabularies are padded alike, so that their columns are divided alike over tensor-parallel ranks.
         padding = student.make_vocab_size_divisible_by

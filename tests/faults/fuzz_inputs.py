@@ -9,7 +9,9 @@ places: bytes flipped, cut off, put in, overwritten, or a JSON value changed, al
 few expect (half characters, numbers of 5,000 digits, 100,000 brackets). One in three is instead changed
 as only somebody who means it would: a file becomes a link out of the directory, a device or a pipe, or a
 sparse file of gigabytes; a safetensors header or a `.metadata` gets another value; names of files get a
-directory. It is then read in a process of its own, so that a crash of native code and a hang count as
+directory. Of the models one in three is rearranged instead, soundly or not (`rearranged_models.py`): experts
+fused, weights in shards or there twice, directories of other kinds; what contradicts itself must be refused.
+It is then read in a process of its own, so that a crash of native code and a hang count as
 failures as well. Prints each failure once, and the tally; status 1 when there was one.
 """
 
@@ -46,6 +48,7 @@ from megatron_mopd.model.checksums import CHECKSUM_FILE, verify_checksums
 from megatron_mopd.model.convert import open_checkpoint
 from megatron_mopd.model.pickled_files import refuse_code
 from tests.faults import harness
+from tests.faults.rearranged_models import rearrange
 from tests.model import _families
 
 READ, REFUSED = 0, 3
@@ -263,11 +266,20 @@ def fuzz(
         if kind == "checkpoint" and rng.random() < 0.5:
             next(target.glob(f"iter_*/{CHECKSUM_FILE}")).unlink()
         files = sorted(path for path in target.rglob("*") if path.is_file())
-        if rng.random() < 1 / 3:
+        must_refuse = False
+        if kind == "hugging_face" and rng.random() < 1 / 3:
+            how, must_refuse = rearrange(target, rng)
+            done = [how]
+        elif kind == "checkpoint" and rng.random() < 1 / 10:  # as another program would write it
+            next(target.glob("iter_*/model.json")).unlink()
+            done, must_refuse = ["model.json removed"], True
+        elif rng.random() < 1 / 3:
             done = [disguise(rng.choice(files), rng)]
         else:
             done = [damage(rng.choice(files), rng) for _ in range(rng.randint(1, 3))]
         result = outcome(read, target, seconds)
+        if must_refuse and result == "read":
+            result = "it is read, though it contradicts itself or is no model"
         tally[kind, result if result in ("read", "refused") else "failed"] += 1
         if result not in ("read", "refused") and f"{kind}: {result}" not in failures:
             failures[f"{kind}: {result}"] = ", ".join(done)

@@ -129,6 +129,34 @@ def test_training_runs_hand_on_what_came_with_the_model(tmp_path, pools):
     same_files(hf, back)
 
 
+STORED_BESIDE = """
+    model.onnx_data onnx/model.onnx original/consolidated.00.pth model.gguf tf_model.h5 flax_model.msgpack
+    rust_model.ot model.tflite openvino_model.xml coreml/model.mlmodel adapter_model.bin.zip model.tar.gz
+    weights.zip data.7z train.log train.log.1 events.out.tfevents.1 optimizer.pt scheduler.pt rng_state_0.pth
+    training_args.bin global_step10/mp_rank_00_model_states.pt data.parquet results.csv log.txt
+    trainer_state.json wandb/files/output.md pytorch_model.bin.index.json consolidated.safetensors
+""".split()
+
+
+def test_what_is_stored_beside_a_model_stays_out_of_runs_and_exports(tmp_path, pools):
+    """Weights of other programs, optimizer states, archives, logs; a large tokenizer travels."""
+    hf, first, second, back = (tmp_path / name for name in ("hf", "first", "second", "back"))
+    _families.make("llama", hf)
+    add_tokenizer(hf)
+    (hf / "vocab.json").write_text(json.dumps(dict.fromkeys(map(str, range(200_000)), 0)))
+    belongs = {file.name for file in hf.iterdir()}
+    for name in STORED_BESIDE:
+        (hf / name).parent.mkdir(parents=True, exist_ok=True)
+        with open(hf / name, "wb") as stream:
+            stream.truncate(2 * 10**6 if name.endswith((".txt", ".json", ".md")) else 3 * 10**9)  # sparse
+    pools(1).run(train_twice, hf, {}, first, second)
+    pools(1).run(to_hugging_face, second, back)
+    assert {str(file.relative_to(back)) for file in back.rglob("*") if file.is_file()} == belongs
+    for run in (first, second):
+        there = {file.name for file in run.rglob("*") if file.is_file()}
+        assert "vocab.json" in there and not there & {Path(name).name for name in STORED_BESIDE}
+
+
 def add_untrained_layer(hf: Path) -> None:
     """A multi-token-prediction layer, as DeepSeek-V3's files have it after the last layer."""
     name = "model-extra.safetensors"
