@@ -132,6 +132,9 @@ GUARDS = {
         "model/test_weight_files.py::test_a_single_file_that_differs_from_the_shards_beside_it",
         "model/test_weight_files.py::test_a_tensor_that_differs_in_two_shards",
     ),
+    "A checkpoint of the right shapes and another architecture (rotary base, query groups)": (
+        "model/test_megatron_lm.py::test_another_architecture_is_refused",
+    ),
     # Operation
     "A verifier that gives every answer the same reward": (
         "training/test_alarms.py::test_rewards_that_are_all_the_same",

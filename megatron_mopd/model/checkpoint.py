@@ -166,14 +166,15 @@ def load_weights(
     """Load a checkpoint's weights into this rank's chunks, whatever layout it was saved at.
 
     `checkpoint` is what `find_checkpoint` returned: one of ours, a Hugging Face model, of which each rank
-    reads its own slices, or one of Megatron-LM's, for which `model` is the chunks' architecture.
+    reads its own slices, or one of Megatron-LM's. `model` is the chunks' architecture, which a configuration
+    may have changed; without it the checkpoint's own is taken, which Megatron-LM's have not.
 
     Collectives: those of megatron-core's loading, and a gather of the keys within each pipeline. Raises
     `ConfigError` (prefix `where`), on every rank, when tensors are missing, of another shape, or left over.
     """
     foreign = is_megatron_lm(checkpoint)
     if not foreign and not (checkpoint / MODEL_FILE).exists():
-        load_hugging_face_weights(chunks, checkpoint, where)
+        load_hugging_face_weights(chunks, checkpoint, where, model)
         return
     if foreign:
         model = require_architecture(checkpoint, model, where)
@@ -181,7 +182,6 @@ def load_weights(
         check_arguments(description.common, model, f"{where}: {checkpoint}")
     else:
         verify_checksums(checkpoint, where)
-        model = read_architecture(checkpoint, where)
         description = refuse_code(checkpoint, where)
     keys = description.metadata.state_dict_metadata
     state = without_extra_state(
@@ -189,11 +189,12 @@ def load_weights(
     )
     if foreign:
         apply_prefix_mapping(state, {"": key_prefix(keys)})
+    if model is not None:
         require_same_tensors(state, keys, model.vocab_size, groups, f"{where}: {checkpoint}")
     loaded = load_described(state, checkpoint, Checked(description.metadata, {}), where)
     for i, chunk in enumerate(chunks):
         put_into(chunk, loaded[f"model{i}"], where)
-        _clear_padding(chunk, model.vocab_size)
+        _clear_padding(chunk, (model or read_architecture(checkpoint, where)).vocab_size)
 
 
 def load_described(
@@ -227,14 +228,23 @@ def put_into(chunk: torch.nn.Module, loaded: dict[str, Any], where: str) -> None
     assert not missing and not unexpected, f"{where}: {missing} missing, {unexpected} unexpected"
 
 
-def load_hugging_face_weights(chunks: list[torch.nn.Module], directory: Path, where: str) -> None:
+def load_hugging_face_weights(
+    chunks: list[torch.nn.Module], directory: Path, where: str, model: ModelConfig | None = None
+) -> None:
     """Fill this rank's chunks from a Hugging Face directory, reading only this rank's slices.
 
     No collectives. Raises `ConfigError` (prefix `where`) for everything that `HuggingFaceCheckpoint.open`
-    refuses, and for a model of another shape.
+    refuses, for a model of another shape, and for tensors that `model`, the chunks' architecture, leaves
+    unused.
     """
     source = HuggingFaceCheckpoint.open(directory, where)
     weights = {(weight.key, weight.offsets): weight for weight in source.weights}
+    used = source.family.weights(model) if model is not None else source.weights
+    if left := min(weights.keys() - {(weight.key, weight.offsets) for weight in used}, default=None):
+        raise ConfigError(
+            f"{where}: {directory} does not hold the configured model: "
+            f"{weights[left].hugging_face[0]} has no place in it"
+        )
     for chunk in chunks:
         for sharded in sharded_tensors(chunk.sharded_state_dict()):
             outer = sharded.prepend_axis_num

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_mopd.config import ConfigError
-from megatron_mopd.model.checkpoint import read_architecture
+from megatron_mopd.model.build import build_model
+from megatron_mopd.model.checkpoint import find_checkpoint, load_weights, read_architecture
 from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint
+from tests import _models
 from tests.model import _families, _running
 from tests.model.test_conversion import same_files, to_hugging_face, to_megatron
 
@@ -207,3 +209,32 @@ def test_shards_in_a_subfolder(copy):
     inside = {name: f"sub/{file}" for name, file in index.items()}
     (model / INDEX).write_text(json.dumps({"weight_map": inside}))
     refused(model, "names 'sub/model-0000", "a file in a subfolder", "move all shards beside the index")
+
+
+# A configuration that leaves tensors unused.
+
+
+def load_changed(rank, directory, changes):
+    """Load a model with a changed architecture; the error."""
+    groups = _models.groups_for({"pipeline_model_parallel_size": 2})
+    path = find_checkpoint(directory, "student.load")
+    model = _models.replace_model(read_architecture(path, "student.load"), **changes)
+    chunks = build_model(model, groups, "float32", max_sequence_length=64)
+    try:
+        load_weights(chunks, path, groups, "student.load", model)
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"qk_layernorm": False}, {"num_layers": 2}, {"add_qkv_bias": True}], ids=str
+)
+def test_tensors_that_the_configured_model_leaves_unused(originals, pools, changes):
+    """Keys of the section `student` change a loaded architecture; they must not drop weights."""
+    said = pools(2).run(load_changed, originals / "single", changes)
+    adds = "add_qkv_bias" in changes
+    assert ("has nothing for" if adds else "does not hold the configured model") in said[0], said
+    pools(1).run(to_megatron, originals / "single", originals / "converted")
+    said = pools(2).run(load_changed, originals / "converted", changes)
+    assert said[0] == said[1] and "does not hold the configured model" in said[0], said
+    assert pools(2).run(load_changed, originals / "converted", {}) == [None, None]
