@@ -83,6 +83,7 @@ def save(rank, directory, transformer, optimizer=False, prefix="", key_per_layer
         ),
     }
     if optimizer:
+        learner.optimizer.step()  # moments and their number of steps exist after the first
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
             "dp_cp_group": learner.groups.collection.dp_cp,
