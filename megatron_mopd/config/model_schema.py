@@ -14,9 +14,10 @@ class ModelConfig:
     """A GPT model: where its weights come from and what it looks like (`student`)."""
 
     load: str | None = None
-    """Checkpoint to start from (a directory with `latest_checkpointed_iteration.txt`, or one `iter_*` of it).
-    Its architecture is used; `None` initialises a new model from `seed`. On resume: must not change, judged
-    by content."""
+    """Checkpoint to start from: a directory with `latest_checkpointed_iteration.txt`, one `iter_*` of it, or
+    a Hugging Face model. Its architecture is used; for a `torch_dist` checkpoint of Megatron-LM itself, which
+    has none, the one given here. `None` initialises a new model from `seed`. On resume: must not change,
+    judged by content."""
     vocab_size: int | None = None
     """Number of real token ids; default: the tokenizer's. On resume: must not change."""
     make_vocab_size_divisible_by: int = 128
@@ -56,8 +57,9 @@ class TeacherConfig:
     """Unique name, used in `routing` and in every metric. `self` is the student as it was at the start. On
     resume: must not change, judged by content."""
     load: str | None = None
-    """Checkpoint directory of the expert; must be left out for `self` and given for every other teacher. On
-    resume: must not change, judged by content."""
+    """Checkpoint directory of the expert, as in `student.load`; one of Megatron-LM itself is built like the
+    student. Must be left out for `self` and given for every other teacher. On resume: must not change, judged
+    by content."""
     kl_floor: float = 1e-6
     """Mean KL per token at the first step below which an alarm says that the teacher equals the student. On
     resume: may change."""
