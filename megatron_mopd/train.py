@@ -72,6 +72,7 @@ def _train(run: Run) -> dict[str, float]:
     config, alarms = run.config, Alarms()
     first = resume(run.learner, alarms, run.resumable)
     check_space(run.learner)
+    say(f"responses end with {run.stop_ids.described(run.tokenizer)}")
     if run.groups.rank == 0:
         save_config(config, run_directory(config) / "config.yaml")
     if warning := others_may_enter(run_directory(config)):
@@ -202,6 +203,7 @@ def sample(
         run.learner.objectives,
         config.rollout,
         run.tokenizer,
+        run.stop_ids,
         samples_per_prompt=samples_per_prompt(config),
         seed=seed,
         log=open_rollout_log(run.learner, number, prompts, seed),
@@ -227,11 +229,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="resume although teachers are others than those the checkpoint was written with",
     )
+    parser.add_argument(
+        "--allow-tokenizer-change",
+        action="store_true",
+        help="go on although a model was trained with another tokenizer or chat template than data.tokenizer",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args(arguments)
     if options.allow_teacher_change:
         options.overrides.append("checkpoint.allow_teacher_change=true")
     threading.excepthook = _of_thread
+    if options.allow_tokenizer_change:
+        options.overrides.append("data.allow_tokenizer_change=true")
     try:
         train(load_config(options.config, options.overrides))
     except Preempted as request:

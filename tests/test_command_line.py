@@ -36,7 +36,7 @@ def inputs(tmp_path_factory):
     train_sentencepiece(["other words, other pieces"] * 9, directory / "other.model", 280)
     tokenizer = directory / "tokenizer.model"
     _runs.describe_checkpoint(directory / "expert", tokenizer)
-    _runs.describe_checkpoint(directory / "wide", tokenizer, vocab_size=999)
+    _runs.describe_checkpoint(directory / "narrow", tokenizer, vocab_size=99)
     _runs.describe_checkpoint(directory / "foreign", directory / "other.model", vocab_size=300)
     (directory / "nothing_yet").mkdir()
     return directory
@@ -96,9 +96,9 @@ CASES = {
     "unknown teacher": (mopd({"self": None}, {"default": "slef"}), 1, ["'slef'", "'self'"]),
     "no such domain": (mopd({"self": None}, {"default": "self", "ad": "self"}), 1, ["routing.ad", "'add'"]),
     "teacher's vocabulary": (
-        mopd({"wide": "@/wide"}, {"default": "wide"}),
+        mopd({"narrow": "@/narrow"}, {"default": "narrow"}),
         2,
-        ["teachers.wide.load", "999 tokens", "300"],
+        ["teachers.narrow.load", "99 tokens", "300"],
     ),
     "teacher's tokenizer": (
         mopd({"foreign": "@/foreign"}, {"default": "foreign"}),
@@ -199,7 +199,10 @@ def test_a_run_says_nothing_but_its_own_lines(inputs, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
-        assert [line.split()[0] for line in done.stdout.splitlines() if "ALARM" not in line] == ["step"]
+        lines = [line for line in done.stdout.splitlines() if "ALARM" not in line]
+        expected = ["responses", "step"] if steps == 1 else ["resume:", "responses", "step"]
+        assert [line.split()[0] for line in lines] == expected
+        assert "responses end with 3 '</s>' (tokenizer)" in lines
 
 
 def test_debug_shows_the_stack(tmp_path):

@@ -28,6 +28,8 @@ from megatron_mopd.model.checkpoint import (
 )
 from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.megatron_engine import MegatronEngine
+from megatron_mopd.rollout.stop_ids import model_directories, read_stop_ids
+from megatron_mopd.training.run_date import agreed_date
 
 
 def main() -> None:
@@ -68,7 +70,7 @@ def main() -> None:
 def generate(arguments, config) -> None:
     path = find_checkpoint(arguments.checkpoint, "--checkpoint")
     model = read_architecture(path, "--checkpoint")
-    tokenizer = load_tokenizer(arguments.tokenizer or tokenizer_directory(path))
+    tokenizer = load_tokenizer(arguments.tokenizer or tokenizer_directory(path), agreed_date())
     prompts = [encode(text, number, tokenizer, arguments) for number, text in enumerate(arguments.prompt)]
     longest = max(len(prompt.token_ids) for prompt in prompts) + arguments.max_new_tokens
     validate_layout(
@@ -87,11 +89,15 @@ def generate(arguments, config) -> None:
     engine = MegatronEngine(
         chunks,
         groups,
-        vocab_size=model.vocab_size,
+        vocab_size=min(model.vocab_size, tokenizer.vocab_size),  # rows beyond are no tokens
         max_sequence_length=longest,
         max_batch_size=max(len(prompts), groups.pp_size),
     )
-    sampling = SamplingParams.from_config(config.rollout, tokenizer.eos_id)
+    stop_ids = read_stop_ids(tokenizer, model_directories(path), config.rollout.stop_token_ids)
+    if groups.rank == 0:
+        # Not among the answers, which may go into a file.
+        print(f"answers end with {visible(stop_ids.described(tokenizer))}", file=sys.stderr)
+    sampling = SamplingParams.from_config(config.rollout, stop_ids)
     writer = Writer(tokenizer) if len(prompts) == 1 and groups.rank == 0 else None
     answers = engine.generate(
         prompts, sampling, seed=arguments.seed, on_token=writer.take if writer is not None else None

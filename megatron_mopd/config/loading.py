@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import types
 import typing
@@ -147,6 +148,11 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{dotted}: must be at least 0 and below 1, found {value}")
     if (value := config.parallel.expert_tensor_parallel_size) is not None and value < 1:
         raise ConfigError(f"parallel.expert_tensor_parallel_size: must be at least 1, found {value}")
+    if (day := config.data.date) is not None:
+        try:
+            datetime.date.fromisoformat(day)
+        except ValueError:
+            raise ConfigError(f"data.date: {shown(day)} is not a day, YYYY-MM-DD") from None
     check_objectives(config)
     _check_evaluation(config)
     if not config.rewards.timeout_seconds > 0:

@@ -57,6 +57,13 @@ class DataConfig:
     tokenizer: str = ""
     """A SentencePiece `.model` file or a Hugging Face tokenizer directory. On resume: must not change, judged
     by content."""
+    allow_tokenizer_change: bool = False
+    """Start, or resume, although a model was trained with a tokenizer or a chat template that means something
+    else than `tokenizer`, and say in what (`--allow-tokenizer-change`). On resume: may change."""
+    date: str | None = None
+    """The day that chat templates take for today, YYYY-MM-DD; default: that of the run's first start, which
+    `config.yaml` in the run directory records, so that a resumed run makes the same prompts: where a template
+    prints it, another day makes others, which a resume refuses. On resume: may change."""
     seq_length: int = 512
     """Longest prompt plus response in tokens; a longer prompt is an error. On resume: may change."""
     prompts: list[PromptSource] = field(default_factory=list)
@@ -81,7 +88,8 @@ class RolloutConfig:
     top_k: int = 0
     """Keep only the k most likely tokens; 0 keeps all. On resume: may change."""
     stop_token_ids: list[int] = field(default_factory=list)
-    """Tokens that end a response, besides the tokenizer's end-of-sequence token. On resume: may change."""
+    """Tokens that end a response, besides the end-of-sequence tokens of the tokenizer and of the student's
+    `generation_config.json` and `config.json`. On resume: may change."""
     routing_replay: bool = False
     """Train with the experts that each token went to while it was sampled (a mixture-of-experts student). On
     resume: may change."""

@@ -6,19 +6,41 @@ the tokenizer, which may loop for ever or fill the memory, and Jinja's sandbox h
 
 from __future__ import annotations
 
+import random
+from datetime import datetime, tzinfo
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils import chat_template_utils
 
 from megatron_mopd.confinement.server import Limits, serve
 
 _LIMITS = Limits(memory_bytes=1 << 30, longest_answer=1 << 25)
 
 
-def render(template: str, messages: list[dict[str, Any]], special_tokens: dict[str, str]) -> str:
-    """The text of a conversation, with the opening of the assistant's turn; raises what the template does."""
-    texts, _ = render_jinja_template(
-        [messages], chat_template=template, add_generation_prompt=True, **special_tokens
+class _Clock(datetime):
+    """What `transformers` asks for the time; it takes no other clock."""
+
+    today: str
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:
+        return datetime.fromisoformat(cls.today)
+
+
+def render(template: str, messages: list[dict[str, Any]], special_tokens: dict[str, str], date: str) -> str:
+    """The text of a conversation, with the opening of the assistant's turn; raises what the template does.
+
+    The same on every host and every day: `strftime_now` gives the beginning of `date` (ISO 8601), and Jinja's
+    filter `random` draws from the same seed.
+    """
+    random.seed(0)
+    _Clock.today = date
+    chat_template_utils.datetime = _Clock  # of this process alone, which does nothing else
+    texts, _ = chat_template_utils.render_jinja_template(
+        [messages],
+        chat_template=template,
+        add_generation_prompt=True,
+        **special_tokens,
     )
     return texts[0]
 

@@ -7,6 +7,7 @@ Hugging Face tokenizer directory. Nothing is ever downloaded, no code from a dir
 
 from __future__ import annotations
 
+import datetime
 import functools
 import io
 import json
@@ -83,7 +84,7 @@ class Tokenizer(Protocol):
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens left out."""
+        """The text of `ids`, special tokens left out, and ids that are none of the tokenizer's."""
 
     def meaning(self) -> TokenizerMeaning:
         """What two tokenizers are compared by; made once, which takes about a second."""
@@ -131,7 +132,8 @@ class SentencePieceTokenizer:
         return ([] if self.bos_id is None else [self.bos_id]) + self.encode(prompt)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode(list(ids))
+        # SentencePiece raises for an id that it does not have; a model can have more rows than that.
+        return self._processor.decode([i for i in ids if 0 <= i < self.vocab_size])
 
     @functools.cached_property
     def _meaning(self) -> TokenizerMeaning:
@@ -157,8 +159,10 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """A Hugging Face tokenizer directory, read by `transformers`; see `Tokenizer` for the methods."""
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, date: str | None = None):
+        """date: what chat templates take for today, YYYY-MM-DD; default: today."""
         self._directory = Path(directory)
+        self._date = date or datetime.date.today().isoformat()
         self._template_processes: dict[int, ConfinedProcess] = {}
         check_tokenizer_files(self._directory)
         try:
@@ -203,6 +207,7 @@ class HuggingFaceTokenizer:
                 self._tokenizer.get_chat_template(),
                 [dict(turn) for turn in prompt],
                 {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()},
+                self._date,
                 seconds=_RENDER_SECONDS,
             )
         except (ValueError, Unanswered) as error:
@@ -215,7 +220,7 @@ class HuggingFaceTokenizer:
         decode = functools.partial(
             self._tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return self._limited("decoding", list(ids), decode)
+        return self._limited("decoding", [i for i in ids if 0 <= i < self.vocab_size], decode)
 
     def _templates(self) -> ConfinedProcess:
         """The process that renders this tokenizer's chat templates; a forked rank gets its own."""
@@ -282,9 +287,10 @@ def _copy(directory: Path, name: Path, target: Path) -> None:
     target.write_bytes(data)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, date: str | None = None) -> Tokenizer:
     """The tokenizer at `path`: a SentencePiece `.model` file, or a directory of one or of Hugging Face files.
 
+    date: what its chat template takes for today, YYYY-MM-DD; default: today.
     Raises `ConfigError` when there is no such path or nothing in it that is a tokenizer.
     """
     location = Path(path)
@@ -293,7 +299,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if location.is_file():
         return SentencePieceTokenizer(location)
     if any((location / name).exists() for name in _HUGGING_FACE_MARKERS):
-        return HuggingFaceTokenizer(location)
+        return HuggingFaceTokenizer(location, date)
     if (location / _SENTENCEPIECE_NAME).exists():
         return SentencePieceTokenizer(location / _SENTENCEPIECE_NAME)
     expected = ", ".join((*_HUGGING_FACE_MARKERS, _SENTENCEPIECE_NAME))

@@ -112,18 +112,27 @@ def read_model_config(
     Megatron-LM's own checkpoints have neither: their architecture is the `given` one, the fingerprint `None`.
     """
     if is_megatron_lm(checkpoint):
-        return require_architecture(checkpoint, given, where), None
+        return read_architecture(checkpoint, where, given), None
     if (checkpoint / MODEL_FILE).exists():
         return read_architecture(checkpoint, where), _description(checkpoint, where)["tokenizer"]
     return read_architecture(checkpoint, where), load_tokenizer(checkpoint).fingerprint()
 
 
-def read_architecture(checkpoint: Path, where: str) -> ModelConfig:
-    """Architecture of a checkpoint (ours or Hugging Face's); `ConfigError` when damaged or not supported."""
+def recorded_tokenizer(checkpoint: Path, where: str) -> str | None:
+    """The fingerprint that one of our checkpoints keeps of its tokenizer; `None` for a Hugging Face
+    directory, which has the tokenizer itself."""
+    if not (checkpoint / MODEL_FILE).exists():
+        return None
+    return _description(checkpoint, where)["tokenizer"]
+
+
+def read_architecture(checkpoint: Path, where: str, given: ModelConfig | None = None) -> ModelConfig:
+    """Architecture of a checkpoint (ours or Hugging Face's; of Megatron-LM's own it is the `given` one);
+    `ConfigError` when damaged or not supported."""
     if (checkpoint / MODEL_FILE).exists():
         return model_config_from_dict(_description(checkpoint, where)["model"], where)
     if is_megatron_lm(checkpoint):
-        return require_architecture(checkpoint, None, where)
+        return require_architecture(checkpoint, given, where)
     return read_model(checkpoint, where)
 
 

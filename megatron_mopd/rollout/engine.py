@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,14 +50,14 @@ class SamplingParams:
             )
 
     @classmethod
-    def from_config(cls, rollout: RolloutConfig, eos_id: int) -> SamplingParams:
-        """The run's sampling: its `rollout` section, and the tokenizer's end of sequence as a stop token."""
+    def from_config(cls, rollout: RolloutConfig, stop_ids: Iterable[int]) -> SamplingParams:
+        """The run's sampling: its `rollout` section, and everything that ends a response (`StopIds`)."""
         return cls(
             max_new_tokens=rollout.max_new_tokens,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
-            stop_token_ids=tuple(sorted({eos_id, *rollout.stop_token_ids})),
+            stop_token_ids=tuple(sorted({*stop_ids, *rollout.stop_token_ids})),
             repetition_stop=rollout.repetition_stop,
             repetition_max_period=rollout.repetition_max_period,
             allow_not_finite=True,

@@ -87,6 +87,15 @@ def run_manifest(tokenizer: str, prompts: PromptSet, fingerprints: dict[str, Fin
     }
 
 
+def with_tokenizer(manifest: dict[str, Any], tokenizer: str) -> dict[str, Any]:
+    """A saved manifest with another fingerprint of the tokenizer: of one that was found to be the same, or
+    whose change is allowed."""
+    teachers = {
+        name: prints | {"tokenizer": tokenizer} for name, prints in manifest.get("teachers", {}).items()
+    }
+    return manifest | {"tokenizer": tokenizer, "teachers": teachers}
+
+
 def changed_teachers(saved: dict[str, Fingerprints], current: dict[str, Fingerprints]) -> list[str]:
     """One phrase for every teacher that is not what the saved run had: `math (weights)`, `code (new)`."""
     phrases = []

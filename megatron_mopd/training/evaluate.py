@@ -28,7 +28,7 @@ def evaluation(run: Run) -> dict[str, float]:
     greedy = SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
         temperature=0.0,
-        stop_token_ids=SamplingParams.from_config(rollout, run.tokenizer.eos_id).stop_token_ids,
+        stop_token_ids=SamplingParams.from_config(rollout, run.stop_ids).stop_token_ids,
         allow_not_finite=True,  # damaged weights show in the next step
     )
     shared = (run.engine, list(run.eval_prompts), run.tokenizer)

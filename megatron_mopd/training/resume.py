@@ -11,17 +11,20 @@ from typing import Any
 
 from megatron_mopd.config import Config, ConfigError, ModelConfig, to_dict
 from megatron_mopd.config.resume import Change, ResumeClass, changes
+from megatron_mopd.data.tokenizer import Tokenizer
 from megatron_mopd.model.checkpoint import (
     MODEL_FILE,
     complete_iterations,
     iteration_directory,
     latest_iteration,
     read_model_config,
+    recorded_tokenizer,
 )
+from megatron_mopd.model.checkpoint_tokenizer import check_tokenizer
 from megatron_mopd.model.checksums import verify_checksums
 from megatron_mopd.model.pickled_files import Checked, refuse_code
 from megatron_mopd.observe.progress import say
-from megatron_mopd.teachers.manifest import changed_teachers
+from megatron_mopd.teachers.manifest import changed_teachers, with_tokenizer
 
 _MOST_SAID = 8
 """Changed keys that are said one by one."""
@@ -39,6 +42,26 @@ class Resumable:
     iteration: int
     """Optimizer steps done."""
     description: Checked
+    same_tokenizer: str | None = None
+    """The fingerprint of the run's tokenizer where the checkpoint has another and `with_run_tokenizer` found
+    that both mean the same, or that they may differ."""
+
+    def with_run_tokenizer(self, tokenizer: Tokenizer, *, allow_change: bool) -> Resumable:
+        """This, with `tokenizer`'s fingerprint for the saved one wherever that stands, if they mean the same.
+
+        Raises `ConfigError` that says in what they differ, unless `allow_change`; the same texts may then be
+        other tokens, and prompts are not compared. No collectives.
+        """
+        current = tokenizer.fingerprint()
+        if recorded_tokenizer(self.path, "run_dir") == current:
+            return self
+        check_tokenizer(self.path, tokenizer, "run_dir", allow_change=allow_change)
+        common = self.description.common
+        manifest = with_tokenizer(common.get("manifest", {}), current)
+        if allow_change:
+            manifest.pop("prompts", None)
+        description = replace(self.description, common=common | {"manifest": manifest})
+        return replace(self, description=description, same_tokenizer=current)
 
     def check_continues(self, config: Config) -> None:
         """Raises `FinishedRun` when there is nothing left to do, `ConfigError` when it cannot be done."""
@@ -121,7 +144,7 @@ def check_same_run(
     """
     path, common = found.path, found.description.common
     saved_student, tokenizer = read_model_config(path, "run_dir")
-    if tokenizer != manifest["tokenizer"]:
+    if (found.same_tokenizer or tokenizer) != manifest["tokenizer"]:
         raise ConfigError(f"data.tokenizer: not the tokenizer that run_dir ({path}) was saved with")
     changed = _changed_settings(common, path, config, student, saved_student)
     allowed = config.checkpoint.allow_teacher_change

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from megatron_mopd.config import DomainObjectives, RolloutConfig
 from megatron_mopd.data.prompt import Prompt
@@ -20,6 +20,7 @@ def draw_trajectories(
     objectives: DomainObjectives,
     rollout: RolloutConfig,
     tokenizer: Tokenizer,
+    stop_ids: Iterable[int],
     *,
     samples_per_prompt: int,
     seed: int,
@@ -36,7 +37,7 @@ def draw_trajectories(
     asked = [position for position, is_given in enumerate(given) if not is_given]
     trajectories, routing = [], None
     if asked:
-        sampling = SamplingParams.from_config(rollout, tokenizer.eos_id)
+        sampling = SamplingParams.from_config(rollout, stop_ids)
         drawn = engine.generate(
             [prompts[position] for position in asked],
             sampling,

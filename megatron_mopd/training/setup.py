@@ -33,13 +33,15 @@ from megatron_mopd.data.prompts import PromptSet, load_prompts, require_answers
 from megatron_mopd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mopd.data.verifiers import has_verdict, is_confined
 from megatron_mopd.model.build import build_model
-from megatron_mopd.model.checkpoint import find_checkpoint, load_weights, read_model_config
+from megatron_mopd.model.checkpoint import find_checkpoint, load_weights, read_architecture
+from megatron_mopd.model.checkpoint_tokenizer import check_tokenizer
 from megatron_mopd.model.router_replay import install_routing_replay
 from megatron_mopd.observe.progress import phase, say
 from megatron_mopd.observe.run_lock import RunLock, claim
 from megatron_mopd.observe.weights_and_biases import check_tracking
 from megatron_mopd.rollout.engine import RolloutEngine
 from megatron_mopd.rollout.megatron_engine import MegatronEngine
+from megatron_mopd.rollout.stop_ids import StopIds, model_directories, read_stop_ids
 from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
 from megatron_mopd.teachers.manifest import model_fingerprints, run_manifest, start_alarms
 from megatron_mopd.teachers.routing import Routing, check_teachers
@@ -47,6 +49,7 @@ from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_mopd.training.rank_facts import input_facts, launch_facts
 from megatron_mopd.training.resume import Resumable, check_same_run, find_resumable
 from megatron_mopd.training.rewards import Rewarder
+from megatron_mopd.training.run_date import with_date
 from megatron_mopd.training.step import Learner
 
 
@@ -61,6 +64,7 @@ class Inputs:
     routing: Routing | None
     prompts: PromptSet
     eval_prompts: PromptSet | None
+    stop_ids: StopIds
 
 
 @dataclass
@@ -79,6 +83,8 @@ class Run:
     """What the teachers' fingerprints say; already printed."""
     resumable: Resumable | None
     """The checkpoint that the run continues from, already found to be of the same run."""
+    stop_ids: StopIds
+    """What ends a response."""
     lifeline: Lifeline
     """To be released before this rank ends by itself."""
     confinement: Confinement | None
@@ -95,6 +101,7 @@ def build_run(config: Config) -> Run:
     """
     device = select_device(config.device)
     lifeline = start_ranks(device, config.parallel.distributed_timeout_minutes)
+    config = with_date(config)
     inputs = agreed_inputs(config)
     confinement = examine_confinement(inputs)
     lock = claim(Path(config.run_dir))
@@ -124,6 +131,8 @@ def _build(
     )
     manifest = run_manifest(tokenizer.fingerprint(), inputs.prompts, fingerprints)
     if (resumable := find_resumable(config)) is not None:
+        allow = config.data.allow_tokenizer_change
+        resumable = resumable.with_run_tokenizer(tokenizer, allow_change=allow)
         check_same_run(resumable, config, student, manifest)
         resumable.check_continues(config)
 
@@ -164,6 +173,7 @@ def _build(
         optimizer=optimizer,
         scheduler=scheduler,
         model=student,
+        vocab_size=tokenizer.vocab_size,
         manifest=manifest,
         domains=sorted(inputs.prompts.domains),
         routing=routing,
@@ -172,13 +182,14 @@ def _build(
     engine = MegatronEngine(
         wrapped,
         groups,
-        vocab_size=student.vocab_size,
+        vocab_size=tokenizer.vocab_size,
         max_sequence_length=config.data.seq_length,
         max_batch_size=config.rollout.max_batch_size,
     )
     rewarder = Rewarder(config, groups, tokenizer.decode)
     shared = (config, groups, tokenizer, inputs.prompts, inputs.eval_prompts)
-    return Run(*shared, learner, engine, rewarder, alarms, resumable, lifeline, confinement, lock)
+    built = (learner, engine, rewarder, alarms, resumable, inputs.stop_ids)
+    return Run(*shared, *built, lifeline, confinement, lock)
 
 
 def agreed_inputs(config: Config) -> Inputs:
@@ -210,7 +221,7 @@ def check_inputs(config: Config, world_size: int) -> Inputs:
     Raises `ConfigError` for a user's mistake. Collectives: none.
     """
     check_tracking(config.log)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.date)
     objectives = DomainObjectives(config.objective)
     student = resolve_student(config, tokenizer)
     is_distillation = any(needs_teachers(objective) for objective in objectives.all())
@@ -224,7 +235,16 @@ def check_inputs(config: Config, world_size: int) -> Inputs:
         eval_prompts = load_prompts(config.data.eval, tokenizer, config.data.seq_length, "data.eval")
         prompts = prompts.without(eval_prompts)  # held-out means never trained on, whatever the seeds
     _check_prompts(prompts, objectives, routing, tokenizer, config.data.seq_length)
-    return Inputs(tokenizer, objectives, student, teachers, routing, prompts, eval_prompts)
+    stop_ids = student_stop_ids(config, tokenizer)
+    return Inputs(tokenizer, objectives, student, teachers, routing, prompts, eval_prompts, stop_ids)
+
+
+def student_stop_ids(config: Config, tokenizer: Tokenizer) -> StopIds:
+    """Everything that says which tokens end the student's responses."""
+    directories = []
+    if config.student.load is not None:
+        directories = model_directories(find_checkpoint(config.student.load, "student.load"))
+    return read_stop_ids(tokenizer, directories, config.rollout.stop_token_ids)
 
 
 def examine_confinement(inputs: Inputs) -> Confinement | None:
@@ -251,11 +271,9 @@ def resolve_student(config: Config, tokenizer: Tokenizer) -> ModelConfig:
     student = config.student
     if student.load is not None:
         checkpoint = find_checkpoint(student.load, "student.load")
-        loaded, fingerprint = read_model_config(checkpoint, "student.load", student)
-        if fingerprint not in (None, tokenizer.fingerprint()):
-            raise ConfigError(
-                f"data.tokenizer: not the tokenizer that student.load ({student.load}) was trained with"
-            )
+        loaded = read_architecture(checkpoint, "student.load", student)
+        allow = config.data.allow_tokenizer_change
+        check_tokenizer(checkpoint, tokenizer, "student.load", allow_change=allow)
         defaults = ModelConfig()
         explicit = {
             f.name: getattr(student, f.name)
@@ -276,7 +294,7 @@ def resolve_student(config: Config, tokenizer: Tokenizer) -> ModelConfig:
 def resolve_teachers(
     config: Config, student: ModelConfig, tokenizer: Tokenizer
 ) -> tuple[list[TeacherSource], Routing]:
-    """Sources of all teachers and the routing over them; vocabulary and tokenizer must be the student's."""
+    """Sources of all teachers and the routing over them; their tokenizers must be the student's."""
     if not config.teachers:
         raise ConfigError(f"teachers: objective.kind={config.objective.kind} needs at least one teacher")
     check_teachers(config.teachers)
@@ -288,17 +306,23 @@ def resolve_teachers(
             # stages).
             sources.append(TeacherSource(teacher.name, student, config.seed))
             continue
+        checkpoint = find_checkpoint(teacher.load, where)
         # An expert that Megatron-LM trained has no description of its own: it is built like the student.
-        model, fingerprint = read_model_config(find_checkpoint(teacher.load, where), where, student)
-        if model.vocab_size != student.vocab_size:
+        model = read_architecture(checkpoint, where, student)
+        check_tokenizer(checkpoint, tokenizer, where, allow_change=config.data.allow_tokenizer_change)
+        if model.vocab_size < tokenizer.vocab_size:
             raise ConfigError(
-                f"{where}: vocabulary of {model.vocab_size} tokens, the student's has {student.vocab_size}"
+                f"{where}: vocabulary of {model.vocab_size} tokens, data.tokenizer has "
+                f"{tokenizer.vocab_size}; a teacher has to score every token of the student"
             )
-        if fingerprint not in (None, tokenizer.fingerprint()):
-            raise ConfigError(f"{where}: {teacher.load} speaks another tokenizer than data.tokenizer")
-        # Vocabularies are padded alike, so that their columns are divided alike over tensor-parallel ranks.
-        padding = student.make_vocab_size_divisible_by
-        model = replace(model, load=teacher.load, make_vocab_size_divisible_by=padding)
+        # Rows beyond the tokenizer take no part. With the student's number of them, columns are divided alike
+        # over tensor-parallel ranks.
+        model = replace(
+            model,
+            load=teacher.load,
+            vocab_size=student.vocab_size,
+            make_vocab_size_divisible_by=student.make_vocab_size_divisible_by,
+        )
         sources.append(TeacherSource(teacher.name, model, config.seed))
     return sources, Routing(config.routing, config.teachers)
 

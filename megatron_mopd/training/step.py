@@ -81,6 +81,10 @@ class Learner:
     routing: Routing | None = None
     """`None` when no domain's objective has teachers."""
     bank: TeacherBank | None = None
+    vocab_size: int | None = None
+    """Ids from 0 on that take part in every softmax: the tokenizer's; default: all rows of the model. Rows
+    beyond, with which models are padded to round sizes, are no tokens: they are never sampled and belong to
+    no distribution, neither the student's nor a teacher's."""
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
     sampled_from: dict[int, int] = field(default_factory=dict)
     """Rollout batch -> identity of the weights that it is sampled from (`rollout_log`)."""
@@ -91,6 +95,7 @@ class Learner:
 
     def __post_init__(self):
         """Collective over all ranks: the pipeline's communicators."""
+        self.vocab_size = self.vocab_size or self.model.vocab_size
         schedule = self.config.schedule
         self.position = DataPosition(*rollout_sizes(self.config))
         if schedule.kind != "megatron":
@@ -173,7 +178,7 @@ def plan_steps(
                 batch.student,
                 batch.shape,
                 learner.groups,
-                vocab_size=learner.model.vocab_size,
+                vocab_size=learner.vocab_size,
                 chunk_size=learner.config.objective.chunk_size,
                 temperature=learner.config.rollout.temperature,
                 findings=batch.findings,
@@ -233,7 +238,7 @@ def plan_step(
     )
     findings = Findings()
     scores = TeacherScores(
-        cache, learner.config, learner.objectives, groups, learner.bank, learner.model.vocab_size, findings
+        cache, learner.config, learner.objectives, groups, learner.bank, learner.vocab_size, findings
     )
     teachers, uses, largest = {}, [], 0
     for name in learner.bank.names if learner.bank else ():
@@ -405,7 +410,7 @@ def build_loss(learner: Learner, batch: StepBatch) -> BatchLoss:
     return BatchLoss(
         learner.objectives,
         learner.groups,
-        learner.model.vocab_size,
+        learner.vocab_size,
         learner.domains,
         unwrap(learner.chunks[-1]),
         facts,
