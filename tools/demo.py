@@ -98,7 +98,7 @@ MODEL = dict(
     moe_router_topk=2,
     moe_ffn_hidden_size=192,
     moe_router_load_balancing_type="aux_loss",
-    moe_aux_loss_coeff=0.01,
+    moe_aux_loss_coeff=0.025,
     init_method_std=0.06,
     embedding_init_method_std=0.1,
 )
