@@ -87,7 +87,7 @@ class Tokenizer(Protocol):
         """The text of `ids`, special tokens left out, and ids that are none of the tokenizer's."""
 
     def meaning(self) -> TokenizerMeaning:
-        """What two tokenizers are compared by; made once, which takes about a second."""
+        """What two tokenizers are compared by; made once, which takes seconds for 150,000 tokens."""
 
     def fingerprint(self) -> str:
         """SHA-256 of all that gives ids and prompts their meaning (`TokenizerMeaning.fingerprint`): equal for

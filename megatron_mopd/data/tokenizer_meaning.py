@@ -30,7 +30,7 @@ _PROBES = (
     "\\frac{a}{b} \\boxed{42} $x_1^2$ def f(x): return [y for y in x if y != 0] <b>bold</b> &amp; #tag @me",
 )
 _MOST_TOKENS = 20_000
-"""Of a larger vocabulary so many tokens, evenly spread, are encoded again; it takes about half a second."""
+"""Of a larger vocabulary so many tokens, evenly spread, are encoded again."""
 _TOKENS_OF_A_TEXT = 500
 _BEGINNING_OF_WORD = str.maketrans({"\u2581": " ", "\u0120": " ", "\u010a": "\n", "\u0109": "\t"})
 """How SentencePiece and byte-level vocabularies write a space, and the latter a new line and a tabulator."""

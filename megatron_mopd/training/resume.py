@@ -188,7 +188,9 @@ def _check_content(
 
     if "student" in both and saved["student"] != current["student"]:
         refuse("student.load", "weights")
-    sources = zip(saved["prompts"], current["prompts"]) if "prompts" in both else ()
+    # A checkpoint of an earlier release has one fingerprint of all prompts, made in another way.
+    is_by_source = "prompts" in both and isinstance(saved["prompts"], list)
+    sources = zip(saved["prompts"], current["prompts"]) if is_by_source else ()
     for number, (before, now) in enumerate(sources):
         if before != now:
             key = f"data.prompts[{number}]"

@@ -13,6 +13,7 @@ from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.router_replay import install_routing_replay, routing_choices
 from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.megatron_engine import MegatronEngine
+from megatron_mopd.training.nonfinite import Findings
 from megatron_mopd.training.old_policy import proximal_logprobs
 from megatron_mopd.training.step import plan_step, train_step
 from tests import _models
@@ -62,6 +63,7 @@ def deviations(rank, parallel, schedule):
             vocab_size=_models.VOCAB,
             chunk_size=64,
             temperature=1.0,
+            findings=Findings(),
         )
         by_index = {t.index: torch.tensor(t.logprobs, dtype=torch.float64) for t in trajectories}
         differences = [(values - by_index[i]).abs().max().item() for i, values in found.items()]
