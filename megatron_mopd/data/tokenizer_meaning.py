@@ -118,7 +118,8 @@ def differences(theirs: TokenizerMeaning, ours: TokenizerMeaning) -> list[str]:
         first, more = differing[0], len(differing) - 1
         there, here = (_token_or_none(meaning.tokens.get(first)) for meaning in (theirs, ours))
         others = f" (and {more} more ids differ)" if more else ""
-        found.append(f"id {first} is {there}, not {here}{others}")
+        contrast = f"not {here}" if first in ours.tokens else "and no token here"
+        found.append(f"id {first} is {there}, {contrast}{others}")
     if changed := sorted(n for n in theirs.special ^ ours.special if n in theirs.tokens and n in ours.tokens):
         verb = "is" if changed[0] in theirs.special else "is not"
         found.append(f"token {theirs.token(changed[0])} {verb} a special token")

@@ -168,4 +168,4 @@ def test_added_tokens_and_templates_that_differ(original, tmp_path):
     larger.add_tokens(["<think>"])
     larger.save_pretrained(tmp_path / "larger")
     (found,) = differences(load_tokenizer(tmp_path / "larger").meaning(), ours.meaning())
-    assert found == f"id {ours.vocab_size} is '<think>', not no token"
+    assert found == f"id {ours.vocab_size} is '<think>', and no token here"
