@@ -12,6 +12,8 @@ import hashlib
 import heapq
 import json
 import math
+import os
+import stat
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -240,6 +242,8 @@ def _from_task(source: PromptSource, where: str) -> Iterator[Prompt]:
 def _from_file(source: PromptSource, where: str) -> Iterator[Prompt]:
     empty = True
     try:
+        if not stat.S_ISREG(os.stat(source.path).st_mode):  # a pipe: opening it would wait for a writer
+            raise ConfigError(f"{where}.path: {source.path} is not a regular file")
         with open(source.path, "rb") as file:
             # Not a loop over the file: a line of gigabytes would be read whole before anyone could refuse it.
             lines = iter(lambda: file.readline(_LONGEST_LINE + 1), b"")

@@ -176,6 +176,12 @@ def test_length_leaves_room_for_one_token(load, tokenizer):
         load(line, seq_length=length)
 
 
+def test_a_pipe_is_refused_before_it_is_waited_for(load, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ConfigError, match=r"data\.prompts\[0\]\.path: .*pipe\.jsonl is not a regular file"):
+        load(path=str(tmp_path / "pipe.jsonl"))
+
+
 def test_empty_file_and_missing_file(load):
     with pytest.raises(ConfigError, match=r"p\.jsonl: no prompts in this file"):
         load("", "  ")
