@@ -175,17 +175,22 @@ def comparable(run_dir: Path) -> list[dict]:
     ]
 
 
-def _without_settings(common):
-    """megatron-core 0.19 keeps what is no tensor beside the tensors, as a list of one dictionary."""
-    if not isinstance(common, list):
-        return common
-    return [{k: v for k, v in i.items() if k != "settings"} if isinstance(i, dict) else i for i in common]
+def _comparable(value):
+    """megatron-core 0.19 keeps what is no tensor beside the tensors: here without the settings, which name
+    another run_dir, and the entropies that alarms remember, which continued responses have to rounding.
+    """
+    if isinstance(value, list):
+        return [_comparable(item) for item in value]
+    if isinstance(value, dict):
+        left_out = ("settings", "recent_entropy", "first_recent_entropy")
+        return {key: _comparable(item) for key, item in value.items() if key not in left_out}
+    return value
 
 
 def contents(checkpoint: Path) -> dict[str, str]:
     """What a checkpoint of these tests holds: of a tensor the SHA-256 of its bytes, of everything else its
-    value but the settings, in which the runs that are compared differ. A pickle of equal values may differ in
-    what it writes once and refers to afterwards.
+    value as far as it is comparable. A pickle of equal values may differ in what it writes once and refers to
+    afterwards.
     """
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     found = {}
@@ -194,7 +199,7 @@ def contents(checkpoint: Path) -> dict[str, str]:
             file.seek(place.offset)
             data = file.read(place.length)
         if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
-            value = repr(_without_settings(torch.load(io.BytesIO(data), weights_only=False)))
+            value = repr(_comparable(torch.load(io.BytesIO(data), weights_only=False)))
         else:
             value = hashlib.sha256(data).hexdigest()
         found[f"{index.fqn} {tuple(index.offset or ())}"] = value

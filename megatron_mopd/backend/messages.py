@@ -15,6 +15,8 @@ def shown(value: Any) -> str:
     """A value in a message: as it is when it is short, else its kind. A key may hold anything by mistake."""
     if isinstance(value, (dict, list)) and value:
         return "a section" if isinstance(value, dict) else "a list"
+    if isinstance(value, int) and value.bit_length() > 4 * _LONGEST_SHOWN:  # Python refuses to spell some
+        return f"a whole number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"a {type(value).__name__} of {len(text)} characters"
 

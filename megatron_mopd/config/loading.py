@@ -41,13 +41,16 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     """Build and check a `Config` from nested dictionaries, `${...}` included (`interpolation.py`);
     `ConfigError` names the offending key.
     """
-    config = _build(Config, with_recipe(resolve(values)), "")
+    values = resolve(values)
+    _refuse_huge_numbers(values, "")
+    config = _build(Config, with_recipe(values), "")
     _check(config)
     return config
 
 
 def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
     """Build a `ModelConfig` from the dictionary kept with a checkpoint; `where` names the file in errors."""
+    _refuse_huge_numbers(values, where)
     return _build(ModelConfig, values, where)
 
 
@@ -108,6 +111,16 @@ _AT_LEAST_ONE = """
     parallel.context_parallel_size parallel.expert_model_parallel_size
     student.make_vocab_size_divisible_by
 """.split()
+
+
+def _refuse_huge_numbers(value: Any, where: str) -> None:
+    """Whole numbers beyond 64 bits, which no float, tensor or file takes, and Python may not even print."""
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            place = f"[{key}]" if isinstance(value, list) else f".{key}" if where else str(key)
+            _refuse_huge_numbers(item, where + place)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where}: {shown(value)} is out of range; at most 63 bits are of use")
 
 
 def _check(config: Config) -> None:

@@ -126,6 +126,12 @@ def test_read_only():
             "data.prompts[0].domain: expected str, found False; quote",
         ),
         ({"run_dir": "a\ud83d"}, "run_dir: no Unicode text: half a character at position 1"),
+        ({"seed": 10**5000}, "seed: a whole number of 16610 bits is out of range"),
+        ({"optimizer": {"lr": 10**400}}, "optimizer.lr: a whole number of 1329 bits is out of range"),
+        (
+            {"rollout": {"stop_token_ids": [1, -(2**64)]}},
+            "rollout.stop_token_ids[1]: -18446744073709551616 is",
+        ),
         ({"routing": {"\udc00": "x"}}, "routing: no Unicode text: half a character at position 0"),
         ({"student": {"activation_func": 1.5}}, "student.activation_func: expected str, found 1.5"),
         ({"teachers": {"name": "a"}}, "teachers: expected a list"),

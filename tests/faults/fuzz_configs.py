@@ -37,6 +37,7 @@ from typing import Any
 import torch
 
 from megatron_mopd import train
+from megatron_mopd.backend.messages import shown
 from megatron_mopd.config import Config, ConfigError, config_from_dict
 from megatron_mopd.config.loading import _CHOICES, _TRANSFORMER_FIELDS
 from megatron_mopd.data.prompts import PromptSampler
@@ -233,7 +234,8 @@ class Fuzzer:
         self.tally["failed"] += 1
         key = re.sub(r"\d+\.?\d*", "#", kind)
         if key not in self.failures:
-            self.failures[key] = f"{kind}\n    {mutations}"
+            told = [(action, path, shown(value)) for action, path, value in mutations]
+            self.failures[key] = f"{kind}\n    {told}"
             print(f"FAILED {self.failures[key]}", file=sys.stderr, flush=True)
 
     def run(self, count: int, seed: int) -> None:
