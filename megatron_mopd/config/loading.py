@@ -159,6 +159,10 @@ def _check(config: Config) -> None:
     for dotted in ("optimizer.adam_beta1", "optimizer.adam_beta2"):
         if not 0 <= (value := attrgetter(dotted)(config)) < 1:
             raise ConfigError(f"{dotted}: must be at least 0 and below 1, found {value}")
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise ConfigError(
+            f"optimizer.min_lr: {config.optimizer.min_lr:g} is above optimizer.lr={config.optimizer.lr:g}"
+        )
     if (value := config.parallel.expert_tensor_parallel_size) is not None and value < 1:
         raise ConfigError(f"parallel.expert_tensor_parallel_size: must be at least 1, found {value}")
     if (day := config.data.date) is not None:

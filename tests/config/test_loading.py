@@ -126,6 +126,7 @@ def test_read_only():
             "data.prompts[0].domain: expected str, found False; quote",
         ),
         ({"run_dir": "a\ud83d"}, "run_dir: no Unicode text: half a character at position 1"),
+        ({"optimizer": {"min_lr": 1.0}}, "optimizer.min_lr: 1 is above optimizer.lr="),
         ({"seed": 10**5000}, "seed: a whole number of 16610 bits is out of range"),
         ({"optimizer": {"lr": 10**400}}, "optimizer.lr: a whole number of 1329 bits is out of range"),
         (
