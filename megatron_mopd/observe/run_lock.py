@@ -82,7 +82,8 @@ class RunLock(contextlib.AbstractContextManager):
         except BaseException:
             os.close(self._file)
             raise
-        threading.Thread(target=self._beat, name="run lock", daemon=True).start()
+        self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
+        self._thread.start()
 
     def check(self) -> None:
         """Raise `RunLostError` when another run has taken the directory."""
@@ -96,6 +97,7 @@ class RunLock(contextlib.AbstractContextManager):
         if self._ended.is_set():
             return
         self._ended.set()
+        self._thread.join()  # it must not touch what else may get the descriptor's number
         with contextlib.suppress(OSError):
             if not self._lost and self._is_in_place():
                 os.unlink(self._path)
