@@ -23,6 +23,7 @@ first).
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -35,7 +36,11 @@ from multiprocessing.connection import wait
 import torch
 import torch.distributed as dist
 
+from megatron_mopd.backend.gloo import share_device
+
 torch.set_num_threads(1)
+# A collection in a fork would go through half a million objects of its parent, and copy their pages.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 class RankError(RuntimeError):
@@ -136,6 +141,7 @@ def _rank_main(rank, world_size, connection, parents_ends, timeout, inherited_ta
     for inherited in parents_ends:
         inherited.close()  # so that the parent's death, however it comes, reads as end-of-file here
     torch.set_num_threads(1)
+    share_device()
     # megatron-core's checkpoint writer starts processes, which children of a daemon may not.
     multiprocessing.current_process()._config["daemon"] = False
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))

@@ -2,8 +2,8 @@
 
 megatron-core assumes CUDA in a few dozen places: device arguments, streams, the CUDA random generator, tensor
 type names. `install()` gives each of them its CPU meaning, once per process; on CUDA machines it is never
-called and nothing is patched. This file and `versions.py` are the only places of the house that change
-another library's behaviour.
+called and nothing is patched. This file, `gloo.py` and `versions.py` are the only places of the house that
+change another library's behaviour.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 import torch.distributed
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.utils._device import _device_constructors
+
+from megatron_mopd.backend.gloo import share_device
 
 _CPU = torch.device("cpu")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -185,6 +187,7 @@ def install() -> None:
         return
     _installed = True
     _keep_freed_memory()
+    share_device()
 
     # `with torch.device("meta")` recognizes factories by identity, and looks them up when it is first used:
     # it has to find the originals, which the wrappers below call. (`transformers` loads models under it; with
