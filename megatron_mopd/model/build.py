@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,6 +42,15 @@ _ARCHITECTURE_DEFAULTS: dict[str, Any] = dict(
     # The balancing loss that does not depend on how trajectories are cut into micro-batches (`router.py`).
     moe_router_load_balancing_type="seq_aux_loss",
 )
+
+# Fields of TransformerConfig that count something: megatron-core does not look at most of them before it
+# reshapes a tensor with them.
+_COUNTS = """
+    num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size
+    num_moe_experts moe_router_topk moe_ffn_hidden_size moe_shared_expert_intermediate_size
+    moe_router_num_groups moe_router_group_topk moe_router_topk_limited_devices
+    q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
+""".split()
 
 # A frozen teacher computes its forward pass and nothing else.
 _FROZEN_OVERRIDES: dict[str, Any] = dict(
@@ -137,9 +147,15 @@ def transformer_config(
         raise ConfigError(
             f"{where}.qk_layernorm_over_heads: needs qk_layernorm, and is not for multi_latent_attention"
         )
+    for key in _COUNTS:
+        if (value := values.get(key)) is not None and value < 1:
+            raise ConfigError(f"{where}.{key}: must be at least 1, found {value}")
     for key in ("softmax_scale", "layernorm_epsilon"):
         if (value := values.get(key)) is not None and not value > 0:  # NaN is not either
             raise ConfigError(f"{where}.{key}: must be above 0, found {value}")
+    for key in ("init_method_std", "embedding_init_method_std"):
+        if (value := values.get(key)) is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"{where}.{key}: must be at least 0, found {value}")
     for key in ("attention_dropout", "hidden_dropout"):
         if not 0 <= values[key] < 1:
             raise ConfigError(f"{where}.{key}: must be at least 0 and below 1, found {values[key]}")
@@ -149,10 +165,42 @@ def transformer_config(
         values |= _latent_attention_scale(model, where)
     cls = MLATransformerConfig if values.get("multi_latent_attention") else TransformerConfig
     try:
-        return cls(**values)
+        config = cls(**values)
     except _REFUSALS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{where}: megatron-core refuses this model: {reason}") from None
+    _check_router(config, where)
+    if (angles := _rotary_channels(model, config)) % 2:
+        key = "qk_pos_emb_head_dim" if config.multi_latent_attention else "kv_channels"
+        raise ConfigError(
+            f"{where}.{key}: rotary embeddings turn pairs of channels, and {angles} (of each head) are an "
+            f"odd number; change {key}{'' if config.multi_latent_attention else ' or rotary_percent'}"
+        )
+    return config
+
+
+def _check_router(config: TransformerConfig, where: str) -> None:
+    """`ConfigError` for a router that cannot choose as many experts, or groups of them, as it is asked to."""
+    experts, chosen = config.num_moe_experts, config.moe_router_topk
+    if experts is None:
+        return
+    if chosen > experts:
+        raise ConfigError(f"{where}.moe_router_topk: {chosen} of {experts} experts cannot be chosen")
+    groups, group_topk = config.moe_router_num_groups, config.moe_router_group_topk
+    if not group_topk:
+        return
+    where = f"{where}.moe_router_group_topk"
+    if config.moe_router_topk_limited_devices:
+        # megatron-core has made groups of it: one for each expert-parallel rank.
+        where = where.replace("group_topk", "topk_limited_devices")
+    if group_topk > groups:
+        raise ConfigError(f"{where}: {group_topk} of {groups} groups of experts cannot be chosen")
+    size = experts // groups
+    if not group_topk <= chosen <= group_topk * size or chosen // group_topk > size:
+        raise ConfigError(
+            f"{where}: moe_router_topk={chosen} experts cannot come from {group_topk} groups of {size}; it "
+            f"must be from {group_topk} to {group_topk * size}"
+        )
 
 
 def _check_biases(values: dict[str, Any], where: str) -> None:
@@ -202,13 +250,19 @@ def _leave_as_is(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _rotary_channels(model: ModelConfig, config: TransformerConfig) -> int:
+    """Channels of each head that rotary embeddings turn."""
+    if model.position_embedding_type == "none":
+        return 0
+    if config.multi_latent_attention:
+        return config.qk_pos_emb_head_dim
+    return int(config.kv_channels * model.rotary_percent)
+
+
 def _rotary_angles(model: ModelConfig, config: TransformerConfig) -> RotaryAngles | None:
     if model.position_embedding_type == "none":
         return None
-    if config.multi_latent_attention:
-        channels = config.qk_pos_emb_head_dim
-    else:
-        channels = int(config.kv_channels * model.rotary_percent)
+    channels = _rotary_channels(model, config)
     return RotaryAngles(channels, model.rotary_base, effective_scaling(model.rope_scaling))
 
 

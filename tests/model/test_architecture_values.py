@@ -1,6 +1,8 @@
 """Values of an architecture that make no sense: refused by name when the model's configuration is made."""
 
 import pytest
+import torch
+from megatron.core.transformer.moe.moe_utils import group_limited_topk
 
 from megatron_mopd.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_mopd.model.build import transformer_config
@@ -11,12 +13,16 @@ SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_att
 UNIFORM = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
 
+EXPERTS = dict(num_moe_experts=8)
+
+
 def made(transformer=(), **own):
     model = ModelConfig(vocab_size=64, transformer=_models.DENSE | dict(transformer), **own)
     return transformer_config(model, ParallelConfig(), "float32", "cpu", where="teachers[1]")
 
 
 def test_an_architecture_that_is_fine():
+    assert made(dict(kv_channels=7), position_embedding_type="none").kv_channels == 7
     assert made(dict(softmax_scale=0.25), rotary_percent=0.5).softmax_scale == 0.25
 
 
@@ -34,6 +40,31 @@ def test_an_architecture_that_is_fine():
         ({}, dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling: "),
         (BIASED | SELECTIVE, {}, "recompute_modules: 'mlp' does not work with add_bias_linear"),
         (BIASED | dict(num_moe_experts=4), {}, "add_bias_linear: experts with biases"),
+        (dict(num_query_groups=-1), {}, "num_query_groups: must be at least 1, found -1"),
+        (
+            dict(embedding_init_method_std=-0.5),
+            {},
+            "init_method_std: must be at least 0, found -0.5",
+        ),
+        (dict(kv_channels=7), {}, "kv_channels: rotary embeddings turn pairs of channels, and 7"),
+        (dict(kv_channels=6), dict(rotary_percent=0.5), "and 3 (of each head) are an odd number"),
+        (dict(kv_channels=0), {}, "kv_channels: must be at least 1, found 0"),
+        (EXPERTS | dict(moe_router_topk=9), {}, "moe_router_topk: 9 of 8 experts cannot be chosen"),
+        (
+            EXPERTS | dict(moe_router_topk_limited_devices=4),
+            {},
+            "moe_router_topk_limited_devices: 4 of 1 groups of experts cannot be chosen",
+        ),
+        (
+            EXPERTS | dict(moe_router_num_groups=4, moe_router_group_topk=2, moe_router_topk=5),
+            {},
+            "moe_router_topk=5 experts cannot come from 2 groups of 2; it must be from 2 to 4",
+        ),
+        (
+            EXPERTS | dict(moe_router_num_groups=4, moe_router_group_topk=4, moe_router_topk=2),
+            {},
+            "moe_router_group_topk: moe_router_topk=2 experts cannot come from 4 groups of 2",
+        ),
     ],
 )
 def test_what_makes_no_sense(transformer, own, message):
@@ -48,6 +79,15 @@ def test_what_makes_no_sense(transformer, own, message):
 )
 def test_biases_with_other_recomputation(transformer):
     made(transformer)
+
+
+@pytest.mark.parametrize("chosen", [2, 3, 4])
+def test_experts_from_groups(chosen):
+    """The first forward pass of megatron-core takes what is accepted."""
+    groups = dict(moe_router_num_groups=4, moe_router_group_topk=2, moe_router_topk=chosen)
+    config = made(EXPERTS | groups)
+    scores = torch.rand(5, 8)
+    group_limited_topk(scores, chosen, 5, 8, config.moe_router_num_groups, config.moe_router_group_topk)
 
 
 def test_a_teacher_may_have_what_only_training_cannot():
