@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def format_seconds(seconds: float) -> str:
     """A duration to read: `4.2s`, `3m 05s`, `2h 07m`."""
@@ -17,3 +19,16 @@ def format_count(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:.0f}"
+
+
+def format_number(value: float) -> str:
+    """A value to read, three digits of it: `0.123`, `12.3k`, `3.0e-07`; `–` unless it is finite."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "–"
+    size = abs(value)
+    if size >= 1e9 or size < 1e-4:
+        return f"{value:.1e}"
+    for limit, letter in ((1e6, "M"), (1e4, "k")):
+        if size >= limit:
+            return f"{value / (1e3 if letter == 'k' else limit):.3g}{letter}"
+    return f"{value:.3g}" if size < 1000 else f"{value:.0f}"

@@ -19,12 +19,15 @@ import megatron_mopd
 from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.whole_files import write_whole
 from megatron_mopd.observe import svg
-from megatron_mopd.observe.formats import format_count, format_seconds
+from megatron_mopd.observe.charts import Line
+from megatron_mopd.observe.formats import format_count, format_number, format_seconds
 from megatron_mopd.observe.journal import ALARMS_FILE
 from megatron_mopd.observe.page_samples import samples_part
 from megatron_mopd.observe.page_template import PAGE
-from megatron_mopd.observe.page_timeline import timeline_part
+from megatron_mopd.observe.palette import INK, MAIN, SHADES, THEME, hue
 from megatron_mopd.observe.run_record import RunRecord, read_run
+from megatron_mopd.observe.seesaw import seesaw_chart
+from megatron_mopd.observe.traces import read_panels
 
 PAGE_FILE = "report.html"
 _PER_DOMAIN = (
@@ -34,7 +37,6 @@ _PER_DOMAIN = (
     ("reward", "reward", False),
 )
 _ALARMS_SHOWN = 100
-_PHASES = "rollout score train other evaluate save"
 Part = dict[str, Any]
 
 
@@ -67,6 +69,7 @@ def render(record: RunRecord) -> str:
         status=_status(record),
         tiles=_tiles(record),
         parts=parts,
+        theme=THEME,
         written=time.strftime("%Y-%m-%d %H:%M:%S"),
         version=megatron_mopd.__version__,
         directory=record.directory,
@@ -86,7 +89,7 @@ def _parts(record: RunRecord) -> Iterator[Part | None]:
     yield _domains(record)
     yield _teachers(record)
     yield _times(record)
-    yield timeline_part(record.timeline)
+    yield _timeline(record)
     yield samples_part(record.samples)
     yield _configuration(record)
     yield _provenance(record)
@@ -115,7 +118,9 @@ def _tiles(record: RunRecord) -> list[dict[str, str]]:
     domains = record.below("kl")
     if domains:
         first, last = (sum(p[k][1] for p in domains.values()) / len(domains) for k in (0, -1))
-        tile("KL per token, mean of domains, first to last", f"{svg.number(first)} → {svg.number(last)}")
+        tile(
+            "KL per token, mean of domains, first to last", f"{format_number(first)} → {format_number(last)}"
+        )
     accuracy = record.series("accuracy")
     if accuracy:
         tile("accuracy, mean of domains", f"{accuracy[-1][1]:.1%}")
@@ -167,35 +172,33 @@ def _seesaw(record: RunRecord) -> Part | None:
     seesaw = record.seesaw
     if seesaw is None:
         return None
-    picture = svg.heat_map(seesaw.values, seesaw.rows, seesaw.columns, seesaw.home, seesaw.headroom)
+    chart = seesaw_chart(seesaw.values, seesaw.rows, seesaw.columns, seesaw.home, seesaw.headroom)
     return {
         "title": "Who is good at what",
-        "note": "Accuracy on held-out prompts (%). Outlined: each expert at home; elsewhere it loses. "
-        "Headroom recovered is (student - base) / (expert - base).",
-        "wide": [("", picture)],
+        "note": "Each expert gains on its own domain and loses on others; the student should keep all gains.",
+        "wide": [("", svg.inline(chart, "accuracy of every model on every domain, in per cent"))],
     }
 
 
 def _training(record: RunRecord) -> Part | None:
     domains = record.below("kl") or record.below("accuracy")
-    colors = {name: svg.hue(i, len(domains)) for i, name in enumerate(domains)}
+    colors = {name: hue(i, len(domains)) for i, name in enumerate(domains)}
     charts = []
 
     def curves(title: str, prefix: str, log: bool = False, percent: bool = False) -> None:
         lines = [
-            svg.Line(name, points, colors.get(name, "#8d99ae"))
-            for name, points in record.below(prefix).items()
+            Line(name, points, colors.get(name, SHADES[5])) for name, points in record.below(prefix).items()
         ]
         mean = record.series(prefix)
         if mean:
-            lines.append(svg.Line("all", mean, "var(--ink)", strong=True))
+            lines.append(Line("all", mean, INK, strong=True))
         if any(len(line.points) > 1 for line in lines):  # one evaluation is in the table of the domains
             charts.append((title, svg.line_chart(lines, log=log, percent=percent, label=title)))
 
     def curve(title: str, name: str, log: bool = False) -> None:
         points = record.series(name)
         if points:
-            line = svg.Line(title, points, "var(--main)")
+            line = Line(title, points, MAIN)
             charts.append((title, svg.line_chart([line], log=log, label=title)))
 
     curve("Loss", "loss", log=True)
@@ -225,11 +228,11 @@ def _domains(record: RunRecord) -> Part | None:
     head = ["domain", "teacher", *(title for _, title, _ in columns)] + (["accuracy"] if accuracies else [])
     rows = []
     for number, name in enumerate(names):
-        color = svg.hue(number, len(names))
+        color = hue(number, len(names))
         cells: list[dict[str, Any]] = [{"text": name}, {"text": _teacher(routing, name)}]
         for prefix, _, log in columns:
             points = series[prefix].get(name, [])
-            text = svg.number(points[-1][1]) if points else ""
+            text = format_number(points[-1][1]) if points else ""
             cells.append({"svg": f"{svg.spark(points, color, log=log)}<span class='muted'>{text}</span>"})
         if accuracies:
             points = accuracies.get(name)
@@ -266,11 +269,11 @@ def _teachers(record: RunRecord) -> Part | None:
         kl = values["kl"]
         cells: list[dict[str, Any]] = [
             {"text": name},
-            {"svg": svg.spark(kl, svg.hue(number, len(names)), log=True)},
-            {"text": svg.number(kl[-1][1]) if kl else "", "right": True},
+            {"svg": svg.spark(kl, hue(number, len(names)), log=True)},
+            {"text": format_number(kl[-1][1]) if kl else "", "right": True},
         ]
         for key in ("tokens", "score_seconds", "loads", "load_seconds"):
-            cells.append({"text": svg.number(means[key]) if key in means else "", "right": True})
+            cells.append({"text": format_number(means[key]) if key in means else "", "right": True})
         hidden = means.get("load_hidden")
         cells.append({"text": "" if hidden is None else f"{hidden:.0%}", "right": True})
         rows.append(cells)
@@ -283,22 +286,21 @@ def _teachers(record: RunRecord) -> Part | None:
 
 
 def _times(record: RunRecord) -> Part | None:
-    found = record.below("time")
-    if not found:
+    times = record.times()
+    if not times:
         return None
-    times = {name: found[name] for name in sorted(found, key=lambda name: (_PHASES.find(name) % 99, name))}
     iterations = sorted({x for points in times.values() for x, _ in points})
     lines, shares = [], []
     whole = sum(y for points in times.values() for _, y in points) or 1.0
     for number, (name, points) in enumerate(times.items()):
         values = dict(points)
-        color = svg.SHADES[number % len(svg.SHADES)]
-        lines.append(svg.Line(name, [(x, values.get(x, 0.0)) for x in iterations], color))
+        color = SHADES[number % len(SHADES)]
+        lines.append(Line(name, [(x, values.get(x, 0.0)) for x in iterations], color))
         shares.append((name, sum(values.values()) / whole, color))
     charts = [("Seconds a step", svg.stacked_areas(lines, label="seconds a step"))]
     idle = record.below("idle")
     if idle:
-        curves = [svg.Line(n, p, svg.hue(i, len(idle))) for i, (n, p) in enumerate(idle.items())]
+        curves = [Line(n, p, hue(i, len(idle))) for i, (n, p) in enumerate(idle.items())]
         title = "Idle share of every pipeline stage"
         charts.append((title, svg.line_chart(curves, percent=True, label=title)))
     legend = [
@@ -308,8 +310,22 @@ def _times(record: RunRecord) -> Part | None:
     return {
         "title": "Time",
         "legend": legend,
-        "wide": [("", svg.split_bar(shares, width=1120))],
+        "wide": [("", svg.split_bar(shares))],
         "charts": charts,
+    }
+
+
+def _timeline(record: RunRecord) -> Part | None:
+    panels, legend = read_panels(record.timeline)
+    if not panels:
+        return None
+    end = max(box.end for panel in panels for box in panel.boxes)
+    titles = [f"{p.title}: stages compute nothing {p.mean_idle:.1%} of the time" for p in panels]
+    return {
+        "title": "Pipeline",
+        "note": "The last optimizer steps as planned and as measured; the same time axis for both.",
+        "legend": list(legend.items()),
+        "wide": list(zip(titles, (svg.timeline(panel, end) for panel in panels))),
     }
 
 

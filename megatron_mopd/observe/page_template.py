@@ -8,10 +8,8 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ name }} – report</title>
 <style>
-:root { --ink: #1f2933; --muted: #66727f; --line: #e4e7eb; --back: #f7f8fa; --card: #ffffff; --main: #1769aa;
-  --good: #1f7a70; --warm: #c2452d; --heat: 217, 72, 47; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --muted: #9aa5b1; --line: #323f4b;
-  --back: #14191f; --card: #1d242c; --main: #63b3ed; --good: #5fd0c0; --warm: #ff8a70; --heat: 255, 120, 90; } }
+:root { {% for name, (light, dark) in theme.items() %}--{{ name }}: {{ light }}; {% endfor %}}
+@media (prefers-color-scheme: dark) { :root { {% for name, (light, dark) in theme.items() %}--{{ name }}: {{ dark }}; {% endfor %}} }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; }
 header, main, footer { max-width: 1220px; margin: 0 auto; padding: 0 20px; }
@@ -28,10 +26,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .charts { display: flex; flex-wrap: wrap; gap: 8px 14px; } .charts > div { flex: 0 1 560px; }
 svg { max-width: 100%; height: auto; display: block; } td svg { min-width: 110px; }
 .wide { overflow-x: auto; } .wide svg { min-width: min(var(--drawn), 760px); }
-svg text { fill: var(--ink); font-size: 11px; } svg .tick { fill: var(--muted); font-size: 10.5px; }
-svg .name { font-size: 12px; } svg .strong { font-weight: 700; } svg .on { fill: #fff; } svg .off { fill: #1f2933; }
-svg .grid { stroke: var(--line); } svg polyline { fill: none; stroke-linejoin: round; }
-svg .own { stroke: var(--warm); stroke-width: 2.4; }
+svg path { stroke-linejoin: round; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: left; padding: 4px 10px 4px 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
 th { color: var(--muted); font-weight: 600; white-space: nowrap; } td.n { text-align: right; font-variant-numeric: tabular-nums; }

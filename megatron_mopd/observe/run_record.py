@@ -21,6 +21,8 @@ from megatron_mopd.observe.journal import (
 )
 from megatron_mopd.observe.metrics import MOST_LINES
 
+_PHASES = "rollout score train other evaluate save"
+
 
 class ReportError(ValueError):
     """What there is cannot be reported: what is missing and what to do, in one sentence."""
@@ -45,15 +47,15 @@ class RunRecord:
 
     directory: Path
     metrics: list[dict[str, Any]]
-    config: dict[str, Any] | None
-    facts: dict[str, Any]
+    config: dict[str, Any] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
     """`run.json`; empty in runs of older versions."""
-    alarms: list[dict[str, Any]]
-    samples: list[dict[str, Any]]
-    timeline: list[dict[str, Any]]
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    timeline: list[dict[str, Any]] = field(default_factory=list)
     """Events of `timeline.json`, a Chrome trace; empty until the run's end and with a single stage."""
-    seesaw: SeeSaw | None
-    seconds_since_last_line: float
+    seesaw: SeeSaw | None = None
+    seconds_since_last_line: float = 0.0
     missing: list[str] = field(default_factory=list)
     """What the run does not have and why that may be, a sentence each."""
 
@@ -80,6 +82,11 @@ class RunRecord:
         names = {name for line in self.metrics for name in line if name.startswith(f"{prefix}/")}
         found = {name.removeprefix(f"{prefix}/"): self.series(name) for name in sorted(names)}
         return {name: points for name, points in found.items() if points}
+
+    def times(self) -> dict[str, list[tuple[float, float]]]:
+        """Seconds of every phase of a step, in the order of a step."""
+        found = self.below("time")
+        return {name: found[name] for name in sorted(found, key=lambda name: (_PHASES.find(name) % 99, name))}
 
 
 def read_run(

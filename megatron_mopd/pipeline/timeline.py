@@ -11,44 +11,16 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
-from matplotlib.collections import PolyCollection
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from megatron_mopd.backend.messages import visible
-from megatron_mopd.pipeline.instructions import (
-    LoadHead,
-    LoadTeacher,
-    OptimizerStep,
-    StudentBackward,
-    StudentForward,
-    Synchronize,
-    TeacherForward,
-)
+from megatron_mopd.observe import traces
+from megatron_mopd.observe.charts import STYLE, Chart
+from megatron_mopd.pipeline.instructions import LoadHead, LoadTeacher, OptimizerStep
 from megatron_mopd.pipeline.simulate import Event
-
-# Student colours by (kind, odd chunk); teachers take turns through a palette that avoids both.
-_STUDENT = {
-    (StudentForward, 0): "#4878b0",
-    (StudentForward, 1): "#7fa6d3",
-    (StudentBackward, 0): "#3f8f5f",
-    (StudentBackward, 1): "#80bf99",
-}
-_TEACHERS = (
-    "#f2a541",
-    "#d1495b",
-    "#a06cb0",
-    "#e3c23c",
-    "#b5651d",
-    "#e58bb1",
-    "#8a8d91",
-    "#c9743f",
-    "#7d4f9b",
-    "#d98880",
-)
-_OPTIMIZER, _LOAD = "#222222", "#bbbbbb"
 
 
 def is_load(event: Event) -> bool:
@@ -58,14 +30,7 @@ def is_load(event: Event) -> bool:
 
 def idle_shares(events: Sequence[Event], stages: int) -> list[float]:
     """Per stage, the share of the whole timeline in which it computed nothing (empty timeline: all zero)."""
-    timed = [event for event in events if not is_load(event)]
-    if not timed:
-        return [0.0] * stages
-    span = max(event.end for event in timed) - min(event.start for event in timed)
-    busy = [0.0] * stages
-    for event in timed:
-        busy[event.stage] += event.end - event.start
-    return [1 - time / span if span else 0.0 for time in busy]
+    return traces.idle_shares(((e.stage, e.start, e.end) for e in events if not is_load(e)), stages)
 
 
 def idle_share(events: Sequence[Event]) -> float:
@@ -94,24 +59,9 @@ def without_waiting(events: Sequence[Event]) -> list[Event]:
     ]
 
 
-def _short_name(event: Event) -> str:
-    entry = event.instruction
-    if isinstance(entry, TeacherForward):
-        return f"T{entry.job.microbatch}" + "+" * min(entry.job.step, 3)
-    if isinstance(entry, StudentForward):
-        return f"F{entry.microbatch}"
-    if isinstance(entry, StudentBackward):
-        return f"B{entry.microbatch}"
-    return "opt" if isinstance(entry, OptimizerStep) else ""
-
-
-@rc_context({"text.parse_math": False})  # `$` in a name is a `$`
+@rc_context(STYLE)
 def draw_timeline(
-    panels: Mapping[str, Sequence[Event]],
-    path: str | os.PathLike,
-    *,
-    unit: str = "student forwards",
-    width: float = 16.0,
+    panels: Mapping[str, Sequence[Event]], path: str | os.PathLike, *, unit: str = "student forwards"
 ) -> None:
     """Write a picture with one panel per timeline (title -> events), one row per stage, and each row's idle
     share.
@@ -119,118 +69,48 @@ def draw_timeline(
     Panels share the time axis, so a planned and a measured timeline can be compared by eye. Raises ValueError
     when there is nothing to draw.
     """
-    if not any(panels.values()):
+    drawn, legend = traces.read_panels(chrome_events(panels))
+    if not drawn:
         raise ValueError("there are no events to draw")
-    stages = {
-        title: 1 + max((event.stage for event in events), default=0) for title, events in panels.items()
-    }
-    heights = [max(1.6, 0.34 * count + 0.9) for count in stages.values()]
-    figure = Figure(figsize=(width, sum(heights) + 0.5), layout="constrained")
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    teachers = sorted(
-        {e.instruction.job.teacher for events in panels.values() for e in events if _is_teacher(e)}
-    )
-    colour = {teacher: _TEACHERS[i % len(_TEACHERS)] for i, teacher in enumerate(teachers)}
-    origin = min(event.start for events in panels.values() for event in events)
-    end = max(event.end for events in panels.values() for event in events) - origin
-    for axis, (title, events) in zip(axes, panels.items()):
-        _draw_panel(axis, title, events, stages[title], colour, origin)
-        axis.set_xlim(0, end * 1.002 or 1)
-    axes[-1].set_xlabel(f"time ({unit})")
-    legend = [
-        Patch(color=_STUDENT[StudentForward, 0], label="student forward"),
-        Patch(color=_STUDENT[StudentBackward, 0], label="student backward"),
-        *(Patch(color=colour[teacher], label=f"teacher {visible(teacher)}") for teacher in teachers[:10]),
-        Patch(color=_OPTIMIZER, label="optimizer step"),
-    ]
-    figure.legend(
-        handles=legend, loc="outside lower center", ncols=min(7, len(legend)), frameon=False, fontsize=8
-    )
+    heights = [max(1.6, 0.34 * len(panel.idle) + 0.9) for panel in drawn]
+    figure = Chart(96 * 16, 96 * (sum(heights) + 0.5), layout="constrained")
+    rows = figure.subplots(len(drawn), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    end = max(box.end for panel in drawn for box in panel.boxes)
+    for axes, panel in zip(rows, drawn):
+        traces.draw_panel(axes, panel, end, labels=True)
+        axes.set_title(f"{visible(panel.title)} (mean idle share {panel.mean_idle:.1%})", fontsize=9)
+        axes.tick_params(labelsize=7)
+    rows[-1].set_xlabel(f"time ({unit})")
+    handles = [Patch(color=color, label=visible(meaning)) for meaning, color in legend.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)))
     figure.savefig(path, dpi=110)
-
-
-def _is_teacher(event: Event) -> bool:
-    return isinstance(event.instruction, TeacherForward)
-
-
-def _draw_panel(
-    axis, title: str, events: Sequence[Event], stages: int, colour: Mapping, origin: float
-) -> None:
-    boxes, fills = [], []
-    label = len(events) <= 1200
-    for event in events:
-        entry, start, end = event.instruction, event.start - origin, event.end - origin
-        top, bottom = event.stage - 0.42, event.stage + 0.42
-        if is_load(event):
-            top, fill = event.stage + 0.43, _LOAD
-            bottom = event.stage + 0.5
-        elif isinstance(entry, TeacherForward):
-            fill = colour[entry.job.teacher]
-        elif isinstance(entry, StudentForward | StudentBackward):
-            fill = _STUDENT[type(entry), entry.chunk % 2]
-        else:
-            fill = _OPTIMIZER
-            end = max(end, start + 1e-9)
-        if isinstance(entry, Synchronize):
-            continue
-        boxes.append([(start, top), (end, top), (end, bottom), (start, bottom)])
-        fills.append(fill)
-        if label and not is_load(event) and end > start:
-            axis.text(
-                (start + end) / 2,
-                event.stage,
-                _short_name(event),
-                ha="center",
-                va="center",
-                fontsize=5,
-                clip_on=True,
-            )
-    axis.add_collection(PolyCollection(boxes, facecolors=fills, edgecolors="white", linewidths=0.3))
-    shares = idle_shares(events, stages)
-    axis.set_ylim(stages - 0.4, -0.6)
-    axis.set_yticks(
-        range(stages), [f"stage {s}  idle {share:.0%}" for s, share in enumerate(shares)], fontsize=7
-    )
-    mean = sum(shares) / len(shares)
-    axis.set_title(f"{visible(title)} (mean idle share {mean:.1%})", fontsize=9, loc="left")
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def write_chrome_trace(
     panels: Mapping[str, Sequence[Event]], path: str | os.PathLike, *, seconds_per_unit: float = 1.0
 ) -> None:
-    """Write the timelines as Chrome trace JSON: one process per panel, one thread per stage and per copy
-    engine.
+    """Write the timelines as Chrome trace JSON; see `chrome_events`."""
+    trace = {"traceEvents": chrome_events(panels, seconds_per_unit), "displayTimeUnit": "ms"}
+    Path(path).write_text(json.dumps(trace))
+
+
+def chrome_events(
+    panels: Mapping[str, Sequence[Event]], seconds_per_unit: float = 1.0
+) -> list[dict[str, Any]]:
+    """The timelines as events of a Chrome trace, times in microseconds: one process per panel, one thread per
+    stage and per copy engine.
     """
-    entries: list[dict] = []
+    entries: list[dict[str, Any]] = []
     for process, (title, events) in enumerate(panels.items()):
         entries.append({"name": "process_name", "ph": "M", "pid": process, "args": {"name": title}})
-        threads = sorted({(event.stage, is_load(event)) for event in events})
-        for stage, load in threads:
+        for stage, load in sorted({(event.stage, is_load(event)) for event in events}):
+            thread = {"ph": "M", "pid": process, "tid": 2 * stage + load}
             name = f"stage {stage}" + (" loads" if load else "")
-            thread = 2 * stage + load
-            entries.append(
-                {"name": "thread_name", "ph": "M", "pid": process, "tid": thread, "args": {"name": name}}
-            )
-            entries.append(
-                {
-                    "name": "thread_sort_index",
-                    "ph": "M",
-                    "pid": process,
-                    "tid": thread,
-                    "args": {"sort_index": thread},
-                }
-            )
+            entries.append(thread | {"name": "thread_name", "args": {"name": name}})
+            entries.append(thread | {"name": "thread_sort_index", "args": {"sort_index": thread["tid"]}})
         for event in events:
-            entries.append(
-                {
-                    "name": str(event.instruction),
-                    "cat": type(event.instruction).__name__,
-                    "ph": "X",
-                    "pid": process,
-                    "tid": 2 * event.stage + is_load(event),
-                    "ts": event.start * seconds_per_unit * 1e6,
-                    "dur": (event.end - event.start) * seconds_per_unit * 1e6,
-                }
-            )
-    Path(path).write_text(json.dumps({"traceEvents": entries, "displayTimeUnit": "ms"}))
+            name, kind = str(event.instruction), type(event.instruction).__name__
+            entry = {"name": name, "cat": kind, "ph": "X", "pid": process}
+            entry |= {"tid": 2 * event.stage + is_load(event), "ts": event.start * seconds_per_unit * 1e6}
+            entries.append(entry | {"dur": (event.end - event.start) * seconds_per_unit * 1e6})
+    return entries

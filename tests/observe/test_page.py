@@ -12,11 +12,14 @@ import yaml
 
 from megatron_mopd.commands import report as tool
 from megatron_mopd.observe import svg
+from megatron_mopd.observe.charts import Line
+from megatron_mopd.observe.formats import format_number
 from megatron_mopd.observe.page import write_page
+from megatron_mopd.observe.palette import ACCURACY, DRAWN, LOAD, OPTIMIZER, SHADES, STUDENT, TEACHERS, THEME
 from megatron_mopd.observe.run_record import ReportError, read_run
 
 DOMAINS = ["gcd", "sorting", "<i>&words"]
-_VOID = {"meta", "link", "img", "br", "hr", "input", "line", "rect", "circle", "polyline", "polygon"}
+_VOID = {"meta", "link", "img", "br", "hr", "input", "line", "rect", "circle", "path"}
 
 
 class Page(HTMLParser):
@@ -163,10 +166,13 @@ def test_everything_is_on_the_page(demo):
         "rollout 25%",
         "pass@4",
         "teacher gcd",
+        "stage 1  idle 50%",
         "a: stages compute nothing 50.0% of the time",
         "gcd of 8 and 12? <script>",
     ):
         assert part in text, part
+    assert page.titles.count("teacher forward gcd micro-batch 0, 1.0000 s") == 4, "a box on each stage, twice"
+    assert {"sorting", "all", "rollout", "1 to 0.025, between 0.025 and 1"} <= set(page.titles)
     # gcd: (0.8 - 0.2) / 0.8; sorting: (0.8 - 0.4) / 0.5; the third domain has no expert.
     assert {"headroom recovered on gcd: 75%", "headroom recovered on sorting: 80%"} <= set(page.titles)
     assert (
@@ -239,18 +245,48 @@ def test_charts_of_any_values_stay_inside(values):
     points = list(enumerate(values))
     for log in (False, True):
         for picture in (
-            svg.line_chart([svg.Line("a", points, "red")], log=log),
+            svg.line_chart([Line("a", points, "red")], log=log),
+            svg.line_chart([Line("a", points, "red")], percent=True),
             svg.spark(points, "red", log=log),
-            svg.stacked_areas([svg.Line("a", [(x, abs(y)) for x, y in points], "red")]),
+            svg.stacked_areas([Line("a", [(x, abs(y)) for x, y in points], "red")]),
         ):
             width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', picture).groups())
-            for text in re.findall(r'points="([^"]*)"', picture):
-                for place in text.split():
-                    x, y = map(float, place.split(","))
-                    assert -1 <= x <= width + 1 and -1 <= y <= height + 1
+            places = re.findall(
+                r"[ML] (\S+) (\S+?)(?=[ \"])", re.sub("<path[^>]*translate[^>]*>", "", picture)
+            )
+            assert places
+            places += re.findall(r"translate\((\S+) (\S+)\)", picture)
+            for x, y in places:
+                assert -1 <= float(x) <= width + 1 and -1 <= float(y) <= height + 1
     assert "nothing yet" in svg.line_chart([])
 
 
+def test_charts_belong_to_the_page():
+    """The same text every time, in the page's colours and font; nothing that refers to anything else."""
+    lines = [
+        Line("mean", [(1, 0.5), (2, 5.0)], THEME["ink"][0]),
+        Line("#1f2933 1.23456", [(1, 1)], "#ff0000"),
+    ]
+    picture = svg.line_chart(lines, log=True)
+    assert picture == svg.line_chart(lines, log=True)
+    assert picture.count("stroke: var(--ink)") >= 1 and "fill: var(--muted)" in picture
+    for words in ("font-family", "clip-path", "href", " id=", "xmlns", "<defs", "<metadata", "url("):
+        assert words not in picture, words
+    assert "<title>mean</title>" in picture and "<title>#1f2933 1.23456</title>" in picture
+    assert picture.count("<path") > 3 and "translate(" in picture, "few points are marked"
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_that_matplotlib_cannot_write():
+    picture = svg.split_bar([("漢字\uffff", 1.0, "red")])
+    assert "漢字" in picture
+
+
+def test_colours_of_the_theme_are_of_the_theme_only():
+    others = {*SHADES, *ACCURACY, *TEACHERS, OPTIMIZER, LOAD, *STUDENT["StudentForward"]}
+    assert not others & {THEME[name][0] for name in DRAWN}
+
+
 def test_numbers_to_read():
-    found = [svg.number(v) for v in (0, 0.1234, 12.34, 1234.4, 12345, 2.5e6, 3e-7, math.nan)]
+    found = [format_number(v) for v in (0, 0.1234, 12.34, 1234.4, 12345, 2.5e6, 3e-7, math.nan)]
     assert found == ["0", "0.123", "12.3", "1234", "12.3k", "2.5M", "3.0e-07", "–"]
