@@ -146,7 +146,7 @@ def _chart(width: int = 560, height: int = 230, left: int = 58) -> tuple[Chart, 
 def spark(points: Points, color: str, *, log: bool = False) -> str:
     """A curve the size of a word, its first and last value in words.
 
-    Without axes, which cost thirty times as much as the curve: a page has hundreds of these.
+    Without axes, which take ten times as long to draw as the curve: a page may have hundreds of these.
     """
     points = thin(points, 75)
     if not points:
