@@ -18,13 +18,14 @@ from megatron_mopd.config import schema
 from megatron_mopd.config.documentation import field_documentation
 from megatron_mopd.config.interpolation import MAY_NAME_VARIABLES
 from megatron_mopd.config.resume import split_documentation
+from megatron_mopd.config.value_types import type_name
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 
 _HEAD = """# Configuration
 
-Written by `python tools/document_configuration.py` from `megatron_mopd/config/schema.py` and
-`model_schema.py`: edit those.
+Written by `python tools/document_configuration.py` from `megatron_mopd/config/schema.py`,
+`model_schema.py` and `objective_schema.py`: edit those.
 
 A run is one YAML file, `python -m megatron_mopd.train --config FILE.yaml`, and any key can be overridden on
 the command line as `section.key=value`. `include: OTHER.yaml` puts another file's keys underneath. A key that
@@ -95,14 +96,15 @@ def _entries(cls: type, where: str) -> list[str]:
 
 
 def _table(cls: type, skip: typing.Collection[str] = ()) -> str:
-    documentation, hints = field_documentation(cls), typing.get_type_hints(cls)
+    documentation, hints = field_documentation(cls), typing.get_type_hints(cls, include_extras=True)
     lines = ["| key | type | default | meaning | when resumed |", "|---|---|---|---|---|"]
     for item in dataclasses.fields(cls):
         if item.name in skip:
             continue
         name = "any `TransformerConfig` field" if item.name == "transformer" else f"`{item.name}`"
         meaning, kind = split_documentation(documentation[item.name])
-        cells = [name, _type_name(hints[item.name]), _default(item), meaning, kind.value if kind else ""]
+        kind_of_value = type_name(hints[item.name]).replace("'", "`")
+        cells = [name, kind_of_value, _default(item), meaning, kind.value if kind else ""]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -113,17 +115,6 @@ def _wrapped(text: str) -> str:
 
 def _paragraph(text: str) -> str:
     return " ".join(text.split())
-
-
-def _type_name(hint: typing.Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is list:
-        return f"list of {_type_name(arguments[0])}"
-    if origin is dict:
-        return "mapping"
-    if arguments:
-        return " or ".join("null" if arg is type(None) else _type_name(arg) for arg in arguments)
-    return "entries" if dataclasses.is_dataclass(hint) else getattr(hint, "__name__", str(hint)).lower()
 
 
 def _default(item: dataclasses.Field) -> str:

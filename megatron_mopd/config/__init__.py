@@ -3,11 +3,11 @@
 ``load_config(path, overrides)`` is the only way a run is configured. The objects are frozen after start-up.
 """
 
+from megatron_mopd.config.errors import ConfigError, closest, nearest
 from megatron_mopd.config.loading import (
     config_from_dict,
     load_config,
     model_config_from_dict,
-    nearest,
     save_config,
     to_dict,
 )
@@ -15,7 +15,6 @@ from megatron_mopd.config.objectives import DomainObjectives
 from megatron_mopd.config.schema import (
     CheckpointConfig,
     Config,
-    ConfigError,
     DataConfig,
     LogConfig,
     ModelConfig,
@@ -47,6 +46,7 @@ __all__ = [
     "ScheduleConfig",
     "TeacherConfig",
     "TeacherStorageConfig",
+    "closest",
     "config_from_dict",
     "load_config",
     "model_config_from_dict",

@@ -18,8 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 from yaml.reader import ReaderError
 
+from megatron_mopd.config.errors import ConfigError
 from megatron_mopd.config.interpolation import resolve_key
-from megatron_mopd.config.schema import Config, ConfigError
+from megatron_mopd.config.schema import Config
 
 _SECTIONS = {item.name for item in dataclasses.fields(Config)} | {"include"}
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from megatron_mopd.config.schema import ConfigError
+from megatron_mopd.config.errors import ConfigError
 
 MAY_NAME_VARIABLES = (
     "run_dir",

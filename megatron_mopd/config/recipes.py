@@ -8,10 +8,10 @@ domain. Values marked "our choice" are not published.
 from __future__ import annotations
 
 import copy
-import difflib
 from typing import Any
 
-from megatron_mopd.config.schema import ConfigError
+from megatron_mopd.backend.messages import shown
+from megatron_mopd.config.errors import ConfigError, nearest
 
 _OUTCOME_REWARD_WEIGHT = 0.2  # our choice: alpha is not published
 _MIMO_BAND = (0.5, 2.0)  # our choice: eps_low and eps_high are not published
@@ -99,9 +99,7 @@ def _domain_objective(own: Any, where: str) -> Any:
 
 def _recipe(name: Any, where: str) -> dict[str, Any]:
     if not isinstance(name, str) or name not in RECIPES:
-        close = difflib.get_close_matches(str(name), RECIPES, n=1, cutoff=0.4)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"{where}: unknown recipe {name!r}, known: {', '.join(sorted(RECIPES))}{hint}")
+        raise ConfigError(f"{where}: unknown recipe {shown(name)}{nearest(str(name), RECIPES)}")
     return copy.deepcopy(RECIPES[name])
 
 

@@ -4,6 +4,7 @@ Names are Megatron's own. ``TransformerConfig`` fields of megatron-core may be w
 ``student``, for example ``num_layers`` or ``moe_router_topk``; they are collected in
 ``ModelConfig.transformer``.
 
+An annotation says which values a key takes: pydantic checks them when a configuration is read (`loading.py`).
 The last sentence of a docstring says what becomes of a run that is resumed with another value of the key. The
 documentation and the resuming run read it there (`resume.py`).
 """
@@ -11,60 +12,72 @@ documentation and the resuming run read it there (`resume.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from megatron_mopd.choices import ScheduleKind
 from megatron_mopd.config.model_schema import (
     ModelConfig,
     ParallelConfig,
     TeacherConfig,
     TeacherStorageConfig,
 )
-
-
-class ConfigError(ValueError):
-    """A user's mistake, found before training starts: what is wrong, where, and what to do, in one line."""
+from megatron_mopd.config.objective_schema import ObjectiveConfig
+from megatron_mopd.config.value_types import (
+    Count,
+    CountOrZero,
+    Day,
+    Name,
+    NonNegative,
+    Positive,
+    PositiveShare,
+    Real,
+    Repetitions,
+    Section,
+    ShareBelowOne,
+    Text,
+)
 
 
 @dataclass(frozen=True)
-class PromptSource:
+class PromptSource(Section):
     """A source of prompts (entry of `data.prompts` or `data.eval`): a JSONL file or a reasoning-gym task."""
 
-    path: str | None = None
+    path: Text | None = None
     """JSONL file of objects: `prompt` (text or chat messages), `domain`, optional `answer` and `verifier`. On
     resume: must not change, judged by content."""
-    task: str | None = None
+    task: Text | None = None
     """Name of a reasoning-gym task, for example `gcd`. On resume: must not change."""
-    params: dict[str, Any] = field(default_factory=dict)
+    params: dict[Name, Any] = field(default_factory=dict)
     """Parameters of the reasoning-gym task. On resume: must not change."""
     size: int = 1000
     """How many prompts of the reasoning-gym task to make. On resume: must not change."""
     seed: int = 0
     """Seed of the reasoning-gym task: other seeds give other prompts. On resume: must not change."""
-    domain: str | None = None
+    domain: Text | None = None
     """Domain of these prompts; default: the task's name, or each JSONL line's own `domain`. On resume: must
     not change."""
-    weight: float = 1.0
+    weight: Real = 1.0
     """Share of this source in a batch, relative to the other sources. On resume: must not change."""
-    verifier: str | None = None
+    verifier: Text | None = None
     """Scores the answers: `reasoning_gym`, `math_verify` or `exact_match`; default: by the source's kind. On
     resume: must not change."""
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """Prompts, tokenizer and sequence length."""
 
-    tokenizer: str = ""
+    tokenizer: Text = ""
     """A SentencePiece `.model` file or a Hugging Face tokenizer directory. On resume: must not change, judged
     by content."""
     allow_tokenizer_change: bool = False
     """Start, or resume, although a model was trained with a tokenizer or a chat template that means something
     else than `tokenizer`, and say in what (`--allow-tokenizer-change`). On resume: may change."""
-    date: str | None = None
+    date: Day | None = None
     """The day that chat templates take for today, YYYY-MM-DD; default: that of the run's first start, which
     `config.yaml` in the run directory records, so that a resumed run makes the same prompts: where a template
     prints it, another day makes others, which a resume refuses. On resume: may change."""
-    seq_length: int = 512
+    seq_length: Count = 512
     """Longest prompt plus response in tokens; a longer prompt is an error. On resume: may change."""
     prompts: list[PromptSource] = field(default_factory=list)
     """Where training prompts come from. On resume: must not change."""
@@ -74,18 +87,18 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(Section):
     """How the student samples its trajectories."""
 
-    samples_per_prompt: int = 1
+    samples_per_prompt: Count = 1
     """Responses sampled for each prompt. On resume: changes the data position."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Longest response in tokens, the end-of-sequence token included. On resume: may change."""
-    temperature: float = 1.0
+    temperature: NonNegative = 1.0
     """Softmax temperature; 1 samples the student's own distribution, 0 is greedy. On resume: may change."""
-    top_p: float = 1.0
+    top_p: PositiveShare = 1.0
     """Nucleus sampling threshold; 1 keeps the whole vocabulary. On resume: may change."""
-    top_k: int = 0
+    top_k: CountOrZero = 0
     """Keep only the k most likely tokens; 0 keeps all. On resume: may change."""
     stop_token_ids: list[int] = field(default_factory=list)
     """Tokens that end a response, besides the end-of-sequence tokens of the tokenizer and of the student's
@@ -93,12 +106,12 @@ class RolloutConfig:
     routing_replay: bool = False
     """Train with the experts that each token went to while it was sampled (a mixture-of-experts student). On
     resume: may change."""
-    repetition_stop: int = 0
+    repetition_stop: Repetitions = 0
     """End a response, unfinished, when its last tokens are one pattern this many times in a row; 0: never. On
     resume: may change."""
-    repetition_max_period: int = 16
+    repetition_max_period: Count = 16
     """Longest pattern, in tokens, that `repetition_stop` looks for. On resume: may change."""
-    batches_ahead: int = 0
+    batches_ahead: CountOrZero = 0
     """Rollout batches sampled before the one that is being trained on is used up: their samples come from
     weights that many batches older, and teachers can score them in the pipeline's bubbles. On resume: may
     change."""
@@ -107,118 +120,45 @@ class RolloutConfig:
     does not sample them again, and goes on with unfinished responses (not with `routing_replay`). The next
     checkpoint removes them; of more than 512 batches or 4 GiB since the last one, the oldest are removed. On
     resume: may change."""
-    max_batch_size: int = 256
+    max_batch_size: Count = 256
     """Most sequences decoded at once on one data-parallel rank (bounds the KV cache). On resume: may
     change."""
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    """What is minimised. Every key but `reduction` and `chunk_size` may be overridden for one domain."""
-
-    kind: str = "full_vocab_kl"
-    """On the student's own trajectories, against the routed teachers: `full_vocab_kl` (reverse KL),
-    `top_k_kl` (reverse KL over the k likeliest tokens and one tail outcome), `forward_kl`, `jsd`,
-    `sampled_token` (log-ratio of the sampled token as an advantage). `grpo`: group-relative advantage of the
-    verifier's reward, no teacher. `sft`: cross-entropy on `answer`. On resume: must not change."""
-    weight: float = 1.0
-    """Factor of this objective's loss, `add` included. On resume: must not change."""
-    add: dict[str, float] = field(default_factory=dict)
-    """More kinds, with their weights, whose losses are added to that of `kind`. On resume: must not
-    change."""
-    apply_as: str | None = None
-    """`loss` or `advantage`: said explicitly, it is checked against the only correct use of the kind. On
-    resume: must not change."""
-    reduction: str = "token_mean"
-    """`token_mean`, `sequence_mean` (every response counts once) or `domain_mean` (every domain does). On
-    resume: must not change."""
-    temperature: float = 1.0
-    """Temperature of student and teacher alike inside the divergence or the log-ratio. On resume: must not
-    change."""
-    chunk_size: int = 1024
-    """Tokens whose logits exist at the same time in the loss. On resume: may change."""
-    beta: float | None = None
-    """`jsd`: weight of the teacher in the mixture; default 0.5. On resume: must not change."""
-    top_k: int | None = None
-    """`top_k_kl`: how many tokens are compared one by one. On resume: must not change."""
-    top_k_from: str | None = None
-    """`top_k_kl`: whose likeliest tokens, `teacher` (default) or `student`. On resume: must not change."""
-    policy_loss: str = "plain"
-    """`sampled_token` and `grpo`: `plain` (-A log theta) or `ppo_clip` (the clipped ratio to the policy at
-    the start of the rollout batch). On resume: must not change."""
-    clip_eps_low: float | None = None
-    """`ppo_clip`: the ratio is clipped below 1 - this; default 0.2. On resume: must not change."""
-    clip_eps_high: float | None = None
-    """`ppo_clip`: the ratio is clipped above 1 + this; default 0.2. On resume: must not change."""
-    proximal: str = "recompute"
-    """`ppo_clip`: `recompute` (one forward pass of the training model before a rollout batch's first step) or
-    `behaviour` (the sampler's own log-probs, which saves that pass). On resume: must not change."""
-    outcome_reward_weight: float = 0.0
-    """`sampled_token`: alpha of MiMo-V2-Flash, weight of the group-relative outcome advantage that is added
-    to the distillation advantage. On resume: must not change."""
-    normalize_advantage: bool = True
-    """Outcome advantages are divided by their group's standard deviation, as in GRPO. On resume: must not
-    change."""
-    future_discount: float = 0.0
-    """`sampled_token`: a token's advantage is the sum of the log-ratios from it to the end of the response,
-    discounted by this factor per token; 0 counts only its own. On resume: must not change."""
-    log_ratio_clamp: float | None = None
-    """`sampled_token`: log-ratios are clamped to [-this, this]. On resume: must not change."""
-    shaping: float | None = None
-    """`sampled_token`: a in log(a T + (1 - a) theta) - log theta, which is bounded below by log(1 - a). On
-    resume: must not change."""
-    rollout_correction: str = "none"
-    """Per-token weight for theta / mu, the ratio of the model in training to the sampler: `tis` (clamped to
-    the band), `icepop` (0 outside), `sequence_mask` (a response is dropped when its mean ratio leaves the
-    band), `none`. On resume: must not change."""
-    importance_low: float | None = None
-    """Lower end of the band of ratios; default 0.5. On resume: must not change."""
-    importance_high: float | None = None
-    """Upper end of the band of ratios; default 2. On resume: must not change."""
-    drift_gate_block: int = 0
-    """Weigh blocks of this many response tokens by how far the student has moved on them since they were
-    sampled; 0 switches the gate off. On resume: must not change."""
-    drift_gate_sharpness: float | None = None
-    """How steeply that weight falls with the block's mean |log theta - log mu|; default 1. On resume: must
-    not change."""
-    per_domain: dict[str, Any] = field(default_factory=dict)
-    """Domain -> the keys that differ for it. On resume: must not change."""
-
-
-@dataclass(frozen=True)
-class RewardsConfig:
+class RewardsConfig(Section):
     """How rewards are computed: the verifiers of the data, in processes of their own."""
 
-    workers: int = 1
+    workers: Count = 1
     """Verifier processes per data-parallel rank. On resume: may change."""
-    timeout_seconds: float = 5.0
+    timeout_seconds: Positive = 5.0
     """How long one response may take to be judged; afterwards its reward is missing. On resume: may
     change."""
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule, with Megatron's names."""
 
-    lr: float = 1e-5
+    lr: Real = 1e-5
     """Peak learning rate. On resume: may change."""
-    min_lr: float = 0.0
+    min_lr: Real = 0.0
     """Learning rate at the end of the decay. On resume: may change."""
-    lr_decay_style: str = "constant"
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "constant"
     """`constant`, `linear`, `cosine`, `inverse-square-root` or `WSD`. On resume: may change."""
     lr_warmup_iters: int = 0
     """Iterations of linear warm-up from `lr_warmup_init`. On resume: may change."""
-    lr_warmup_init: float = 0.0
+    lr_warmup_init: Real = 0.0
     """Learning rate before the first step of the warm-up. On resume: may change."""
-    weight_decay: float = 0.0
+    weight_decay: Real = 0.0
     """Decoupled weight decay. On resume: may change."""
-    adam_beta1: float = 0.9
+    adam_beta1: ShareBelowOne = 0.9
     """First-moment decay. On resume: may change."""
-    adam_beta2: float = 0.95
+    adam_beta2: ShareBelowOne = 0.95
     """Second-moment decay. On resume: may change."""
-    adam_eps: float = 1e-8
+    adam_eps: Real = 1e-8
     """Added to the denominator. On resume: may change."""
-    clip_grad: float = 1.0
+    clip_grad: Real = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off. On resume: may
     change."""
     use_distributed_optimizer: bool = True
@@ -233,18 +173,18 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Section):
     """How long, how much at once, and in which order."""
 
     train_iters: int = 100
     """Optimizer steps of the whole run; a multiple of `steps_per_rollout`. On resume: may change."""
-    global_batch_size: int = 64
+    global_batch_size: Count = 64
     """Trajectories per optimizer step, over all data-parallel ranks. On resume: changes the data position."""
-    steps_per_rollout: int = 1
+    steps_per_rollout: Count = 1
     """Optimizer steps fed by one rollout batch of `steps_per_rollout` x `global_batch_size` trajectories. The
     later ones train on samples of slightly older weights, and teachers can score them ahead of time. On
     resume: changes the data position."""
-    kind: str = "bubble_fill"
+    kind: Literal[ScheduleKind, "megatron"] = "bubble_fill"
     """How teachers share the pipeline with the student; losses and gradients are the same. `bubble_fill`:
     teacher forwards of this and the next optimizer step go where the pipeline would idle; `back_to_back`:
     each step's teachers, then its student, without a pause; `serial`: all teachers of a rollout batch first;
@@ -256,7 +196,7 @@ class ScheduleConfig:
     max_cached_states: int | None = None
     """Scored micro-batches of teachers that may wait on a stage, look-ahead included; `None`: no limit. On
     resume: may change."""
-    micro_batch_size: int = 8
+    micro_batch_size: Count = 8
     """Trajectories per forward pass; ignored when `max_tokens_per_micro_batch` is set. On resume: may
     change."""
     max_tokens_per_micro_batch: int | None = None
@@ -267,26 +207,26 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Section):
     """How held-out prompts (`data.eval`) are answered, besides the greedy answer that accuracy counts."""
 
-    pass_at: list[int] = field(default_factory=list)
+    pass_at: list[Count] = field(default_factory=list)
     """For every k listed, pass@k: the chance that at least one of k sampled responses is right. On resume:
     may change."""
-    samples_per_prompt: int = 0
+    samples_per_prompt: CountOrZero = 0
     """Responses sampled for each held-out prompt; more make pass@k steadier. 0: as many as the largest k. On
     resume: may change."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Softmax temperature of these samples. On resume: may change."""
-    top_p: float = 1.0
+    top_p: PositiveShare = 1.0
     """Nucleus sampling threshold of these samples. On resume: may change."""
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """Saving and resuming the run."""
 
-    save_interval: int = 0
+    save_interval: CountOrZero = 0
     """Iterations between checkpoints; 0 saves only at the end. On resume: may change."""
     save_optimizer: bool = True
     """Keep optimizer state in the checkpoints, so that the run can resume. On resume: may change."""
@@ -295,11 +235,11 @@ class CheckpointConfig:
     allow_teacher_change: bool = False
     """Continue although teachers are others than those the checkpoint was written with
     (`--allow-teacher-change`). On resume: may change."""
-    keep_last: int = 0
+    keep_last: CountOrZero = 0
     """So many of the newest checkpoints stay, older ones are removed; 0 keeps all. On resume: may change."""
-    keep_every: int = 0
+    keep_every: CountOrZero = 0
     """Checkpoints whose iteration is a multiple of this stay all the same; 0: none. On resume: may change."""
-    best_metric: str = "accuracy"
+    best_metric: Text = "accuracy"
     """Of the checkpoints that were evaluated, the one with the highest value of this metric is never removed,
     and `checkpoints/best.json` names it. On resume: may change."""
     save_best: bool = False
@@ -307,63 +247,63 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class GuardConfig:
+class GuardConfig(Section):
     """What ends a run that cannot go on, and what does not."""
 
-    max_skipped_steps: int = 3
+    max_skipped_steps: CountOrZero = 3
     """Optimizer steps in a row that may be left out because the loss or a gradient is not finite; one more
     ends the run. On resume: may change."""
-    hang_timeout_minutes: float = 60.0
+    hang_timeout_minutes: NonNegative = 60.0
     """A rank that has not begun a new phase (sampling, an optimizer step, evaluation, saving) for so long
     ends the job, and every rank says where it stands. Longer than the longest phase; 0: never. On resume: may
     change."""
 
 
 @dataclass(frozen=True)
-class LogConfig:
+class LogConfig(Section):
     """What is shown and written while the run goes."""
 
-    log_interval: int = 1
+    log_interval: Count = 1
     """Iterations between lines on the terminal. `metrics.jsonl` has every iteration, those of long ago in
     compressed files beside it. On resume: may change."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run directory: every step up to 2048, then of every metric about
     1024 values whenever the number of steps has doubled. On resume: may change."""
-    wandb_project: str | None = None
+    wandb_project: Text | None = None
     """Project on Weights & Biases that gets the metrics too (`pip install wandb`); `None`: none is sent. On
     resume: may change."""
-    wandb_name: str | None = None
+    wandb_name: Text | None = None
     """What the run is called there; default: the name of `run_dir`. On resume: may change."""
     report: bool = True
     """Draw `report.png` at the end. On resume: may change."""
-    sample_interval: int = 50
+    sample_interval: CountOrZero = 50
     """Iterations between samples for the report, `samples.jsonl`: responses with the divergence of every
     token. The first and the last iteration are always among them; of very many, the first and the newest
     stay. 0: none. On resume: may change."""
-    samples_per_domain: int = 1
+    samples_per_domain: CountOrZero = 1
     """Responses of each domain that such a sample holds. On resume: may change."""
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section):
     """A whole run."""
 
-    recipe: str | None = None
+    recipe: Text | None = None
     """Known system whose published hyperparameters fill in what is not set here: `mimo_v2_flash`, `glm5`,
     `nemotron_cascade2` or `deepseek_v4`. On resume: may change."""
-    run_dir: str = ""
+    run_dir: Text = ""
     """Everything the run writes goes here, closed to users outside the owner's group. On resume: may
     change."""
     seed: int = 1234
     """Initialisation, data order and sampling derive from it. On resume: must not change."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` (CUDA when there is one), `cuda` or `cpu`. On resume: may change."""
-    params_dtype: str = "float32"
+    params_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """`float32`, `bfloat16` or `float64`: weights and activations; loss statistics are at least float32. On
     resume: must not change."""
     student: ModelConfig = field(default_factory=ModelConfig)
     teachers: list[TeacherConfig] = field(default_factory=list)
-    routing: dict[str, Any] = field(default_factory=dict)
+    routing: dict[Name, Any] = field(default_factory=dict)
     """Domain -> teacher, or domain -> {teacher: weight}; `default` serves the domains not listed. On resume:
     must not change."""
     teacher_storage: TeacherStorageConfig = field(default_factory=TeacherStorageConfig)

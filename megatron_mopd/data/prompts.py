@@ -7,7 +7,6 @@ resumed run needs no sampler state.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import heapq
 import json
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mopd.backend.messages import shown
-from megatron_mopd.config import ConfigError, PromptSource, nearest
+from megatron_mopd.config import ConfigError, PromptSource, closest, nearest
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.reasoning_tasks import task_entries
 from megatron_mopd.data.tokenizer import Tokenizer
@@ -278,9 +277,9 @@ def _from_line(line: bytes, source: PromptSource, origin: str) -> Prompt:
         raise ConfigError(f"{origin}: expected an object with `prompt` and `domain`")
     _refuse_what_is_not_passed_on(values, origin)
     for key in values:  # other keys are the file's own business, but not a misspelling of ours
-        close = [] if key in _LINE_KEYS else difflib.get_close_matches(key, _LINE_KEYS, n=1, cutoff=0.8)
-        if close and close[0] not in values:
-            raise ConfigError(f"{origin}: unknown key {shown(key)}; did you mean {close[0]!r}?")
+        close = None if key in _LINE_KEYS else closest(key, _LINE_KEYS, cutoff=0.8)
+        if close is not None and close not in values:
+            raise ConfigError(f"{origin}: unknown key {shown(key)}; did you mean {close!r}?")
     domain = source.domain or values.get("domain")
     if domain is None:
         raise ConfigError(f"{origin}: `domain` is missing")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import get_args
 
+from megatron_mopd.choices import Reduction
 from megatron_mopd.data.trajectory import Trajectory
 
-REDUCTIONS = ("token_mean", "sequence_mean", "domain_mean")
+REDUCTIONS = get_args(Reduction)
 
 
 def token_weights(trajectories: Sequence[Trajectory], reduction: str) -> dict[int, float]:

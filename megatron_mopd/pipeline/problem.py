@@ -10,9 +10,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-KINDS = ("bubble_fill", "back_to_back", "serial")
+from megatron_mopd.choices import ScheduleKind
+
+KINDS = get_args(ScheduleKind)
 
 
 class UnmetLimit(NamedTuple):

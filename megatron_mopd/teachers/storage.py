@@ -20,8 +20,6 @@ from megatron_mopd.backend.host_memory import host_buffer
 from megatron_mopd.config import ConfigError
 from megatron_mopd.teachers.fingerprint import file_fingerprint
 
-MODES = ("host", "host_sharded", "mmap")
-
 _CHUNK = 64 << 20
 """Bytes read from a file at a time on the way to a CUDA device."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 
 import pytest
 
-from megatron_mopd.config import Config, ConfigError, load_config, save_config
+from megatron_mopd.config import Config, ConfigError, load_config, save_config, schema
 from megatron_mopd.config.loading import config_from_dict, to_dict
+from megatron_mopd.config.value_types import bare
 
 FULL = """
 run_dir: run
@@ -90,6 +92,27 @@ def test_overrides(tmp_path):
     assert load_config(None, ["run_dir=x"]).run_dir == "x"
 
 
+def test_fields_of_megatron_core_are_as_the_user_wrote_them():
+    written = dict(layernorm_epsilon="1e-6", moe_aux_loss_coeff=1, q_lora_rank=None, softmax_scale=None)
+    model = config_from_dict({"run_dir": "x", "student": written}).student
+    assert model.transformer == written | {"layernorm_epsilon": 1e-6}
+    assert type(model.transformer["moe_aux_loss_coeff"]) is int, "a checkpoint's fingerprint has its spelling"
+
+
+def test_every_text_may_come_from_the_environment():
+    """A plain `str` would lose what `interpolation.EnvironmentText` says: that its value is not shown."""
+    texts = {
+        f"{cls.__name__}.{name}": hint
+        for cls in vars(schema).values()
+        if dataclasses.is_dataclass(cls)
+        for name, hint in typing.get_type_hints(cls, include_extras=True).items()
+        if bare(hint) is str
+    }
+    assert {"Config.run_dir", "LogConfig.wandb_name", "DataConfig.date"} <= texts.keys()
+    for key, hint in texts.items():
+        assert "InstanceOf" in str(hint), f"{key}: declare it as Text"
+
+
 def test_read_only():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().seed = 3
@@ -143,7 +166,25 @@ def test_read_only():
         ({"device": "tpu"}, "device: 'tpu' is not one of auto, cpu, cuda"),
         ({"schedule": {"micro_batch_size": 0}}, "schedule.micro_batch_size: must be at least 1, found 0"),
         ({"schedule": {"steps_per_rollout": 3}}, "schedule.train_iters: 100 is not a multiple of"),
-        ({"rollout": {"top_p": 0.0}}, "0 < top_p <= 1"),
+        ({"rollout": {"top_p": 0.0}}, "rollout.top_p: must be above 0 and at most 1, found 0.0"),
+        ({"rollout": {"temperature": float("nan")}}, "rollout.temperature: must be at least 0, found nan"),
+        ({"rollout": {"repetition_stop": 1}}, "rollout.repetition_stop: every token is a pattern once"),
+        ({"evaluation": {"pass_at": [1, 0]}}, "evaluation.pass_at[1]: must be at least 1, found 0"),
+        ({"data": {"date": "today"}}, "data.date: 'today' is not a day, YYYY-MM-DD"),
+        ({"teacher_storage": {"mode": "hosts"}}, "host, host_sharded, mmap; did you mean 'host'?"),
+        ({"objective": {"add": {"jds": 1}}}, "objective.add: 'jds' is not one of full_vocab_kl"),
+        (
+            {"objective": {"per_domain": {"a": {"shaping": 2}}}},
+            "objective.per_domain.a.shaping: must be above 0 and at most 1, found 2",
+        ),
+        ({"objective": {"per_domain": {"a": ["jsd"]}}}, "objective.per_domain.a: expected a section with"),
+        ({"optimizer": {3: 1}}, "unknown key 'optimizer.3'"),
+        ({"student": {"num_layers": "4"}}, "student.num_layers: expected int, found '4'"),
+        ({"student": {"num_layers": True}}, "student.num_layers: expected int, found True"),
+        ({"student": {"moe_layer_freq": [1, "a"]}}, "expected int or list of int, found a list"),
+        ({"student": {"recompute_method": "x"}}, "expected 'uniform' or 'block' or null, found 'x'"),
+        ({"student": {"timers": 3}}, "student.timers: is a function of megatron-core's"),
+        ({"student": {"layernorm_epsilon": "x"}}, "student.layernorm_epsilon: expected float, found 'x'"),
         ({"params_dtype": "float64"}, "use_distributed_optimizer=false"),
         ({"run_dir": ""}, "run_dir: missing"),
         ({"optimizer": {"adam_beta2": 1.0}}, "optimizer.adam_beta2: must be at least 0 and below 1"),

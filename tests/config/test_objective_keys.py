@@ -26,7 +26,7 @@ REFUSED = [
     (dict(kind="sft", rollout_correction="tis"), {}, "not sft"),
     (dict(add={"sft": 1.0}), {}, "domain of its own in objective.per_domain"),
     (dict(add={"full_vocab_kl": 1.0}), {}, "already the kind"),
-    (dict(add={"jsd": -1.0}), {}, "weight above 0"),
+    (dict(add={"jsd": -1.0}), {}, "add.jsd: must be above 0"),
     (PG | dict(rollout_correction="icepop", importance_low=3.0), {}, "reversed or empty, 3.0 to 2.0"),
     (PG | dict(importance_low=0.5), {}, "needs rollout_correction tis, icepop"),
     (dict(kind="grpo"), {}, "samples_per_prompt of at least 2, found 1"),

@@ -39,26 +39,23 @@ import torch
 from megatron_mopd import train
 from megatron_mopd.backend.messages import shown
 from megatron_mopd.config import Config, ConfigError, config_from_dict
-from megatron_mopd.config.loading import _CHOICES, _TRANSFORMER_FIELDS
+from megatron_mopd.config.transformer_fields import TRANSFORMER_FIELDS
 from megatron_mopd.data.prompts import PromptSampler
 from megatron_mopd.training.setup import build_run
 from megatron_mopd.training.step import plan_steps, train_step
 from tests.faults import harness
 
-KINDS = ["full_vocab_kl", "top_k_kl", "forward_kl", "jsd", "sampled_token", "grpo", "sft"]
-WORDS = [
-    *KINDS,
-    "ppo_clip",
-    "recompute",
-    "behaviour",
-    "tis",
-    "icepop",
-    "sequence_mask",
-    "domain_mean",
-    "self",
-]
-WORDS += ["sequence_mean", "loss", "advantage", "teacher", "student", "default", "add", "copy", "exact_match"]
-WORDS += [choice for choices in _CHOICES.values() for choice in choices if choice]
+
+def choices_of(hint: Any) -> list[str]:
+    """Every name that some key of a section chooses from."""
+    is_section = dataclasses.is_dataclass(hint)
+    inner = typing.get_type_hints(hint).values() if is_section else typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return list(inner)
+    return [choice for part in inner for choice in choices_of(part)]
+
+
+WORDS = ["self", "default", "add", "copy", "exact_match", *choices_of(Config)]
 NUMBERS = [-1, 0, 1, 2, 3, 4, 7, 16, 300, 2**31, 2**62, -0.5, 0.25, 0.999, 1.5, 1e-8, 1e30]
 NUMBERS += [float("nan"), float("inf")]
 ODD = [None, True, False, "", "x", "é\n", "1e-4", [], [1], ["x"], {}, {"a": 1}, {"x": {"y": 2}}, [{}]]
@@ -80,7 +77,7 @@ def paths_of(cls: type, prefix: tuple = ()) -> list[tuple]:
 
 
 PATHS = paths_of(Config)
-PATHS += [("student", name) for name in sorted(_TRANSFORMER_FIELDS)]
+PATHS += [("student", name) for name in sorted(TRANSFORMER_FIELDS)]
 PATHS += [("objective", "per_domain", "add", f.name) for f in dataclasses.fields(Config().objective)]
 PATHS += [("routing", "default"), ("routing", "copy", "self"), ("objective", "add", "sft")]
 NAMES = {str(part) for path in PATHS for part in path if part != 0}

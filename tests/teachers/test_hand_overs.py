@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from itertools import product
+from typing import get_args
 
 import pytest
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: F401  (before forking)
 
+from megatron_mopd.choices import StorageMode
 from megatron_mopd.config import TeacherStorageConfig
 from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
 from megatron_mopd.teachers.channel import Channel
-from megatron_mopd.teachers.storage import MODES
 from tests import _models
 from tests._distributed import RankPool
 
@@ -110,7 +111,7 @@ def pool():
 
 
 @pytest.mark.parametrize("dtype", [None, "int8", "fp8"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", get_args(StorageMode))
 def test_delays_change_no_byte(pool, tmp_path, mode, dtype):
     assert pool.run(with_delays, mode, dtype, str(tmp_path)) == [[], []]
 

@@ -1,0 +1,70 @@
+"""Fields of megatron-core's `TransformerConfig`, which `student` takes under their own names.
+
+Their values are checked against the types that megatron-core declares, as far as these are numbers, texts,
+choices and lists of them; what is of a class of megatron-core's own, megatron-core checks itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import Any
+
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from pydantic import ConfigDict, GetPydanticSchema, TypeAdapter, ValidationError
+from pydantic_core import core_schema
+
+from megatron_mopd.backend.messages import shown
+from megatron_mopd.config.value_types import as_number, type_name
+
+TRANSFORMER_FIELDS = frozenset(item.name for item in dataclasses.fields(MLATransformerConfig))
+_DECLARED = typing.get_type_hints(MLATransformerConfig) | {
+    "q_lora_rank": int | None,  # declared an integer, but null is how megatron-core spells "not compressed"
+    "activation_func": str,  # declared a function; `model/build.py` knows the names
+}
+
+
+def transformer_fields(owned_elsewhere: Mapping[str, str]) -> GetPydanticSchema:
+    """Annotation of a mapping whose keys are fields of `TransformerConfig`.
+
+    owned_elsewhere: fields that other keys decide (field -> those keys); two truths could disagree.
+    """
+    fields = {}
+    for name in TRANSFORMER_FIELDS:
+        check = partial(_as_declared, name, owned_elsewhere.get(name))
+        validator = core_schema.no_info_plain_validator_function(check)
+        fields[name] = core_schema.typed_dict_field(validator, required=False)
+    schema = core_schema.typed_dict_schema(fields, extra_behavior="forbid")
+    return GetPydanticSchema(lambda source, handler: schema)
+
+
+def _as_declared(name: str, owner: str | None, value: Any) -> Any:
+    hint = _DECLARED[name]
+    if owner is not None:
+        raise ValueError(f"set {owner} instead")
+    if value is not None and ("Callable" in str(hint) or "Context" in str(hint)):
+        raise ValueError("is a function of megatron-core's, which a configuration cannot name")
+    if not _is_plain(hint):
+        return value
+    for candidate in (value, as_number(value)):
+        try:
+            _adapter(name).validate_python(candidate)
+            return candidate
+        except ValidationError:
+            continue
+    raise ValueError(f"expected {type_name(hint)}, found {shown(value)}")
+
+
+@cache
+def _adapter(name: str) -> TypeAdapter:
+    return TypeAdapter(_DECLARED[name], config=ConfigDict(strict=True))
+
+
+def _is_plain(hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType, list):
+        return all(map(_is_plain, typing.get_args(hint)))
+    return origin is typing.Literal or hint in (int, float, bool, str, type(None))
