@@ -1,5 +1,6 @@
-"""Sets of names that configuration keys choose from and that several packages act on: each is written down
-here once. Below every package, and without imports of its own, so that the planner stays free of torch.
+"""The values of configuration keys that several packages know by name, each set defined once.
+
+Outside `config/`, which imports megatron-core: the pipeline planner runs without torch.
 """
 
 from typing import Literal

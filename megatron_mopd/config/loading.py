@@ -28,7 +28,7 @@ from megatron_mopd.config.objectives import check_objectives
 from megatron_mopd.config.recipes import with_recipe
 from megatron_mopd.config.schema import Config, ModelConfig, ObjectiveConfig
 from megatron_mopd.config.transformer_fields import TRANSFORMER_FIELDS
-from megatron_mopd.config.value_types import allowed_range, bare
+from megatron_mopd.config.value_types import allowed_range, without_null
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -130,12 +130,12 @@ def _in_one_line(cls: type, where: str, error: ErrorDetails) -> str:
         *section_loc, name = error["loc"]
         key, section = _key_and_type(cls, where, section_loc)
         known = {item.name for item in dataclasses.fields(section)} - {"transformer"}
-        known |= TRANSFORMER_FIELDS if section is ModelConfig else set()
+        known |= set(TRANSFORMER_FIELDS) if section is ModelConfig else set()
         return f"unknown key {_joined(key, name)!r}{nearest(str(name), known)}"
     key, declared = _key_and_type(cls, where, error["loc"])
     if kind == "literal_error":
-        choices = typing.get_args(bare(declared))
-        close = closest(str(found), choices)
+        choices = typing.get_args(declared)
+        close = closest(found, choices) if isinstance(found, str) else None
         hint = f"; did you mean {close!r}?" if close is not None else ""
         return f"{key}: {shown(found)} is not one of {', '.join(choices)}{hint}"
     if kind == "value_error":
@@ -154,17 +154,16 @@ def _key_and_type(cls: type, where: str, loc: Sequence[int | str]) -> tuple[str,
     key, declared = where, cls
     is_name = bool(loc) and loc[-1] == "[key]"  # pydantic's mark behind a mapping's key
     for part in loc[:-2] if is_name else loc:
-        hint = bare(declared)
-        if hint is ModelConfig and part == "transformer":
+        if declared is ModelConfig and part == "transformer":
             continue  # its keys are written directly in the section
-        if dataclasses.is_dataclass(hint):
-            declared = typing.get_type_hints(hint, include_extras=True).get(part)
+        key = f"{key}[{part}]" if typing.get_origin(declared) is list else _joined(key, part)
+        if dataclasses.is_dataclass(declared):
+            declared = without_null(typing.get_type_hints(declared, include_extras=True).get(part))
         else:
-            declared = typing.get_args(hint)[-1]
+            declared = typing.get_args(declared)[-1]
         if declared == DomainKeys:
             declared = ObjectiveConfig
-        key = f"{key}[{part}]" if typing.get_origin(hint) is list else _joined(key, part)
-    return key, typing.get_args(bare(declared))[0] if is_name else declared
+    return key, typing.get_args(declared)[0] if is_name else declared
 
 
 def _joined(section: str, key: int | str) -> str:

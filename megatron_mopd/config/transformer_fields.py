@@ -20,7 +20,7 @@ from pydantic_core import core_schema
 from megatron_mopd.backend.messages import shown
 from megatron_mopd.config.value_types import as_number, type_name
 
-TRANSFORMER_FIELDS = frozenset(item.name for item in dataclasses.fields(MLATransformerConfig))
+TRANSFORMER_FIELDS = tuple(item.name for item in dataclasses.fields(MLATransformerConfig))
 _DECLARED = typing.get_type_hints(MLATransformerConfig) | {
     "q_lora_rank": int | None,  # declared an integer, but null is how megatron-core spells "not compressed"
     "activation_func": str,  # declared a function; `model/build.py` knows the names

@@ -1,7 +1,7 @@
-"""Types and ranges of configuration values, each named once; pydantic checks those that the schema names.
+"""Types and ranges of configuration values, each named once, for the annotations of the schema.
 
-`schema.py` has plain dataclasses: what the program itself constructs, or changes by `dataclasses.replace`, is
-taken as it is, and what a user wrote is checked once, when it is read (`loading.py`).
+The sections are plain dataclasses: pydantic checks what a user wrote, once, when it is read (`loading.py`).
+What the program itself constructs or changes by `dataclasses.replace` is not checked again.
 """
 
 from __future__ import annotations
@@ -15,27 +15,26 @@ import typing
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, InstanceOf
-from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema
 
 from megatron_mopd.backend.messages import shown
 
 
 class Section:
-    """Base of the dataclasses: a mapping without unknown keys; a boolean is no integer, a number no text."""
+    """Base of the dataclasses: unknown keys are refused, and values of another type are not converted."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         schema = handler(source)
-        # Strict are the fields. A strict dataclass itself would be made from nothing but its own instances.
+        # The fields are strict, not the section: a strict dataclass accepts only its instances, no mapping.
         handler.resolve_ref_schema(schema)["strict"] = False
         return schema
 
 
 def as_number(value: Any) -> Any:
-    """1e-4, which YAML reads as text, as the number it is; everything else unchanged."""
+    """`value`, or the number that it spells: YAML reads 1e-4 (no dot) as text."""
     with contextlib.suppress(ValueError):
         return float(value) if isinstance(value, str) else value
     return value
@@ -56,8 +55,8 @@ def _repetitions(times: int) -> int:
 
 
 Text = InstanceOf[str]
-"""Instead of `str`, for which pydantic would turn an `EnvironmentText`, whose value nothing may show, into a
-plain text."""
+"""Use it instead of `str`: of an `EnvironmentText`, pydantic's `str` would keep the value, which must not be
+written anywhere, and drop how the configuration spells it."""
 Name = Annotated[str, BeforeValidator(str)]
 """Key of a mapping whose keys are the user's own: `1:` is a name like others."""
 Day = Annotated[Text, AfterValidator(_day)]
@@ -80,20 +79,11 @@ _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 def allowed_range(hint: Any) -> str:
     """`at least 0 and below 1`: the range of an annotation above, or "" when it has none."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return allowed_range(typing.get_args(hint)[0])
-    bounds = [
-        bound
-        for item in getattr(hint, "__metadata__", ())
-        if isinstance(item, FieldInfo)
-        for bound in item.metadata
+    bounds = [bound for item in getattr(hint, "__metadata__", ()) for bound in getattr(item, "metadata", ())]
+    stated = [
+        f"{word} {getattr(b, name)}" for name, word in _BOUNDS.items() for b in bounds if hasattr(b, name)
     ]
-    return " and ".join(
-        f"{word} {getattr(bound, name)}"
-        for name, word in _BOUNDS.items()
-        for bound in bounds
-        if hasattr(bound, name)
-    )
+    return " and ".join(stated)
 
 
 def type_name(hint: Any) -> str:
@@ -113,8 +103,7 @@ def type_name(hint: Any) -> str:
     return "null" if hint is type(None) else "entries" if dataclasses.is_dataclass(hint) else hint.__name__
 
 
-def bare(hint: Any) -> Any:
-    """An annotation without its `Annotated` and its `None`."""
-    if typing.get_origin(hint) in (Annotated, typing.Union, types.UnionType):
-        return bare(typing.get_args(hint)[0])
-    return hint
+def without_null(hint: Any) -> Any:
+    """`X` for `X | None`."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint)[0] if is_union else hint

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_mopd.config import Config, ConfigError, load_config, save_config, schema
 from megatron_mopd.config.loading import config_from_dict, to_dict
-from megatron_mopd.config.value_types import bare
+from megatron_mopd.config.value_types import type_name, without_null
 
 FULL = """
 run_dir: run
@@ -106,7 +106,7 @@ def test_every_text_may_come_from_the_environment():
         for cls in vars(schema).values()
         if dataclasses.is_dataclass(cls)
         for name, hint in typing.get_type_hints(cls, include_extras=True).items()
-        if bare(hint) is str
+        if type_name(without_null(hint)) == "str"
     }
     assert {"Config.run_dir", "LogConfig.wandb_name", "DataConfig.date"} <= texts.keys()
     for key, hint in texts.items():
