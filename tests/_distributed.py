@@ -170,7 +170,7 @@ def _rank_main(rank, world_size, connection, parents_ends, timeout, inherited_ta
 
 def _forget_groups():
     """Destroy megatron-core's groups of the tasks before, which all ranks have finished: every gloo group has
-    threads that poll, and a pool that serves many layouts would spend its time on those."""
+    threads of its own, and a pool serves many layouts."""
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     if parallel_state is not None and parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()

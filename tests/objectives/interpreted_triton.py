@@ -21,11 +21,11 @@ ROWS, COLUMNS = 4, 45  # three blocks of 16 columns, the last one partial
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def logits(dtype, noise, masked=None):
-    """Student and teacher blocks [ROWS, COLUMNS], rows further apart than COLUMNS, as in a padded buffer."""
+def logits(dtype, noise, masked=None, rows=ROWS):
+    """Student and teacher blocks [rows, COLUMNS], rows further apart than COLUMNS, as in a padded buffer."""
     torch.manual_seed(0)
-    student = 3 * torch.randn(ROWS, COLUMNS + 3, dtype=torch.float64)
-    teacher = student + noise * torch.randn(ROWS, COLUMNS + 3, dtype=torch.float64)
+    student = 3 * torch.randn(rows, COLUMNS + 3, dtype=torch.float64)
+    teacher = student + noise * torch.randn(rows, COLUMNS + 3, dtype=torch.float64)
     if masked is not None:  # a token both models exclude, and one that only the divergence's numerator does
         student[0, 3] = teacher[0, 3] = -torch.inf
         (teacher if masked == "forward_kl" else student)[1, 20] = -torch.inf
@@ -35,7 +35,8 @@ def logits(dtype, noise, masked=None):
 def compare(kind, dtype, temperature, noise, masked):
     """Run the three passes of both paths on the same blocks."""
     spec = DivergenceSpec(kind, 0.3, temperature)
-    student, teacher = logits(dtype, noise, kind if masked else None)
+    rows = 2  # interpreted one by one; each of the masked ones is there
+    student, teacher = logits(dtype, noise, kind if masked else None, rows)
     shard = VocabShard.of(COLUMNS, None, None)
     expected = torch_kernels.statistics(student, teacher, spec, masked, entropy=True)
     interpreted = triton_kernels.statistics(student, teacher, spec, masked, entropy=True)
@@ -49,7 +50,7 @@ def compare(kind, dtype, temperature, noise, masked):
         interpreted = triton_kernels.mean_score(student, teacher, moments, spec, masked)
         close(interpreted + 1e-3, score + 1e-3, dtype, statistics=True)
         moments = moments._replace(mean_score=score)
-    scale = torch.randn(ROWS).to(score_dtype(dtype))
+    scale = torch.randn(rows).to(score_dtype(dtype))
     gradients = []
     for kernels in (torch_kernels, triton_kernels):
         gradient = student.clone()
