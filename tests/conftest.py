@@ -22,6 +22,6 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol():
-    """Warnings that this package causes, or gives, are errors; pytest restores the filters after each test."""
+    """Warnings that this package causes or gives are errors; pytest restores the filters after each test."""
     warnings.filterwarnings("error", category=UserWarning, module=r"megatron_mopd\b")
     return (yield)
