@@ -29,7 +29,7 @@ FLOW = "test_documentation.py::test_from_hugging_face_directories_to_a_merged_on
 STARTED = "test_packaging.py::test_every_tool_is_a_program_or_belongs_to_the_repository"
 DOCUMENTED = "tools/test_document_configuration.py::test_a_changed_page_is_noticed"
 _PROGRAMS = tuple("python torchrun make pytest pip sbatch srun bash sh kubectl mopd-".split())
-_FILES = r"\b(?:tools|benchmarks|tests|launch|megatron_mopd)/[a-z_\d/]+\.(?:py|sh|yaml)\b"
+_FILES = r"\b(?:tools|benchmarks|tests|launch|megatron_mopd)/[a-z_\d/]+\.(?:py|sh|sbatch|yaml)\b"
 
 # Beginning of a command -> a test that executes it, or why none does. The longest that fits counts.
 COMMANDS = {
@@ -103,6 +103,9 @@ def test_files_and_links_that_a_page_names_are_there(page):
     text = page.read_text(encoding="utf-8")
     for path in re.findall(_FILES, text):
         assert (ROOT / path).exists(), path
+    for module in re.findall(r"-m ((?:tests|megatron_mopd)(?:\.[a-z_\d]+)*)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
     for path in re.findall(r"`([a-z_\d/]+\.py)`", text):  # also as seen from inside a folder
         assert (ROOT / path).exists() or any(ROOT.glob(f"[a-z]*/**/{path}")), path
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):

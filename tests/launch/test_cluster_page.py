@@ -1,4 +1,4 @@
-"""docs/cluster.md: its commands name files that exist, and a line of its table is what the estimate says."""
+"""docs/cluster.md: a line of its table is what the estimate says."""
 
 from __future__ import annotations
 
@@ -10,16 +10,6 @@ from benchmarks import cluster_memory
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "cluster.md").read_text()
-
-
-def test_every_file_that_a_command_names_is_there():
-    commands = re.findall(r"^    (.*)$", PAGE, re.MULTILINE)
-    assert len(commands) > 8
-    for command in commands:
-        for path in re.findall(r"(?:launch|tools|benchmarks)/[\w./]+", command):
-            assert (ROOT / path).is_file(), path
-        for module in re.findall(r"-m ((?:tests|megatron_mopd)[\w.]+)", command):
-            assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
 
 
 def test_the_table_says_what_the_estimate_says(tmp_path):
