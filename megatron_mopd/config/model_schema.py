@@ -13,7 +13,7 @@ from pydantic import model_validator
 
 from megatron_mopd.choices import StorageMode
 from megatron_mopd.config.transformer_fields import transformer_fields
-from megatron_mopd.config.value_types import Count, Name, Real, Section, Text
+from megatron_mopd.config.value_types import Count, Minutes, Name, Real, Section, Text
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence; required by MoE with TP > 1. On
     resume: may change."""
-    distributed_timeout_minutes: Real = 10.0
+    distributed_timeout_minutes: Minutes = 10.0
     """How long a rank waits at start-up and in a collective before the job is ended with an error. On resume:
     may change."""
 

@@ -26,12 +26,14 @@ from megatron_mopd.config.value_types import (
     Count,
     CountOrZero,
     Day,
+    MinutesOrZero,
     Name,
     NonNegative,
     Positive,
     PositiveShare,
     Real,
     Repetitions,
+    Seconds,
     Section,
     ShareBelowOne,
     Text,
@@ -131,7 +133,7 @@ class RewardsConfig(Section):
 
     workers: Count = 1
     """Verifier processes per data-parallel rank. On resume: may change."""
-    timeout_seconds: Positive = 5.0
+    timeout_seconds: Seconds = 5.0
     """How long one response may take to be judged; afterwards its reward is missing. On resume: may
     change."""
 
@@ -253,7 +255,7 @@ class GuardConfig(Section):
     max_skipped_steps: CountOrZero = 3
     """Optimizer steps in a row that may be left out because the loss or a gradient is not finite; one more
     ends the run. On resume: may change."""
-    hang_timeout_minutes: NonNegative = 60.0
+    hang_timeout_minutes: MinutesOrZero = 60.0
     """A rank that has not begun a new phase (sampling, an optimizer step, evaluation, saving) for so long
     ends the job, and every rank says where it stands. Longer than the longest phase; 0: never. On resume: may
     change."""

@@ -73,6 +73,10 @@ FiniteNonNegative = Annotated[Real, Field(ge=0, lt=math.inf)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 PositiveShare = Annotated[Real, Field(gt=0, le=1)]
 ShareBelowOne = Annotated[Real, Field(ge=0, lt=1)]
+# A year at most: timers and the process groups' timeouts hold no more than some centuries.
+Minutes = Annotated[Real, Field(gt=0, le=525_600)]
+MinutesOrZero = Annotated[Real, Field(ge=0, le=525_600)]
+Seconds = Annotated[Real, Field(gt=0, le=31_536_000)]
 
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 

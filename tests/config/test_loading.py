@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 
@@ -149,6 +150,9 @@ def test_read_only():
             "data.prompts[0].domain: expected str, found False; quote",
         ),
         ({"run_dir": "a\ud83d"}, "run_dir: no Unicode text: half a character at position 1"),
+        ({"parallel": {"distributed_timeout_minutes": 1e30}}, "distributed_timeout_minutes: must be"),
+        ({"rewards": {"timeout_seconds": math.inf}}, "rewards.timeout_seconds: must be"),
+        ({"guard": {"hang_timeout_minutes": -1}}, "guard.hang_timeout_minutes: must be"),
         ({"optimizer": {"min_lr": 1.0}}, "optimizer.min_lr: 1 is above optimizer.lr="),
         ({"seed": 10**5000}, "seed: a whole number of 16610 bits is out of range"),
         ({"optimizer": {"lr": 10**400}}, "optimizer.lr: a whole number of 1329 bits is out of range"),
