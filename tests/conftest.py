@@ -25,3 +25,10 @@ def pytest_runtest_protocol():
     """Warnings that this package causes or gives are errors; pytest restores the filters after each test."""
     warnings.filterwarnings("error", category=UserWarning, module=r"megatron_mopd\b")
     return (yield)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every process has to name the tests alike: an object's address in a name differs."""
+    for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid}: give its parameters `ids`")

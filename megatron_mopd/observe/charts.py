@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -65,6 +66,12 @@ class Chart(Figure):
     def __init__(self, width: float, height: float, **options):
         super().__init__(figsize=(width / 96, height / 96), **options)
         self.hints: dict[str, Sequence[str]] = {}
+
+    def draw(self, renderer) -> None:
+        with warnings.catch_warnings():
+            # Where names are longer than the chart, it is drawn without a layout.
+            warnings.filterwarnings("ignore", message="constrained_layout not applied")
+            super().draw(renderer)
 
     def hint(self, artist: Artist, texts: Sequence[str]) -> None:
         """Under the pointer, `artist` shows its one text, or a collection one for each of its paths."""
