@@ -46,7 +46,10 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     `ConfigError` names the offending key.
     """
     values = resolve(values)
-    _refuse_unwritable(values, "")
+    sections = {item.name for item in dataclasses.fields(Config)}
+    for key, value in values.items():  # a misspelled section is that, whatever is in it
+        if key in sections:
+            _refuse_unwritable(value, str(key))
     config = _build(Config, with_recipe(values), "")
     _check(config)
     return config
@@ -177,19 +180,13 @@ def _check(config: Config) -> None:
         # A run resumes with a fresh rollout batch, so it may only stop where one ends.
         if (value := attrgetter(dotted)(config)) % steps:
             raise ConfigError(f"{dotted}: {value} is not a multiple of schedule.steps_per_rollout={steps}")
-    if config.optimizer.min_lr > config.optimizer.lr:
-        raise ConfigError(
-            f"optimizer.min_lr: {config.optimizer.min_lr:g} is above optimizer.lr={config.optimizer.lr:g}"
-        )
+    for key in ("min_lr", "lr_warmup_init"):
+        if (value := getattr(config.optimizer, key)) > config.optimizer.lr:
+            raise ConfigError(f"optimizer.{key}: {value:g} is above optimizer.lr={config.optimizer.lr:g}")
     check_objectives(config)
     _check_evaluation(config)
     if config.params_dtype == "float64" and config.optimizer.use_distributed_optimizer:
         raise ConfigError("params_dtype: float64 needs optimizer.use_distributed_optimizer=false")
-    if config.teacher_storage.hidden_cache_bytes is not None and config.schedule.kind == "megatron":
-        raise ConfigError(
-            "teacher_storage.hidden_cache_bytes: megatron-core's schedules score a whole batch before they "
-            "train on it; take another schedule.kind (bubble_fill, back_to_back), or no budget"
-        )
     if not config.run_dir:
         raise ConfigError("run_dir: missing; name the directory that the run writes into")
 

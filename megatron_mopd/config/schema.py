@@ -26,6 +26,8 @@ from megatron_mopd.config.value_types import (
     Count,
     CountOrZero,
     Day,
+    FiniteNonNegative,
+    FinitePositive,
     MinutesOrZero,
     Name,
     NonNegative,
@@ -152,15 +154,15 @@ class OptimizerConfig(Section):
     """Iterations of linear warm-up from `lr_warmup_init`. On resume: may change."""
     lr_warmup_init: Real = 0.0
     """Learning rate before the first step of the warm-up. On resume: may change."""
-    weight_decay: Real = 0.0
+    weight_decay: FiniteNonNegative = 0.0
     """Decoupled weight decay. On resume: may change."""
     adam_beta1: ShareBelowOne = 0.9
     """First-moment decay. On resume: may change."""
     adam_beta2: ShareBelowOne = 0.95
     """Second-moment decay. On resume: may change."""
-    adam_eps: Real = 1e-8
+    adam_eps: FinitePositive = 1e-8
     """Added to the denominator. On resume: may change."""
-    clip_grad: Real = 1.0
+    clip_grad: NonNegative = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off. On resume: may
     change."""
     use_distributed_optimizer: bool = True
@@ -186,11 +188,11 @@ class ScheduleConfig(Section):
     """Optimizer steps fed by one rollout batch of `steps_per_rollout` x `global_batch_size` trajectories. The
     later ones train on samples of slightly older weights, and teachers can score them ahead of time. On
     resume: changes the data position."""
-    kind: Literal[ScheduleKind, "megatron"] = "bubble_fill"
+    kind: ScheduleKind = "bubble_fill"
     """How teachers share the pipeline with the student; losses and gradients are the same. `bubble_fill`:
     teacher forwards of this and the next optimizer step go where the pipeline would idle; `back_to_back`:
-    each step's teachers, then its student, without a pause; `serial`: all teachers of a rollout batch first;
-    `megatron`: as `back_to_back`, on megatron-core's own schedules. On resume: may change."""
+    each step's teachers, then its student, without a pause; `serial`: all teachers of a rollout batch first.
+    On resume: may change."""
     max_activations: int | None = None
     """Student forward passes (of model chunks) a stage may hold whose backward pass is still to come; `None`:
     as many as the first stage does in megatron-core's schedule. Teachers much slower than the student are

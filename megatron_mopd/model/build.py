@@ -147,9 +147,17 @@ def transformer_config(
         raise ConfigError(
             f"{where}.qk_layernorm_over_heads: needs qk_layernorm, and is not for multi_latent_attention"
         )
+    if values.get("fused_single_qkv_rope"):
+        raise ConfigError(
+            f"{where}.fused_single_qkv_rope: not supported: megatron-core asserts conditions on each forward "
+            "pass that packed batches and decoding do not meet; leave it out"
+        )
     for key in _COUNTS:
         if (value := values.get(key)) is not None and value < 1:
             raise ConfigError(f"{where}.{key}: must be at least 1, found {value}")
+    heads, groups = values["num_attention_heads"], values.get("num_query_groups")
+    if groups is not None and heads % groups:
+        raise ConfigError(f"{where}.num_query_groups: {groups} does not divide num_attention_heads={heads}")
     for key in ("softmax_scale", "layernorm_epsilon"):
         if (value := values.get(key)) is not None and not value > 0:  # NaN is not either
             raise ConfigError(f"{where}.{key}: must be above 0, found {value}")

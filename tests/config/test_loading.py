@@ -153,7 +153,12 @@ def test_read_only():
         ({"parallel": {"distributed_timeout_minutes": 1e30}}, "distributed_timeout_minutes: must be"),
         ({"rewards": {"timeout_seconds": math.inf}}, "rewards.timeout_seconds: must be"),
         ({"guard": {"hang_timeout_minutes": -1}}, "guard.hang_timeout_minutes: must be"),
+        ({"optimizer": {"weight_decay": -0.5}}, "optimizer.weight_decay: must be at least 0"),
+        ({"optimizer": {"adam_eps": 0}}, "optimizer.adam_eps: must be above 0"),
         ({"optimizer": {"min_lr": 1.0}}, "optimizer.min_lr: 1 is above optimizer.lr="),
+        ({"optimizer": {"lr": 10**5000}}, "optimizer.lr: a whole number of"),
+        ({"recipes": 10**5000}, "unknown key 'recipes'; did you mean 'recipe'?"),
+        ({"optimizer": {"lr_warmup_init": 1.0}}, "optimizer.lr_warmup_init: 1 is above optimizer.lr="),
         ({"seed": 10**5000}, "seed: a whole number of 16610 bits is out of range"),
         ({"optimizer": {"lr": 10**400}}, "optimizer.lr: a whole number of 1329 bits is out of range"),
         (

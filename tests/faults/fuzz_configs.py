@@ -41,8 +41,9 @@ from megatron_mopd.backend.messages import shown
 from megatron_mopd.config import Config, ConfigError, config_from_dict
 from megatron_mopd.config.transformer_fields import TRANSFORMER_FIELDS
 from megatron_mopd.data.prompts import PromptSampler
-from megatron_mopd.training.setup import build_run
-from megatron_mopd.training.step import plan_steps, train_step
+from megatron_mopd.run.setup import build_run
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_steps
 from tests.faults import harness
 
 
@@ -123,6 +124,9 @@ def cut_down(config: Config, directory: str) -> Config:
     for name, value in harness._runs.MODEL.items():
         if isinstance(model.get(name), int) and model[name] > 64:
             model[name] = value
+    for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "kv_channels"):
+        if isinstance(model.get(name), int):
+            model[name] = min(model[name], 64)
     student = limited(config.student, vocab_size=600, make_vocab_size_divisible_by=64)
     schedule = limited(config.schedule, steps_per_rollout=2)
     samples = config.rollout.samples_per_prompt

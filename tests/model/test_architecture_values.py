@@ -46,6 +46,8 @@ def test_an_architecture_that_is_fine():
             {},
             "init_method_std: must be at least 0, found -0.5",
         ),
+        (dict(num_attention_heads=7), {}, "num_query_groups: 4 does not divide num_attention_heads=7"),
+        (dict(fused_single_qkv_rope=True), {}, "fused_single_qkv_rope: not supported"),
         (dict(kv_channels=7), {}, "kv_channels: rotary embeddings turn pairs of channels, and 7"),
         (dict(kv_channels=6), dict(rotary_percent=0.5), "and 3 (of each head) are an odd number"),
         (dict(kv_channels=0), {}, "kv_channels: must be at least 1, found 0"),
