@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from megatron_mopd.config import ConfigError, DomainObjectives, config_from_dict
 from megatron_mopd.config.objectives import needs_teachers
+from megatron_mopd.run import inputs
 from megatron_mopd.teachers.routing import Routing
-from megatron_mopd.training import setup
 from tests._distributed import RankError, RankPool
 from tests.fuzz_layouts.case import Case
 from tests.fuzz_layouts.compare import differences
@@ -112,8 +112,8 @@ def refusal(case: Case) -> str | None:
     try:
         config = config_from_dict(case.config_values("unused", reference=False))
         student = case.model_config(case.student | case.recompute)
-        setup._check_layout(config, case.ranks, student, case.sources())
-        setup._check_batch(config)
+        inputs.check_layout(config, case.ranks, student, case.sources())
+        inputs.check_batch(config)
         scored = DomainObjectives(config.objective).any(needs_teachers, case.domains)
         Routing(config.routing, case.sources()).check(case.domains, scored=scored)
     except ConfigError as error:
