@@ -19,7 +19,9 @@ from megatron_mopd.commands import launch
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROGRAMS = PROJECT["project"]["scripts"]
-REPOSITORY_ONLY = "demo document_configuration draw_documentation fetch_real_model make_small_experts".split()
+REPOSITORY_ONLY = """
+    demo document_configuration draw_architecture draw_documentation fetch_real_model make_small_experts
+""".split()
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 
 
