@@ -29,9 +29,10 @@ from trainer_overhead import make_batch, make_learner, timed
 from megatron_mopd.backend.host_memory import long_lived_objects
 from megatron_mopd.model.background_save import CheckpointWriter
 from megatron_mopd.observe.progress import progress
-from megatron_mopd.training.checkpoint import save
-from megatron_mopd.training.resume import checkpoints_directory
-from megatron_mopd.training.step import plan_step, train_step
+from megatron_mopd.run.checkpointing import save
+from megatron_mopd.run.resumable import checkpoints_directory
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 
 
 class NoTokenizer:

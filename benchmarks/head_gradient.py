@@ -22,9 +22,11 @@ from benchmarks.teacher_scaling import DOMAINS, learner
 from benchmarks.teacher_scaling import trajectories as of_all_domains
 from megatron_mopd.backend.parallel import ParallelGroups, build_parallel_groups, select_device, start_ranks
 from megatron_mopd.config import Config, config_from_dict
+from megatron_mopd.estimate.measured_memory import MadeBytes
 from megatron_mopd.model.gpt import unwrap
-from megatron_mopd.training.measured_memory import MadeBytes
-from megatron_mopd.training.step import Learner, build_loss, plan_step
+from megatron_mopd.training.learner import Learner
+from megatron_mopd.training.step import build_loss
+from megatron_mopd.training.step_batch import plan_step
 
 CHUNK = 24
 """Tokens whose logits exist at one time: a response, so that one domain needs no more than twelve."""
@@ -57,7 +59,7 @@ def configuration(directory: str, dtype: str) -> Config:
             "run_dir": directory,
             "params_dtype": dtype,
             "objective": {"kind": "full_vocab_kl", "add": {"forward_kl": 1.0}, "chunk_size": CHUNK},
-            "schedule": {"global_batch_size": DOMAINS, "micro_batch_size": DOMAINS, "kind": "megatron"},
+            "schedule": {"global_batch_size": DOMAINS, "micro_batch_size": DOMAINS},
             "optimizer": {"use_distributed_optimizer": False},
         }
     )

@@ -34,17 +34,20 @@ from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.build import build_model
 from megatron_mopd.pipeline.communicator import PipelineCommunicator
-from megatron_mopd.pipeline.instructions import OptimizerStep, TeacherForward
+from megatron_mopd.pipeline.instructions import OptimizerStep, Plan, TeacherForward
 from megatron_mopd.pipeline.plan import Planner
 from megatron_mopd.pipeline.problem import KINDS, CostModel
-from megatron_mopd.pipeline.runtime import Stopwatch, execute
+from megatron_mopd.pipeline.runtime import Execution, Recording, Stopwatch
 from megatron_mopd.pipeline.scenarios import Workload, rollout_batch
 from megatron_mopd.pipeline.simulate import simulate
 from megatron_mopd.pipeline.timeline import draw_timeline, without_waiting, write_chrome_trace
 from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
 from megatron_mopd.teachers.routing import Routing
+from megatron_mopd.training.learner import Learner
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_mopd.training.step import Learner, plan_steps, train_step
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_steps
+from tests._megatron_schedules import MegatronSchedules
 
 
 def run_ranks(count: int, function: Callable, *arguments):
@@ -118,7 +121,7 @@ class SleepingWork:
     def synchronize(self):
         dist.barrier()
 
-    def optimizer_step(self):
+    def finish_gradients(self):
         dist.barrier()
         self._sleep(self.costs.optimizer)
 
@@ -136,6 +139,15 @@ def sleeping_workload(options, stages: int) -> Workload:
     return Workload(stages, m, costs, counts, options.virtual_stages)
 
 
+def run_plan(
+    plan: Plan, rank: int, work: SleepingWork, channels: PipelineCommunicator, stopwatch: Stopwatch
+) -> Recording:
+    execution = Execution(plan.stages[rank], rank, work, channels, stopwatch)
+    execution.run_to_update()
+    execution.run_rest()
+    return execution.recording
+
+
 def sleep_rank(rank: int, options, stages: int, kinds: dict):
     """Seconds per optimizer step of every kind and repetition, and one timeline of each kind."""
     device = torch.device("cpu")
@@ -148,7 +160,7 @@ def sleep_rank(rank: int, options, stages: int, kinds: dict):
             dist.barrier()
             started = time.perf_counter()
             recordings = [
-                execute(
+                run_plan(
                     plan,
                     rank,
                     SleepingWork(plan, rank, options.unit, options.message),
@@ -281,7 +293,7 @@ def model_samples(options, seed: int) -> list[Trajectory]:
 def model_rank(rank: int, options):
     """Seconds per optimizer step of every rollout batch and kind; the losses of the first one."""
     learner = build_learner(options)
-    driver = learner.pipeline
+    driver, oracle = learner.pipeline, MegatronSchedules(learner.groups)
     weights = [p.detach().clone() for chunk in learner.chunks for p in chunk.parameters()]
     kinds = [*KINDS, "megatron"]
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -289,7 +301,7 @@ def model_rank(rank: int, options):
     timelines = {}
     for repeat in range(1 + options.model_repeats):
         for kind in kinds[repeat % 4 :] + kinds[: repeat % 4]:
-            learner.pipeline = None if kind == "megatron" else driver
+            learner.pipeline = oracle if kind == "megatron" else driver
             driver.kind = kind
             if repeat == 0:  # every kind starts from the same weights; later repetitions only measure time
                 for parameter, value in zip(

@@ -23,10 +23,11 @@ from pathlib import Path
 
 from megatron_mopd.config import load_config
 from megatron_mopd.data.prompts import PromptSampler
+from megatron_mopd.run.evaluation import evaluation
+from megatron_mopd.run.setup import build_run
 from megatron_mopd.train import sample
-from megatron_mopd.training.evaluate import evaluation
-from megatron_mopd.training.setup import build_run
-from megatron_mopd.training.step import plan_step, train_step
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 
 TINY = Path(__file__).parent.parent / "launch/recipes/demo_tiny.yaml"
 

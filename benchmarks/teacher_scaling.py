@@ -34,8 +34,10 @@ from megatron_mopd.model.build import build_model
 from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
 from megatron_mopd.teachers.layout import DENSE, HEAD
 from megatron_mopd.teachers.routing import Routing
+from megatron_mopd.training.learner import Learner
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_mopd.training.step import Learner, plan_step, train_step
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 
 VOCAB, SEQUENCE_LENGTH, DOMAINS, MICRO_BATCH = 2000, 64, 12, 4
 MODEL = dict(

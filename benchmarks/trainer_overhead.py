@@ -36,8 +36,10 @@ from megatron_mopd.objectives import linear_kl
 from megatron_mopd.objectives.linear_cross_entropy import linear_cross_entropy
 from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
 from megatron_mopd.teachers.routing import Routing
+from megatron_mopd.training.learner import Learner
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_mopd.training.step import Learner, plan_step, train_step
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 
 VOCAB = 2048
 STUDENT = dict(

@@ -22,8 +22,9 @@ from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.initialize import sharded_tensors
 from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
 from megatron_mopd.teachers.routing import Routing
+from megatron_mopd.training.learner import Learner
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_mopd.training.step import Learner
+from tests._megatron_schedules import MegatronSchedules
 
 VOCAB = 83  # not divisible by anything a layout divides by
 
@@ -105,7 +106,8 @@ def make_learner(
 ) -> Learner:
     """A learner on this rank's layout; weights follow from seeds alone, so every layout has the same ones.
 
-    `sources`: teachers of architectures of their own, with `routing` as a section.
+    `sources`: teachers of architectures of their own, with `routing` as a section. `schedule.kind: megatron`
+    stands for megatron-core's own schedules, the oracle of ours.
     """
     values = {
         "run_dir": "unused",
@@ -116,7 +118,11 @@ def make_learner(
     # Adam divides by the gradient's own size; with the usual epsilon, rounding in a nearly zero gradient
     # becomes a full step of the learning rate, and tests would compare noise.
     values["optimizer"] = {"use_distributed_optimizer": False, "lr": 1e-2, "clip_grad": 0.0, "adam_eps": 1e-3}
-    for name, section in sections.items():
+    schedule = dict(sections.pop("schedule", {}))
+    is_oracle = schedule.get("kind") == "megatron"
+    if is_oracle:
+        del schedule["kind"]
+    for name, section in (sections | {"schedule": schedule}).items():
         values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
     config: Config = config_from_dict(values)
     groups = groups_for(values["parallel"], only=True)
@@ -140,7 +146,10 @@ def make_learner(
             max_mixture=routing.max_teachers,
         )
     domains = ["arith", "other", "text"]
-    return assemble_learner(config, groups, chunks, student, domains, routing=routing, bank=bank)
+    learner = assemble_learner(config, groups, chunks, student, domains, routing=routing, bank=bank)
+    if is_oracle:
+        learner.pipeline = MegatronSchedules(groups)
+    return learner
 
 
 def assemble_learner(

@@ -26,6 +26,7 @@ from megatron_mopd.config.loading import config_from_dict, save_config
 from megatron_mopd.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_mopd.model.checkpoint import MODEL_FILE
 from megatron_mopd.observe.metrics import read_metrics
+from megatron_mopd.run import command_line
 from tests._agent import Agent
 
 MODEL = dict(
@@ -94,13 +95,13 @@ def _rank(rank: int, world_size: int, agent: Agent, directory: Path, arguments: 
         os.dup2(descriptor, {"stdout": 1, "stderr": 2}[stream])
         setattr(sys, stream, open(descriptor, "w", buffering=1))
     agent.set_environment(rank, world_size)
-    is_first_to_fail = train.is_first_to_fail
+    is_first_to_fail = command_line.is_first_to_fail
 
     def recorded(message: str) -> bool:
         (directory / f"{rank}.failure").write_text(message)
         return is_first_to_fail(message)
 
-    train.is_first_to_fail = recorded
+    command_line.is_first_to_fail = recorded
     status = 1
     try:
         train.main(arguments)

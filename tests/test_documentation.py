@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from megatron_mopd.observe.metrics import read_metrics
-from megatron_mopd.training.best import best_iteration
+from megatron_mopd.run.best_checkpoint import best_iteration
 from tests import _runs
 
 ROOT = Path(__file__).parents[1]

@@ -127,10 +127,11 @@ class Watchdog(contextlib.AbstractContextManager):
 
 
 def _instruction(frame: FrameType | None) -> str | None:
-    """What `pipeline.runtime.execute` is doing, read from its frame: it keeps position and entry."""
+    """What `pipeline.runtime.Execution` is doing, read from the frame that runs an instruction."""
     while frame is not None:
-        variables = frame.f_locals if frame.f_code.co_name == "execute" else {}
-        if {"position", "entry", "stage"} <= variables.keys():
-            return f"{variables['position']} of stage {variables['stage']} ({variables['entry']})"
+        variables = frame.f_locals if frame.f_code.co_name == "_execute_instruction" else {}
+        if {"self", "position", "entry"} <= variables.keys():
+            stage = variables["self"].stage
+            return f"{variables['position']} of stage {stage} ({variables['entry']})"
         frame = frame.f_back
     return None

@@ -17,7 +17,7 @@ from megatron_mopd.model.checkpoint import find_checkpoint, iteration_directory
 from megatron_mopd.model.convert import MegatronCheckpoint, require_empty, write_hugging_face
 from megatron_mopd.model.hugging_face import is_hugging_face
 from megatron_mopd.model.safetensors_files import named_dtype, parse_size
-from megatron_mopd.training.best import best_iteration
+from megatron_mopd.run.best_checkpoint import best_iteration
 
 
 def main() -> None:

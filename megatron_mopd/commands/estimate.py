@@ -26,9 +26,10 @@ from megatron_mopd.backend.parallel import end_ranks, fewest_ranks, select_devic
 from megatron_mopd.config import Config, ConfigError, DomainObjectives, load_config
 from megatron_mopd.config.objectives import needs_teachers
 from megatron_mopd.data.tokenizer import load_tokenizer
-from megatron_mopd.training.measured_memory import measure
-from megatron_mopd.training.memory import RankMemory, estimate_rank, imagined_groups
-from megatron_mopd.training.setup import build_run, resolve_student, resolve_teachers
+from megatron_mopd.estimate.measured_memory import longest_trajectories, measure
+from megatron_mopd.estimate.memory import RankMemory, estimate_rank, imagined_groups
+from megatron_mopd.run.inputs import resolve_student, resolve_teachers
+from megatron_mopd.run.setup import build_run
 
 
 def estimate(config: Config, world_size: int, ranks: list[int]) -> dict[int, RankMemory]:
@@ -140,7 +141,8 @@ def check(config: Config) -> int:
     expected = estimate_apart(config, world_size, [rank])[rank]
     # What the run has done already does not matter to the memory of its next step.
     run = build_run(replace(config, checkpoint=replace(config.checkpoint, resume=False)))
-    found = measure(run)
+    trajectories = longest_trajectories(run.config, list(run.prompts), run.tokenizer.vocab_size)
+    found = measure(run.learner, trajectories)
     run.rewarder.close()
     if run.lock is not None:
         run.lock.release()

@@ -29,7 +29,7 @@ from megatron_mopd.model.checkpoint import (
 from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.megatron_engine import MegatronEngine
 from megatron_mopd.rollout.stop_ids import model_directories, read_stop_ids
-from megatron_mopd.training.run_date import agreed_date
+from megatron_mopd.run.run_date import agreed_date
 
 
 def main() -> None:

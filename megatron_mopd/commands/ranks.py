@@ -17,7 +17,7 @@ from megatron_mopd.backend.failure import is_first_to_fail
 from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.parallel import end_ranks, start_ranks
 from megatron_mopd.config import ConfigError
-from megatron_mopd.training.rank_facts import command_facts, software_facts
+from megatron_mopd.run.rank_facts import command_facts, software_facts
 
 
 def run_on_ranks(

@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_mopd.backend.messages import visible
 from megatron_mopd.observe.access import closed_to_others
 from megatron_mopd.observe.page import write_page
-from megatron_mopd.observe.run_record import ReportError
+from megatron_mopd.observe.recorded_run import ReportError
 
 
 @closed_to_others()

@@ -14,13 +14,13 @@ from megatron_mopd.backend.machine import gib
 from megatron_mopd.backend.parallel import fewest_ranks
 from megatron_mopd.commands.estimate import estimate_apart, fullest_host, stage_ranks
 from megatron_mopd.config import Config, ConfigError, load_config
+from megatron_mopd.estimate.memory import RankMemory
 from megatron_mopd.model.build import DTYPES
 from megatron_mopd.model.checkpoint import complete_iterations, find_checkpoint
 from megatron_mopd.model.checksums import read_sums, verify_checksums
 from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint, is_hugging_face
-from megatron_mopd.training.memory import RankMemory
-from megatron_mopd.training.resume import checkpoints_directory
-from megatron_mopd.training.setup import Inputs, check_inputs
+from megatron_mopd.run.inputs import Inputs, check_inputs
+from megatron_mopd.run.resumable import checkpoints_directory
 
 _COMFORTABLE = 0.9
 """Share of a device's memory beyond which an estimate is too close: NCCL's buffers, CUDA's own, fragments."""

@@ -25,7 +25,7 @@ from megatron_mopd.observe.journal import ALARMS_FILE
 from megatron_mopd.observe.page_samples import samples_part
 from megatron_mopd.observe.page_template import PAGE
 from megatron_mopd.observe.palette import INK, MAIN, SHADES, THEME, hue
-from megatron_mopd.observe.run_record import RunRecord, read_run
+from megatron_mopd.observe.recorded_run import RunRecord, read_run
 from megatron_mopd.observe.seesaw import seesaw_chart
 from megatron_mopd.observe.traces import read_panels
 

@@ -15,7 +15,7 @@ from megatron_mopd.backend.messages import visible
 from megatron_mopd.observe.charts import STYLE, Chart, Line, Points, draw_areas, draw_lines
 from megatron_mopd.observe.metrics import MOST_LINES, read_metrics
 from megatron_mopd.observe.palette import GOOD, INK, MAIN, MUTED, SHADES, hue
-from megatron_mopd.observe.run_record import RunRecord
+from megatron_mopd.observe.recorded_run import RunRecord
 from megatron_mopd.observe.seesaw import seesaw_chart
 
 

@@ -51,7 +51,7 @@ def check_same_plan(digests: Sequence[str]) -> None:
     raise PlanError(
         [
             f"ranks {others} hold another plan than the other {len(digests) - len(others)}: their "
-            "micro-batch counts, teacher groups, costs or limits differ"
+            "micro-batch counts, scoring tasks, costs or limits differ"
         ]
     )
 

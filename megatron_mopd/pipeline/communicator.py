@@ -7,11 +7,11 @@ stage to the first that virtual stages need. Each rank then uses each group in o
 only, so a receive that was posted early can hold back nothing but later receives of the same channel.
 
 NCCL: point-to-point operations of one group run in order on that group's own stream, beside the computation.
-A send starts when the work enqueued before it is done; a receive's buffer is safe once `Receive.wait` has
-made the compute stream wait for it. The host waits in neither.
+A send starts when the work enqueued before it is done; a receive's buffer is safe once
+`PendingMessage.wait` has made the compute stream wait for it. The host waits in neither.
 
 gloo: messages with different tags pass each other, so one group and a tag a message are enough (every gloo
-group has threads that poll). The host waits in `Receive.wait`, with a timeout.
+group has threads that poll). The host waits in `PendingMessage.wait`, with a timeout.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def all_channels(stages: int, virtual_stages: int) -> list[Channel]:
     return channels
 
 
-class Receive:
-    """A posted receive: its buffer, and the work to wait for."""
+class PendingMessage:
+    """A receive that has been posted: its buffer, and the work to wait for."""
 
     def __init__(self, channel: Channel, peer: int, buffer: Tensor, work: dist.Work, timeout: timedelta):
         self.channel, self.peer = channel, peer
@@ -120,7 +120,7 @@ class PipelineCommunicator:
             # involved.
             dist.all_reduce(torch.zeros(1, device=device), group=group)
 
-    def receive(self, channel: Channel, shape: Iterable[int], dtype: torch.dtype) -> Receive:
+    def receive(self, channel: Channel, shape: Iterable[int], dtype: torch.dtype) -> PendingMessage:
         """Post the receive of the next message of `channel`; returns at once."""
         buffer = torch.empty(tuple(shape), dtype=dtype, device=self.device)
         peer = self.ranks[channel.source]
@@ -128,7 +128,7 @@ class PipelineCommunicator:
             work = dist.irecv(buffer, src=peer, group=self._group(channel), tag=self._tag(channel))
         except RuntimeError as error:
             raise _lost(channel, channel.source, peer, error) from error
-        return Receive(channel, peer, buffer, work, self.timeout)
+        return PendingMessage(channel, peer, buffer, work, self.timeout)
 
     def send(self, channel: Channel, message: Tensor) -> None:
         """Start sending; returns at once. The message must not be changed afterwards."""

@@ -14,22 +14,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import ConfigError
+from megatron_mopd.data.batching import BatchShape, MicroBatch
 from megatron_mopd.pipeline.check import check_plan, check_same_plan
 from megatron_mopd.pipeline.communicator import PipelineCommunicator
-from megatron_mopd.pipeline.instructions import Plan
+from megatron_mopd.pipeline.instructions import Instruction, Plan
 from megatron_mopd.pipeline.measured_costs import Mean, MeasuredCosts, cost_keys, summarize
-from megatron_mopd.pipeline.megatron_schedules import LossFunction
-from megatron_mopd.pipeline.model_work import ModelWork, StepInput, Teachers
-from megatron_mopd.pipeline.plan import Planner, bubble_free_time
-from megatron_mopd.pipeline.problem import CostModel, LimitError, Limits, PlanRequest, TeacherGroup
-from megatron_mopd.pipeline.runtime import Recording, Stopwatch, execute
+from megatron_mopd.pipeline.model_work import (
+    ForwardWork,
+    LossFunction,
+    ModelWork,
+    StepInput,
+    TeacherModels,
+)
+from megatron_mopd.pipeline.plan import Planner, bubble_free_time, forward_lists
+from megatron_mopd.pipeline.problem import CostModel, LimitError, Limits, PlanRequest, ScoringTask
+from megatron_mopd.pipeline.runtime import Execution, Recording, StageWork, Stopwatch
 from megatron_mopd.pipeline.simulate import Event, PlanError, simulate
 from megatron_mopd.pipeline.timeline import draw_timeline, idle_share, without_waiting, write_chrome_trace
 from megatron_mopd.teachers.hidden_cache import states_within
@@ -43,10 +49,21 @@ _MEASURED_EVERY = 10
 
 @dataclass
 class Measured:
-    """A plan that was executed, and what this rank recorded of it."""
+    """A plan that is being executed, or was, and what this rank recorded of it."""
 
     plan: Plan
     recording: Recording
+
+
+@dataclass
+class Started:
+    """The step that is under way: what its plan is for, and what comes after it."""
+
+    plan: Plan
+    planned: list[StepInput]
+    """The steps that the plan scores samples of; the first is trained on."""
+    following: list[StepInput]
+    teachers: TeacherModels | None
 
 
 class PipelineDriver:
@@ -54,6 +71,15 @@ class PipelineDriver:
 
     teachers: name -> forward time relative to the student's, a guess until it has been measured.
     kind: `bubble_fill`, `back_to_back` or `serial`.
+    cache_bytes: most bytes of teacher states that a stage may hold; `None`: no limit but that of `limits`.
+
+    One step of a run (`training.step.train_step`):
+
+        execution = driver.start(chunks, steps, loss_function, teachers)
+        execution.run_to_update()
+        ...                              # the optimizer step
+        driver.plan_next()
+        execution.run_rest()
     """
 
     def __init__(
@@ -63,11 +89,11 @@ class PipelineDriver:
         *,
         kind: str = "bubble_fill",
         limits: Limits | None = None,
+        cache_bytes: int | None = None,
         timeout: timedelta = timedelta(minutes=10),
     ):
         self.groups, self.kind, self.limits = groups, kind, limits or Limits()
-        self.cache_bytes: int | None = None
-        """Most bytes of teacher states that a stage may hold; `None`: no limit but that of `limits`."""
+        self.cache_bytes = cache_bytes
         p, v = groups.pp_size, groups.vpp_size
         self.communicator = PipelineCommunicator(groups.pp, groups.device, virtual_stages=v, timeout=timeout)
         dist.barrier(group=groups.pp)
@@ -79,7 +105,10 @@ class PipelineDriver:
         self.idle_shares: list[float] = []
         """Per stage, the share of a step in which it computed nothing, averaged over the steps between two
         exchanges of measured costs; empty before the first and with a single stage."""
+        self._started: Started | None = None
         self._agreed: tuple[PlanRequest, Plan] | None = None
+        self._scored_ahead: dict[StepInput, tuple[ScoringTask, ...]] = {}
+        """What earlier plans have left to score of steps that they looked ahead to."""
         self._steps = 0
         self._unmeasured: list[Recording] = []
         self.recent: deque[Measured] = deque(maxlen=4)
@@ -90,42 +119,77 @@ class PipelineDriver:
             return None
         return 1 if self.kind == "bubble_fill" and self.groups.pp_size > 1 else 0
 
-    def run(
+    def start(
         self,
         chunks: Sequence[torch.nn.Module],
         steps: Sequence[StepInput],
         loss_function: LossFunction,
-        teachers: Teachers | None,
-        at_optimizer_step: Callable[[list[dict[str, Any]]], None],
-    ) -> None:
-        """Score and train on `steps[0]`; score later steps as far as the kind of schedule looks ahead.
+        teachers: TeacherModels | None,
+    ) -> Execution:
+        """Prepare to score and train on `steps[0]`, and to score later steps as far as the kind of schedule
+        looks ahead.
 
-        The next step is planned and agreed on at this one's optimizer step, where all stages meet anyway:
-        teacher forwards that come after it then run into the next plan without another meeting.
-        Collectives beyond the plan's own: see `agree` and `_exchange_costs`. Raises `LimitError` on every
-        rank when no plan keeps to the limits.
+        Collectives: those of `agree` and `_exchange_costs`, unless `plan_next` has already done this. Raises
+        `LimitError` on every rank when no plan keeps to the limits.
         """
         steps = list(steps)
-        current = self._within_reach(steps)
-        plan = self._agreed_plan(current, teachers)
+        planned = self._within_reach(steps)
+        plan = self._agreed_plan(planned, teachers)
         self.communicator.begin_plan()
+        self._started = Started(plan, planned, steps[1:], teachers)
+        work = ModelWork(chunks, planned, self.groups, loss_function, teachers)
+        execution = self._execution(plan.stages[self.groups.pp.rank()], work)
+        self.recent.append(Measured(plan, execution.recording))
+        return execution
 
-        def optimizer_step(reports: list[dict[str, Any]]) -> None:
-            at_optimizer_step(reports)
-            self.communicator.finish_last_plan()
-            self._take_over(plan, current)
-            if len(steps) > 1:
-                self._exchange_costs()
-                # Limits that the next step cannot keep to are named when it begins: this one is done.
-                with contextlib.suppress(LimitError, ConfigError):
-                    following = self._within_reach(steps[1:])
-                    self._agreed = self._request(following, teachers), self.plan(following, teachers)
+    def plan_next(self) -> None:
+        """Plan the step after the one that has just updated the weights, where all stages meet anyway:
+        teacher forwards that come after the update then run into the next plan without another meeting.
 
-        work = ModelWork(chunks, current, self.groups, loss_function, teachers, optimizer_step)
-        recording = execute(plan, self.groups.pp.rank(), work, self.communicator, self._stopwatch)
+        Collectives: see `agree` and `_exchange_costs`.
+        """
+        started, self._started = self._started, None
+        self.communicator.finish_last_plan()
+        self._take_over(started.plan, started.planned)
+        if started.following:
+            self._exchange_costs()
+            # Limits that the next step cannot keep to are reported when it begins: this one is done.
+            with contextlib.suppress(LimitError, ConfigError):
+                steps = self._within_reach(started.following)
+                request = self._request(steps, started.teachers)
+                self._agreed = request, self.plan(steps, started.teachers)
         self._steps += 1
-        self.recent.append(Measured(plan, recording))
-        self._unmeasured.append(recording)
+        self._unmeasured.append(self.recent[-1].recording)
+
+    def forward(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        micro_batches: Sequence[MicroBatch],
+        shape: BatchShape,
+        on_hidden: Callable[[MicroBatch, Tensor], None],
+    ) -> None:
+        """Forward passes of the student without gradients; between two steps.
+
+        on_hidden: takes what it needs of the last stage's hidden states [s/cp(/tp), b, h].
+        Collectives: the model's, and one all-reduce of a number over the pipeline.
+        """
+        lists = forward_lists(self.groups.pp_size, self.groups.vpp_size, len(micro_batches))
+        work = ForwardWork(chunks, micro_batches, shape, self.groups, on_hidden)
+        self._execution(lists[self.groups.pp.rank()], work).run_rest()
+        if self.groups.pp_size > 1:
+            work.synchronize()  # what was sent may be let go of
+            self.communicator.flush()
+
+    def _execution(self, instructions: Sequence[Instruction], work: StageWork) -> Execution:
+        return Execution(instructions, self.groups.pp.rank(), work, self.communicator, self._stopwatch)
+
+    def last_events(self) -> list[Event]:
+        """What this rank did in the last step, and when; waits for the device."""
+        return self.recent[-1].recording.events()
+
+    def _scoring(self, step: StepInput) -> tuple[ScoringTask, ...]:
+        """A step's tasks, with what earlier plans have scored of them."""
+        return self._scored_ahead.get(step, step.scoring)
 
     def _within_reach(self, steps: Sequence[StepInput]) -> list[StepInput]:
         """The steps that one plan is for: as many as this kind of schedule looks ahead, but none whose states
@@ -133,7 +197,7 @@ class PipelineDriver:
         """
         reach = self.look_ahead()
         steps = list(steps[: None if reach is None else 1 + reach])
-        while len(steps) > 1 and not any(group.scored for group in steps[-1].groups):
+        while len(steps) > 1 and not any(task.scored for task in self._scoring(steps[-1])):
             states = self._cached_states(steps)
             if states is None or self._bare_request(steps).smallest_cache() <= states:
                 break
@@ -149,7 +213,7 @@ class PipelineDriver:
         states = min(states, *(self.cache_bytes // max(1, step.state_bytes) for step in steps))
         return states if self.limits.cached_states is None else min(states, self.limits.cached_states)
 
-    def _agreed_plan(self, steps: Sequence[StepInput], teachers: Teachers | None) -> Plan:
+    def _agreed_plan(self, steps: Sequence[StepInput], teachers: TeacherModels | None) -> Plan:
         """The plan agreed on during the last step, unless the request has changed since (samples have
         arrived, limits are others).
         """
@@ -162,14 +226,12 @@ class PipelineDriver:
     def _take_over(self, plan: Plan, steps: Sequence[StepInput]) -> None:
         """What the plan leaves to the next one: occupied slots, and what is scored of later steps."""
         self._slots = {"resident": plan.resident, "resident_heads": plan.resident_heads}
-        ahead: dict[int, list[TeacherGroup]] = {}
-        for group in plan.next_groups():
-            ahead.setdefault(group.step + 1, []).append(replace(group, step=0))
-        for number, step in enumerate(steps):
-            if number:
-                step.groups = tuple(ahead.get(number, ()))
+        ahead: dict[StepInput, list[ScoringTask]] = {step: [] for step in steps[1:]}
+        for task in plan.next_scoring():
+            ahead[steps[task.step + 1]].append(replace(task, step=0))
+        self._scored_ahead = {step: tuple(tasks) for step, tasks in ahead.items()}
 
-    def plan(self, steps: Sequence[StepInput], teachers: Teachers | None = None) -> Plan:
+    def plan(self, steps: Sequence[StepInput], teachers: TeacherModels | None = None) -> Plan:
         """The plan that every rank will execute. Raises on all ranks alike (`PlanError`, or `LimitError` for
         limits that cannot be met) when it cannot be executed or the ranks disagree.
         """
@@ -195,12 +257,16 @@ class PipelineDriver:
             microbatches=len(steps[0].student),
             costs=self._costs.model(),
             virtual_stages=self.groups.vpp_size,
-            groups=tuple(replace(g, step=number) for number, s in enumerate(steps) for g in s.groups),
+            scoring=tuple(
+                replace(task, step=number)
+                for number, step in enumerate(steps)
+                for task in self._scoring(step)
+            ),
             kind=self.kind,
             limits=replace(self.limits, cached_states=self._cached_states(steps)),
         )
 
-    def _request(self, steps: Sequence[StepInput], teachers: Teachers | None) -> PlanRequest:
+    def _request(self, steps: Sequence[StepInput], teachers: TeacherModels | None) -> PlanRequest:
         request = self._bare_request(steps)
         # Head slots that a step has needed stay.
         heads = max(request.head_slots(), len(self._slots.get("resident_heads", ())))

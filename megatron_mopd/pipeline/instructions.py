@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from megatron_mopd.pipeline.problem import PlanRequest, TeacherGroup, TeacherJob
+from megatron_mopd.pipeline.problem import PlanRequest, ScoringTask, TeacherJob
 
 
 class Lane(enum.StrEnum):
@@ -176,9 +176,9 @@ class Plan:
     resident_heads: tuple[str, ...] = ()
     _digest: list[str] = field(default_factory=list, compare=False, repr=False)
 
-    def next_groups(self) -> tuple[TeacherGroup, ...]:
-        """The groups of the request's look-ahead as the next request must list them."""
-        return self.request.next_groups(self.deferred)
+    def next_scoring(self) -> tuple[ScoringTask, ...]:
+        """The tasks of the request's look-ahead as the next request must list them."""
+        return self.request.next_scoring(self.deferred)
 
     def digest(self) -> str:
         """A fingerprint of all lists. Ranks whose digests differ would wait for each other for ever."""

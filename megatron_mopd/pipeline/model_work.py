@@ -28,6 +28,9 @@ from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.backend.versions import backward_step
 from megatron_mopd.data.batching import BatchShape, MicroBatch
 from megatron_mopd.model.gpt import HiddenStateGPT, unwrap
+from megatron_mopd.model.packing import PackedDocuments
+from megatron_mopd.model.router import balancing
+from megatron_mopd.model.router_replay import replaying
 from megatron_mopd.pipeline.instructions import (
     Compute,
     LoadHead,
@@ -36,27 +39,36 @@ from megatron_mopd.pipeline.instructions import (
     StudentForward,
     TeacherForward,
 )
-from megatron_mopd.pipeline.megatron_schedules import LossFunction, forward
-from megatron_mopd.pipeline.problem import TeacherGroup
+from megatron_mopd.pipeline.problem import ScoringTask
+
+LossFunction = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
+"""(micro-batch, last-stage hidden states [s/cp(/tp), b, h]) -> (summed loss, number of tokens, things to
+report)."""
 
 
-class StepInput(Protocol):
-    """One optimizer step's micro-batches on this rank."""
-
-    shape: BatchShape
-    student: Sequence[MicroBatch]
-    teachers: Mapping[str, Sequence[MicroBatch]]
-    groups: tuple[TeacherGroup, ...]
-    """For each teacher, which student micro-batches need each of its micro-batches; `step` is 0."""
-    state_bytes: int
-    """Most bytes that one scored micro-batch leaves in the cache of any rank."""
+class ScoreSink(Protocol):
+    """Where a step's scores go; `losses.teacher_scores.TeacherScores`."""
 
     def keep(self, teacher: str, micro_batch: MicroBatch, hidden: Tensor) -> None:
         """Take what the loss needs of a teacher's last-layer hidden states [s/cp(/tp), b, h]; last stage."""
 
 
-class Teachers(Protocol):
-    """Where teachers come from; `teachers.bank.TeacherBank`."""
+class StepInput(Protocol):
+    """One optimizer step's micro-batches on this rank; `training.step_batch.StepBatch`."""
+
+    shape: BatchShape
+    student: Sequence[MicroBatch]
+    teachers: Mapping[str, Sequence[MicroBatch]]
+    scoring: tuple[ScoringTask, ...]
+    """For each teacher, which student micro-batches need each of its micro-batches; `step` is 0, and nothing
+    is scored yet."""
+    scores: ScoreSink
+    state_bytes: int
+    """Most bytes that one scored micro-batch leaves in the cache of any rank."""
+
+
+class TeacherModels(Protocol):
+    """Where teachers' weights come from; `teachers.bank.TeacherBank`."""
 
     def config(self, name: str) -> TransformerConfig:
         """Its transformer configuration, resident or not."""
@@ -78,8 +90,6 @@ class ModelWork:
     """One optimizer step of one rank; a `StageWork`.
 
     steps: the step itself and the later ones whose teacher forwards the plan contains.
-    at_optimizer_step: called when gradients are reduced and divided by the number of tokens, with what the
-        loss reported for each micro-batch (nothing but on the last stage).
     """
 
     def __init__(
@@ -88,24 +98,23 @@ class ModelWork:
         steps: Sequence[StepInput],
         groups: ParallelGroups,
         loss_function: LossFunction,
-        teachers: Teachers | None,
-        at_optimizer_step: Callable[[list[dict[str, Any]]], None],
+        teachers: TeacherModels | None,
     ):
         self._chunks, self._steps, self._groups = list(chunks), steps, groups
         self._loss_function, self._teachers = loss_function, teachers
-        self._at_optimizer_step = at_optimizer_step
         self._config = unwrap(chunks[0]).config
         self._number = {
-            (group.teacher, first, step): number
+            (task.teacher, first, step): number
             for step, item in enumerate(steps)
-            for group in item.groups
-            for number, first in enumerate(group.microbatches)
+            for task in item.scoring
+            for number, first in enumerate(task.microbatches)
         }
         self._stage, self._p = groups.pp.rank(), groups.pp_size
         self._inputs: dict[tuple[int, int], Tensor | None] = {}
         self._outputs: dict[tuple[int, int], Tensor] = {}
         self._backwards_left = [len(steps[0].student)] * len(self._chunks)
-        self._reports: list[dict[str, Any]] = []
+        self.reports: list[dict[str, Any]] = []
+        """What the loss reported for each micro-batch; empty on all stages but the last."""
         self._num_tokens = torch.zeros([], dtype=torch.int, device=groups.device)
         self._embedding = clear_embedding_activation_buffer(self._config, self._chunks, groups.is_last_stage)
 
@@ -115,12 +124,7 @@ class ModelWork:
         if isinstance(consumer, TeacherForward):
             step = self._steps[consumer.job.step]
             config = self._teachers.config(consumer.job.teacher)
-        shape, groups = step.shape, self._groups
-        length = (shape.max_tokens or shape.seq_length) // groups.cp_size
-        if config.sequence_parallel:
-            length //= groups.tp_size
-        rows = 1 if shape.max_tokens else shape.micro_batch_size
-        return (length, rows, config.hidden_size), config.pipeline_dtype
+        return message_shape(config, step.shape, self._groups), config.pipeline_dtype
 
     def load(self, entry: LoadTeacher | LoadHead) -> None:
         """Start a teacher's arrival in the slot that the plan has kept free for it."""
@@ -132,15 +136,10 @@ class ModelWork:
         step = self._steps[job.step]
         batch = step.teachers[job.teacher][self._number[job.teacher, job.microbatch, job.step]]
         batch = batch.to(self._groups.device)
-        chunk = self._teachers.make_resident(job.teacher)
-        chunk.set_input_tensor(hidden)
-        # Not `inference_mode`: the rotary tables cached here are used again by passes that need gradients.
-        with torch.no_grad():
-            output = forward(chunk, batch)
-        chunk.set_input_tensor(None)
+        output = forward_without_gradients(self._teachers.make_resident(job.teacher), batch, hidden)
         if not self._groups.is_last_stage:
             return output
-        step.keep(job.teacher, batch, output)
+        step.scores.keep(job.teacher, batch, output)
         return None
 
     def student_forward(self, entry: StudentForward, hidden: Tensor | None) -> Tensor | None:
@@ -155,7 +154,7 @@ class ModelWork:
             self._chunks[entry.chunk],
             len(step.student),
             hidden,
-            self._reports,
+            self.reports,
             self._config,
             self._groups.cp_size,
             is_first_microbatch=entry.microbatch == 0,
@@ -192,17 +191,99 @@ class ModelWork:
         return gradient
 
     def synchronize(self) -> None:
-        """One all-reduce of a number over the pipeline."""
-        token = torch.zeros(1, device=self._groups.device)
-        dist.all_reduce(token, group=self._groups.pp)
-        token.cpu()  # NCCL orders the device's work only; the host waits here
+        """Wait for all stages; see `synchronize`."""
+        synchronize(self._groups)
 
-    def optimizer_step(self) -> None:
-        """Reduce the gradients over data-parallel ranks (tied embeddings over the pipeline's ends too),
-        divide them by the number of tokens, and call back.
+    def finish_gradients(self) -> None:
+        """Reduce the gradients over data-parallel ranks (tied embeddings over the pipeline's ends too) and
+        divide them by the number of tokens.
         """
         assert not self._outputs, "every forward pass has had its backward pass"
         groups, config = self._groups, self._config
         finish_embedding_wgrad_compute(config, self._embedding, groups.is_last_stage, groups.tp)
         config.finalize_model_grads_func(self._chunks, self._num_tokens, pg_collection=groups.collection)
-        self._at_optimizer_step(self._reports)
+
+
+class ForwardWork:
+    """Forward passes of the student that no backward pass follows; a `StageWork` of forward-only lists.
+
+    on_hidden: takes what it needs of the last stage's hidden states, micro-batch by micro-batch.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        micro_batches: Sequence[MicroBatch],
+        shape: BatchShape,
+        groups: ParallelGroups,
+        on_hidden: Callable[[MicroBatch, Tensor], None],
+    ):
+        self._chunks, self._micro_batches, self._shape = list(chunks), micro_batches, shape
+        self._groups, self._on_hidden = groups, on_hidden
+
+    def message(self, consumer: Compute) -> tuple[tuple[int, ...], torch.dtype]:
+        """[s/cp(/tp), b, h] of the student."""
+        config = unwrap(self._chunks[0]).config
+        return message_shape(config, self._shape, self._groups), config.pipeline_dtype
+
+    def student_forward(self, entry: StudentForward, hidden: Tensor | None) -> Tensor | None:
+        batch = self._micro_batches[entry.microbatch].to(self._groups.device)
+        output = forward_without_gradients(self._chunks[entry.chunk], batch, hidden)
+        if not self._groups.is_last_stage or entry.chunk < len(self._chunks) - 1:
+            return output
+        self._on_hidden(batch, output)
+        return None
+
+    def synchronize(self) -> None:
+        """Wait for all stages; see `synchronize`."""
+        synchronize(self._groups)
+
+
+def synchronize(groups: ParallelGroups) -> None:
+    """Wait for all stages of this rank's pipeline: one all-reduce of a number."""
+    token = torch.zeros(1, device=groups.device)
+    dist.all_reduce(token, group=groups.pp)
+    token.cpu()  # NCCL orders the device's work only; the host waits here
+
+
+def message_shape(
+    config: TransformerConfig, shape: BatchShape, groups: ParallelGroups
+) -> tuple[int, int, int]:
+    """[s/cp(/tp), b, h]: what one stage of a model with this `config` sends to the next."""
+    length = (shape.max_tokens or shape.seq_length) // groups.cp_size
+    if config.sequence_parallel:
+        length //= groups.tp_size
+    rows = 1 if shape.max_tokens else shape.micro_batch_size
+    return length, rows, config.hidden_size
+
+
+def forward(chunk: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
+    """One model chunk on one micro-batch (on its device): hidden states, or the stage's output."""
+    documents = None
+    if micro_batch.document_lengths is not None:
+        documents = PackedDocuments.from_lengths(
+            list(micro_batch.document_lengths), micro_batch.tokens.device
+        )
+    model = unwrap(chunk)
+    is_moe = model.config.num_moe_experts is not None
+    with replaying(chunk, micro_batch.experts), balancing(model.routers, micro_batch):
+        return chunk(
+            micro_batch.tokens,
+            micro_batch.position_ids,
+            None,
+            packed_seq_params=documents,
+            padding_mask=micro_batch.padding_mask if is_moe else None,
+        )
+
+
+def forward_without_gradients(
+    chunk: torch.nn.Module, micro_batch: MicroBatch, hidden: Tensor | None
+) -> Tensor:
+    """`forward` of a chunk whose input from the stage before it is `hidden`."""
+    model = unwrap(chunk)
+    model.set_input_tensor(hidden)
+    # Not `inference_mode`: the rotary tables cached here are used again by passes that need gradients.
+    with torch.no_grad():
+        output = forward(chunk, micro_batch)
+    model.set_input_tensor(None)
+    return output

@@ -1,6 +1,6 @@
 """From a request to a plan: who runs what, in which order, on every pipeline stage. Pure Python, no torch.
 
-    plan = Planner().plan(PlanRequest(stages=8, microbatches=32, costs=costs, groups=groups))
+    plan = Planner().plan(PlanRequest(stages=8, microbatches=32, costs=costs, scoring=scoring))
     plan.stages[3]          # the instruction list of stage 3, the same for every rank of that stage
 
 The planner builds several candidate schedules (`list_scheduling.py`), keeps the fastest, places the optimizer
@@ -33,7 +33,14 @@ from megatron_mopd.pipeline.instructions import (
     TeacherForward,
     next_place,
 )
-from megatron_mopd.pipeline.list_scheduling import BACKWARD, FORWARD, TEACHER, Policy, Schedule
+from megatron_mopd.pipeline.list_scheduling import (
+    BACKWARD,
+    FORWARD,
+    TEACHER,
+    Policy,
+    Schedule,
+    student_order,
+)
 from megatron_mopd.pipeline.problem import PlanRequest, TeacherJob
 
 
@@ -75,6 +82,28 @@ def make_plan(request: PlanRequest, *, effort: int = 150_000) -> Plan:
         resident=schedule.resident,
         resident_heads=schedule.resident_heads,
     )
+
+
+def forward_lists(stages: int, virtual_stages: int, microbatches: int) -> tuple[tuple[Instruction, ...], ...]:
+    """Instruction lists for forward passes of the student alone, in the order of its training forwards."""
+    order, _ = student_order(microbatches, virtual_stages, stages)
+    lists: list[list[Instruction]] = [[] for _ in range(stages)]
+    senders: dict[tuple[int, Compute], Channel] = {}
+    for stage in range(stages):
+        for microbatch, chunk in order:
+            target = next_place(StudentForward(microbatch, chunk), stage, stages, virtual_stages)
+            if target is not None:
+                lane, destination, consumer = target
+                senders[destination, consumer] = Channel(lane, stage, destination)
+    for stage, entries in enumerate(lists):
+        for compute in (StudentForward(*unit) for unit in order):
+            if (channel := senders.get((stage, compute))) is not None:
+                entries.append(Receive(channel, compute))
+            entries.append(compute)
+            if (target := next_place(compute, stage, stages, virtual_stages)) is not None:
+                lane, destination, consumer = target
+                entries.append(Send(Channel(lane, stage, destination), consumer))
+    return tuple(map(tuple, lists))
 
 
 def bubble_free_time(request: PlanRequest) -> float:
@@ -121,7 +150,7 @@ def _jobs_that_fit(request: PlanRequest) -> tuple[tuple[TeacherJob, ...], tuple[
     if request.kind == "serial":  # everything is scored before anything is used
         room = budget - request.scored_at_start() - own
     else:
-        room = budget - sum(group.scored for group in request.groups if group.step > 0)
+        room = budget - sum(task.scored for task in request.scoring if task.step > 0)
     counts = range(own, min(len(jobs), own + max(0, room)) + 1)
     # What is scored already only takes room from what has yet to be.
     feasible = bisect_left(counts, True, key=lambda n: request.next_smallest_cache(jobs[n:]) > budget)

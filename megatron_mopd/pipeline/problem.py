@@ -51,13 +51,13 @@ class TeacherJob(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TeacherGroup:
+class ScoringTask:
     """The forwards of one teacher for one optimizer step, in the order it runs them.
 
     Each is named by the first student micro-batch that needs its result. When a teacher's micro-batches are
     cut differently from the student's, `last_uses` says, for each of them, which student micro-batch is the
     last to need it; empty stands for the first. `scored` is how many, counted from the front, an earlier plan
-    has already put in the cache. An empty group is allowed and costs nothing.
+    has already put in the cache. An empty task is allowed and costs nothing.
 
     The teacher's output head is read by the loss of the student micro-batches `loss_heads` (None: of all that
     need its results), and on the last stage by the forwards in `scoring_heads`, which keep log-probs of
@@ -74,20 +74,20 @@ class TeacherGroup:
 
     def __post_init__(self) -> None:
         if len(set(self.microbatches)) != len(self.microbatches):
-            raise ValueError(f"teacher group {self.teacher!r}: a micro-batch appears twice")
+            raise ValueError(f"scoring of teacher {self.teacher!r}: a micro-batch appears twice")
         if self.step < 0:
-            raise ValueError(f"teacher group {self.teacher!r}: step is {self.step}, must be 0 or more")
+            raise ValueError(f"scoring of teacher {self.teacher!r}: step is {self.step}, must be 0 or more")
         if not 0 <= self.scored <= len(self.microbatches):
             raise ValueError(
-                f"teacher group {self.teacher!r}: scored={self.scored}, but it has {len(self.microbatches)} "
-                "micro-batches"
+                f"scoring of teacher {self.teacher!r}: scored={self.scored}, but it has "
+                f"{len(self.microbatches)} micro-batches"
             )
         if self.last_uses and (
             len(self.last_uses) != len(self.microbatches)
             or any(last < first for first, last in zip(self.microbatches, self.last_uses))
         ):
             raise ValueError(
-                f"teacher group {self.teacher!r}: last_uses={self.last_uses} does not match first uses "
+                f"scoring of teacher {self.teacher!r}: last_uses={self.last_uses} does not match first uses "
                 f"{self.microbatches}"
             )
         needed = self.needed_by()
@@ -96,7 +96,7 @@ class TeacherGroup:
             ("loss_heads", self.loss_heads or (), needed),
         ):
             if not set(values) <= set(known):
-                raise ValueError(f"teacher group {self.teacher!r}: {name}={values} is not among {known}")
+                raise ValueError(f"scoring of teacher {self.teacher!r}: {name}={values} is not among {known}")
 
     def uses(self) -> tuple[tuple[int, int], ...]:
         """(first, last) student micro-batch that needs each forward's result."""
@@ -111,16 +111,16 @@ class TeacherGroup:
         return tuple(TeacherJob(self.teacher, i, self.step) for i in self.microbatches[self.scored :])
 
 
-def split_groups(
+def split_scoring(
     counts: Mapping[str, int], *, step: int = 0, scored: bool = False
-) -> tuple[TeacherGroup, ...]:
+) -> tuple[ScoringTask, ...]:
     """Groups over consecutive micro-batches: `{"math": 3, "code": 2}` gives math 0-2 and code 3-4."""
-    groups, first = [], 0
+    scoring, first = [], 0
     for teacher, count in counts.items():
         numbers = tuple(range(first, first + count))
-        groups.append(TeacherGroup(teacher, numbers, step, count if scored else 0))
+        scoring.append(ScoringTask(teacher, numbers, step, count if scored else 0))
         first += count
-    return tuple(groups)
+    return tuple(scoring)
 
 
 def _per_position(values: float | Sequence[float], count: int, name: str) -> tuple[float, ...]:
@@ -235,20 +235,20 @@ class Limits:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One optimizer step to plan: the student's micro-batches, every teacher group that concerns it, and the
+    """One optimizer step to plan: the student's micro-batches, every scoring task that concerns it, and the
     limits.
 
-    `groups` with step 0 score this step's micro-batches (those an earlier plan scored are still listed, with
-    `scored` set, because their states are in the cache and their heads are needed); groups with a later step
-    are look-ahead. `resident` and `resident_heads` name what already sits in the slots when the plan starts,
-    slot by slot ("" for an empty one).
+    Tasks with step 0 score this step's micro-batches (those that an earlier plan has scored are still listed,
+    with `scored` set, because their states are in the cache and their heads are needed); tasks with a later
+    step are look-ahead. `resident` and `resident_heads` name what is in the slots when the plan starts, slot
+    by slot ("" for an empty one).
     """
 
     stages: int
     microbatches: int
     costs: CostModel
     virtual_stages: int = 1
-    groups: tuple[TeacherGroup, ...] = ()
+    scoring: tuple[ScoringTask, ...] = ()
     kind: str = "bubble_fill"
     limits: Limits = field(default_factory=Limits)
     resident: tuple[str, ...] = ()
@@ -268,20 +268,20 @@ class PlanRequest:
         for name in ("student_forward", "student_backward"):
             _per_position(getattr(self.costs, name), places, name)
         seen = set()
-        for group in self.groups:
-            key = (group.teacher, group.step)
+        for task in self.scoring:
+            key = (task.teacher, task.step)
             if key in seen:
                 raise ValueError(
-                    f"teacher {group.teacher!r} has two groups for step {group.step}: merge them"
+                    f"teacher {task.teacher!r} has two scoring tasks for step {task.step}: merge them"
                 )
             seen.add(key)
-            if group.microbatches:
+            if task.microbatches:
                 _per_position(
-                    self.costs.teacher(group.teacher), self.stages, f"teacher_forward[{group.teacher}]"
+                    self.costs.teacher(task.teacher), self.stages, f"teacher_forward[{task.teacher}]"
                 )
-            if group.step == 0 and any(not 0 <= i < self.microbatches for use in group.uses() for i in use):
+            if task.step == 0 and any(not 0 <= i < self.microbatches for use in task.uses() for i in use):
                 raise ValueError(
-                    f"teacher {group.teacher!r} scores micro-batches {group.microbatches}, but the student "
+                    f"teacher {task.teacher!r} scores micro-batches {task.microbatches}, but the student "
                     f"has {self.microbatches} (numbered from 0)"
                 )
         for name, values, slots in (
@@ -313,14 +313,14 @@ class PlanRequest:
 
     def states_needed(self) -> tuple[tuple[str, ...], ...]:
         """For each student micro-batch, the teachers whose cached results its loss needs."""
-        return self._by_microbatch({g.teacher: g.needed_by() for g in self.groups if g.step == 0})
+        return self._by_microbatch({g.teacher: g.needed_by() for g in self.scoring if g.step == 0})
 
     def heads_needed(self) -> tuple[tuple[str, ...], ...]:
         """For each student micro-batch, the teachers whose head its loss reads."""
         return self._by_microbatch(
             {
                 g.teacher: g.needed_by() if g.loss_heads is None else g.loss_heads
-                for g in self.groups
+                for g in self.scoring
                 if g.step == 0
             }
         )
@@ -335,15 +335,15 @@ class PlanRequest:
     def jobs_reading_heads(self) -> frozenset[TeacherJob]:
         """The jobs that themselves read their teacher's head, on the last stage."""
         return frozenset(
-            TeacherJob(g.teacher, first, g.step) for g in self.groups for first in g.scoring_heads
+            TeacherJob(g.teacher, first, g.step) for g in self.scoring for first in g.scoring_heads
         )
 
     def releases(self) -> tuple[int, ...]:
         """For each student micro-batch, how many cached states nobody needs any more after its loss."""
         counts = [0] * self.microbatches
-        for group in self.groups:
-            if group.step == 0:
-                for _, last in group.uses():
+        for task in self.scoring:
+            if task.step == 0:
+                for _, last in task.uses():
                     counts[last] += 1
         return tuple(counts)
 
@@ -355,48 +355,48 @@ class PlanRequest:
 
     def scored_at_start(self) -> int:
         """Teacher hidden states the cache holds before the plan starts, in micro-batches."""
-        return sum(group.scored for group in self.groups)
+        return sum(task.scored for task in self.scoring)
 
     def pending_jobs(self) -> tuple[TeacherJob, ...]:
         """Every job still to run, teacher by teacher, so that each teacher is loaded once per step.
 
-        This step's groups come first, in the order their first micro-batch is needed. Where the cache cannot
-        hold what that order keeps waiting, its jobs come in the order of the micro-batches that need them,
-        and teachers are loaded more than once. Among the look-ahead groups of one step a teacher that was
-        used last goes first, because it is resident.
+        The tasks of this step come first, in the order their first micro-batch is needed. Where the cache
+        cannot hold what that order keeps waiting, its jobs come in the order of the micro-batches that need
+        them, and teachers are loaded more than once. Among the look-ahead tasks of one step the teacher that
+        was used last goes first, because it is resident.
         """
         jobs = self._jobs_by_teacher()
         limit = self.limits.cached_states
         if limit is not None and self.kind != "serial" and self._peak_of_cache(jobs) > limit:
             jobs = _by_need(jobs)
         resident = jobs[-1].teacher if jobs else next((name for name in reversed(self.resident) if name), "")
-        for step in sorted({group.step for group in self.groups if group.step > 0}):
-            ahead = [group for group in self.groups if group.step == step and group.pending()]
-            ahead.sort(key=lambda group: group.teacher != resident)
-            for group in ahead:
-                jobs.extend(group.pending())
-                resident = group.teacher
+        for step in sorted({task.step for task in self.scoring if task.step > 0}):
+            ahead = [task for task in self.scoring if task.step == step and task.pending()]
+            ahead.sort(key=lambda task: task.teacher != resident)
+            for task in ahead:
+                jobs.extend(task.pending())
+                resident = task.teacher
         return tuple(jobs)
 
     def next_teacher(self) -> str:
         """The teacher with which the next step will begin, as far as this one tells: the first of this step,
         because batches are ordered by teacher. "" when the next step's own jobs are here, or nothing is.
         """
-        groups = [group for group in self.groups if group.microbatches]
-        if not groups or any(group.step for group in groups) or not self.limits.resident_teachers:
+        scoring = [task for task in self.scoring if task.microbatches]
+        if not scoring or any(task.step for task in scoring) or not self.limits.resident_teachers:
             return ""
-        return min(groups, key=lambda group: group.microbatches[0]).teacher
+        return min(scoring, key=lambda task: task.microbatches[0]).teacher
 
     def _jobs_by_teacher(self) -> list[TeacherJob]:
         """This step's jobs still to run, teacher by teacher."""
-        own = [group for group in self.groups if group.step == 0 and group.pending()]
-        own.sort(key=lambda group: min(job.microbatch for job in group.pending()))
-        return [job for group in own for job in group.pending()]
+        own = [task for task in self.scoring if task.step == 0 and task.pending()]
+        own.sort(key=lambda task: min(job.microbatch for job in task.pending()))
+        return [job for task in own for job in task.pending()]
 
     def next_head(self) -> str:
         """The head that the next step's first teacher forward reads; "" when it reads none, or is unknown."""
         teacher = self.next_teacher()
-        return teacher if any(g.teacher == teacher and g.scoring_heads for g in self.groups) else ""
+        return teacher if any(g.teacher == teacher and g.scoring_heads for g in self.scoring) else ""
 
     def smallest_cache(self) -> int:
         """The fewest cached states with which this step (without any look-ahead) can be completed."""
@@ -408,18 +408,18 @@ class PlanRequest:
     def next_smallest_cache(self, deferred: Sequence[TeacherJob]) -> int:
         """`smallest_cache` of the next request, after a plan that has left out the look-ahead jobs
         `deferred`."""
-        groups = self.next_groups(deferred)
-        last = max((last for group in groups if group.step == 0 for _, last in group.uses()), default=0)
-        return replace(self, microbatches=last + 1, groups=groups).smallest_cache()
+        scoring = self.next_scoring(deferred)
+        last = max((last for task in scoring if task.step == 0 for _, last in task.uses()), default=0)
+        return replace(self, microbatches=last + 1, scoring=scoring).smallest_cache()
 
-    def next_groups(self, deferred: Sequence[TeacherJob]) -> tuple[TeacherGroup, ...]:
-        """The look-ahead groups as the next request must list them, after a plan that has left out the jobs
+    def next_scoring(self, deferred: Sequence[TeacherJob]) -> tuple[ScoringTask, ...]:
+        """The look-ahead tasks as the next request must list them, after a plan that has left out the jobs
         `deferred`: one step nearer, and scored.
         """
         left = Counter((job.teacher, job.step) for job in deferred)
         return tuple(
             replace(g, step=g.step - 1, scored=len(g.microbatches) - left[g.teacher, g.step])
-            for g in self.groups
+            for g in self.scoring
             if g.step > 0
         )
 

@@ -1,32 +1,32 @@
 """Executes a plan: one stage's instruction list, from top to bottom, on whatever does the computing.
 
-`execute` knows nothing about models. It posts receives, waits for the input of each computation, hands it to
-a `StageWork`, sends the result on, and writes down when everything began and ended. `model_work.py` computes
-with megatron-core; the benchmark's stages sleep.
+An `Execution` knows nothing about models. It posts receives, waits for the input of each computation, hands
+it to a `StageWork`, sends the result on, and records when everything began and ended. `model_work.py`
+computes with megatron-core; the stages of the benchmark sleep.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_mopd.pipeline.communicator import PipelineCommunicator, Receive
+from megatron_mopd.pipeline.communicator import PendingMessage, PipelineCommunicator
 from megatron_mopd.pipeline.instructions import (
     Compute,
     Instruction,
     LoadHead,
     LoadTeacher,
     OptimizerStep,
-    Plan,
+    Receive,
     Send,
     StudentForward,
     Synchronize,
     TeacherForward,
 )
-from megatron_mopd.pipeline.instructions import Receive as PostReceive
 from megatron_mopd.pipeline.simulate import Event
 
 
@@ -51,8 +51,8 @@ class StageWork(Protocol):
     def synchronize(self) -> None:
         """Wait for all stages."""
 
-    def optimizer_step(self) -> None:
-        """All gradients of the step are there."""
+    def finish_gradients(self) -> None:
+        """Every backward pass of the step is done: reduce the gradients, so that weights can be updated."""
 
 
 class Stopwatch:
@@ -108,44 +108,79 @@ class Recording:
         return self._events
 
 
-def execute(
-    plan: Plan, stage: int, work: StageWork, communicator: PipelineCommunicator, stopwatch: Stopwatch
-) -> Recording:
-    """Run `plan.stages[stage]`. Every rank of the pipeline does the same with its own stage.
+class Execution:
+    """One rank's way through the instruction list of its stage; every rank of the pipeline follows its own.
 
-    An exception of any instruction carries a note naming stage and instruction; a message that does not
+    The caller updates the weights between the two parts:
+
+        execution.run_to_update()      # teachers score, the student learns, gradients are reduced
+        ...                            # the optimizer step
+        execution.run_rest()           # teachers score samples of later steps
+
+    An exception of any instruction carries a note that names stage and instruction; a message that does not
     arrive is a `StageTimeout` that names the peer as well.
     """
-    recording = Recording(stage, stopwatch)
-    inputs: dict[Compute, Receive] = {}
-    output: Tensor | None = None
-    for position, entry in enumerate(plan.stages[stage]):
+
+    def __init__(
+        self,
+        instructions: Sequence[Instruction],
+        stage: int,
+        work: StageWork,
+        communicator: PipelineCommunicator,
+        stopwatch: Stopwatch,
+    ):
+        self.stage, self.work, self.recording = stage, work, Recording(stage, stopwatch)
+        self._communicator, self._stopwatch = communicator, stopwatch
+        self._instructions = iter(enumerate(instructions))
+        self._messages: dict[Compute, PendingMessage] = {}
+        self._output: Tensor | None = None
+        self._update: tuple[OptimizerStep, Any] | None = None
+        """The instruction to update, once it has been reached, and when that was."""
+
+    def run_to_update(self) -> None:
+        """Everything before the optimizer step; gradients are complete afterwards."""
+        for position, entry in self._instructions:
+            self._execute_instruction(position, entry)
+            if isinstance(entry, OptimizerStep):
+                return
+
+    def run_rest(self) -> None:
+        """Everything after the optimizer step, which the recording ends here."""
+        if self._update is not None:
+            self.recording.add(*self._update, self._stopwatch.mark())
+        for position, entry in self._instructions:
+            self._execute_instruction(position, entry)
+
+    def _execute_instruction(self, position: int, entry: Instruction) -> None:
         try:
-            if isinstance(entry, PostReceive):
-                shape, dtype = work.message(entry.consumer)
-                inputs[entry.consumer] = communicator.receive(entry.channel, shape, dtype)
+            if isinstance(entry, Receive):
+                shape, dtype = self.work.message(entry.consumer)
+                self._messages[entry.consumer] = self._communicator.receive(entry.channel, shape, dtype)
             elif isinstance(entry, Send):
-                assert output is not None, "there is nothing to send"
-                communicator.send(entry.channel, output)
-                output = None
+                assert self._output is not None, "there is nothing to send"
+                self._communicator.send(entry.channel, self._output)
+                self._output = None
+            elif isinstance(entry, Synchronize):
+                self.work.synchronize()
+            elif isinstance(entry, OptimizerStep):
+                self._update = entry, self._stopwatch.mark()
+                self.work.finish_gradients()
+            elif isinstance(entry, LoadTeacher | LoadHead):
+                start = self._stopwatch.mark()
+                self.work.load(entry)
+                self.recording.add(entry, start, self._stopwatch.mark())
             else:
-                received = inputs.pop(entry).wait() if entry in inputs else None
-                if isinstance(entry, Synchronize):
-                    work.synchronize()
-                    continue
-                start = stopwatch.mark()
-                if isinstance(entry, LoadTeacher | LoadHead):
-                    work.load(entry)
-                elif isinstance(entry, OptimizerStep):
-                    work.optimizer_step()
-                elif isinstance(entry, TeacherForward):
-                    output = work.teacher_forward(entry, received)
-                elif isinstance(entry, StudentForward):
-                    output = work.student_forward(entry, received)
-                else:
-                    output = work.student_backward(entry, received)
-                recording.add(entry, start, stopwatch.mark())
+                received = self._messages.pop(entry).wait() if entry in self._messages else None
+                start = self._stopwatch.mark()
+                self._output = self._compute(entry, received)
+                self.recording.add(entry, start, self._stopwatch.mark())
         except Exception as error:
-            error.add_note(f"on pipeline stage {stage}, at instruction {position} ({entry})")
+            error.add_note(f"on pipeline stage {self.stage}, at instruction {position} ({entry})")
             raise
-    return recording
+
+    def _compute(self, entry: Compute, received: Tensor | None) -> Tensor | None:
+        if isinstance(entry, TeacherForward):
+            return self.work.teacher_forward(entry, received)
+        if isinstance(entry, StudentForward):
+            return self.work.student_forward(entry, received)
+        return self.work.student_backward(entry, received)

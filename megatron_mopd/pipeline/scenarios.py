@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_mopd.pipeline.instructions import Plan
 from megatron_mopd.pipeline.plan import Planner, bubble_free_time, lower_bound
-from megatron_mopd.pipeline.problem import CostModel, Limits, PlanRequest, TeacherGroup, split_groups
+from megatron_mopd.pipeline.problem import CostModel, Limits, PlanRequest, ScoringTask, split_scoring
 from megatron_mopd.pipeline.simulate import Simulation, simulate
 
 
@@ -30,14 +30,14 @@ class Workload:
     virtual_stages: int = 1
     limits: Limits = field(default_factory=Limits)
 
-    def request(self, groups: tuple[TeacherGroup, ...], kind: str = "bubble_fill", **slots) -> PlanRequest:
+    def request(self, scoring: tuple[ScoringTask, ...], kind: str = "bubble_fill", **slots) -> PlanRequest:
         """A request for one step of this workload."""
         return PlanRequest(
             stages=self.stages,
             microbatches=self.microbatches,
             costs=self.costs,
             virtual_stages=self.virtual_stages,
-            groups=groups,
+            scoring=scoring,
             kind=kind,
             limits=self.limits,
             **slots,
@@ -45,33 +45,33 @@ class Workload:
 
     def bubble_free(self) -> float:
         """Time of one optimizer step without any bubble."""
-        return bubble_free_time(self.request(split_groups(self.teachers)))
+        return bubble_free_time(self.request(split_scoring(self.teachers)))
 
     def bound(self) -> float:
         """Time per optimizer step that no schedule with a synchronous optimizer step beats."""
-        return lower_bound(self.request(split_groups(self.teachers)))
+        return lower_bound(self.request(split_scoring(self.teachers)))
 
 
 def chain(
     planner: Planner, work: Workload, kind: str, steps: int, *, reach: int, first: int = 1
 ) -> list[Plan]:
-    """Plans of `steps` successive optimizer steps. Step i is offered the groups of the next `reach` steps.
+    """Plans of `steps` successive optimizer steps. Step i is offered the scoring of the next `reach` steps.
 
     Look-ahead stops at the last step; a `first` above 1 offers the first step that many instead (the serial
     kind scores a whole rollout batch at its start).
     """
     plans: list[Plan] = []
-    known = split_groups(work.teachers)
+    known = split_scoring(work.teachers)
     slots: dict[str, tuple[str, ...]] = {}
     for number in range(steps):
         horizon = min(steps - 1 - number, first if number == 0 else reach)
-        listed = {group.step for group in known}
+        listed = {task.step for task in known}
         for step in range(horizon + 1):
             if step not in listed:
-                known += split_groups(work.teachers, step=step)
+                known += split_scoring(work.teachers, step=step)
         plan = planner.plan(work.request(known, kind, **slots))
         plans.append(plan)
-        known = plan.next_groups()
+        known = plan.next_scoring()
         slots = {"resident": plan.resident, "resident_heads": plan.resident_heads}
     return plans
 

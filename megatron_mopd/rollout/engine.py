@@ -9,7 +9,7 @@ from typing import Protocol
 from megatron_mopd.config import RolloutConfig
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.trajectory import Trajectory
-from megatron_mopd.rollout.routing import RoutingRecords
+from megatron_mopd.rollout.routing_records import RoutingRecords
 from megatron_mopd.rollout.write_ahead import RolloutLog
 
 

@@ -17,7 +17,7 @@ from megatron_mopd.rollout.batches import Request, Response, split_evenly
 from megatron_mopd.rollout.decoder import Decoder, OnToken
 from megatron_mopd.rollout.decoding_mode import decoding_mode
 from megatron_mopd.rollout.engine import SamplingParams
-from megatron_mopd.rollout.routing import RoutingRecords
+from megatron_mopd.rollout.routing_records import RoutingRecords
 from megatron_mopd.rollout.write_ahead import STOPPED, Known, RolloutLog
 
 _STEPS_WORTH_PACKING, _ROWS_WORTH_PACKING = 32, 4

@@ -45,9 +45,9 @@ class HiddenCache:
         self._bytes = 0
         self.peak_bytes = 0
 
-    def itemsize(self, params_dtype: str) -> int:
+    def itemsize(self, params_dtype: torch.dtype) -> int:
         """Bytes of one number of a model that computes in `params_dtype`."""
-        return (self._dtype or DTYPES[params_dtype]).itemsize
+        return (self._dtype or params_dtype).itemsize
 
     def put(self, index: int, teacher: str, hidden: Tensor) -> None:
         """Keep a detached copy of `hidden` [n, h]; the original is free to go."""

@@ -1,1 +1,1 @@
-"""One optimizer step and what surrounds it: losses, optimizer, guards, evaluation, checkpoints of a run."""
+"""One optimizer step: its batch, scoring and learning, the update and what guards it."""

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import Config, DomainObjectives
 from megatron_mopd.config.objectives import needs_rewards
-from megatron_mopd.data.rewards import RewardWorkers, scores_of
+from megatron_mopd.data.reward_workers import RewardWorkers, scores_of
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.data.verifiers import Score
 

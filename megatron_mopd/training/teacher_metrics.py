@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.losses.targets import Targets
 from megatron_mopd.pipeline.instructions import TeacherForward
 from megatron_mopd.pipeline.simulate import Event
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.hidden_cache import HiddenCache
-from megatron_mopd.teachers.routing import Mixture
 
 
-def divergence_by_teacher(
-    kl_sums: Tensor, domains: Sequence[str], mixture: Callable[[str], Mixture]
-) -> dict[str, float]:
+def divergence_by_teacher(kl_sums: Tensor, domains: Sequence[str], targets: Targets) -> dict[str, float]:
     """`teacher/NAME/kl` (mean per token) and `teacher/NAME/tokens` from per-domain [domains, 2] sums and
     counts.
 
@@ -28,7 +26,7 @@ def divergence_by_teacher(
     totals: dict[str, list[float]] = {}
     for domain, (total, count) in zip(domains, kl_sums.tolist()):
         if count:
-            name = "+".join(teacher for teacher, _ in mixture(domain))
+            name = "+".join(teacher for teacher, _ in targets[domain].mixture)
             sums = totals.setdefault(name, [0.0, 0.0])
             sums[0] += total
             sums[1] += count

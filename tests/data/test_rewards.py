@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_mopd.data.prompt import Prompt
-from megatron_mopd.data.rewards import RewardWorkers, scores_of
+from megatron_mopd.data.reward_workers import RewardWorkers, scores_of
 
 
 def prompt(answer, verifier="exact_match", entry=None):

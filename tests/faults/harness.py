@@ -23,9 +23,12 @@ from types import ModuleType
 import torch
 
 from megatron_mopd import train
+from megatron_mopd.losses import batch_loss
+from megatron_mopd.losses.teacher_scores import TeacherScores
 from megatron_mopd.model import background_save
 from megatron_mopd.rollout import write_ahead
-from megatron_mopd.training import losses, step
+from megatron_mopd.run import lifecycle
+from megatron_mopd.training import step
 from tests import _runs
 from tests._agent import Agent
 
@@ -285,16 +288,16 @@ def broken_logits(number: int, victim: int, value: float = float("nan")) -> Call
     """On rank `victim` one element of the student's last hidden states is `value` in its `number`-th step."""
 
     def fault(rank: int) -> None:
-        original = losses.response_hidden
+        original = batch_loss.response_hidden
 
         def act() -> None:
             def poisoned(*args):
-                losses.response_hidden = original
+                batch_loss.response_hidden = original
                 rows = original(*args).clone()
                 rows.view(-1)[0] = value
                 return rows
 
-            losses.response_hidden = poisoned
+            batch_loss.response_hidden = poisoned
 
         before("train_step", number, victim, act)(rank)
 
@@ -306,13 +309,13 @@ def broken_teacher(number: int, victim: int, value: float = float("nan")) -> Cal
 
     def fault(rank: int) -> None:
         def act() -> None:
-            original = step.StepBatch.keep
+            original = TeacherScores.keep
 
             def poisoned(self, teacher, micro_batch, hidden):
-                step.StepBatch.keep = original
+                TeacherScores.keep = original
                 original(self, teacher, micro_batch, torch.full_like(hidden, value))
 
-            step.StepBatch.keep = poisoned
+            TeacherScores.keep = poisoned
 
         before("train_step", number, victim, act)(rank)
 
@@ -327,12 +330,12 @@ def damaged_weight(number: int, victim: int, value: float = float("nan")) -> Cal
             return
         original, calls = train.train_step, [0]
 
-        def wrapped(learner, batches):
+        def wrapped(learner, *rest):
             calls[0] += 1
             if calls[0] == number:
                 named = dict(learner.chunks[0].named_parameters())
                 named["module.decoder.final_layernorm.weight"].data[3] = value
-            return original(learner, batches)
+            return original(learner, *rest)
 
         train.train_step = wrapped
 
@@ -349,7 +352,7 @@ def hang(
     def fault(rank: int) -> None:
         made = []
 
-        class Recorded(train.Watchdog):
+        class Recorded(lifecycle.Watchdog):
             def __init__(self, *args):
                 super().__init__(*args)
                 made.append(self)
@@ -360,7 +363,7 @@ def hang(
             if rank == victim:
                 how()
 
-        train.Watchdog = Recorded
+        lifecycle.Watchdog = Recorded
         before("train_step", number, rank, act)(rank)
 
     return fault

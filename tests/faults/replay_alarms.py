@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from megatron_mopd.observe.metrics import read_metrics
-from megatron_mopd.training.monitors import Alarms
+from megatron_mopd.run.alarms import Alarms
 
 
 def replay(run_dir: Path) -> list[tuple[int, str]]:

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_mopd import train
 from megatron_mopd.observe.metrics import read_metrics
-from megatron_mopd.training.preemption import PREEMPTED_STATUS
+from megatron_mopd.run.preemption import PREEMPTED_STATUS
 from tests import _runs
 from tests.faults import fuzz_configs, fuzz_inputs, harness
 from tests.faults.harness import RANKS, Job, before, fingerprint
@@ -286,7 +286,7 @@ def test_batches_sampled_ahead_resume_exactly(directory):
 
 def test_the_faults_replace_what_train_calls():
     """The harness would test nothing if these names were not looked up at the call."""
-    callers = (inspect.unwrap(train.train), train._train, train.iterate)
+    callers = (inspect.unwrap(train.train), train.iterate)
     looked_up = {name for caller in callers for name in caller.__code__.co_names}
     assert looked_up >= {"build_run", "resume", "sample", "train_step", "save"}
 

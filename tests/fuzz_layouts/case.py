@@ -121,7 +121,7 @@ class Case:
             values |= {
                 "params_dtype": "float64",
                 "parallel": {},
-                "schedule": {"kind": "megatron", "micro_batch_size": 1},
+                "schedule": {"micro_batch_size": 1},
                 "teacher_storage": {},
                 "optimizer": values["optimizer"] | plain,
             }

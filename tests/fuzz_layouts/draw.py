@@ -49,7 +49,7 @@ def draw_case(seed: int, most_ranks: int = 8) -> Case:
         optimizer=_optimizer(rng, student_has_experts, params_dtype),
         rollout=dict(samples_per_prompt=samples_per_prompt, temperature=temperature),
         recompute=_recompute(rng, student),
-        spare=_spare(rng) if schedule["kind"] != "megatron" else {},
+        spare=_spare(rng),
         offered=rng.choice([1, 2, 2]),
         steps_per_rollout=steps_per_rollout,
         routing_replay=student_has_experts and rng.random() < 0.2,
@@ -168,13 +168,13 @@ def _batches(
 
 
 def _schedule(rng: Random, chunks: int) -> dict[str, Any]:
-    kind = rng.choice(["bubble_fill", "bubble_fill", "bubble_fill", "back_to_back", "serial", "megatron"])
+    kind = rng.choice(["bubble_fill", "bubble_fill", "bubble_fill", "back_to_back", "serial", "serial"])
     schedule: dict[str, Any] = dict(kind=kind)
     if rng.random() < 0.5:
         schedule["max_tokens_per_micro_batch"] = rng.choice([1, 17, 30, 40, 64])
     else:
         schedule["micro_batch_size"] = rng.choice([1, 2, 3, 4])
-    if kind != "megatron" and rng.random() < 0.15:
+    if rng.random() < 0.15:
         schedule["max_activations"] = 2 * chunks + rng.choice([0, 1, 4])
     return schedule
 

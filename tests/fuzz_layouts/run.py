@@ -17,12 +17,15 @@ from megatron_mopd.model.build import build_model
 from megatron_mopd.model.gpt import is_expert, unwrap
 from megatron_mopd.model.router_replay import install_routing_replay
 from megatron_mopd.pipeline.problem import CostModel, PlanRequest
-from megatron_mopd.rollout.routing import RoutingRecords
+from megatron_mopd.rollout.routing_records import RoutingRecords
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.encoding import BLOCK
 from megatron_mopd.teachers.routing import Routing
-from megatron_mopd.training.step import Learner, StepBatch, plan_step, plan_steps, train_step
+from megatron_mopd.training.learner import Learner
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import StepBatch, plan_step, plan_steps
 from tests import _models
+from tests._megatron_schedules import MegatronSchedules
 from tests.fuzz_layouts.case import STUDENT_SEED, Case
 
 LONGEST = 64
@@ -58,7 +61,7 @@ def run_case(rank: int, case: Case, directory: str, reference: bool) -> Outcome 
         learner = make_learner(case, directory, reference)
     except ConfigError as error:
         return str(error)
-    if not reference and case.spare and learner.pipeline is not None:
+    if not reference and case.spare and learner.bank is not None:
         _limit_cache(learner, case)
     outcome = Outcome()
     queue = deque(_plan(learner, case))
@@ -107,9 +110,12 @@ def make_learner(case: Case, directory: str, reference: bool) -> Learner:
             max_mixture=routing.max_teachers,
             **rounding,
         )
-    return _models.assemble_learner(
+    learner = _models.assemble_learner(
         config, groups, chunks, student, sorted(case.domains), routing=routing, bank=bank
     )
+    if reference:
+        learner.pipeline = MegatronSchedules(groups)
+    return learner
 
 
 class RoundedTeachers(TeacherBank):
@@ -167,10 +173,11 @@ def _limit_cache(learner: Learner, case: Case) -> None:
     for step in range(len(case.batches)):
         batch = plan_step(learner, case.trajectories(step)[0], iteration=step)
         costs = CostModel.build(1, teacher_forward=dict.fromkeys(learner.bank.names, 1.0))
-        request = PlanRequest(1, len(batch.student), costs, groups=batch.groups, kind=schedule.kind)
+        request = PlanRequest(1, len(batch.student), costs, scoring=batch.scoring, kind=schedule.kind)
         fewest, largest = max(fewest, request.smallest_cache()), max(largest, batch.state_bytes)
     if "bytes" in case.spare:
         storage = replace(storage, hidden_cache_bytes=int(largest * (fewest + case.spare["bytes"])))
+        learner.pipeline.cache_bytes = storage.hidden_cache_bytes
     if "states" in case.spare:
         schedule = replace(schedule, max_cached_states=fewest + int(case.spare["states"]))
         limits = replace(learner.pipeline.limits, cached_states=schedule.max_cached_states)

@@ -113,8 +113,8 @@ def _plainer_settings(case: Case) -> Iterator[Case]:
     kind = case.schedule["kind"]
     for key in case.spare:
         yield case.with_(spare=without(case.spare, key))
-    if kind != "megatron" and not case.spare:
-        yield case.with_(schedule=without(case.schedule, "max_activations") | {"kind": "megatron"})
+    if "max_activations" in case.schedule:
+        yield case.with_(schedule=without(case.schedule, "max_activations"))
     if kind in ("bubble_fill", "serial"):
         yield case.with_(schedule=case.schedule | {"kind": "back_to_back"})
     if case.schedule != {"kind": kind, "micro_batch_size": 1}:

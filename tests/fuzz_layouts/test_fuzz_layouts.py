@@ -92,7 +92,7 @@ def test_a_case_follows_from_its_seed_and_survives_its_file(tmp_path):
 
 def test_everything_is_drawn():
     """Every size, schedule, storage, recomputation, objective and switch is among a few hundred cases."""
-    cases = [draw_case(seed) for seed in range(400)]
+    cases = [draw_case(seed) for seed in range(600)]
 
     def values(section: str, key: str) -> set:
         return {getattr(case, section).get(key) for case in cases}
@@ -100,7 +100,7 @@ def test_everything_is_drawn():
     for short in ("tp", "pp", "vpp", "cp", "ep", "etp"):
         assert {1, 2} < {case.size(short) for case in cases}
     assert {1, 2, 3, 4, 6, 8} == {case.ranks for case in cases}
-    assert values("schedule", "kind") == {"bubble_fill", "back_to_back", "serial", "megatron"}
+    assert values("schedule", "kind") == {"bubble_fill", "back_to_back", "serial"}
     assert values("storage", "mode") == {"host", "host_sharded", "mmap"}
     assert values("storage", "dtype") == {None, "int8", "fp8"}
     assert any(case.storage.get("dtype") and case.size("tp") > 1 for case in cases)

@@ -13,13 +13,13 @@ from megatron_mopd.data.batching import (
     split_over_ranks,
 )
 from megatron_mopd.data.prompt import Prompt
+from megatron_mopd.losses.batch_loss import response_hidden
 from megatron_mopd.model.build import build_model
 from megatron_mopd.model.checkpoint import find_checkpoint, load_weights, read_architecture
-from megatron_mopd.pipeline.megatron_schedules import run_teacher
 from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.megatron_engine import MegatronEngine
-from megatron_mopd.training.losses import response_hidden
 from tests import _models
+from tests._megatron_schedules import run_teacher
 
 LONGEST = 64
 

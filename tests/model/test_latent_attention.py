@@ -4,7 +4,8 @@ import functools
 
 import pytest
 
-from megatron_mopd.training.step import plan_step, train_step
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import run_ranks
 from tests.model.test_families import cp, pp, tp

@@ -16,7 +16,7 @@ from megatron_mopd.observe.charts import Line
 from megatron_mopd.observe.formats import format_number
 from megatron_mopd.observe.page import write_page
 from megatron_mopd.observe.palette import ACCURACY, DRAWN, LOAD, OPTIMIZER, SHADES, STUDENT, TEACHERS, THEME
-from megatron_mopd.observe.run_record import ReportError, read_run
+from megatron_mopd.observe.recorded_run import ReportError, read_run
 
 DOMAINS = ["gcd", "sorting", "<i>&words"]
 _VOID = {"meta", "link", "img", "br", "hr", "input", "line", "rect", "circle", "path"}

@@ -9,7 +9,7 @@ from megatron_mopd.pipeline.communicator import PipelineCommunicator
 from megatron_mopd.pipeline.instructions import StudentBackward, StudentForward, TeacherForward
 from megatron_mopd.pipeline.plan import make_plan
 from megatron_mopd.pipeline.problem import PlanRequest
-from megatron_mopd.pipeline.runtime import Recording, Stopwatch, execute
+from megatron_mopd.pipeline.runtime import Execution, Stopwatch
 
 _SIZE = 4
 _groups: dict[int, dist.ProcessGroup] = {}
@@ -60,9 +60,9 @@ class SmallWork:
             weight(chunk * self.p + stage).requires_grad_(True) for chunk in range(request.virtual_stages)
         ]
         self.kept: dict[tuple[str, int, int], torch.Tensor] = {}
-        for group in request.groups:
-            for first in group.microbatches[: group.scored]:
-                self.kept[group.teacher, first, group.step] = teacher_states(request, group.teacher, first)
+        for task in request.scoring:
+            for first in task.microbatches[: task.scored]:
+                self.kept[task.teacher, first, task.step] = teacher_states(request, task.teacher, first)
         self.inputs, self.outputs, self.local = {}, {}, {}
         self.finished = False
 
@@ -75,7 +75,7 @@ class SmallWork:
     def synchronize(self):
         dist.all_reduce(torch.zeros(1), group=pipeline_group(self.p))
 
-    def optimizer_step(self):
+    def finish_gradients(self):
         self.synchronize()
         self.finished = True
 
@@ -114,10 +114,10 @@ class SmallWork:
 
 def loss(request: PlanRequest, microbatch: int, hidden: torch.Tensor, kept) -> torch.Tensor:
     total = hidden.square().sum()
-    for group in request.groups:
-        for first, last in group.uses():
-            if group.step == 0 and first <= microbatch <= last:
-                total = total + (1 + microbatch) * (hidden @ kept[group.teacher, first, 0])
+    for task in request.scoring:
+        for first, last in task.uses():
+            if task.step == 0 and first <= microbatch <= last:
+                total = total + (1 + microbatch) * (hidden @ kept[task.teacher, first, 0])
     return total
 
 
@@ -134,10 +134,10 @@ def reference(request: PlanRequest) -> list[torch.Tensor]:
     places = request.stages * request.virtual_stages
     weights = [weight(place).requires_grad_(True) for place in range(places)]
     kept = {
-        (group.teacher, first, 0): teacher_states(request, group.teacher, first)
-        for group in request.groups
-        if group.step == 0
-        for first in group.microbatches
+        (task.teacher, first, 0): teacher_states(request, task.teacher, first)
+        for task in request.scoring
+        if task.step == 0
+        for first in task.microbatches
     }
     for microbatch in range(request.microbatches):
         hidden = token(microbatch)
@@ -153,9 +153,12 @@ def run_request(rank: int, request: PlanRequest) -> tuple[list[torch.Tensor], in
     group = pipeline_group(request.stages)
     work = SmallWork(request, group.rank())
     channels = communicator(request.stages, request.virtual_stages)
-    recording = execute(plan, group.rank(), work, channels, Stopwatch(torch.device("cpu")))
+    rank, stopwatch = group.rank(), Stopwatch(torch.device("cpu"))
+    execution = Execution(plan.stages[rank], rank, work, channels, stopwatch)
+    execution.run_to_update()
+    assert work.finished
+    execution.run_rest()
     dist.barrier()
     channels.flush()
-    assert isinstance(recording, Recording) and work.finished
     assert not work.inputs and not work.outputs and not work.local
     return [w.grad for w in work.weights], len(work.kept)

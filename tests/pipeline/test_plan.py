@@ -19,7 +19,7 @@ from megatron_mopd.pipeline.instructions import (
 )
 from megatron_mopd.pipeline.measured_costs import MeasuredCosts, summarize
 from megatron_mopd.pipeline.plan import Planner, lower_bound, make_plan
-from megatron_mopd.pipeline.problem import CostModel, Limits, PlanRequest, TeacherGroup, split_groups
+from megatron_mopd.pipeline.problem import CostModel, Limits, PlanRequest, ScoringTask, split_scoring
 from megatron_mopd.pipeline.simulate import PlanError, simulate
 
 
@@ -37,12 +37,12 @@ def request(
     counts = (
         {"math": microbatches // 2, "code": microbatches - microbatches // 2} if counts is None else counts
     )
-    groups = split_groups(counts, scored=not own)
+    scoring = split_scoring(counts, scored=not own)
     if ahead:
-        groups += split_groups(counts, step=1)
+        scoring += split_scoring(counts, step=1)
     costs = CostModel.build(stages, virtual_stages, teacher_forward=dict.fromkeys(counts, 1.0))
     return PlanRequest(
-        stages, microbatches, costs, virtual_stages, groups, kind=kind, limits=limits or Limits()
+        stages, microbatches, costs, virtual_stages, scoring, kind=kind, limits=limits or Limits()
     )
 
 
@@ -111,7 +111,7 @@ def test_a_resident_teacher_goes_first_and_is_not_loaded_again():
     first = make_plan(request(counts={"a": 4, "b": 4}))
     again = replace(
         first.request,
-        groups=first.next_groups() + split_groups({"a": 4, "b": 4}, step=1),
+        scoring=first.next_scoring() + split_scoring({"a": 4, "b": 4}, step=1),
         resident=first.resident,
         resident_heads=first.resident_heads,
     )
@@ -124,17 +124,17 @@ def test_look_ahead_that_does_not_fit_is_deferred_and_taken_up_again():
     plan = make_plan(request(limits=Limits(cached_states=5)))
     check_plan(plan)
     assert len(plan.deferred) == 3 and all(job.step == 1 for job in plan.deferred)
-    groups = plan.next_groups()
-    assert sum(group.scored for group in groups) == 5 and {group.step for group in groups} == {0}
-    follow = make_plan(replace(plan.request, groups=groups))
+    scoring = plan.next_scoring()
+    assert sum(task.scored for task in scoring) == 5 and {task.step for task in scoring} == {0}
+    follow = make_plan(replace(plan.request, scoring=scoring))
     check_plan(follow)
     assert len(of_type(follow, 0, TeacherForward)) == 3
 
 
 def test_a_micro_batch_with_three_teachers_gets_three_heads():
-    groups = tuple(TeacherGroup(name, (0, 1, 2)) for name in "abc")
+    scoring = tuple(ScoringTask(name, (0, 1, 2)) for name in "abc")
     costs = CostModel.build(2, teacher_forward=dict.fromkeys("abc", 1.0))
-    plan = make_plan(PlanRequest(2, 3, costs, groups=groups))
+    plan = make_plan(PlanRequest(2, 3, costs, scoring=scoring))
     check_plan(plan)
     assert simulate(plan).peak_cached_states[1] >= 7  # a and b score all three before c scores the first
 
@@ -142,8 +142,8 @@ def test_a_micro_batch_with_three_teachers_gets_three_heads():
 def scoring_request(kind, stages=4):
     """Three teachers whose forwards keep log-probs of sampled tokens: no loss reads a head."""
     plain = request(stages, counts={"a": 3, "b": 2, "c": 3}, ahead=False, kind=kind)
-    groups = tuple(replace(g, scoring_heads=g.microbatches, loss_heads=()) for g in plain.groups)
-    return replace(plain, groups=groups)
+    scoring = tuple(replace(g, scoring_heads=g.microbatches, loss_heads=()) for g in plain.scoring)
+    return replace(plain, scoring=scoring)
 
 
 @pytest.mark.parametrize("stages", [1, 4])
@@ -171,23 +171,23 @@ def test_forwards_wait_for_their_heads_in_the_simulation():
     plain = scoring_request("back_to_back")
     costs = replace(plain.costs, head_load=(("a", 100.0),))
     assert simulate(make_plan(replace(plain, costs=costs))).total >= 100
-    without_heads = tuple(replace(g, scoring_heads=()) for g in plain.groups)
-    assert simulate(make_plan(replace(plain, costs=costs, groups=without_heads))).total < 100
+    without_heads = tuple(replace(g, scoring_heads=()) for g in plain.scoring)
+    assert simulate(make_plan(replace(plain, costs=costs, scoring=without_heads))).total < 100
 
 
 def test_heads_of_losses_and_of_forwards_share_their_slots():
     """A teacher of both kinds of objective, and a micro-batch's loss that reads two heads of three."""
-    groups = (
-        TeacherGroup("a", (0, 1, 2), scoring_heads=(1,), loss_heads=(0, 2)),
-        TeacherGroup("b", (0, 1, 2), loss_heads=(2,)),
-        TeacherGroup("c", (0, 1, 2), scoring_heads=(0, 1, 2), loss_heads=()),
+    scoring = (
+        ScoringTask("a", (0, 1, 2), scoring_heads=(1,), loss_heads=(0, 2)),
+        ScoringTask("b", (0, 1, 2), loss_heads=(2,)),
+        ScoringTask("c", (0, 1, 2), scoring_heads=(0, 1, 2), loss_heads=()),
     )
     costs = CostModel.build(2, teacher_forward=dict.fromkeys("abc", 1.0))
-    planned = PlanRequest(2, 3, costs, groups=groups)
+    planned = PlanRequest(2, 3, costs, scoring=scoring)
     assert planned.heads_needed() == (("a",), (), ("a", "b")) and planned.head_slots() == 2
     check_plan(make_plan(planned))
     with pytest.raises(ValueError, match=r"scoring_heads=\(3,\) is not among \(0, 1, 2\)"):
-        TeacherGroup("a", (0, 1, 2), scoring_heads=(3,))
+        ScoringTask("a", (0, 1, 2), scoring_heads=(3,))
 
 
 @pytest.mark.parametrize("counts", [{}, {"empty": 0, "all": 5}])
@@ -230,9 +230,9 @@ def test_impossible_limits_name_the_smallest_that_works(limits, message):
         ({"kind": "zigzag"}, "'zigzag' is not one of bubble_fill"),
         ({"stages": 0}, "stages=0"),
         ({"stages": 5}, "student_forward has 4 entries, expected 5"),
-        ({"groups": (TeacherGroup("poetry", (0,)),)}, "no teacher_forward for teacher 'poetry'"),
-        ({"groups": (TeacherGroup("math", (8,)),)}, "8 \\(numbered from 0\\)"),
-        ({"groups": (TeacherGroup("math", (0,)), TeacherGroup("math", (1,)))}, "two groups for step 0"),
+        ({"scoring": (ScoringTask("poetry", (0,)),)}, "no teacher_forward for teacher 'poetry'"),
+        ({"scoring": (ScoringTask("math", (8,)),)}, "8 \\(numbered from 0\\)"),
+        ({"scoring": (ScoringTask("math", (0,)), ScoringTask("math", (1,)))}, "two scoring tasks for step 0"),
         ({"resident": ("a", "b", "c")}, "lists 3 teachers, but there are 2 slots"),
     ],
 )
@@ -341,5 +341,7 @@ def test_measured_costs_follow_the_run_but_ignore_noise():
 
 
 def test_lower_bound_is_the_students_fill_and_drain_when_teachers_are_cheap():
-    cheap = PlanRequest(8, 32, CostModel.build(8, teacher_forward={"t": 0.3}), groups=split_groups({"t": 32}))
+    cheap = PlanRequest(
+        8, 32, CostModel.build(8, teacher_forward={"t": 0.3}), scoring=split_scoring({"t": 32})
+    )
     assert lower_bound(cheap) == pytest.approx((32 + 7) * 3)

@@ -22,16 +22,16 @@ from megatron_mopd.pipeline.communicator import (
     all_channels,
     channel_kind,
 )
-from megatron_mopd.pipeline.driver import PipelineDriver
 from megatron_mopd.pipeline.instructions import Channel, OptimizerStep, Receive, StudentForward
-from megatron_mopd.pipeline.megatron_schedules import run_student, run_teacher
 from megatron_mopd.pipeline.plan import make_plan
-from megatron_mopd.pipeline.problem import CostModel, PlanRequest, split_groups
-from megatron_mopd.pipeline.runtime import Stopwatch, execute
+from megatron_mopd.pipeline.problem import CostModel, PlanRequest, split_scoring
+from megatron_mopd.pipeline.runtime import Execution, Stopwatch
 from megatron_mopd.pipeline.simulate import PlanError
 from megatron_mopd.training import step as training_step
+from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import RankPool, run_ranks
+from tests._megatron_schedules import MegatronSchedules
 from tests.pipeline import small_work
 from tests.pipeline.test_simulate import requests
 
@@ -75,27 +75,21 @@ def gradients(learner, batches, kind):
     for chunk in learner.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    batch, found = batches[0], []
-    loss = training_step.build_loss(learner, batch)
-    if kind == "megatron":
-        for name, micro_batches in batch.teachers.items():
-            chunk = learner.bank.make_resident(name)
-            run_teacher(
-                chunk, micro_batches, batch.shape, learner.groups, lambda m, h, n=name: batch.keep(n, m, h)
-            )
-        found += run_student(learner.chunks, batch.student, batch.shape, learner.groups, loss)
-    else:
-        learner.pipeline.run(learner.chunks, batches, loss, learner.bank, found.extend)
-    reported = [{name: value.clone() for name, value in report.items()} for report in found]
+    pipeline = MegatronSchedules(learner.groups) if kind == "megatron" else learner.pipeline
+    execution = pipeline.start(
+        learner.chunks, batches, training_step.build_loss(learner, batches[0]), learner.bank
+    )
+    execution.run_to_update()
+    pipeline.plan_next()
+    execution.run_rest()
+    reported = [{name: value.clone() for name, value in report.items()} for report in execution.work.reports]
     return reported, [p.main_grad.clone() for c in learner.chunks for p in c.parameters()]
 
 
-def planned(learner, kind, counts):
-    """The steps' batches as this kind of schedule wants them."""
-    schedule = dataclasses.replace(learner.config.schedule, kind=kind)
-    learner.config = dataclasses.replace(learner.config, schedule=schedule)
+def planned(learner, counts):
+    """The steps' batches."""
     return deque(
-        training_step.plan_step(learner, _models.batch(count, seed=10 * number + count))
+        plan_step(learner, _models.batch(count, seed=10 * number + count))
         for number, count in enumerate(counts)
     )
 
@@ -112,10 +106,10 @@ def compare(rank, transformer, parallel, step_counts, kinds, sections):
         config.grad_scale_func = lambda loss: 3 * loss
     lengths = []
     for counts in step_counts:
-        expected = [gradients(learner, [b], "megatron") for b in planned(learner, "megatron", counts)]
+        expected = [gradients(learner, [b], "megatron") for b in planned(learner, counts)]
         for kind in kinds:
             learner.pipeline.kind = kind
-            batches = planned(learner, kind, counts)
+            batches = planned(learner, counts)
             lengths.append(len(batches[0].student))
             for reports, grads in expected:
                 found, found_grads = gradients(learner, batches, kind)
@@ -179,7 +173,7 @@ def test_every_rank_uses_a_communicator_in_one_direction_with_one_peer(stages):
         e.channel
         for entries in make_plan(
             PlanRequest(
-                stages, 4, CostModel.build(stages, 2, teacher_forward={"t": 1.0}), 2, split_groups({"t": 4})
+                stages, 4, CostModel.build(stages, 2, teacher_forward={"t": 1.0}), 2, split_scoring({"t": 4})
             )
         ).stages
         for e in entries
@@ -194,7 +188,7 @@ def test_every_rank_uses_a_communicator_in_one_direction_with_one_peer(stages):
 def broken_step(rank, what):
     """One step with a plan that rank 1 (or everybody) holds in a broken form; the error of this rank."""
     learner = _models.make_learner(DENSE, pp(2), schedule=dict(micro_batch_size=1))
-    driver, batches = learner.pipeline, planned(learner, "bubble_fill", (3, 3))
+    driver, batches = learner.pipeline, planned(learner, (3, 3))
     make = driver._planner.plan
 
     def sabotage(request):
@@ -235,7 +229,7 @@ def test_a_broken_plan_is_rejected_on_every_rank_before_the_step(pools, what, ex
 def limits_error(rank, schedule):
     learner = _models.make_learner(DENSE, pp(2, 2), schedule=dict(micro_batch_size=1) | schedule)
     try:
-        gradients(learner, planned(learner, "bubble_fill", (4,)), "bubble_fill")
+        gradients(learner, planned(learner, (4,)), "bubble_fill")
     except ValueError as error:
         return str(error)
 
@@ -274,7 +268,7 @@ def test_stages_and_chunks_that_do_not_divide_the_layers(pools, parallel, layers
 def wait_for_the_dead(rank):
     """Rank 1 never starts its list; rank 0's error."""
     request = PlanRequest(
-        2, 2, CostModel.build(2, teacher_forward={"t0": 1.0}), groups=split_groups({"t0": 2})
+        2, 2, CostModel.build(2, teacher_forward={"t0": 1.0}), scoring=split_scoring({"t0": 2})
     )
     group = small_work.pipeline_group(2)
     channels = PipelineCommunicator(group, torch.device("cpu"), timeout=timedelta(seconds=1))
@@ -283,7 +277,8 @@ def wait_for_the_dead(rank):
         return None
     work = small_work.SmallWork(request, 0)
     try:
-        execute(make_plan(request), 0, work, channels, Stopwatch(torch.device("cpu")))
+        instructions, stopwatch = make_plan(request).stages[0], Stopwatch(torch.device("cpu"))
+        Execution(instructions, 0, work, channels, stopwatch).run_to_update()
     except StageTimeout as error:
         return "\n".join([str(error), *error.__notes__])
 
@@ -297,7 +292,7 @@ def test_a_rank_that_stops_answering_is_named():
 def measured(rank):
     """Recorded timelines of three steps, the driver's costs, and what the pipeline reports."""
     learner = _models.make_learner(DENSE, pp(2), schedule=dict(micro_batch_size=1))
-    batches = planned(learner, "bubble_fill", (4, 4, 4))
+    batches = planned(learner, (4, 4, 4))
     agreements, plan = 0, learner.pipeline.plan
 
     def counted(*arguments):
@@ -326,13 +321,3 @@ def test_timelines_are_measured_on_every_rank_and_costs_follow(pools):
         )
         assert all(event.end >= event.start >= 0 for event in events)
     assert len(shares) == 2 and all(0 <= share < 1 for share in shares)
-
-
-def test_there_is_a_driver_only_when_plans_are_executed(pools):
-    assert pools[1].run(has_driver, "megatron") == [False]
-
-
-def has_driver(rank, kind):
-    learner = _models.make_learner(DENSE, {}, schedule=dict(kind=kind))
-    assert dist.is_initialized()
-    return isinstance(learner.pipeline, PipelineDriver)

@@ -12,7 +12,7 @@ from megatron_mopd.commands import plan_pipeline
 from megatron_mopd.pipeline.check import check_plan
 from megatron_mopd.pipeline.instructions import TeacherForward
 from megatron_mopd.pipeline.plan import Planner, bubble_free_time, make_plan
-from megatron_mopd.pipeline.problem import KINDS, CostModel, Limits, PlanRequest, TeacherGroup, split_groups
+from megatron_mopd.pipeline.problem import KINDS, CostModel, Limits, PlanRequest, ScoringTask, split_scoring
 from megatron_mopd.pipeline.scenarios import (
     Workload,
     packed_ratio,
@@ -109,7 +109,7 @@ def test_loads_are_hidden_with_two_slots_and_not_with_one():
             4,
             32,
             costs,
-            groups=split_groups(counts),
+            scoring=split_scoring(counts),
             kind="back_to_back",
             limits=Limits(resident_teachers=slots),
         )
@@ -127,15 +127,15 @@ def test_messages_and_optimizer_take_their_time():
 def test_many_stages_in_seconds():
     started = time.process_time()  # the machine may be busy with other work
     costs = CostModel.build(1024, teacher_forward={"t": 1.0})
-    groups = split_groups({"t": 8}, scored=True) + split_groups({"t": 8}, step=1)
-    plan = make_plan(PlanRequest(1024, 8, costs, groups=groups), effort=0)
+    groups = split_scoring({"t": 8}, scored=True) + split_scoring({"t": 8}, step=1)
+    plan = make_plan(PlanRequest(1024, 8, costs, scoring=groups), effort=0)
     check_plan(plan)
     assert time.process_time() - started < 20
 
 
 def test_timeline_picture_and_trace(tmp_path):
     plan = make_plan(
-        PlanRequest(3, 4, CostModel.build(3, teacher_forward={"t": 1.0}), groups=split_groups({"t": 4}))
+        PlanRequest(3, 4, CostModel.build(3, teacher_forward={"t": 1.0}), scoring=split_scoring({"t": 4}))
     )
     result = simulate(plan, record=True)
     assert idle_shares(result.events, 3) == pytest.approx(result.idle_share)
@@ -184,13 +184,13 @@ def requests(draw, stages=(1, 2, 3, 4, 5, 6)):
     for name in names:
         members = tuple(sorted(draw(st.sets(st.integers(0, m - 1)))))
         last_uses = tuple(min(m - 1, i + draw(st.integers(0, 2))) for i in members)
-        group = TeacherGroup(name, members, 0, draw(st.integers(0, len(members))), last_uses)
+        group = ScoringTask(name, members, 0, draw(st.integers(0, len(members))), last_uses)
         if draw(st.booleans()):  # some forwards keep log-probs, and some losses read no head
             scoring = tuple(i for i in members if draw(st.booleans()))
             losses = tuple(i for i in group.needed_by() if draw(st.booleans()))
             group = replace(group, scoring_heads=scoring, loss_heads=losses)
         groups.append(group)
-        groups.append(TeacherGroup(name, tuple(range(draw(st.integers(0, m)))), 1))
+        groups.append(ScoringTask(name, tuple(range(draw(st.integers(0, m)))), 1))
     activations = draw(st.sampled_from([None, v, v + 1, v + 3]))
     limits = Limits(activations, draw(st.integers(1, 3)))
     request = PlanRequest(p, m, costs, v, tuple(groups), draw(st.sampled_from(KINDS)), limits)
@@ -223,11 +223,11 @@ def test_random_requests_complete_within_their_limits(request):
 @given(requests())
 def test_look_ahead_leaves_the_room_that_the_next_step_needs(request):
     """A step that a cache can hold by itself can still be held after the plan before has scored ahead."""
-    cold = tuple(replace(group, step=0) for group in request.groups if group.step == 1)
-    budget = replace(request, groups=cold).smallest_cache()
+    cold = tuple(replace(group, step=0) for group in request.scoring if group.step == 1)
+    budget = replace(request, scoring=cold).smallest_cache()
     budget = max(budget, request.smallest_cache(), 1)
     plan = make_plan(replace(request, limits=replace(request.limits, cached_states=budget)), effort=2_000)
-    following = replace(plan.request, groups=plan.next_groups(), resident=(), resident_heads=())
+    following = replace(plan.request, scoring=plan.next_scoring(), resident=(), resident_heads=())
     check_plan(make_plan(following, effort=2_000))
 
 
@@ -236,7 +236,7 @@ def test_look_ahead_leaves_the_room_that_the_next_step_needs(request):
 def test_random_plans_can_follow_one_another(request):
     """The next request takes over what this plan left: scored states, deferred jobs, occupied slots."""
     first = make_plan(request, effort=2_000)
-    groups = tuple(TeacherGroup(g.teacher, g.microbatches, g.step, g.scored) for g in first.next_groups())
+    groups = tuple(ScoringTask(g.teacher, g.microbatches, g.step, g.scored) for g in first.next_scoring())
     follow = PlanRequest(
         request.stages,
         request.microbatches,

@@ -26,7 +26,7 @@ from megatron_mopd.confinement.kernel import Confinement, landlock_version
 from megatron_mopd.confinement.process import ConfinedProcess, HandlerError, Unanswered, examine
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.observe.run_log import RunLog
-from megatron_mopd.training import setup
+from megatron_mopd.run import setup
 
 # The attacks that may succeed where `Confinement.missing` says so.
 READING = ("read a file", "list a directory", "read /etc/passwd", "read the trainer's environment")

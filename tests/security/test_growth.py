@@ -28,7 +28,8 @@ from megatron_mopd.observe.page import write_page
 from megatron_mopd.observe.progress import StepLine
 from megatron_mopd.observe.report import draw_report
 from megatron_mopd.observe.run_log import RunLog
-from megatron_mopd.training import nonfinite, rollout_log
+from megatron_mopd.run import rollout_logs as rollout_log
+from megatron_mopd.training import skipped_steps as nonfinite
 
 
 @pytest.fixture(autouse=True)
@@ -260,12 +261,12 @@ def test_readers_of_a_long_run(tmp_path, monkeypatch):
     found = [line["iteration"] for line in lines]
     assert len(found) < 100 and found[0] == 1 and found[-1] == 299
     assert set(range(10, 300, 10)) <= set(found)
-    from megatron_mopd.observe import report, run_record
+    from megatron_mopd.observe import recorded_run, report
 
-    for reader in (report, run_record):
+    for reader in (report, recorded_run):
         monkeypatch.setattr(reader, "MOST_LINES", 50)
     draw_report(tmp_path)
-    record = run_record.read_run(tmp_path)
+    record = recorded_run.read_run(tmp_path)
     assert len(record.metrics) == len(found) and any("every n-th" in text for text in record.missing)
 
 

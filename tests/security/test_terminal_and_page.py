@@ -30,6 +30,7 @@ from megatron_mopd.observe.page import write_page
 from megatron_mopd.observe.progress import StepLine, phase, progress, say
 from megatron_mopd.observe.seesaw import seesaw_chart
 from megatron_mopd.observe.traces import Box, Panel
+from megatron_mopd.run import command_line
 
 PACKAGE = Path(megatron_mopd.__file__).parent
 BIDI = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -92,13 +93,13 @@ def test_lines_of_a_run(capsys, monkeypatch):
 
 def test_errors(capfd, monkeypatch):
     """Of the trainer, of tools on ranks, of the doctor."""
-    monkeypatch.setattr(train, "_leave", sys.exit)
+    monkeypatch.setattr(command_line, "_leave", sys.exit)
     for error, lines in ((ConfigError(EVIL), 1), (RuntimeError(EVIL), None)):
         told = []
         monkeypatch.setattr(
-            train, "is_first_to_fail", lambda message, told=told: told.append(message) or True
+            command_line, "is_first_to_fail", lambda message, told=told: told.append(message) or True
         )
-        monkeypatch.setattr(train, "LIFELINE_NOTICES", 0)
+        monkeypatch.setattr(command_line, "LIFELINE_NOTICES", 0)
 
         def fail(*_, error=error, **__):
             raise error

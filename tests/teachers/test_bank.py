@@ -14,7 +14,8 @@ from megatron_mopd.model.build import build_model
 from megatron_mopd.teachers import placement
 from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
 from megatron_mopd.teachers.storage import TeacherFileError
-from megatron_mopd.training.step import plan_step, train_step
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import RankPool
 from tests._models import DENSE, MOE

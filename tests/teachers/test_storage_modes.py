@@ -9,7 +9,8 @@ import pytest
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: F401  (before forking)
 
 from megatron_mopd.pipeline.problem import CostModel, PlanRequest
-from megatron_mopd.training.step import plan_step, train_step
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import RankPool
 from tests._models import GQA, MOE
@@ -44,6 +45,7 @@ def two_steps(transformer, parallel, storage, directory):
         budget = least_budget([plan_step(learner, batch) for batch in trajectories])
         smaller = replace(learner.config.teacher_storage, hidden_cache_bytes=budget)
         learner.config = replace(learner.config, teacher_storage=smaller)
+        learner.pipeline.cache_bytes = budget
     losses, peak = [], 0
     for batch in trajectories:
         batch = plan_step(learner, batch)
@@ -64,8 +66,8 @@ def least_budget(batches):
     least = 0
     for batch in batches:
         costs = CostModel.build(1, teacher_forward=dict.fromkeys(batch.teachers, 1.0))
-        request = PlanRequest(1, len(batch.student), costs, groups=batch.groups)
-        assert request.smallest_cache() < sum(len(group.microbatches) for group in batch.groups)
+        request = PlanRequest(1, len(batch.student), costs, scoring=batch.scoring)
+        assert request.smallest_cache() < sum(len(group.microbatches) for group in batch.scoring)
         least = max(least, request.smallest_cache() * batch.state_bytes)
     return least
 

@@ -23,7 +23,8 @@ from megatron_mopd.model.convert import write_megatron
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.hugging_face import HuggingFaceCheckpoint
 from megatron_mopd.teachers.bank import TeacherSource
-from megatron_mopd.training.step import plan_step, train_step
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import RankPool
 from tests._models import DENSE, MOE, SHARED
@@ -171,9 +172,9 @@ def pool():
         (TP2_PP2, dict(micro_batch_size=2), {}),
         (EP2_PP2, dict(max_tokens_per_micro_batch=40), dict(mode="host_sharded")),
         (EP2_PP2 | dict(virtual_pipeline_model_parallel_size=2), dict(micro_batch_size=3), {}),
-        (dict(context_parallel_size=2), dict(micro_batch_size=2, kind="megatron"), dict(mode="host_sharded")),
+        (dict(context_parallel_size=2), dict(micro_batch_size=2), dict(mode="host_sharded")),
     ],
-    ids=["tp2-pp2", "ep2-pp2", "ep2-pp2-vpp2", "cp2-megatron"],
+    ids=["tp2-pp2", "ep2-pp2", "ep2-pp2-vpp2", "cp2"],
 )
 def test_twelve_teachers_equal_the_naive_computation(pool, loaded, oracle, parallel, schedule, storage):
     loss, gradients = oracle

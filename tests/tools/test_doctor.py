@@ -19,7 +19,7 @@ from megatron_mopd.backend import bandwidth, machine, network, software
 from megatron_mopd.backend.bandwidth import GroupBandwidth
 from megatron_mopd.backend.finding import Level
 from megatron_mopd.commands import doctor, examination, run_examination
-from megatron_mopd.training.memory import RankMemory
+from megatron_mopd.estimate.memory import RankMemory
 from tests import _models, _runs
 from tests._agent import Agent
 from tests._distributed import run_ranks

@@ -8,15 +8,15 @@ import random
 import pytest
 
 from megatron_mopd.config import ConfigError, TeacherConfig, config_from_dict
-from megatron_mopd.teachers.routing import Routing
-from megatron_mopd.training.guards import first_step_alarms
-from megatron_mopd.training.monitors import (
+from megatron_mopd.run.alarms import (
     FEWEST_RESPONSES,
     FEWEST_VERDICTS,
     GRADIENT_SPIKE,
     KL_CEILING,
     Alarms,
 )
+from megatron_mopd.run.teacher_alarms import first_step_alarms
+from megatron_mopd.teachers.routing import Routing
 from tests._models import trajectory
 
 TEACHERS = [TeacherConfig("expert", "e"), TeacherConfig("other", "o", kl_floor=0.01, kl_ceiling=9.0)]

@@ -22,8 +22,9 @@ from megatron_mopd.model.checkpoint import (
     read_model_config,
 )
 from megatron_mopd.model.gpt import unwrap
-from megatron_mopd.training import checkpoint
-from megatron_mopd.training.step import plan_step, train_step
+from megatron_mopd.run import checkpointing as checkpoint
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import RankPool, run_ranks
 from tests._models import GQA, MOE, SHARED

@@ -16,7 +16,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_mopd.config.objectives import KINDS
 from megatron_mopd.training import optimizer
-from megatron_mopd.training.step import plan_step, train_step
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import RankPool
 from tests.training.test_objectives import Known

@@ -12,8 +12,9 @@ from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.rollout.batches import DecodingBatch, Request
 from megatron_mopd.rollout.engine import SamplingParams
-from megatron_mopd.training.monitors import FEWEST_VERDICTS, Alarms, rollout_metrics
-from megatron_mopd.training.step import plan_step, plan_steps, train_step
+from megatron_mopd.run.alarms import FEWEST_VERDICTS, Alarms, rollout_metrics
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step, plan_steps
 from tests import _models
 from tests._distributed import RankPool
 

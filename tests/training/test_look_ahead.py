@@ -10,7 +10,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_mopd.config import ConfigError
 from megatron_mopd.pipeline.problem import CostModel, PlanRequest
 from megatron_mopd.teachers.hidden_cache import HiddenCache
-from megatron_mopd.training.step import plan_step, train_step
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import RankPool
 
@@ -24,7 +25,7 @@ def make_steps(learner):
 
 def smallest_cache(step):
     costs = CostModel.build(1, teacher_forward=dict.fromkeys(_models.TEACHERS, 1.0))
-    return PlanRequest(1, len(step.student), costs, groups=step.groups).smallest_cache()
+    return PlanRequest(1, len(step.student), costs, scoring=step.scoring).smallest_cache()
 
 
 def losses(rank, kind, limit):
@@ -40,6 +41,7 @@ def losses(rank, kind, limit):
         budget = max(n * step.state_bytes for n, step in zip(least, make_steps(learner)))
         storage = dataclasses.replace(learner.config.teacher_storage, hidden_cache_bytes=budget)
         learner.config = dataclasses.replace(learner.config, teacher_storage=storage)
+        learner.pipeline.cache_bytes = storage.hidden_cache_bytes
     elif limit == "states":
         learner.pipeline.limits = dataclasses.replace(learner.pipeline.limits, cached_states=max(least))
     steps, keep, peak = make_steps(learner), HiddenCache._keep, 0
@@ -81,6 +83,7 @@ def refusals(rank):
         if in_bytes:
             storage = dataclasses.replace(learner.config.teacher_storage, hidden_cache_bytes=step.state_bytes)
             learner.config = dataclasses.replace(learner.config, teacher_storage=storage)
+            learner.pipeline.cache_bytes = storage.hidden_cache_bytes
         try:
             train_step(learner, [step])
         except ConfigError as error:

@@ -12,8 +12,8 @@ import pytest
 from megatron_mopd.backend.parallel import select_device
 from megatron_mopd.commands import estimate
 from megatron_mopd.config import DomainObjectives, config_from_dict
+from megatron_mopd.estimate.memory import estimate_rank, imagined_groups
 from megatron_mopd.teachers.bank import TeacherSource
-from megatron_mopd.training.memory import estimate_rank, imagined_groups
 from tests import _models, _runs
 from tests._agent import Agent
 

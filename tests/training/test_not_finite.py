@@ -9,9 +9,11 @@ import math
 import pytest
 import torch
 
+from megatron_mopd.losses import batch_loss
+from megatron_mopd.losses.teacher_scores import TeacherScores
 from megatron_mopd.model.gpt import unwrap
-from megatron_mopd.training import losses
-from megatron_mopd.training.step import StepBatch, plan_step, train_step
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import RankPool
 
@@ -62,7 +64,7 @@ def weights(learner):
 
 def poison_token(monkeypatch, domain, value):
     """One element of one hidden state of the student, before the first response token of a domain."""
-    original, done = losses.response_hidden, []
+    original, done = batch_loss.response_hidden, []
 
     def poisoned(hidden, micro_batch, groups):
         rows = original(hidden, micro_batch, groups)
@@ -76,12 +78,12 @@ def poison_token(monkeypatch, domain, value):
             start += count
         return rows
 
-    monkeypatch.setattr(losses, "response_hidden", poisoned)
+    monkeypatch.setattr(batch_loss, "response_hidden", poisoned)
 
 
 def poison_teacher(monkeypatch, teacher, value):
     """One element of one hidden state of a teacher in every micro-batch that it scores."""
-    original = StepBatch.keep
+    original = TeacherScores.keep
 
     def poisoned(self, name, micro_batch, hidden):
         if name == teacher:
@@ -89,7 +91,7 @@ def poison_teacher(monkeypatch, teacher, value):
             hidden[:, :, 0] = value
         original(self, name, micro_batch, hidden)
 
-    monkeypatch.setattr(StepBatch, "keep", poisoned)
+    monkeypatch.setattr(TeacherScores, "keep", poisoned)
 
 
 def poison_weight(learner, value):

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from megatron_mopd.model.gpt import unwrap
-from megatron_mopd.training.step import plan_step, train_step
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import RankPool
 from tests.training.objective_oracle import Sample, batch_loss
@@ -159,7 +160,7 @@ def expected(rank, case, architecture):
         own = logits.detach().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         logprobs[trajectory.index] = own.tolist()
         teachers = []
-        for name, weight in learner.mixture(trajectory.domain):
+        for name, weight in learner.targets()[trajectory.domain].mixture:
             with torch.no_grad():
                 model, head = learner.bank.make_resident(name), learner.bank.head(name)
                 teachers.append((weight, response_logits(model, head, trajectory)))
@@ -202,7 +203,8 @@ def found(rank, case, model, parallel, schedule, logprobs):
         for t in trajectories
     ]
     batch = plan_step(learner, trajectories, Known(rewards))
-    batch.proximal = {i: d + torch.tensor(logprobs[i], dtype=torch.float64) for i, d in proximal.items()}
+    stored = {i: d + torch.tensor(logprobs[i], dtype=torch.float64) for i, d in proximal.items()}
+    batch = dataclasses.replace(batch, proximal=stored)
     metrics = train_step(learner, [batch])
     assert len(batch.cache) == 0, "every cached hidden state is used exactly once"
     return metrics, _models.pieces(learner, gradients=True), batch.cache.peak_bytes

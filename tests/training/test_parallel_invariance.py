@@ -14,7 +14,8 @@ import pytest
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: F401  (import before forking)
 
-from megatron_mopd.training.step import plan_step, train_step
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import run_ranks
 

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from megatron_mopd.training.preemption import INTERRUPTED_STATUS, StopRequest
+from megatron_mopd.run.preemption import INTERRUPTED_STATUS, StopRequest
 
 
 def _stopped(signals, path, rank):

@@ -18,8 +18,8 @@ from megatron_mopd.config import ConfigError, config_from_dict
 from megatron_mopd.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_mopd.data.tokenizer_meaning import TokenizerMeaning
 from megatron_mopd.rollout.stop_ids import read_stop_ids
-from megatron_mopd.training import run_date
-from megatron_mopd.training.setup import check_inputs
+from megatron_mopd.run import run_date
+from megatron_mopd.run.inputs import check_inputs
 from tests._runs import run_main
 from tests.data.test_tokenizer import TEMPLATE, TEXTS, build_huggingface
 

@@ -15,7 +15,7 @@ from megatron_mopd import train
 from megatron_mopd.commands import ranks
 from megatron_mopd.config import ConfigError, config_from_dict
 from megatron_mopd.data.tokenizer import train_sentencepiece
-from megatron_mopd.training import rank_facts, setup
+from megatron_mopd.run import inputs, rank_facts
 from tests import _runs
 from tests._agent import Agent
 from tests._distributed import RankPool
@@ -59,7 +59,7 @@ def inputs_on(rank, configurations, version=None):
         if version is not None and rank == 1:
             patch.setattr(rank_facts, "installed_version", lambda names: version)
         try:
-            setup.agreed_inputs(config_from_dict(configurations[rank]))
+            inputs.agreed_inputs(config_from_dict(configurations[rank]))
         except ConfigError as error:
             return str(error)
     return None

@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_mopd import train
 from megatron_mopd.observe.metrics import read_metrics
-from megatron_mopd.training import checkpoint
+from megatron_mopd.run import checkpointing as checkpoint
 from tests import _runs
 from tests._distributed import RankPool
 from tests._models import GQA, MOE
@@ -117,7 +117,7 @@ def run(directory, drawn=None, run_dir="run", **sections):
     configuration = _runs.values(directory, run_dir=str(directory / run_dir), **sections)
     arguments = _runs.write_config(directory / "config.yaml", configuration)
     with pytest.MonkeyPatch.context() as patch:
-        original = train.draw_trajectories
+        original = train.collect_trajectories
 
         def recorded(engine, prompts, *args, **kwargs):
             with open(drawn, "a") as file:
@@ -125,7 +125,7 @@ def run(directory, drawn=None, run_dir="run", **sections):
             return original(engine, prompts, *args, **kwargs)
 
         if drawn is not None:
-            patch.setattr(train, "draw_trajectories", recorded)
+            patch.setattr(train, "collect_trajectories", recorded)
         return _runs.run_main(arguments)
 
 

@@ -15,7 +15,7 @@ from megatron_mopd.config import Config, ConfigError, ModelConfig, config_from_d
 from megatron_mopd.config.documentation import field_documentation
 from megatron_mopd.config.resume import EXECUTION_FIELDS, ResumeClass, changes, split_documentation
 from megatron_mopd.data.position import DataPosition
-from megatron_mopd.training.resume import FinishedRun, Resumable, check_same_run, say_changes, settings
+from megatron_mopd.run.resumable import FinishedRun, Resumable, check_same_run, say_changes, settings
 
 BASE = {
     "run_dir": "here",
@@ -161,7 +161,7 @@ def resumed(saved: Resumable, values: dict, prints: dict = PRINTS) -> list:
     config = types.SimpleNamespace(checkpoint=types.SimpleNamespace(**values["checkpoint"]))
     current = json.dumps(values)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_mopd.training.resume.settings", lambda config, student: current)
+        patch.setattr("megatron_mopd.run.resumable.settings", lambda config, student: current)
         return check_same_run(saved, config, config_from_dict(BASE).student, prints)
 
 

@@ -15,7 +15,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_mopd.data.verifiers import Score
 from megatron_mopd.training import step as training_step
 from megatron_mopd.training.rewards import Rewarder
-from megatron_mopd.training.step import plan_step, train_step
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import RankPool
 
@@ -83,10 +84,10 @@ def watched_step(rank, parallel, kind, domains, forwards):
     trajectories = samples(domains)
     rewards = rewarder.start(trajectories)
     batch = plan_step(learner, trajectories, rewards)
-    number = len(batch.teachers) if kind == "megatron" else sum(map(len, batch.teachers.values()))
+    number = sum(map(len, batch.teachers.values()))
     number = number if forwards is None else forwards
     events, begun = [], 0
-    collect, keep, resident = rewards.collect, batch.keep, learner.bank.make_resident
+    collect, keep, resident = rewards.collect, batch.scores.keep, learner.bank.make_resident
     build = training_step.build_loss
 
     def make_resident(name):
@@ -113,7 +114,7 @@ def watched_step(rank, parallel, kind, domains, forwards):
 
         return watched
 
-    learner.bank.make_resident, batch.keep, rewards.collect = make_resident, kept, collected
+    learner.bank.make_resident, batch.scores.keep, rewards.collect = make_resident, kept, collected
     training_step.build_loss = build_loss
     try:
         metrics = train_step(learner, [batch])
@@ -135,13 +136,12 @@ def pools():
 @pytest.mark.parametrize(
     "parallel, kind, forwards",
     [
-        ({}, "megatron", None),
         ({}, "bubble_fill", 1),
         (PP2, "serial", None),
         (PP2, "bubble_fill", 1),
         (CP2, "serial", None),
     ],
-    ids=["megatron", "bubble_fill", "pp2-serial", "pp2-bubble_fill", "cp2-serial"],
+    ids=["bubble_fill", "pp2-serial", "pp2-bubble_fill", "cp2-serial"],
 )
 def test_the_first_loss_that_needs_a_reward_waits_for_the_verifiers(pools, parallel, kind, forwards):
     results = pools[2 if parallel else 1].run(

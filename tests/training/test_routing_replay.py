@@ -9,13 +9,14 @@ import torch
 
 from megatron_mopd.config import ConfigError
 from megatron_mopd.data.prompt import Prompt
+from megatron_mopd.losses.findings import Findings
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.router_replay import install_routing_replay, routing_choices
 from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.megatron_engine import MegatronEngine
-from megatron_mopd.training.nonfinite import Findings
-from megatron_mopd.training.old_policy import proximal_logprobs
-from megatron_mopd.training.step import plan_step, train_step
+from megatron_mopd.training.proximal_policy import proximal_logprobs
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import RankPool
 
@@ -56,13 +57,11 @@ def deviations(rank, parallel, schedule):
     for records in (routing, None):
         batch = plan_step(learner, trajectories, routing=records)
         found = proximal_logprobs(
+            learner.pipeline,
             learner.chunks,
             batch.student,
             batch.shape,
-            learner.groups,
-            vocab_size=_models.VOCAB,
-            chunk_size=64,
-            temperature=1.0,
+            settings=learner.loss_settings,
             findings=Findings(),
         )
         by_index = {t.index: torch.tensor(t.logprobs, dtype=torch.float64) for t in trajectories}

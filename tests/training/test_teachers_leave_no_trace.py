@@ -5,10 +5,11 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_mopd.model.gpt import unwrap
-from megatron_mopd.pipeline.megatron_schedules import run_teacher
-from megatron_mopd.training.step import plan_step, train_step
+from megatron_mopd.training.step import train_step
+from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import run_ranks
+from tests._megatron_schedules import run_teacher
 
 AUXILIARY = _models.MOE | dict(moe_aux_loss_coeff=0.1)
 

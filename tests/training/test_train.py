@@ -20,7 +20,7 @@ from megatron_mopd.data.tokenizer import load_tokenizer
 from megatron_mopd.model.checkpoint import TRACKER, find_checkpoint
 from megatron_mopd.observe.journal import read_journal
 from megatron_mopd.observe.metrics import read_metrics
-from megatron_mopd.training.best import best_iteration
+from megatron_mopd.run.best_checkpoint import best_iteration
 from tests import _runs
 
 EP2 = {"expert_model_parallel_size": 2}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,21 +13,23 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_mopd.config import Config
+from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.gpt import unwrap
-from megatron_mopd.training.setup import Run
-from megatron_mopd.training.step import Learner, build_loss, plan_step, train_step
+from megatron_mopd.training.learner import Learner
+from megatron_mopd.training.step import build_loss, train_step
+from megatron_mopd.training.step_batch import plan_step
 
 
-def measure(run: Run) -> dict[str, int]:
-    """Bytes by component after one step on responses of full length. Collective over all ranks.
+def measure(learner: Learner, trajectories: Sequence[Trajectory]) -> dict[str, int]:
+    """Bytes by component after one step on `longest_trajectories`. Collective over all ranks.
 
     Activations are the tensors that autograd keeps for the backward pass, at their peak; parameters, and
     what the loss keeps of the head, are not among them. The loss (last stage) is what one micro-batch's
     forward pass of it makes, at its peak.
     """
-    learner = run.learner
-    batch = plan_step(learner, longest_trajectories(run))
+    batch = plan_step(learner, trajectories)
     saved = SavedBytes(learner)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
         train_step(learner, [batch])
@@ -42,7 +45,7 @@ def measure(run: Run) -> dict[str, int]:
         "hidden cache": batch.cache.peak_bytes,
     }
     if learner.groups.is_last_stage:
-        found["loss"] = _loss_bytes(learner, longest_trajectories(run))
+        found["loss"] = _loss_bytes(learner, trajectories)
     if learner.bank is not None:
         found |= {
             "teacher slots": learner.bank.device_bytes(),
@@ -52,11 +55,9 @@ def measure(run: Run) -> dict[str, int]:
     return found
 
 
-def longest_trajectories(run: Run) -> list[Trajectory]:
+def longest_trajectories(config: Config, prompts: Sequence[Prompt], vocabulary: int) -> list[Trajectory]:
     """A batch of random tokens, every prompt and response as long as the configuration allows."""
-    config, rng = run.config, random.Random(0)
-    prompts, vocabulary = list(run.prompts), run.tokenizer.vocab_size
-    result = []
+    rng, result = random.Random(0), []
     for index in range(config.schedule.global_batch_size):
         ids = [rng.randrange(vocabulary) for _ in range(config.data.seq_length)]
         length = config.data.seq_length - config.rollout.max_new_tokens
@@ -66,7 +67,7 @@ def longest_trajectories(run: Run) -> list[Trajectory]:
     return result
 
 
-def _loss_bytes(learner: Learner, trajectories: list[Trajectory]) -> int:
+def _loss_bytes(learner: Learner, trajectories: Sequence[Trajectory]) -> int:
     """Peak of the loss of one micro-batch, on random hidden states of student and teachers."""
     batch = plan_step(learner, trajectories)
 

@@ -6,15 +6,15 @@ import itertools
 from collections.abc import Callable
 
 from megatron_mopd.data.trajectory import Trajectory
-from megatron_mopd.pipeline.problem import TeacherGroup
+from megatron_mopd.pipeline.problem import ScoringTask
 
 
-def teacher_group(
+def scoring_task(
     teacher: str,
     scored: list[list[list[Trajectory]]],
     student: list[list[list[Trajectory]]],
     keeps_log_probs: Callable[[Trajectory], bool] = lambda _: False,
-) -> TeacherGroup:
+) -> ScoringTask:
     """Which student micro-batches need each micro-batch of a teacher, on any data-parallel rank, and where
     its output head is read: `[rank][micro-batch]` lists of trajectories, both cut from the same order.
 
@@ -32,7 +32,7 @@ def teacher_group(
             scoring[number] |= any(map(keeps_log_probs, members))
             losses |= {place[t.index] for t in members if not keeps_log_probs(t)}
     firsts = tuple(map(min, uses))
-    return TeacherGroup(
+    return ScoringTask(
         teacher,
         firsts,
         last_uses=tuple(map(max, uses)),

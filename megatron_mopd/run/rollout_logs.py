@@ -20,7 +20,7 @@ from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.initialize import sharded_tensors
 from megatron_mopd.observe.progress import say
 from megatron_mopd.rollout.write_ahead import RolloutLog
-from megatron_mopd.training.step import Learner
+from megatron_mopd.training.learner import Learner
 
 MOST_LOGS, MOST_LOG_BYTES = 512, 4 * 2**30
 """Logs of rollout batches that wait for a checkpoint."""

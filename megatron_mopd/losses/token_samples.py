@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_mopd.data.tokenizer import Tokenizer
 from megatron_mopd.data.trajectory import Trajectory
-from megatron_mopd.training.response_tokens import ResponseTokens
+from megatron_mopd.losses.response_tokens import ResponseTokens
 
 MOST_TOKENS = 256
 """Tokens of one response that are kept, from its beginning."""

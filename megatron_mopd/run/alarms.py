@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_mopd.data.trajectory import Trajectory
-from megatron_mopd.training.recent import RecentMean
+from megatron_mopd.run.recent_means import RecentMean
 
 KL_CEILING = 5.0
 """Mean KL per token above which teacher and student have hardly anything in common (another tokenizer's ids,

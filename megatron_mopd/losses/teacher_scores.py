@@ -7,16 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_mopd.backend.parallel import ParallelGroups
-from megatron_mopd.config import Config, DomainObjectives
-from megatron_mopd.config.objectives import compares_tokens_only
 from megatron_mopd.data.batching import MicroBatch
 from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.losses.batch_loss import LossSettings
+from megatron_mopd.losses.findings import Findings
+from megatron_mopd.losses.response_tokens import ResponseTokens, response_hidden, row_positions
+from megatron_mopd.losses.targets import Targets
 from megatron_mopd.objectives import sampled_token_logprobs
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.hidden_cache import HiddenCache
-from megatron_mopd.training.nonfinite import Findings
-from megatron_mopd.training.response_tokens import ResponseTokens, response_hidden, row_positions
 
 
 class TeacherScores:
@@ -26,17 +25,14 @@ class TeacherScores:
 
     def __init__(
         self,
-        cache: HiddenCache,
-        config: Config,
-        objectives: DomainObjectives,
-        groups: ParallelGroups,
+        settings: LossSettings,
         bank: TeacherBank | None,
-        vocab_size: int,
+        targets: Targets,
+        cache: HiddenCache,
         findings: Findings,
     ):
-        self._cache, self._config, self._objectives = cache, config, objectives
-        self._groups, self._bank, self._vocab_size = groups, bank, vocab_size
-        self._findings = findings
+        self._settings, self._bank, self._targets = settings, bank, targets
+        self._cache, self._findings = cache, findings
 
     def keep(self, teacher: str, micro_batch: MicroBatch, hidden: Tensor) -> None:
         """Take what is needed of `hidden` [s/cp(/tp), b, h], on the last stage; nothing of it is referred to
@@ -44,7 +40,7 @@ class TeacherScores:
 
         Collectives: those of `response_hidden`, and of `sampled_token_logprobs` over tensor-parallel ranks.
         """
-        rows = response_hidden(hidden, micro_batch, self._groups)
+        rows = response_hidden(hidden, micro_batch, self._settings.groups)
         counts, trajectories = micro_batch.loss_counts, micro_batch.trajectories
         only = [self.keeps_log_probs(t) for t in trajectories]
         if any(only):
@@ -60,7 +56,7 @@ class TeacherScores:
 
     def keeps_log_probs(self, trajectory: Trajectory) -> bool:
         """Whether its teachers' forward passes read their heads and keep log-probs."""
-        return compares_tokens_only(self._objectives.of(trajectory.domain))
+        return self._targets[trajectory.domain].keeps_log_probs
 
     def _log_probs(self, teacher: str, rows: Tensor, micro_batch: MicroBatch, only: Sequence[bool]) -> Tensor:
         """log T [n] of the sampled tokens of the trajectories that are `only` compared by them."""
@@ -73,25 +69,25 @@ class TeacherScores:
             slice(0, int(chosen.sum())),
             row_positions(micro_batch)[chosen],
             [count for count, is_only in zip(micro_batch.loss_counts, only) if is_only],
-            self._groups,
+            self._settings.groups,
         )
         with torch.no_grad():
             return sampled_token_logprobs(
                 rows[chosen],
                 self._bank.head(teacher),
                 micro_batch.target_ids[chosen],
-                group=self._groups.tp,
-                temperature=self._config.rollout.temperature,
-                vocab_size=self._vocab_size,
-                chunk_size=self._config.objective.chunk_size,
+                group=self._settings.groups.tp,
+                temperature=self._settings.rollout_temperature,
+                vocab_size=self._settings.vocab_size,
+                chunk_size=self._settings.chunk_size,
                 report=self._findings.report_of_teacher(tokens, teacher),
             )
 
     def num_bytes(self, teacher: str, trajectories: Sequence[Trajectory]) -> int:
         """What the cache will take for these, scored by `teacher` (a rank that holds all their tokens)."""
-        dtype = self._config.params_dtype
-        state = self._bank.config(teacher).hidden_size * self._cache.itemsize(dtype)
-        log_prob = 8 if dtype == "float64" else 4
+        config = self._bank.config(teacher)
+        state = config.hidden_size * self._cache.itemsize(config.params_dtype)
+        log_prob = 8 if config.params_dtype == torch.float64 else 4
         return sum(
             len(t.response_ids) * (log_prob if self.keeps_log_probs(t) else state) for t in trajectories
         )

@@ -18,8 +18,8 @@ from megatron_mopd.config.interpolation import EnvironmentText
 from megatron_mopd.config.resume import leaves
 from megatron_mopd.data.prompts import PromptSet
 from megatron_mopd.model.checkpoint import complete_iterations, find_checkpoint
+from megatron_mopd.run.resumable import checkpoints_directory
 from megatron_mopd.teachers.fingerprint import quick_fingerprint
-from megatron_mopd.training.resume import checkpoints_directory
 
 _PACKAGES = ("torch", "megatron-core", "transformers")
 _SAME_SOFTWARE = "install the same release on every host"

@@ -17,7 +17,7 @@ from megatron_mopd.data.tokenizer import Tokenizer
 from megatron_mopd.data.verifiers import score_all
 from megatron_mopd.observe.progress import phase, progress
 from megatron_mopd.rollout.engine import RolloutEngine, SamplingParams
-from megatron_mopd.training.setup import Run
+from megatron_mopd.run.setup import Run
 
 
 def evaluation(run: Run) -> dict[str, float]:

@@ -1,12 +1,11 @@
-"""Running micro-batches through megatron-core's own schedules.
-
-`schedule.kind: megatron`: a teacher's forward passes are one call, the student's forward and backward passes
-another, back to back with no barrier between them, so consecutive calls share one pipeline fill.
+"""Megatron-core's own schedules, an oracle for ours: a teacher's forward passes are one call, the student's
+forward and backward passes another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,13 +21,7 @@ from torch import Tensor
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.data.batching import BatchShape, MicroBatch, collate
 from megatron_mopd.model.gpt import unwrap
-from megatron_mopd.model.packing import PackedDocuments
-from megatron_mopd.model.router import balancing
-from megatron_mopd.model.router_replay import replaying
-
-LossFunction = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
-"""(micro-batch, last-stage hidden states [s/cp(/tp), b, h]) -> (summed loss, number of tokens, things to
-report)."""
+from megatron_mopd.pipeline.model_work import LossFunction, StepInput, TeacherModels, forward
 
 
 def run_student(
@@ -111,20 +104,52 @@ def _run(chunks, micro_batches, shape, groups, loss_function, forward_only):
     )
 
 
-def forward(chunk: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
-    """One model chunk on one micro-batch (on its device): hidden states, or the stage's output."""
-    documents = None
-    if micro_batch.document_lengths is not None:
-        documents = PackedDocuments.from_lengths(
-            list(micro_batch.document_lengths), micro_batch.tokens.device
-        )
-    model = unwrap(chunk)
-    is_moe = model.config.num_moe_experts is not None
-    with replaying(chunk, micro_batch.experts), balancing(model.routers, micro_batch):
-        return chunk(
-            micro_batch.tokens,
-            micro_batch.position_ids,
-            None,
-            packed_seq_params=documents,
-            padding_mask=micro_batch.padding_mask if is_moe else None,
-        )
+class MegatronSchedules:
+    """Takes the place of a `PipelineDriver`: one step after another, every teacher before the student."""
+
+    def __init__(self, groups: ParallelGroups):
+        self.groups, self.idle_shares = groups, []
+
+    def start(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        steps: Sequence[StepInput],
+        loss_function: LossFunction,
+        teachers: TeacherModels | None,
+    ) -> MegatronExecution:
+        return MegatronExecution(list(chunks), steps[0], self.groups, loss_function, teachers)
+
+    def plan_next(self) -> None:
+        """Nothing is planned."""
+
+    def forward(self, chunks, micro_batches, shape, on_hidden) -> None:
+        run_forward(chunks, micro_batches, shape, self.groups, on_hidden)
+
+    def last_events(self) -> list:
+        return []
+
+
+@dataclass
+class MegatronExecution:
+    """The step that `MegatronSchedules` has started; like `pipeline.runtime.Execution`."""
+
+    chunks: list[torch.nn.Module]
+    step: StepInput
+    groups: ParallelGroups
+    loss_function: LossFunction
+    teachers: TeacherModels | None
+    reports: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def work(self) -> MegatronExecution:
+        return self
+
+    def run_to_update(self) -> None:
+        shape, groups = self.step.shape, self.groups
+        for name, micro_batches in self.step.teachers.items():
+            keep = partial(self.step.scores.keep, name)
+            run_teacher(self.teachers.make_resident(name), micro_batches, shape, groups, keep)
+        self.reports += run_student(self.chunks, self.step.student, shape, groups, self.loss_function)
+
+    def run_rest(self) -> None:
+        """Nothing is scored ahead."""

@@ -28,15 +28,9 @@ from megatron_mopd.model.checkpoint import (
 )
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.initialize import sharded_tensors
-from megatron_mopd.training.best import best_iteration
-from megatron_mopd.training.monitors import Alarms
-from megatron_mopd.training.optimizer import (
-    allocate_state,
-    keep_settings,
-    regroup_state,
-    separate_steps,
-)
-from megatron_mopd.training.resume import (
+from megatron_mopd.run.alarms import Alarms
+from megatron_mopd.run.best_checkpoint import best_iteration
+from megatron_mopd.run.resumable import (
     FinishedRun,
     Resumable,
     check_same_run,
@@ -45,8 +39,14 @@ from megatron_mopd.training.resume import (
     say_changes,
     settings,
 )
-from megatron_mopd.training.rollout_log import remove_rollout_logs
-from megatron_mopd.training.step import Learner
+from megatron_mopd.run.rollout_logs import remove_rollout_logs
+from megatron_mopd.training.learner import Learner
+from megatron_mopd.training.optimizer import (
+    allocate_state,
+    keep_settings,
+    regroup_state,
+    separate_steps,
+)
 
 # Optimizer state in the shape of the parameters it belongs to: the only form that any other layout can load.
 _OPTIMIZER_METADATA = {

@@ -7,8 +7,8 @@ import random
 import pytest
 
 from megatron_mopd.data.batching import BatchShape, equalize, group_micro_batches, split_over_ranks
-from megatron_mopd.pipeline.problem import TeacherGroup
-from megatron_mopd.training.step import teacher_group
+from megatron_mopd.pipeline.problem import ScoringTask
+from megatron_mopd.training.scoring_tasks import scoring_task
 from tests import _models
 
 
@@ -33,11 +33,11 @@ def test_first_uses_increase_and_cover_every_sample(seed, max_tokens, dp_size):
         if not any(selected):
             continue
         scored = cut(selected)
-        group = teacher_group(name, scored, student)
-        assert list(group.microbatches) == sorted(set(group.microbatches)), "each forward has its own name"
-        assert len(group.microbatches) == len(scored[0])
+        task = scoring_task(name, scored, student)
+        assert list(task.microbatches) == sorted(set(task.microbatches)), "each forward has its own name"
+        assert len(task.microbatches) == len(scored[0])
         for mine, students in zip(scored, student):
-            for (first, last), members in zip(group.uses(), mine):
+            for (first, last), members in zip(task.uses(), mine):
                 wanted = {t.index for t in members}
                 used_by = [i for i, ms in enumerate(students) if wanted & {t.index for t in ms}]
                 assert not used_by or (first <= used_by[0] and used_by[-1] <= last)
@@ -47,17 +47,17 @@ def test_heads_are_read_by_forwards_that_keep_log_probs_and_by_the_losses_of_the
     a, b, c, d = _models.batch(4)
     scored, student = [[[a, b], [c, d]], [[c], []]], [[[a], [b, c], [d]], [[], [c], []]]
 
-    def group(*names):
-        return teacher_group("t", scored, student, lambda t: t in names)
+    def task(*names):
+        return scoring_task("t", scored, student, lambda t: t in names)
 
-    assert (group().scoring_heads, group().loss_heads) == ((), (0, 1, 2))
-    assert (group(a).scoring_heads, group(a).loss_heads) == ((0,), (1, 2))
-    assert (group(a, c).scoring_heads, group(a, c).loss_heads) == ((0, 1), (1, 2))
-    assert (group(a, b, c, d).scoring_heads, group(a, b, c, d).loss_heads) == ((0, 1), ())
+    assert (task().scoring_heads, task().loss_heads) == ((), (0, 1, 2))
+    assert (task(a).scoring_heads, task(a).loss_heads) == ((0,), (1, 2))
+    assert (task(a, c).scoring_heads, task(a, c).loss_heads) == ((0, 1), (1, 2))
+    assert (task(a, b, c, d).scoring_heads, task(a, b, c, d).loss_heads) == ((0, 1), ())
 
 
 def test_last_uses_must_match():
     with pytest.raises(ValueError, match="does not match first uses"):
-        TeacherGroup("a", (0, 2), last_uses=(1, 1))
+        ScoringTask("a", (0, 2), last_uses=(1, 1))
     with pytest.raises(ValueError, match="does not match first uses"):
-        TeacherGroup("a", (0, 2), last_uses=(1,))
+        ScoringTask("a", (0, 2), last_uses=(1,))

@@ -10,11 +10,11 @@ from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.tokenizer import Tokenizer
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.rollout.engine import RolloutEngine, SamplingParams
-from megatron_mopd.rollout.routing import RoutingRecords
+from megatron_mopd.rollout.routing_records import RoutingRecords
 from megatron_mopd.rollout.write_ahead import RolloutLog
 
 
-def draw_trajectories(
+def collect_trajectories(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
     objectives: DomainObjectives,

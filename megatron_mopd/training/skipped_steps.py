@@ -9,28 +9,24 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_mopd.backend.messages import shown
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.backend.whole_files import write_whole
 from megatron_mopd.data.trajectory import Trajectory
-from megatron_mopd.objectives.vocab_shard import NotFinite, Report
+from megatron_mopd.losses.findings import DAMAGED_WEIGHT, Findings
 from megatron_mopd.observe.progress import say
-from megatron_mopd.training.response_tokens import ResponseTokens
 
 LARGEST_GRADIENT = 1e18
 """Largest norm of the gradients in one buffer: the squares of 3e2 such buffers still add up in float32."""
 MOST_EVIDENCE = 16
 """Steps that were left out whose evidence is kept: half of them the first, half the last."""
 MOST_EVIDENCE_BYTES = 2**30
-_MOST_CAUSES = 8
-"""Findings that a rank keeps of one step: one fault in the weights shows in every token."""
 
 
 @dataclass
@@ -40,8 +36,19 @@ class SkippedSteps:
     total: int = 0
     in_a_row: int = 0
     weights_damaged: bool = False
-    """Whether the last step was left out because of the student's own weights, on whatever rank. Then nothing
-    is saved: a checkpoint of them could take the place of a good one."""
+    """Whether the last step was skipped because of the student's own weights, on any rank. Nothing is saved
+    then: a checkpoint of them could take the place of a good one."""
+    causes: list[str] = field(default_factory=list)
+    """What the losses and log-probs of all ranks found in the last step, if it was skipped."""
+
+    def add(self, causes: list[str], weights_damaged: bool) -> None:
+        """One more."""
+        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
+        self.causes, self.weights_damaged = causes, weights_damaged
+
+    def end_row(self) -> None:
+        """A step was not skipped."""
+        self.in_a_row, self.causes, self.weights_damaged = 0, [], False
 
     def state_dict(self) -> dict[str, int]:
         return {"total": self.total, "in_a_row": self.in_a_row}
@@ -50,80 +57,18 @@ class SkippedSteps:
         self.total, self.in_a_row = state["total"], state["in_a_row"]
 
 
-@dataclass
-class Findings:
-    """What losses and log-probs of one step turned up that is not finite, on this rank; any of it leaves the
-    step out."""
-
-    causes: list[str] = field(default_factory=list)
-
-    def add(self, cause: str) -> None:
-        if len(self.causes) < _MOST_CAUSES and cause not in self.causes:
-            self.causes.append(cause)
-
-    def report(self, tokens: ResponseTokens, teachers: Sequence[str] = ()) -> Report:
-        """Takes down what an objective finds among the rows of `tokens`; `teachers` are the names of the
-        teachers that it compares the student with."""
-        numbers = {"teacher": 0} | {f"teacher {k}": k for k in range(len(teachers))}
-        names = {model: f"teacher {teachers[k]!r}" for model, k in numbers.items() if k < len(teachers)}
-        return self._report(tokens, lambda model: names.get(model, model))
-
-    def report_of_teacher(self, tokens: ResponseTokens, teacher: str) -> Report:
-        """The same for log-probs of one teacher's own."""
-        return self._report(tokens, lambda model: f"teacher {teacher!r}")
-
-    def _report(self, tokens: ResponseTokens, name: Callable[[str], str]) -> Report:
-        def add(found: NotFinite) -> None:
-            trajectory, position = tokens.place(found.token)
-            where = (
-                f"token {position} of response {trajectory.index} (domain {shown(trajectory.domain)}): "
-                f"{found.what} is {found.value}"
-            )
-            blame = dict.fromkeys(
-                f"{name(model)}: logit of vocabulary id {column} is {value}"
-                for _, model, column, value in found.logits
-            )
-            self.add(f"{where}; {'; '.join(blame) or 'no single logit is to blame'}")
-
-        return add
-
-    def add_weights(self, chunks: Sequence[torch.nn.Module], rank: int) -> None:
-        """Look for weights of the student that are not finite; the first of them is the first cause."""
-        for name, parameter in (named for chunk in chunks for named in chunk.named_parameters()):
-            if count := int((~torch.isfinite(parameter)).sum()):
-                self.causes.insert(
-                    0,
-                    f"{_DAMAGED_WEIGHT} {name} is not finite in {count} of {parameter.numel()} elements on "
-                    f"rank {rank}",
-                )
-                return
-
-    def add_sampled(self, trajectories: Iterable[Trajectory]) -> None:
-        """Look for responses that were sampled from logits that are not finite."""
-        for trajectory in trajectories:
-            if not math.isfinite(sum(trajectory.logprobs or ())):
-                position = [math.isfinite(value) for value in trajectory.logprobs].index(False)
-                self.add(
-                    f"token {position} of response {trajectory.index} (domain {shown(trajectory.domain)}): "
-                    f"the sampler's log-prob is {trajectory.logprobs[position]}"
-                )
-
-
-_DAMAGED_WEIGHT = "the student's weight"
-
-
 def causes_of_all_ranks(findings: Findings) -> list[str]:
     """Every rank's findings, each once, damaged weights first. Collective: a gather of a few sentences over
     all ranks, only for a step that is left out."""
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, findings.causes)
     causes = dict.fromkeys(cause for causes in gathered for cause in causes)
-    return sorted(causes, key=lambda cause: not cause.startswith(_DAMAGED_WEIGHT))
+    return sorted(causes, key=lambda cause: not cause.startswith(DAMAGED_WEIGHT))
 
 
 def weights_damaged(causes: Sequence[str]) -> bool:
     """Whether the student's own weights are among the causes."""
-    return any(cause.startswith(_DAMAGED_WEIGHT) for cause in causes)
+    return any(cause.startswith(DAMAGED_WEIGHT) for cause in causes)
 
 
 class ExpertBiases:

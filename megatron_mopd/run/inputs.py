@@ -1,4 +1,4 @@
-"""Everything that is built once before the first step, and everything that is checked before that.
+"""What a run starts from: configuration, tokenizer, architectures, prompts, read and checked.
 
 Every rank runs the same checks on the same inputs, so a mistake ends all of them with the same message.
 """
@@ -6,51 +6,24 @@ Every rank runs the same checks on the same inputs, so a mistake ends all of the
 from __future__ import annotations
 
 import dataclasses
-import os
-import socket
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from megatron_mopd.backend.agreement import require_agreement
-from megatron_mopd.backend.launch import read_launch
-from megatron_mopd.backend.lifeline import Lifeline
-from megatron_mopd.backend.messages import visible
-from megatron_mopd.backend.parallel import (
-    ParallelGroups,
-    build_parallel_groups,
-    select_device,
-    start_ranks,
-    validate_layout,
-)
+from megatron_mopd.backend.parallel import validate_layout
 from megatron_mopd.config import Config, ConfigError, DomainObjectives, ModelConfig
 from megatron_mopd.config.objectives import needs_rewards, needs_teachers, samples_per_prompt
-from megatron_mopd.confinement.kernel import Confinement
-from megatron_mopd.confinement.process import Unanswered, examine
 from megatron_mopd.data.prompts import PromptSet, load_prompts, require_answers
 from megatron_mopd.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_mopd.data.verifiers import has_verdict, is_confined
-from megatron_mopd.model.build import build_model
-from megatron_mopd.model.checkpoint import find_checkpoint, load_weights, read_architecture
+from megatron_mopd.data.verifiers import has_verdict
+from megatron_mopd.model.checkpoint import find_checkpoint, read_architecture
 from megatron_mopd.model.checkpoint_tokenizer import check_tokenizer
-from megatron_mopd.model.router_replay import install_routing_replay
-from megatron_mopd.observe.progress import phase, say
-from megatron_mopd.observe.run_lock import RunLock, claim
 from megatron_mopd.observe.weights_and_biases import check_tracking
-from megatron_mopd.rollout.engine import RolloutEngine
-from megatron_mopd.rollout.megatron_engine import MegatronEngine
 from megatron_mopd.rollout.stop_ids import StopIds, model_directories, read_stop_ids
-from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
-from megatron_mopd.teachers.manifest import model_fingerprints, run_manifest, start_alarms
+from megatron_mopd.run.rank_facts import input_facts, launch_facts
+from megatron_mopd.teachers.bank import TeacherSource
 from megatron_mopd.teachers.routing import Routing, check_teachers
-from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_mopd.training.rank_facts import input_facts, launch_facts
-from megatron_mopd.training.resume import Resumable, check_same_run, find_resumable
-from megatron_mopd.training.rewards import Rewarder
-from megatron_mopd.training.run_date import with_date
-from megatron_mopd.training.step import Learner
 
 
 @dataclass(frozen=True)
@@ -65,131 +38,6 @@ class Inputs:
     prompts: PromptSet
     eval_prompts: PromptSet | None
     stop_ids: StopIds
-
-
-@dataclass
-class Run:
-    """A configured run, ready for its first step."""
-
-    config: Config
-    groups: ParallelGroups
-    tokenizer: Tokenizer
-    prompts: PromptSet
-    eval_prompts: PromptSet | None
-    learner: Learner
-    engine: RolloutEngine
-    rewarder: Rewarder
-    start_alarms: list[str]
-    """What the teachers' fingerprints say; already printed."""
-    resumable: Resumable | None
-    """The checkpoint that the run continues from, already found to be of the same run."""
-    stop_ids: StopIds
-    """What ends a response."""
-    lifeline: Lifeline
-    """To be released before this rank ends by itself."""
-    confinement: Confinement | None
-    """On the first rank of a host: how its answers are confined; `None` where nothing has to be."""
-    lock: RunLock | None
-    """On rank 0: what keeps other runs out of `run_dir`; to be released at the end."""
-
-
-def build_run(config: Config) -> Run:
-    """Start the ranks, check every input, build student, teachers, optimizer and rollout engine.
-
-    Raises `ConfigError` for a user's mistake, `FinishedRun` when there is nothing left to do, both before
-    anything is built or written. Collective over all ranks.
-    """
-    device = select_device(config.device)
-    lifeline = start_ranks(device, config.parallel.distributed_timeout_minutes)
-    config = with_date(config)
-    inputs = agreed_inputs(config)
-    confinement = examine_confinement(inputs)
-    lock = claim(Path(config.run_dir))
-    try:
-        return _build(config, device, inputs, lifeline, confinement, lock)
-    except BaseException:
-        if lock is not None:
-            lock.release()
-        raise
-
-
-def _build(
-    config: Config,
-    device: torch.device,
-    inputs: Inputs,
-    lifeline: Lifeline,
-    confinement: Confinement | None,
-    lock: RunLock | None,
-) -> Run:
-    tokenizer, student, routing = inputs.tokenizer, inputs.student, inputs.routing
-    fingerprints = model_fingerprints(
-        config.student.load,
-        config.teachers if routing is not None else (),
-        student,
-        tokenizer.fingerprint(),
-        config.seed,
-    )
-    manifest = run_manifest(tokenizer.fingerprint(), inputs.prompts, fingerprints)
-    if (resumable := find_resumable(config)) is not None:
-        allow = config.data.allow_tokenizer_change
-        resumable = resumable.with_run_tokenizer(tokenizer, allow_change=allow)
-        check_same_run(resumable, config, student, manifest)
-        resumable.check_continues(config)
-
-    groups = build_parallel_groups(config.parallel, device, config.seed)
-    chunks = build_model(
-        student,
-        groups,
-        config.params_dtype,
-        max_sequence_length=config.data.seq_length,
-        seed=config.seed if student.load is None else None,
-    )
-    if student.load is not None:
-        with phase("loading the student"):
-            checkpoint = find_checkpoint(student.load, "student.load")
-            load_weights(chunks, checkpoint, groups, "student.load", student)
-    if config.rollout.routing_replay:
-        install_routing_replay(chunks)
-    bank, alarms = None, []
-    if routing is not None:
-        alarms = start_alarms(fingerprints)
-        for alarm in alarms:
-            say(f"ALARM: {alarm}")
-        bank = TeacherBank(
-            [replace(source, fingerprint=fingerprints[source.name]["weights"]) for source in inputs.teachers],
-            groups,
-            config.params_dtype,
-            config.data.seq_length,
-            config.teacher_storage,
-            directory=run_directory(config) / "teachers",
-            max_mixture=DomainObjectives(config.objective).heads_at_once(routing.max_teachers),
-        )
-    wrapped = wrap_data_parallel(chunks, config, groups)
-    optimizer, scheduler = build_optimizer(wrapped, config, groups)
-    learner = Learner(
-        config=config,
-        groups=groups,
-        chunks=wrapped,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        model=student,
-        vocab_size=tokenizer.vocab_size,
-        manifest=manifest,
-        domains=sorted(inputs.prompts.domains),
-        routing=routing,
-        bank=bank,
-    )
-    engine = MegatronEngine(
-        wrapped,
-        groups,
-        vocab_size=tokenizer.vocab_size,
-        max_sequence_length=config.data.seq_length,
-        max_batch_size=config.rollout.max_batch_size,
-    )
-    rewarder = Rewarder(config, groups, tokenizer.decode)
-    shared = (config, groups, tokenizer, inputs.prompts, inputs.eval_prompts)
-    built = (learner, engine, rewarder, alarms, resumable, inputs.stop_ids)
-    return Run(*shared, *built, lifeline, confinement, lock)
 
 
 def agreed_inputs(config: Config) -> Inputs:
@@ -226,8 +74,8 @@ def check_inputs(config: Config, world_size: int) -> Inputs:
     student = resolve_student(config, tokenizer)
     is_distillation = any(needs_teachers(objective) for objective in objectives.all())
     teachers, routing = resolve_teachers(config, student, tokenizer) if is_distillation else ([], None)
-    _check_layout(config, world_size, student, teachers)
-    _check_batch(config)
+    check_layout(config, world_size, student, teachers)
+    check_batch(config)
 
     prompts = load_prompts(config.data.prompts, tokenizer, config.data.seq_length)
     eval_prompts = None
@@ -245,25 +93,6 @@ def student_stop_ids(config: Config, tokenizer: Tokenizer) -> StopIds:
     if config.student.load is not None:
         directories = model_directories(find_checkpoint(config.student.load, "student.load"))
     return read_stop_ids(tokenizer, directories, config.rollout.stop_token_ids)
-
-
-def examine_confinement(inputs: Inputs) -> Confinement | None:
-    """What keeps the answers to these prompts from doing harm; a warning says what is missing.
-
-    On the first rank of each host, and only where answers are parsed or messages go through a template;
-    elsewhere `None`. Raises `ConfigError` when no confined process can be started. Collectives: none.
-    """
-    prompts = [*inputs.prompts, *(inputs.eval_prompts or ())]
-    is_needed = any(is_confined(prompt) or not isinstance(prompt.text, str) for prompt in prompts)
-    if not is_needed or read_launch(os.environ).local_rank != 0:
-        return None
-    try:
-        confinement = examine()
-    except Unanswered as error:
-        raise ConfigError(f"answers have to be scored in a confined process: {error}") from None
-    if (warning := confinement.warning()) is not None:
-        print(f"warning: {socket.gethostname()}: {visible(warning)}", flush=True)
-    return confinement
 
 
 def resolve_student(config: Config, tokenizer: Tokenizer) -> ModelConfig:
@@ -327,7 +156,7 @@ def resolve_teachers(
     return sources, Routing(config.routing, config.teachers)
 
 
-def _check_layout(
+def check_layout(
     config: Config, world_size: int, student: ModelConfig, teachers: list[TeacherSource]
 ) -> None:
     """Every model fits the parallel layout; `ConfigError` names the teacher that does not."""
@@ -382,20 +211,10 @@ def _check_prompts(
             )
 
 
-def _check_batch(config: Config) -> None:
+def check_batch(config: Config) -> None:
     samples = samples_per_prompt(config)
     if config.schedule.global_batch_size % samples:
         raise ConfigError(
             f"rollout.samples_per_prompt: {samples} does not divide schedule.global_batch_size="
             f"{config.schedule.global_batch_size}"
         )
-
-
-def run_directory(config: Config) -> Path:
-    """The run's directory, made if it is not there."""
-    path = Path(config.run_dir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run_dir: cannot create {path}: {error.strerror}") from None
-    return path

@@ -20,20 +20,20 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_mopd.backend.parallel import ParallelGroups, build_parallel_groups, destroy_parallel_groups
 from megatron_mopd.config import Config, DomainObjectives, ModelConfig
+from megatron_mopd.estimate.activations import SavedActivations
 from megatron_mopd.model.build import DTYPES, build_model
 from megatron_mopd.model.gpt import is_expert
 from megatron_mopd.model.norm import HeadsRMSNorm
 from megatron_mopd.objectives.torch_kernels import TILE_ELEMENTS
 from megatron_mopd.pipeline.instructions import Plan, StudentForward, TeacherForward
 from megatron_mopd.pipeline.plan import Planner
-from megatron_mopd.pipeline.problem import CostModel, Limits, PlanRequest, split_groups
+from megatron_mopd.pipeline.problem import CostModel, Limits, PlanRequest, split_scoring
 from megatron_mopd.pipeline.simulate import simulate
 from megatron_mopd.teachers import placement
 from megatron_mopd.teachers.bank import TeacherSource
 from megatron_mopd.teachers.encoding import Encoding
 from megatron_mopd.teachers.hidden_cache import DTYPES as CACHE_DTYPES
 from megatron_mopd.teachers.layout import Skeleton
-from megatron_mopd.training.activation_memory import SavedActivations
 
 
 class _OnMeta(TorchFunctionMode):
@@ -143,8 +143,7 @@ def _teacher_bytes(
             staging[segment.name] = max(staging[segment.name], size)
     slots = min(2, len(teachers)) * max(s.body_bytes for s in skeletons.values())
     heads = min(DomainObjectives(config.objective).heads_at_once(max_mixture) + 1, len(teachers))
-    if config.schedule.kind != "megatron":
-        heads = max(heads, 2)  # a plan's head slots
+    heads = max(heads, 2)  # a plan's head slots
     slots += heads * max(s.head_bytes for s in skeletons.values())
     if config.teacher_storage.dtype is not None:
         slots += sum(staging.values())
@@ -170,7 +169,7 @@ def _cache_bytes(
     if DomainObjectives(config.objective).compare_tokens_only():  # a log-prob instead of a state
         per_token = 8 if config.params_dtype == "float64" else 4
     per_sample = config.rollout.max_new_tokens * per_token * max_mixture // groups.cp_size
-    if schedule.kind == "megatron" or schedule.max_tokens_per_micro_batch:
+    if schedule.max_tokens_per_micro_batch:
         held = samples
     else:
         held = _scored_at_once(_planned(config, groups)) * schedule.micro_batch_size
@@ -187,7 +186,7 @@ def _planned(config: Config, groups: ParallelGroups) -> Plan:
         count,
         CostModel.build(groups.pp_size, groups.vpp_size, teacher_forward={"any": 1.0}),
         groups.vpp_size,
-        split_groups({"any": count}),
+        split_scoring({"any": count}),
         schedule.kind,
         Limits(activations=schedule.max_activations, cached_states=schedule.max_cached_states),
     )
@@ -249,14 +248,7 @@ def activation_bytes(config: Config, chunks, groups: ParallelGroups, itemsize: i
     """
     model: TransformerConfig = chunks[0].config
     tokens = _micro_batch_tokens(config) // groups.cp_size
-    stages, rank = groups.pp_size, groups.pp.rank()
-    if config.schedule.kind == "megatron":
-        count = -(-config.schedule.global_batch_size // groups.dp_size // config.schedule.micro_batch_size)
-        in_flight = min(count, stages - rank)
-        if groups.vpp_size > 1:
-            in_flight = min(count * groups.vpp_size, in_flight + stages * (groups.vpp_size - 1) + stages - 1)
-    else:
-        in_flight = simulate([_planned(config, groups)]).peak_activations[rank]
+    in_flight = simulate([_planned(config, groups)]).peak_activations[groups.pp.rank()]
     over_heads = any(isinstance(module, HeadsRMSNorm) for chunk in chunks for module in chunk.modules())
     saved = SavedActivations(model, itemsize, on_cpu, over_heads)
     per_token = sum(

@@ -1,4 +1,4 @@
-"""What the loss has to know of the whole global batch: weights, outcome advantages, old policies."""
+"""What the loss has to know of the whole global batch: targets, weights, advantages, old policies."""
 
 from __future__ import annotations
 
@@ -7,28 +7,39 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from megatron_mopd.config import DomainObjectives
 from megatron_mopd.config.objectives import needs_rewards
 from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.losses.findings import Findings
+from megatron_mopd.losses.targets import Targets
+from megatron_mopd.losses.token_samples import TokenSamples
 from megatron_mopd.objectives.policy_gradient import group_relative_advantages
+from megatron_mopd.teachers.hidden_cache import HiddenCache
 
 
-@dataclass
+@dataclass(frozen=True)
 class BatchFacts:
-    """Everything is by trajectory index and equal on all ranks that run the loss."""
+    """Of one global batch, by trajectory index; equal on all ranks that run the loss, but for `cache`,
+    `findings` and `samples`, which hold what belongs to this rank."""
 
+    targets: Targets
     token_weights: Mapping[int, float]
     """Weight of each response token (`objectives.reduction`)."""
+    cache: HiddenCache
+    """Where the teachers' states are, which the loss takes out."""
+    findings: Findings
+    """Collects what is not finite."""
     outcome_advantages: Callable[[], Mapping[int, float]] = dict
     """Group-relative advantages of the rewards; 0 where there is no verdict. The first call waits for the
     verifiers, so only a loss that needs an advantage makes it."""
     proximal_logprobs: Mapping[int, Tensor] = field(default_factory=dict)
     """log-probs [|y|] under the student at the start of the rollout batch; empty for the first step of a
     rollout batch, where that is the student in training."""
+    samples: TokenSamples | None = None
+    """Collects the divergence of single tokens, in the steps that are reported in this way."""
 
 
 def outcome_advantages(
-    objectives: DomainObjectives,
+    targets: Targets,
     trajectories: Sequence[Trajectory],
     rewards: Mapping[int, float | None],
     samples_per_prompt: int,
@@ -39,7 +50,7 @@ def outcome_advantages(
     """
     advantages: dict[int, float] = {}
     for domain in {t.domain for t in trajectories}:
-        objective = objectives.of(domain)
+        objective = targets[domain].objective
         if not needs_rewards(objective):
             continue
         mine = {t.index: rewards.get(t.index) for t in trajectories if t.domain == domain}

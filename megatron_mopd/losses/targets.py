@@ -1,0 +1,51 @@
+"""What each domain is trained towards in one optimizer step: its objective, and its teachers' weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_mopd.config import DomainObjectives, ObjectiveConfig
+from megatron_mopd.config.objectives import compares_tokens_only, needs_teachers
+from megatron_mopd.teachers.routing import Mixture, Routing
+
+
+@dataclass(frozen=True)
+class Target:
+    """Resolved once a step and carried along by its batch."""
+
+    objective: ObjectiveConfig
+    mixture: Mixture
+    """The teachers that the objective compares the student with; none for `sft` and `grpo`."""
+
+    @cached_property
+    def order(self) -> tuple[Mixture, str]:
+        """Equal for domains whose samples share a term of the loss; batches are ordered by it."""
+        return self.mixture, repr(self.objective)
+
+    @cached_property
+    def keeps_log_probs(self) -> bool:
+        """Whether its teachers' forward passes read their heads and keep log-probs of sampled tokens, because
+        nothing else of the teachers is compared."""
+        return compares_tokens_only(self.objective)
+
+    def is_scored_by(self, teacher: str) -> bool:
+        return any(teacher == name for name, _ in self.mixture)
+
+
+Targets = Mapping[str, Target]
+"""By domain."""
+
+
+def resolve_targets(
+    objectives: DomainObjectives, routing: Routing | None, domains: Iterable[str], iteration: int
+) -> dict[str, Target]:
+    """The targets of these domains with the routing weights of `iteration` (optimizer steps done)."""
+    current = routing.at(iteration) if routing is not None else None
+
+    def target(domain: str) -> Target:
+        objective = objectives.of(domain)
+        return Target(objective, current.mixture(domain) if needs_teachers(objective) else ())
+
+    return {domain: target(domain) for domain in domains}

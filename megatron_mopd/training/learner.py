@@ -1,0 +1,89 @@
+"""Everything that one optimizer step touches: models, optimizer, teachers, pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.config import Config, DomainObjectives, ModelConfig
+from megatron_mopd.config.objectives import rollout_sizes
+from megatron_mopd.data.position import DataPosition
+from megatron_mopd.losses.batch_loss import LossSettings
+from megatron_mopd.losses.targets import Targets, resolve_targets
+from megatron_mopd.pipeline.driver import PipelineDriver
+from megatron_mopd.pipeline.problem import Limits
+from megatron_mopd.teachers.bank import TeacherBank
+from megatron_mopd.teachers.routing import Routing
+from megatron_mopd.training.skipped_steps import SkippedSteps
+
+
+@dataclass
+class Learner:
+    """Of one run, on this rank."""
+
+    config: Config
+    groups: ParallelGroups
+    chunks: list[torch.nn.Module]
+    """The student's chunks on this rank, wrapped in DistributedDataParallel."""
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    model: ModelConfig
+    """The student's architecture, everything resolved."""
+    manifest: dict[str, Any]
+    """Fingerprints of what a resumed run must agree with: tokenizer, student, teachers, prompts."""
+    domains: list[str]
+    """Every domain of the run, sorted: the order of per-domain sums on all ranks."""
+    routing: Routing | None = None
+    """`None` when no domain's objective has teachers."""
+    bank: TeacherBank | None = None
+    vocab_size: int | None = None
+    """Ids from 0 on that take part in every softmax: the tokenizer's; default: all rows of the model. Rows
+    beyond, with which models are padded to round sizes, are no tokens: they are never sampled and belong to
+    no distribution, neither the student's nor a teacher's."""
+    skipped: SkippedSteps = field(default_factory=SkippedSteps)
+    sampled_from: dict[int, int] = field(default_factory=dict)
+    """Rollout batch -> identity of the weights that it is sampled from (`rollout_log`)."""
+    position: DataPosition = field(init=False)
+    """How iterations correspond to rollout batches and prompts."""
+    pipeline: PipelineDriver = field(init=False)
+
+    def __post_init__(self):
+        """Collective over all ranks: the pipeline's communicators."""
+        self.vocab_size = self.vocab_size or self.model.vocab_size
+        schedule = self.config.schedule
+        self.position = DataPosition(*rollout_sizes(self.config))
+        self.pipeline = PipelineDriver(
+            self.groups,
+            dict.fromkeys(self.bank.names if self.bank else (), 1.0),
+            kind=schedule.kind,
+            limits=Limits(activations=schedule.max_activations, cached_states=schedule.max_cached_states),
+            cache_bytes=self.config.teacher_storage.hidden_cache_bytes,
+            timeout=timedelta(minutes=self.config.parallel.distributed_timeout_minutes),
+        )
+
+    @cached_property
+    def objectives(self) -> DomainObjectives:
+        """The objective of every domain."""
+        return DomainObjectives(self.config.objective)
+
+    @cached_property
+    def loss_settings(self) -> LossSettings:
+        """What all losses of the run share."""
+        return LossSettings(
+            self.groups,
+            self.domains,
+            self.vocab_size,
+            self.config.objective.chunk_size,
+            self.config.rollout.temperature,
+        )
+
+    def targets(self, iteration: int = 0) -> Targets:
+        """What every domain is trained towards in the step after `iteration` others."""
+        return resolve_targets(self.objectives, self.routing, self.domains, iteration)

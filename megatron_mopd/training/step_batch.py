@@ -1,0 +1,164 @@
+"""The global batch of one optimizer step, cut into micro-batches for the student and for every teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from megatron_mopd.config.objectives import needs_old_policy
+from megatron_mopd.data.batching import (
+    BatchShape,
+    MicroBatch,
+    collate,
+    equalize,
+    group_micro_batches,
+    split_over_ranks,
+)
+from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.losses.findings import Findings
+from megatron_mopd.losses.targets import Targets
+from megatron_mopd.losses.teacher_scores import TeacherScores
+from megatron_mopd.pipeline.problem import ScoringTask
+from megatron_mopd.rollout.routing_records import RoutingRecords
+from megatron_mopd.teachers.hidden_cache import HiddenCache
+from megatron_mopd.training.learner import Learner
+from megatron_mopd.training.proximal_policy import proximal_logprobs
+from megatron_mopd.training.rewards import NO_REWARDS, PendingRewards
+from megatron_mopd.training.scoring_tasks import scoring_task
+
+Cut = list[list[list[Trajectory]]]
+"""[data-parallel rank][micro-batch], the same number of micro-batches on every rank."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepBatch:
+    """As this rank sees it; a `StepInput` of the pipeline."""
+
+    trajectories: Sequence[Trajectory]
+    targets: Targets
+    shape: BatchShape
+    student: list[MicroBatch]
+    teachers: dict[str, list[MicroBatch]]
+    """Teacher name -> the micro-batches it scores; only samples routed to it, the same number on every DP
+    rank."""
+    scoring: tuple[ScoringTask, ...]
+    """Which student micro-batches need each of the teachers' micro-batches."""
+    cache: HiddenCache
+    scores: TeacherScores
+    findings: Findings
+    """What this rank's losses and log-probs found to be not finite."""
+    rewards: PendingRewards
+    iteration: int = 0
+    """Optimizer steps done before this one; routing weights follow it."""
+    state_bytes: int = 0
+    """Most bytes that one scored micro-batch leaves in the cache of any rank."""
+    proximal: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """Trajectory index -> log-probs at the start of the rollout batch, on the last stage (`BatchFacts`)."""
+
+
+def plan_steps(
+    learner: Learner,
+    rollout: Sequence[Trajectory],
+    rewards: PendingRewards = NO_REWARDS,
+    routing: RoutingRecords | None = None,
+    iteration: int = 0,
+) -> list[StepBatch]:
+    """The optimizer steps that a rollout batch feeds, from `iteration` on: `global_batch_size` trajectories
+    each, in order.
+
+    Where PPO's clipping needs the policy at the start of a rollout batch of several steps, one forward pass
+    of the student over the whole batch takes down its log-probs.
+    """
+    size = learner.config.schedule.global_batch_size
+    batches = [
+        plan_step(learner, rollout[start : start + size], rewards, routing, iteration + number)
+        for number, start in enumerate(range(0, len(rollout), size))
+    ]
+    if len(batches) == 1 or not learner.objectives.any(needs_old_policy, learner.domains):
+        return batches
+    return [replace(batch, proximal=_proximal(learner, batch)) for batch in batches]
+
+
+def _proximal(learner: Learner, batch: StepBatch) -> dict[int, torch.Tensor]:
+    return proximal_logprobs(
+        learner.pipeline,
+        learner.chunks,
+        batch.student,
+        batch.shape,
+        settings=learner.loss_settings,
+        findings=batch.findings,
+    )
+
+
+def plan_step(
+    learner: Learner,
+    trajectories: Sequence[Trajectory],
+    rewards: PendingRewards = NO_REWARDS,
+    routing: RoutingRecords | None = None,
+    iteration: int = 0,
+) -> StepBatch:
+    """Split the batch over DP ranks, ordered by target, and cut it into micro-batches.
+
+    Collectives: only with routing replay, `RoutingRecords.exchange` over DP.
+    """
+    groups, targets = learner.groups, learner.targets(iteration)
+    shape = _batch_shape(learner, trajectories)
+    # Ordered by target, so that a micro-batch's loss has few parts.
+    per_rank = split_over_ranks(trajectories, groups.dp_size, lambda t: targets[t.domain].order)
+    experts = None
+    if routing is not None:
+        wanted = [[t.index for t in share] for share in per_rank]
+        experts = routing.exchange(wanted, groups.dp, groups.device)
+
+    storage = learner.config.teacher_storage
+    cache = HiddenCache(
+        groups.device, storage.hidden_cache_device, storage.hidden_cache_dtype, storage.hidden_cache_bytes
+    )
+    findings = Findings()
+    scores = TeacherScores(learner.loss_settings, learner.bank, targets, cache, findings)
+    student = _cut(per_rank, shape)
+    scored = {}
+    for name in learner.bank.names if learner.bank else ():
+        selected = [[t for t in share if targets[t.domain].is_scored_by(name)] for share in per_rank]
+        if any(selected):
+            scored[name] = _cut(selected, shape)
+    rank = groups.dp.rank()
+    return StepBatch(
+        trajectories,
+        targets,
+        shape,
+        student=[collate(members, shape, experts) for members in student[rank]],
+        teachers={name: [collate(members, shape) for members in cut[rank]] for name, cut in scored.items()},
+        scoring=tuple(
+            scoring_task(name, cut, student, scores.keeps_log_probs) for name, cut in scored.items()
+        ),
+        cache=cache,
+        scores=scores,
+        findings=findings,
+        rewards=rewards,
+        iteration=iteration,
+        # Under context parallelism one rank may hold a whole response.
+        state_bytes=max(
+            (scores.num_bytes(name, part) for name, cut in scored.items() for share in cut for part in share),
+            default=0,
+        ),
+    )
+
+
+def _batch_shape(learner: Learner, trajectories: Sequence[Trajectory]) -> BatchShape:
+    groups, schedule = learner.groups, learner.config.schedule
+    return BatchShape.for_batch(
+        trajectories,
+        micro_batch_size=schedule.micro_batch_size,
+        max_tokens=schedule.max_tokens_per_micro_batch,
+        tp_size=groups.tp_size,
+        cp_size=groups.cp_size,
+        cp_rank=groups.cp.rank(),
+        fixed=groups.pp_size > 1,
+    )
+
+
+def _cut(per_rank: Sequence[Sequence[Trajectory]], shape: BatchShape) -> Cut:
+    return equalize([group_micro_batches(share, shape) for share in per_rank])
