@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_mopd.config import ConfigError, DomainObjectives, config_from_dict
@@ -39,16 +40,26 @@ class Verdict:
         return next((line for line in reversed(lines) if not line.startswith("on pipeline stage")), "")
 
 
+_CASES_PER_FORK = 8
+"""Cases that a pool serves. megatron-core's DistributedDataParallel is part of a circle that the garbage
+collector does not see, and keeps its process groups, whose threads cost all later cases time."""
+
+
 class Pools:
     """Pools of ranks by size: one of a single rank, and the others that fit `most` processes."""
 
     def __init__(self, timeout: float = 150, most: int = 8):
         self._timeout, self._most = timeout, most
         self._pools: dict[int, RankPool] = {}
+        self._served: Counter[int] = Counter()
 
     def pool(self, ranks: int) -> RankPool:
-        """The pool of this size, forked when it is not there."""
+        """The pool of this size, forked when it is not there or has served enough cases."""
+        if ranks in self._pools and self._served[ranks] >= _CASES_PER_FORK:
+            self._pools.pop(ranks).close()
+        self._served[ranks] += 1
         if ranks not in self._pools:
+            self._served[ranks] = 1
             for other in sorted(self._pools.keys() - {1}):
                 if sum(self._pools) + ranks > self._most:
                     self._pools.pop(other).close()

@@ -184,7 +184,7 @@ def test_a_tensor_that_is_equal_in_two_shards(copy, tmp_path, pools):
 @pytest.mark.parametrize(
     "edit",
     [lambda t: t[-1].add_(1e-6), lambda t: t.resize_(5), lambda t: t.neg_()],
-    ids=["one value", "shape", "sign"],
+    ids=["one row", "another size", "signs"],
 )
 def test_a_tensor_that_differs_in_two_shards(copy, edit):
     """transformers takes the last shard's, whatever the index says."""

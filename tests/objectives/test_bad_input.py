@@ -152,7 +152,7 @@ def test_a_mistake_on_one_rank_is_raised_on_all(ranks):
             "local vocabulary width is [18, 17] on ranks 0 to 1",
         ),
     ],
-    ids=lambda value: "+".join(value) if isinstance(value, dict) else value,
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
 def test_ranks_that_disagree(ranks, changes, expected):
     """Shards of other sizes than the group's, or other options: silently wrong or a hang, if let through."""
