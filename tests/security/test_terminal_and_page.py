@@ -104,7 +104,7 @@ def test_errors(capfd, monkeypatch):
         def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(train, "load_config", fail)
+        monkeypatch.setattr(command_line, "load_config", fail)
         with pytest.raises(SystemExit):
             train.main(["--config", "x"])
         assert_harmless(capfd.readouterr().err, lines)
