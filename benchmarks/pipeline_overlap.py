@@ -1,8 +1,8 @@
 """Does the real runtime take the time that the planner promises?
 
-    python benchmarks/pipeline_overlap.py                     # both parts, some minutes on two idle cores
-    python benchmarks/pipeline_overlap.py --part sleep --stages 8 --picture timeline.png
-    python benchmarks/pipeline_overlap.py --part model
+    python -m benchmarks.pipeline_overlap                     # both parts, some minutes on two idle cores
+    python -m benchmarks.pipeline_overlap --part sleep --stages 8 --picture timeline.png
+    python -m benchmarks.pipeline_overlap --part model
 
 `sleep`: one process a stage, gloo, stages that sleep instead of computing, so that eight of them fit on two
 cores. Every schedule runs one rollout batch of several optimizer steps, a few times, the schedules in turns;
