@@ -13,9 +13,9 @@ from megatron_mopd.config import ConfigError, config_from_dict
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.checkpoint import MODEL_FILE
-from megatron_mopd.training import best as module
-from megatron_mopd.training.best import BEST_FILE, BestCheckpoint, best_iteration
-from megatron_mopd.training.evaluate import evaluate_pass_at, pass_at_k
+from megatron_mopd.run import best_checkpoint as module
+from megatron_mopd.run.best_checkpoint import BEST_FILE, BestCheckpoint, best_iteration
+from megatron_mopd.run.evaluation import evaluate_pass_at, pass_at_k
 
 
 @pytest.mark.parametrize("samples", [1, 4, 6])
