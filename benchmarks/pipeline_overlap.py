@@ -34,9 +34,10 @@ from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.build import build_model
 from megatron_mopd.pipeline.communicator import PipelineCommunicator
+from megatron_mopd.pipeline.costs import CostModel
 from megatron_mopd.pipeline.instructions import OptimizerStep, Plan, TeacherForward
 from megatron_mopd.pipeline.plan import Planner
-from megatron_mopd.pipeline.problem import KINDS, CostModel
+from megatron_mopd.pipeline.problem import KINDS
 from megatron_mopd.pipeline.runtime import Execution, Recording, Stopwatch
 from megatron_mopd.pipeline.scenarios import Workload, rollout_batch
 from megatron_mopd.pipeline.simulate import simulate

@@ -26,8 +26,9 @@ import time
 from dataclasses import dataclass, replace
 
 from megatron_mopd.pipeline.check import check_plan
+from megatron_mopd.pipeline.costs import CostModel
 from megatron_mopd.pipeline.plan import Planner
-from megatron_mopd.pipeline.problem import CostModel, Limits, one_f_one_b_activations
+from megatron_mopd.pipeline.problem import Limits, one_f_one_b_activations
 from megatron_mopd.pipeline.scenarios import (
     Workload,
     packed_ratio,

@@ -17,8 +17,9 @@ import time
 
 from megatron_mopd.backend.messages import visible
 from megatron_mopd.pipeline.check import check_plan
+from megatron_mopd.pipeline.costs import CostModel
 from megatron_mopd.pipeline.plan import Planner
-from megatron_mopd.pipeline.problem import KINDS, CostModel, Limits
+from megatron_mopd.pipeline.problem import KINDS, Limits
 from megatron_mopd.pipeline.scenarios import (
     Workload,
     packed_ratio,

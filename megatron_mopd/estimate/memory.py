@@ -25,9 +25,10 @@ from megatron_mopd.model.build import DTYPES, build_model
 from megatron_mopd.model.gpt import is_expert
 from megatron_mopd.model.norm import HeadsRMSNorm
 from megatron_mopd.objectives.torch_kernels import TILE_ELEMENTS
+from megatron_mopd.pipeline.costs import CostModel
 from megatron_mopd.pipeline.instructions import Plan, StudentForward, TeacherForward
 from megatron_mopd.pipeline.plan import Planner
-from megatron_mopd.pipeline.problem import CostModel, Limits, PlanRequest, split_scoring
+from megatron_mopd.pipeline.problem import Limits, PlanRequest, split_scoring
 from megatron_mopd.pipeline.simulate import simulate
 from megatron_mopd.teachers import placement
 from megatron_mopd.teachers.bank import TeacherSource

@@ -24,6 +24,7 @@ from megatron_mopd.config import ConfigError
 from megatron_mopd.data.batching import BatchShape, MicroBatch
 from megatron_mopd.pipeline.check import check_plan, check_same_plan
 from megatron_mopd.pipeline.communicator import PipelineCommunicator
+from megatron_mopd.pipeline.costs import CostModel
 from megatron_mopd.pipeline.instructions import Instruction, Plan
 from megatron_mopd.pipeline.measured_costs import Mean, MeasuredCosts, cost_keys, summarize
 from megatron_mopd.pipeline.model_work import (
@@ -34,7 +35,7 @@ from megatron_mopd.pipeline.model_work import (
     TeacherModels,
 )
 from megatron_mopd.pipeline.plan import Planner, bubble_free_time, forward_lists
-from megatron_mopd.pipeline.problem import CostModel, LimitError, Limits, PlanRequest, ScoringTask
+from megatron_mopd.pipeline.problem import LimitError, Limits, PlanRequest, ScoringTask
 from megatron_mopd.pipeline.runtime import Execution, Recording, StageWork, Stopwatch
 from megatron_mopd.pipeline.simulate import Event, PlanError, simulate
 from megatron_mopd.pipeline.timeline import draw_timeline, idle_share, without_waiting, write_chrome_trace

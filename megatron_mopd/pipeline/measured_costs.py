@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from megatron_mopd.pipeline.costs import CostModel
 from megatron_mopd.pipeline.instructions import (
     LoadHead,
     LoadTeacher,
@@ -20,7 +21,6 @@ from megatron_mopd.pipeline.instructions import (
     StudentForward,
     TeacherForward,
 )
-from megatron_mopd.pipeline.problem import CostModel
 from megatron_mopd.pipeline.simulate import Event
 
 

@@ -1,4 +1,4 @@
-"""What a pipeline plan is asked to do: micro-batches, teachers, costs and limits. Pure Python, no torch.
+"""What a pipeline plan is asked to do: micro-batches, teachers and limits. Pure Python, no torch.
 
 Everything here is frozen and hashable, so that a request is its own key in the planner's cache.
 Times are in any one unit (seconds when they were measured, multiples of a student forward in tables).
@@ -6,13 +6,13 @@ Times are in any one unit (seconds when they were measured, multiples of a stude
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, get_args
 
 from megatron_mopd.choices import ScheduleKind
+from megatron_mopd.pipeline.costs import CostModel, per_position
 
 KINDS = get_args(ScheduleKind)
 
@@ -114,98 +114,13 @@ class ScoringTask:
 def split_scoring(
     counts: Mapping[str, int], *, step: int = 0, scored: bool = False
 ) -> tuple[ScoringTask, ...]:
-    """Groups over consecutive micro-batches: `{"math": 3, "code": 2}` gives math 0-2 and code 3-4."""
+    """Tasks over consecutive micro-batches: `{"math": 3, "code": 2}` gives math 0-2 and code 3-4."""
     scoring, first = [], 0
     for teacher, count in counts.items():
         numbers = tuple(range(first, first + count))
         scoring.append(ScoringTask(teacher, numbers, step, count if scored else 0))
         first += count
     return tuple(scoring)
-
-
-def _per_position(values: float | Sequence[float], count: int, name: str) -> tuple[float, ...]:
-    numbers = (float(values),) * count if isinstance(values, int | float) else tuple(map(float, values))
-    if len(numbers) != count:
-        raise ValueError(f"costs: {name} has {len(numbers)} entries, expected {count}")
-    if any(not math.isfinite(number) or number < 0 for number in numbers):
-        raise ValueError(f"costs: {name} must be finite and not negative, got {numbers}")
-    return numbers
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """How long each instruction takes, per stage.
-
-    Student costs are listed by virtual stage (`chunk * stages + stage`), teacher costs by stage.
-    `teacher_load` is the time of one stage's asynchronous copy of that teacher's layers, `head_load` that of
-    its output head on the last stage. `message` is the time a stage-to-stage message is under way,
-    `optimizer` the optimizer step itself. Build one with :meth:`build`, which accepts a single number
-    wherever all positions cost the same.
-    """
-
-    student_forward: tuple[float, ...]
-    student_backward: tuple[float, ...]
-    teacher_forward: tuple[tuple[str, tuple[float, ...]], ...] = ()
-    teacher_load: tuple[tuple[str, tuple[float, ...]], ...] = ()
-    head_load: tuple[tuple[str, float], ...] = ()
-    message: float = 0.0
-    optimizer: float = 0.0
-
-    @classmethod
-    def build(
-        cls,
-        stages: int,
-        virtual_stages: int = 1,
-        *,
-        student_forward: float | Sequence[float] = 1.0,
-        student_backward: float | Sequence[float] = 2.0,
-        teacher_forward: Mapping[str, float | Sequence[float]] | None = None,
-        teacher_load: Mapping[str, float | Sequence[float]] | None = None,
-        head_load: Mapping[str, float] | None = None,
-        message: float = 0.0,
-        optimizer: float = 0.0,
-    ) -> CostModel:
-        """Costs of a whole model stage: a single student number is divided evenly over the stage's chunks.
-
-        Raises ValueError when a sequence has the wrong length or a cost is negative or not finite.
-        """
-
-        def student(values: float | Sequence[float], name: str) -> tuple[float, ...]:
-            if isinstance(values, int | float):
-                values = values / virtual_stages
-            return _per_position(values, stages * virtual_stages, name)
-
-        def table(costs: Mapping[str, float | Sequence[float]] | None, name: str):
-            items = sorted((costs or {}).items())
-            return tuple((key, _per_position(value, stages, f"{name}[{key}]")) for key, value in items)
-
-        _per_position((message, optimizer), 2, "message and optimizer")
-        heads = sorted((head_load or {}).items())
-        return cls(
-            student_forward=student(student_forward, "student_forward"),
-            student_backward=student(student_backward, "student_backward"),
-            teacher_forward=table(teacher_forward, "teacher_forward"),
-            teacher_load=table(teacher_load, "teacher_load"),
-            head_load=tuple((key, _per_position(value, 1, f"head_load[{key}]")[0]) for key, value in heads),
-            message=float(message),
-            optimizer=float(optimizer),
-        )
-
-    def teacher(self, name: str) -> tuple[float, ...]:
-        """Forward time of teacher `name` on each stage; ValueError when its cost is unknown."""
-        for teacher, costs in self.teacher_forward:
-            if teacher == name:
-                return costs
-        known = ", ".join(teacher for teacher, _ in self.teacher_forward) or "none"
-        raise ValueError(f"costs: no teacher_forward for teacher {name!r} (known: {known})")
-
-    def load(self, name: str, stage: int) -> float:
-        """Time to bring teacher `name`'s layers onto `stage`; 0 when not given."""
-        return next((costs[stage] for teacher, costs in self.teacher_load if teacher == name), 0.0)
-
-    def head(self, name: str) -> float:
-        """Time to bring teacher `name`'s output head onto the last stage; 0 when not given."""
-        return next((cost for teacher, cost in self.head_load if teacher == name), 0.0)
 
 
 def one_f_one_b_activations(stages: int, virtual_stages: int) -> int:
@@ -266,7 +181,7 @@ class PlanRequest:
             raise ValueError(f"schedule kind {self.kind!r} is not one of {', '.join(KINDS)}")
         places = self.stages * self.virtual_stages
         for name in ("student_forward", "student_backward"):
-            _per_position(getattr(self.costs, name), places, name)
+            per_position(getattr(self.costs, name), places, name)
         seen = set()
         for task in self.scoring:
             key = (task.teacher, task.step)
@@ -276,7 +191,7 @@ class PlanRequest:
                 )
             seen.add(key)
             if task.microbatches:
-                _per_position(
+                per_position(
                     self.costs.teacher(task.teacher), self.stages, f"teacher_forward[{task.teacher}]"
                 )
             if task.step == 0 and any(not 0 <= i < self.microbatches for use in task.uses() for i in use):

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from megatron_mopd.pipeline.costs import CostModel
 from megatron_mopd.pipeline.instructions import Plan
 from megatron_mopd.pipeline.plan import Planner, bubble_free_time, lower_bound
-from megatron_mopd.pipeline.problem import CostModel, Limits, PlanRequest, ScoringTask, split_scoring
+from megatron_mopd.pipeline.problem import Limits, PlanRequest, ScoringTask, split_scoring
 from megatron_mopd.pipeline.simulate import Simulation, simulate
 
 

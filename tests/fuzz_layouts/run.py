@@ -16,7 +16,8 @@ from megatron_mopd.config.objectives import needs_teachers
 from megatron_mopd.model.build import build_model
 from megatron_mopd.model.gpt import is_expert, unwrap
 from megatron_mopd.model.router_replay import install_routing_replay
-from megatron_mopd.pipeline.problem import CostModel, PlanRequest
+from megatron_mopd.pipeline.costs import CostModel
+from megatron_mopd.pipeline.problem import PlanRequest
 from megatron_mopd.rollout.routing_records import RoutingRecords
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.encoding import BLOCK

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_mopd.pipeline.check import check_plan, check_same_plan, find_problems
+from megatron_mopd.pipeline.costs import CostModel
 from megatron_mopd.pipeline.instructions import (
     Lane,
     LoadHead,
@@ -19,7 +20,7 @@ from megatron_mopd.pipeline.instructions import (
 )
 from megatron_mopd.pipeline.measured_costs import MeasuredCosts, summarize
 from megatron_mopd.pipeline.plan import Planner, lower_bound, make_plan
-from megatron_mopd.pipeline.problem import CostModel, Limits, PlanRequest, ScoringTask, split_scoring
+from megatron_mopd.pipeline.problem import Limits, PlanRequest, ScoringTask, split_scoring
 from megatron_mopd.pipeline.simulate import PlanError, simulate
 
 

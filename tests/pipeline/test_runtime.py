@@ -22,9 +22,10 @@ from megatron_mopd.pipeline.communicator import (
     all_channels,
     channel_kind,
 )
+from megatron_mopd.pipeline.costs import CostModel
 from megatron_mopd.pipeline.instructions import Channel, OptimizerStep, Receive, StudentForward
 from megatron_mopd.pipeline.plan import make_plan
-from megatron_mopd.pipeline.problem import CostModel, PlanRequest, split_scoring
+from megatron_mopd.pipeline.problem import PlanRequest, split_scoring
 from megatron_mopd.pipeline.runtime import Execution, Stopwatch
 from megatron_mopd.pipeline.simulate import PlanError
 from megatron_mopd.training import step as training_step
@@ -92,6 +93,41 @@ def planned(learner, counts):
         plan_step(learner, _models.batch(count, seed=10 * number + count))
         for number, count in enumerate(counts)
     )
+
+
+def forward_alone(rank, parallel, count):
+    """Last hidden states of every micro-batch, by our executor and by megatron-core's schedule, between two
+    training steps that look ahead."""
+    learner = _models.make_learner(DENSE, parallel, schedule=dict(micro_batch_size=1), params_dtype="float32")
+    batches = planned(learner, (4, count))
+    gradients(learner, batches, "bubble_fill")
+    batch, found = batches[1], []
+    for pipeline in (learner.pipeline, MegatronSchedules(learner.groups)):
+        states = []
+        pipeline.forward(
+            learner.chunks,
+            batch.student,
+            batch.shape,
+            lambda micro_batch, hidden, states=states: states.append(hidden.clone()),
+        )
+        found.append(states[: len(batch.student)])
+    batches.popleft()
+    gradients(learner, batches, "bubble_fill")
+    return found
+
+
+@pytest.mark.parametrize(
+    "ranks, parallel, count",
+    [(1, {}, 3), (2, pp(2), 5), (2, pp(2, 2), 3), (4, pp(4), 2)],
+    ids=["p1", "p2", "p2 v2", "p4"],
+)
+def test_forward_passes_alone_equal_megatron_cores(pools, ranks, parallel, count):
+    *others, (ours, theirs) = pools[ranks].run(forward_alone, parallel, count)
+    assert all(own == [] == reference for own, reference in others), "the last stage alone takes the states"
+    assert len(ours) == len(theirs) > 1
+    for mine, expected in zip(ours, theirs):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=0)
+        assert mine.abs().max() > 0
 
 
 def compare(rank, transformer, parallel, step_counts, kinds, sections):

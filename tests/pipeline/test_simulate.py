@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from megatron_mopd.commands import plan_pipeline
 from megatron_mopd.pipeline.check import check_plan
+from megatron_mopd.pipeline.costs import CostModel
 from megatron_mopd.pipeline.instructions import TeacherForward
 from megatron_mopd.pipeline.plan import Planner, bubble_free_time, make_plan
-from megatron_mopd.pipeline.problem import KINDS, CostModel, Limits, PlanRequest, ScoringTask, split_scoring
+from megatron_mopd.pipeline.problem import KINDS, Limits, PlanRequest, ScoringTask, split_scoring
 from megatron_mopd.pipeline.scenarios import (
     Workload,
     packed_ratio,

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: F401  (before forking)
 
-from megatron_mopd.pipeline.problem import CostModel, PlanRequest
+from megatron_mopd.pipeline.costs import CostModel
+from megatron_mopd.pipeline.problem import PlanRequest
 from megatron_mopd.training.step import train_step
 from megatron_mopd.training.step_batch import plan_step
 from tests import _models

@@ -8,7 +8,8 @@ import pytest
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: F401  (before forking)
 
 from megatron_mopd.config import ConfigError
-from megatron_mopd.pipeline.problem import CostModel, PlanRequest
+from megatron_mopd.pipeline.costs import CostModel
+from megatron_mopd.pipeline.problem import PlanRequest
 from megatron_mopd.teachers.hidden_cache import HiddenCache
 from megatron_mopd.training.step import train_step
 from megatron_mopd.training.step_batch import plan_step
