@@ -18,8 +18,8 @@ from megatron_mopd.teachers.hidden_cache import HiddenCache
 
 @dataclass(frozen=True)
 class BatchFacts:
-    """Of one global batch, by trajectory index; equal on all ranks that run the loss, but for `cache`,
-    `findings` and `samples`, which hold what belongs to this rank."""
+    """Facts about one global batch, by trajectory index. They are equal on all ranks that run the loss,
+    except for `cache`, `findings` and `samples`, which hold what belongs to this rank."""
 
     targets: Targets
     token_weights: Mapping[int, float]

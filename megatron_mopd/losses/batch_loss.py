@@ -92,7 +92,7 @@ class Part:
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """What the K teachers of a part say about it."""
+    """The K teachers of a part, with their hidden states and heads."""
 
     names: tuple[str, ...]
     weights: tuple[float, ...]

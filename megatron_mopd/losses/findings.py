@@ -21,7 +21,7 @@ _MOST_CAUSES = 8
 
 @dataclass
 class Findings:
-    """On this rank; a step with any of it is skipped."""
+    """What was found on this rank; a step with any finding is skipped."""
 
     causes: list[str] = field(default_factory=list)
 

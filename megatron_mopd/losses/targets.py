@@ -13,7 +13,7 @@ from megatron_mopd.teachers.routing import Mixture, Routing
 
 @dataclass(frozen=True)
 class Target:
-    """Resolved once a step and carried along by its batch."""
+    """The objective and the teachers of one domain, resolved once a step and carried by its batch."""
 
     objective: ObjectiveConfig
     mixture: Mixture

@@ -109,7 +109,7 @@ class Recording:
 
 
 class Execution:
-    """One rank's way through the instruction list of its stage; every rank of the pipeline follows its own.
+    """Executes the instruction list of this rank's stage; every rank of the pipeline executes its own.
 
     The caller updates the weights between the two parts:
 

@@ -27,10 +27,11 @@ from megatron_mopd.training.step_batch import StepBatch
 
 
 class Lifecycle(contextlib.AbstractContextManager):
-    """Of one run, from the iteration `first` on; the same decisions on every rank.
+    """Watches and logs one run from iteration `first` on, and decides when to sample, evaluate, save and
+    stop; every rank decides the same.
 
-    Entering says how the run begins and starts to watch it; leaving stops watching and closes the logs.
-    `finish` is for a run that has come to its end.
+    Entering it prints how the run begins and starts the watchdog; leaving it stops the watchdog and closes
+    the logs. `finish` completes a run after its last iteration.
     """
 
     def __init__(self, run: Run, first: int, alarms: Alarms):
@@ -95,7 +96,8 @@ class Lifecycle(contextlib.AbstractContextManager):
             yield upcoming
 
     def begin_step(self, batch: StepBatch) -> TokenSamples | None:
-        """The optimizer step on `batch` is next; returns where it collects single tokens' divergence."""
+        """Prepare for the optimizer step on `batch`; returns what collects the divergence of single tokens in
+        it, if it is one of the steps that are sampled for the report."""
         self._sampling_end = time.perf_counter()
         self._watchdog.begin(f"optimizer step {batch.iteration + 1}")
         # Dropout of every step has a stream of its own, so that a resumed run draws the same.
@@ -184,8 +186,8 @@ class Lifecycle(contextlib.AbstractContextManager):
 
 
 def close(run: Run) -> None:
-    """End what a run that has come to its end has started, and draw its report. Collective over the
-    pipeline."""
+    """Stop what a finished run has started (loading of teachers, lifeline, verifiers) and draw its report.
+    Collective over the pipeline."""
     if run.learner.bank is not None:
         run.learner.bank.close()
     run.lifeline.release()

@@ -26,7 +26,7 @@ from megatron_mopd.training.skipped_steps import SkippedSteps
 
 @dataclass
 class Learner:
-    """Of one run, on this rank."""
+    """Models, optimizer, teachers and pipeline of one run, on this rank."""
 
     config: Config
     groups: ParallelGroups

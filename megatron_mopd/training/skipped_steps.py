@@ -42,12 +42,12 @@ class SkippedSteps:
     """What the losses and log-probs of all ranks found in the last step, if it was skipped."""
 
     def add(self, causes: list[str], weights_damaged: bool) -> None:
-        """One more."""
+        """Count one more skipped step, with what was found in it."""
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         self.causes, self.weights_damaged = causes, weights_damaged
 
     def end_row(self) -> None:
-        """A step was not skipped."""
+        """Note that a step was not skipped."""
         self.in_a_row, self.causes, self.weights_damaged = 0, [], False
 
     def state_dict(self) -> dict[str, int]:

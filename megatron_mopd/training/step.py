@@ -59,7 +59,7 @@ def train_step(
 
 
 def _start(learner: Learner, batches: Sequence[StepBatch], loss: BatchLoss) -> Execution:
-    """Gradients at zero, teachers' files unchanged, and a plan."""
+    """Zero the gradients, check the teachers' files, and plan the step."""
     for chunk in learner.chunks:
         chunk.train()
         chunk.zero_grad_buffer()

@@ -34,7 +34,7 @@ Cut = list[list[list[Trajectory]]]
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:
-    """As this rank sees it; a `StepInput` of the pipeline."""
+    """The batch of one step as this rank sees it; a `StepInput` of the pipeline."""
 
     trajectories: Sequence[Trajectory]
     targets: Targets
