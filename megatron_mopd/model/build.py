@@ -133,6 +133,22 @@ def transformer_config(
         if values["activation_func"] not in _ACTIVATIONS:
             raise ConfigError(f"{where}.activation_func: not one of {', '.join(_ACTIVATIONS)}")
         values["activation_func"] = _ACTIVATIONS[values["activation_func"]]
+    _check_values(model, values, where)
+    if values.get("multi_latent_attention"):
+        values |= _latent_attention_scale(model, where)
+    cls = MLATransformerConfig if values.get("multi_latent_attention") else TransformerConfig
+    try:
+        config = cls(**values)
+    except _REFUSALS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{where}: megatron-core refuses this model: {reason}") from None
+    _check_router(config, where)
+    _check_rotary(model, config, where)
+    return config
+
+
+def _check_values(model: ModelConfig, values: dict[str, Any], where: str) -> None:
+    """`ConfigError` for values that megatron-core would not look at before a forward pass fails on them."""
     if values["normalization"] != "RMSNorm":
         raise ConfigError(
             f"{where}.normalization: only RMSNorm is supported, found {values['normalization']!r}"
@@ -169,22 +185,6 @@ def transformer_config(
             raise ConfigError(f"{where}.{key}: must be at least 0 and below 1, found {values[key]}")
     if problem := check_scaling(model.rope_scaling):
         raise ConfigError(f"{where}.rope_scaling: {problem}")
-    if values.get("multi_latent_attention"):
-        values |= _latent_attention_scale(model, where)
-    cls = MLATransformerConfig if values.get("multi_latent_attention") else TransformerConfig
-    try:
-        config = cls(**values)
-    except _REFUSALS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{where}: megatron-core refuses this model: {reason}") from None
-    _check_router(config, where)
-    if (angles := _rotary_channels(model, config)) % 2:
-        key = "qk_pos_emb_head_dim" if config.multi_latent_attention else "kv_channels"
-        raise ConfigError(
-            f"{where}.{key}: rotary embeddings turn pairs of channels, and {angles} (of each head) are an "
-            f"odd number; change {key}{'' if config.multi_latent_attention else ' or rotary_percent'}"
-        )
-    return config
 
 
 def _check_router(config: TransformerConfig, where: str) -> None:
@@ -208,6 +208,16 @@ def _check_router(config: TransformerConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: moe_router_topk={chosen} experts cannot come from {group_topk} groups of {size}; it "
             f"must be from {group_topk} to {group_topk * size}"
+        )
+
+
+def _check_rotary(model: ModelConfig, config: TransformerConfig, where: str) -> None:
+    """`ConfigError` for an odd number of channels: rotary embeddings turn pairs."""
+    if (angles := _rotary_channels(model, config)) % 2:
+        key = "qk_pos_emb_head_dim" if config.multi_latent_attention else "kv_channels"
+        raise ConfigError(
+            f"{where}.{key}: rotary embeddings turn pairs of channels, and {angles} (of each head) are an "
+            f"odd number; change {key}{'' if config.multi_latent_attention else ' or rotary_percent'}"
         )
 
 
