@@ -13,7 +13,16 @@ from pydantic import model_validator
 
 from megatron_mopd.choices import StorageMode
 from megatron_mopd.config.transformer_fields import transformer_fields
-from megatron_mopd.config.value_types import Count, Minutes, Name, Real, Section, Text
+from megatron_mopd.config.value_types import (
+    Count,
+    FinitePositive,
+    Minutes,
+    Name,
+    NonNegative,
+    Real,
+    Section,
+    Text,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class ModelConfig(Section):
     change."""
     position_embedding_type: Literal["rope", "none"] = "rope"
     """`rope` or `none`. On resume: must not change."""
-    rotary_base: Real = 10000.0
+    rotary_base: FinitePositive = 10000.0
     """Base period of the rotary embedding. On resume: must not change."""
     rotary_percent: Real = 1.0
     """Share of each head's channels that is rotated. On resume: must not change."""
@@ -109,10 +118,10 @@ class TeacherConfig(Section):
     """Checkpoint directory of the expert, as in `student.load`; one of Megatron-LM itself is built like the
     student. Must be left out for `self` and given for every other teacher. On resume: must not change, judged
     by content."""
-    kl_floor: Real = 1e-6
+    kl_floor: NonNegative = 1e-6
     """Mean KL per token at the first step below which an alarm says that the teacher equals the student. On
     resume: may change."""
-    kl_ceiling: Real = 5.0
+    kl_ceiling: NonNegative = 5.0
     """Mean KL per token at the first step above which an alarm says that the teacher does not fit. On resume:
     may change."""
 

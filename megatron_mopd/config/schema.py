@@ -144,15 +144,15 @@ class RewardsConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule, with Megatron's names."""
 
-    lr: Real = 1e-5
+    lr: FiniteNonNegative = 1e-5
     """Peak learning rate. On resume: may change."""
-    min_lr: Real = 0.0
+    min_lr: FiniteNonNegative = 0.0
     """Learning rate at the end of the decay. On resume: may change."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "constant"
     """`constant`, `linear`, `cosine`, `inverse-square-root` or `WSD`. On resume: may change."""
     lr_warmup_iters: int = 0
     """Iterations of linear warm-up from `lr_warmup_init`. On resume: may change."""
-    lr_warmup_init: Real = 0.0
+    lr_warmup_init: FiniteNonNegative = 0.0
     """Learning rate before the first step of the warm-up. On resume: may change."""
     weight_decay: FiniteNonNegative = 0.0
     """Decoupled weight decay. On resume: may change."""

@@ -47,7 +47,7 @@ _ARCHITECTURE_DEFAULTS: dict[str, Any] = dict(
 # reshapes a tensor with them.
 _COUNTS = """
     num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size
-    num_moe_experts moe_router_topk moe_ffn_hidden_size moe_shared_expert_intermediate_size
+    num_moe_experts moe_router_topk moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_latent_size
     moe_router_num_groups moe_router_group_topk moe_router_topk_limited_devices
     q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
 """.split()
@@ -134,6 +134,7 @@ def transformer_config(
             raise ConfigError(f"{where}.activation_func: not one of {', '.join(_ACTIVATIONS)}")
         values["activation_func"] = _ACTIVATIONS[values["activation_func"]]
     _check_values(model, values, where)
+    _check_kernels(values, device_type, where)
     if values.get("multi_latent_attention"):
         values |= _latent_attention_scale(model, where)
     cls = MLATransformerConfig if values.get("multi_latent_attention") else TransformerConfig
@@ -168,6 +169,9 @@ def _check_values(model: ModelConfig, values: dict[str, Any], where: str) -> Non
             f"{where}.fused_single_qkv_rope: not supported: megatron-core asserts conditions on each forward "
             "pass that packed batches and decoding do not meet; leave it out"
         )
+    for key, value in model.transformer.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{where}.{key}: must be finite, found {value}")
     for key in _COUNTS:
         if (value := values.get(key)) is not None and value < 1:
             raise ConfigError(f"{where}.{key}: must be at least 1, found {value}")
@@ -175,16 +179,23 @@ def _check_values(model: ModelConfig, values: dict[str, Any], where: str) -> Non
     if groups is not None and heads % groups:
         raise ConfigError(f"{where}.num_query_groups: {groups} does not divide num_attention_heads={heads}")
     for key in ("softmax_scale", "layernorm_epsilon"):
-        if (value := values.get(key)) is not None and not value > 0:  # NaN is not either
+        if (value := values.get(key)) is not None and value <= 0:
             raise ConfigError(f"{where}.{key}: must be above 0, found {value}")
     for key in ("init_method_std", "embedding_init_method_std"):
-        if (value := values.get(key)) is not None and not 0 <= value < math.inf:
+        if (value := values.get(key)) is not None and value < 0:
             raise ConfigError(f"{where}.{key}: must be at least 0, found {value}")
     for key in ("attention_dropout", "hidden_dropout"):
         if not 0 <= values[key] < 1:
             raise ConfigError(f"{where}.{key}: must be at least 0 and below 1, found {values[key]}")
     if problem := check_scaling(model.rope_scaling):
         raise ConfigError(f"{where}.rope_scaling: {problem}")
+
+
+def _check_kernels(values: dict[str, Any], device_type: str, where: str) -> None:
+    """`ConfigError` for kernels of transformer-engine's where its layers are not used."""
+    for key in ("moe_router_fusion", "use_te_activation_func"):
+        if values.get(key) and not uses_transformer_engine(device_type):
+            raise ConfigError(f"{where}.{key}: needs transformer-engine and a GPU; leave it out")
 
 
 def _check_router(config: TransformerConfig, where: str) -> None:
@@ -194,6 +205,8 @@ def _check_router(config: TransformerConfig, where: str) -> None:
         return
     if chosen > experts:
         raise ConfigError(f"{where}.moe_router_topk: {chosen} of {experts} experts cannot be chosen")
+    if config.moe_apply_probs_on_input and chosen != 1:
+        raise ConfigError(f"{where}.moe_apply_probs_on_input: needs moe_router_topk=1, found {chosen}")
     groups, group_topk = config.moe_router_num_groups, config.moe_router_group_topk
     if not group_topk:
         return

@@ -1,6 +1,7 @@
 """Mutated configurations: each trains one step of a small model, or is refused with a key's name.
 
     python -m tests.faults.fuzz_configs [--count 10000] [--seed 0] [--train-every 1]
+    python -m tests.faults.fuzz_configs --every-key    # each key with each value at an edge, one at a time
 
 Each configuration is a valid one with one to three changes: a value of any type and size, a missing or
 misspelt key, a section that is none. What is accepted runs in a process of its own: everything is built and
@@ -81,6 +82,7 @@ PATHS = paths_of(Config)
 PATHS += [("student", name) for name in sorted(TRANSFORMER_FIELDS)]
 PATHS += [("objective", "per_domain", "add", f.name) for f in dataclasses.fields(Config().objective)]
 PATHS += [("routing", "default"), ("routing", "copy", "self"), ("objective", "add", "sft")]
+EDGES = [None, True, False, -1, 0, 1, 2, 3, 0.5, 1e30, float("nan"), float("inf"), "", "x"]
 NAMES = {str(part) for path in PATHS for part in path if part != 0}
 
 ACTIONS = ["set", "set", "set", "set", "drop", "misspell"]
@@ -245,6 +247,12 @@ class Fuzzer:
             self.tally["configurations"] += 1
             self.check(some_changes(rng))
 
+    def run_every_key(self) -> None:
+        for path in PATHS:
+            for value in EDGES:
+                self.tally["configurations"] += 1
+                self.check([("set", path, value)])
+
     def report(self) -> str:
         return ", ".join(f"{self.tally[name]} {name}" for name in _COUNTS)
 
@@ -257,6 +265,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-every", type=int, default=1, help="train every n-th accepted one")
+    parser.add_argument("--every-key", action="store_true", help="each key with each value at an edge")
     parser.add_argument("--seconds", type=int, default=120, help="most time for one of them")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -265,7 +274,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         os.chdir(temporary)  # relative run directories land there
         fuzzer = Fuzzer(Path(temporary), options.train_every, options.seconds)
-        fuzzer.run(options.count, options.seed)
+        if options.every_key:
+            fuzzer.run_every_key()
+        else:
+            fuzzer.run(options.count, options.seed)
     print(f"{fuzzer.report()} in {len(fuzzer.failures)} ways, {time.monotonic() - started:.0f} s")
     sys.exit(1 if fuzzer.failures else 0)
 

@@ -30,7 +30,7 @@ def test_an_architecture_that_is_fine():
     "transformer, own, message",
     [
         (dict(softmax_scale=-1), {}, "softmax_scale: must be above 0, found -1"),
-        (dict(layernorm_epsilon=float("nan")), {}, "layernorm_epsilon: must be above 0, found nan"),
+        (dict(layernorm_epsilon=float("nan")), {}, "layernorm_epsilon: must be finite, found nan"),
         (dict(attention_dropout=7), {}, "attention_dropout: must be at least 0 and below 1, found 7"),
         ({}, dict(rotary_percent=2.0), "rotary_percent: must be above 0 and at most 1, found 2.0"),
         ({}, dict(rotary_percent=float("nan")), "rotary_percent: must be"),
@@ -51,6 +51,15 @@ def test_an_architecture_that_is_fine():
         (dict(kv_channels=7), {}, "kv_channels: rotary embeddings turn pairs of channels, and 7"),
         (dict(kv_channels=6), dict(rotary_percent=0.5), "and 3 (of each head) are an odd number"),
         (dict(kv_channels=0), {}, "kv_channels: must be at least 1, found 0"),
+        (EXPERTS | dict(moe_expert_capacity_factor=float("inf")), {}, "capacity_factor: must be finite"),
+        (EXPERTS | dict(moe_latent_size=0), {}, "moe_latent_size: must be at least 1, found 0"),
+        (EXPERTS | dict(moe_router_fusion=True), {}, "moe_router_fusion: needs transformer-engine"),
+        (dict(use_te_activation_func=True), {}, "use_te_activation_func: needs transformer-engine"),
+        (
+            EXPERTS | dict(moe_apply_probs_on_input=True),
+            {},
+            "moe_apply_probs_on_input: needs moe_router_topk=1, found 2",
+        ),
         (EXPERTS | dict(moe_router_topk=9), {}, "moe_router_topk: 9 of 8 experts cannot be chosen"),
         (
             EXPERTS | dict(moe_router_topk_limited_devices=4),
