@@ -15,6 +15,7 @@ from megatron_mopd.choices import StorageMode
 from megatron_mopd.config.transformer_fields import transformer_fields
 from megatron_mopd.config.value_types import (
     Count,
+    CountOrZero,
     FinitePositive,
     Minutes,
     Name,
@@ -33,7 +34,7 @@ class ParallelConfig(Section):
     """Ranks that share each layer's matrices (TP). On resume: may change."""
     pipeline_model_parallel_size: Count = 1
     """Pipeline stages (PP). On resume: may change."""
-    virtual_pipeline_model_parallel_size: int | None = None
+    virtual_pipeline_model_parallel_size: Count | None = None
     """Model chunks per stage of the student (VPP); `None` or 1 means no interleaving. On resume: may
     change."""
     expert_model_parallel_size: Count = 1
@@ -67,12 +68,12 @@ class ModelConfig(Section):
     a Hugging Face model. Its architecture is used; for a `torch_dist` checkpoint of Megatron-LM itself, which
     has none, the one given here. `None` initialises a new model from `seed`. On resume: must not change,
     judged by content."""
-    vocab_size: int | None = None
+    vocab_size: Count | None = None
     """Number of real token ids; default: the tokenizer's. On resume: must not change."""
     make_vocab_size_divisible_by: Count = 128
     """The vocabulary is padded to a multiple of this times `tensor_model_parallel_size`, never sampled. On
     resume: may change."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: Count | None = None
     """Longest sequence the model was made for, as its checkpoint says; nothing here limits it. On resume: may
     change."""
     position_embedding_type: Literal["rope", "none"] = "rope"
@@ -146,6 +147,6 @@ class TeacherStorageConfig(Section):
     hidden_cache_dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     """Precision they are kept in; `None`: that of the model (`params_dtype`), which loses nothing. On resume:
     must not change."""
-    hidden_cache_bytes: int | None = None
+    hidden_cache_bytes: CountOrZero | None = None
     """Most bytes of hidden states that a rank of the last stage keeps at once; `None`: no limit. A batch that
     needs more is processed in parts, with the same result. On resume: may change."""

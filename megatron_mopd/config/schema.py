@@ -53,7 +53,7 @@ class PromptSource(Section):
     """Name of a reasoning-gym task, for example `gcd`. On resume: must not change."""
     params: dict[Name, Any] = field(default_factory=dict)
     """Parameters of the reasoning-gym task. On resume: must not change."""
-    size: int = 1000
+    size: Count = 1000
     """How many prompts of the reasoning-gym task to make. On resume: must not change."""
     seed: int = 0
     """Seed of the reasoning-gym task: other seeds give other prompts. On resume: must not change."""
@@ -150,7 +150,7 @@ class OptimizerConfig(Section):
     """Learning rate at the end of the decay. On resume: may change."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "constant"
     """`constant`, `linear`, `cosine`, `inverse-square-root` or `WSD`. On resume: may change."""
-    lr_warmup_iters: int = 0
+    lr_warmup_iters: CountOrZero = 0
     """Iterations of linear warm-up from `lr_warmup_init`. On resume: may change."""
     lr_warmup_init: FiniteNonNegative = 0.0
     """Learning rate before the first step of the warm-up. On resume: may change."""
@@ -180,7 +180,7 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """How long, how much at once, and in which order."""
 
-    train_iters: int = 100
+    train_iters: CountOrZero = 100
     """Optimizer steps of the whole run; a multiple of `steps_per_rollout`. On resume: may change."""
     global_batch_size: Count = 64
     """Trajectories per optimizer step, over all data-parallel ranks. On resume: changes the data position."""
@@ -193,20 +193,20 @@ class ScheduleConfig(Section):
     teacher forwards of this and the next optimizer step go where the pipeline would idle; `back_to_back`:
     each step's teachers, then its student, without a pause; `serial`: all teachers of a rollout batch first.
     On resume: may change."""
-    max_activations: int | None = None
+    max_activations: CountOrZero | None = None
     """Student forward passes (of model chunks) a stage may hold whose backward pass is still to come; `None`:
     as many as the first stage does in megatron-core's schedule. Teachers much slower than the student are
     hidden completely when it is half as much again. On resume: may change."""
-    max_cached_states: int | None = None
+    max_cached_states: CountOrZero | None = None
     """Scored micro-batches of teachers that may wait on a stage, look-ahead included; `None`: no limit. On
     resume: may change."""
     micro_batch_size: Count = 8
     """Trajectories per forward pass; ignored when `max_tokens_per_micro_batch` is set. On resume: may
     change."""
-    max_tokens_per_micro_batch: int | None = None
+    max_tokens_per_micro_batch: Count | None = None
     """Pack trajectories of any length into micro-batches of at most this many tokens; `None` pads instead. On
     resume: may change."""
-    eval_interval: int = 0
+    eval_interval: CountOrZero = 0
     """Iterations between evaluations on `data.eval`; 0 evaluates only at the end. On resume: may change."""
 
 

@@ -5,7 +5,8 @@ weights, so its forward computes the gradient and the backward only scales it; a
 gradient is unknown until the backward, which therefore rebuilds each chunk's logits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -57,24 +58,24 @@ def linear_cross_entropy(
     Collectives over `group`: one agreement all-reduce a call; per chunk of c tokens an all-gather of [3, c] a
     rank, 12 bytes a token in fp32, and the sum of the hidden gradient [c, h]. The backward has none.
     """
-    request = _Request.checked(
-        hidden,
-        weight,
+    call = _Call(
         target_ids,
-        token_weight,
-        group,
-        1.0,
-        vocab_size,
-        chunk_size,
-        reduce_hidden_grad,
-        accumulate_into_main_grad,
-        report,
-        shared_gradient,
+        token_weight=token_weight,
+        group=group,
+        temperature=1.0,
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+        reduce_hidden_grad=reduce_hidden_grad,
+        accumulate_into_main_grad=accumulate_into_main_grad,
+        report=report,
+        shared_gradient=shared_gradient,
     )
+    agree(group, lambda: call.check(hidden, weight))
+    call.token_weight = token_weight.detach().to(statistics_dtype(hidden.dtype))
     if shared_gradient is not None:
         with torch.no_grad():
-            return _loss_and_gradient(hidden, weight, request, shared_gradient)
-    return _LinearCrossEntropy.apply(hidden, weight, request)
+            return _loss_and_gradient(hidden, weight, call, shared_gradient)
+    return _LinearCrossEntropy.apply(hidden, weight, call)
 
 
 def sampled_token_logprobs(
@@ -106,112 +107,88 @@ def sampled_token_logprobs(
             the vocabulary, options out of range, and NaN or infinite logits (naming token and rank), which
             `report` is told of instead: see `linear_kl`.
     """
-    request = _Request.checked(
-        hidden,
-        weight,
+    call = _Call(
         token_ids,
-        None,
-        group,
-        temperature,
-        vocab_size,
-        chunk_size,
-        reduce_hidden_grad,
-        accumulate_into_main_grad,
-        report,
-        shared_gradient,
+        token_weight=None,
+        group=group,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+        reduce_hidden_grad=reduce_hidden_grad,
+        accumulate_into_main_grad=accumulate_into_main_grad,
+        report=report,
+        shared_gradient=shared_gradient,
     )
+    agree(group, lambda: call.check(hidden, weight))
     if shared_gradient is not None:  # the two get their gradients from the micro-batch's head
         hidden, weight = hidden.detach().requires_grad_(shared_gradient.needed), weight.detach()
-    return _SampledTokenLogprobs.apply(hidden, weight, request)
+    return _SampledTokenLogprobs.apply(hidden, weight, call)
 
 
 @dataclass
-class _Request:
-    """Validated arguments of one call."""
+class _Call:
+    """The arguments of one call, without the head, which the backward pass must not keep alive."""
 
-    shard: VocabShard
-    columns: Tensor  # [T] local column of each token, clamped into the shard
-    is_here: Tensor  # [T] whether the token lives in this shard
+    token_ids: Tensor
     token_weight: Tensor | None
-    inverse_temperature: float
+    group: dist.ProcessGroup | None
+    temperature: float
+    vocab_size: int | None
     chunk_size: int
     reduce_hidden_grad: bool
     accumulate_into_main_grad: bool
     report: Report | None
     shared_gradient: SharedGradient | None
+    shard: VocabShard = field(init=False)
+    """Known once `check` has passed."""
 
-    @classmethod
-    def checked(
-        cls,
-        hidden,
-        weight,
-        token_ids,
-        token_weight,
-        group,
-        temperature,
-        vocab_size,
-        chunk_size,
-        reduce_hidden_grad,
-        accumulate_into_main_grad,
-        report,
-        shared_gradient,
-    ) -> "_Request":
-        """Check the arguments on every rank of `group` together; raises ValueError on all or on none."""
+    @cached_property
+    def local_ids(self) -> tuple[Tensor, Tensor]:
+        """[T] the column of each token in this shard, clamped into it, and [T] whether it is there."""
+        return self.shard.local_ids(self.token_ids)
 
-        def check() -> dict[str, float | str]:
-            check_head("student", hidden, weight)
-            check_temperature(temperature)
-            check_chunk_size(chunk_size)
-            check_main_grad(weight, accumulate_into_main_grad)
-            shard = VocabShard.of(weight.shape[0], group, vocab_size)
-            check_per_token("token ids", token_ids, hidden)
-            if token_weight is not None:
-                check_token_weight(token_weight, hidden, finite=report is None)
-            in_use = None if token_weight is None else token_weight != 0
-            check_token_ids("token ids", token_ids, in_use, shard.total)
-            return {
-                "number of tokens": hidden.shape[0],
-                "local vocabulary width": shard.columns,
-                "vocab_size": shard.total,
-                "chunk_size": chunk_size,
-                "temperature": temperature,
-                **needed_gradients(hidden, weight, shared_gradient),
-                "reduce_hidden_grad": reduce_hidden_grad,
-            }
+    @property
+    def inverse_temperature(self) -> float:
+        return 1.0 / self.temperature
 
-        agree(group, check)
-        shard = VocabShard.of(weight.shape[0], group, vocab_size)
-        columns, is_here = shard.local_ids(token_ids)
-        if token_weight is not None:
-            token_weight = token_weight.detach().to(statistics_dtype(hidden.dtype))
-        return cls(
-            shard,
-            columns,
-            is_here,
-            token_weight,
-            1.0 / temperature,
-            chunk_size,
-            reduce_hidden_grad,
-            accumulate_into_main_grad,
-            report,
-            shared_gradient,
-        )
+    def check(self, hidden: Tensor, weight: Tensor) -> dict[str, float | str]:
+        """ValueError for this rank's arguments; else what all ranks of the group must have the same of."""
+        check_head("student", hidden, weight)
+        check_temperature(self.temperature)
+        check_chunk_size(self.chunk_size)
+        check_main_grad(weight, self.accumulate_into_main_grad)
+        self.shard = VocabShard.of(weight.shape[0], self.group, self.vocab_size)
+        check_per_token("token ids", self.token_ids, hidden)
+        in_use = None
+        if self.token_weight is not None:
+            check_token_weight(self.token_weight, hidden, finite=self.report is None)
+            in_use = self.token_weight != 0
+        check_token_ids("token ids", self.token_ids, in_use, self.shard.total)
+        return {
+            "number of tokens": hidden.shape[0],
+            "local vocabulary width": self.shard.columns,
+            "vocab_size": self.shard.total,
+            "chunk_size": self.chunk_size,
+            "temperature": self.temperature,
+            **needed_gradients(hidden, weight, self.shared_gradient),
+            "reduce_hidden_grad": self.reduce_hidden_grad,
+        }
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, request):
+    def forward(ctx, hidden, weight, call):
         gradient = HeadGradient(
             hidden,
             weight,
-            request.shard,
+            call.shard,
             ctx.needs_input_grad[:2],
-            request.reduce_hidden_grad,
-            largest_magnitude(request.token_weight),
+            call.reduce_hidden_grad,
+            largest_magnitude(call.token_weight),
         ).expect()
-        loss, per_token = _loss_and_gradient(hidden, weight, request, gradient)
+        loss, per_token = _loss_and_gradient(hidden, weight, call, gradient)
         ctx.gradient = gradient
-        ctx.accumulate_into_main_grad = request.accumulate_into_main_grad
+        ctx.accumulate_into_main_grad = call.accumulate_into_main_grad
         ctx.save_for_backward(weight)
         ctx.mark_non_differentiable(per_token)
         return loss, per_token
@@ -225,79 +202,80 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient(
-    hidden: Tensor, weight: Tensor, request: _Request, gradient: HeadGradient | SharedGradient
+    hidden: Tensor, weight: Tensor, call: _Call, gradient: HeadGradient | SharedGradient
 ) -> tuple[Tensor, Tensor]:
     """The cross-entropy's loss and per_token [T]; adds to `gradient`."""
-    shard, token_weight = request.shard, request.token_weight
+    shard, token_weight = call.shard, call.token_weight
     hidden, weight = without_gaps(hidden), without_gaps(weight)
-    buffer = LogitsBuffer(hidden, request.chunk_size, shard)
+    buffer = LogitsBuffer(hidden, call.chunk_size, shard)
     logprobs = torch.zeros_like(token_weight)
-    for rows in chunks(hidden.shape[0], request.chunk_size):
+    for rows in chunks(hidden.shape[0], call.chunk_size):
         logits = buffer.fill(hidden[rows], weight)
-        normalizer, logprobs[rows] = _merge(shard, _local_statistics(logits, rows, request))
+        normalizer, logprobs[rows] = _merge(shard, _local_statistics(logits, rows, call))
         if gradient.needed:
             scale = token_weight[rows] / gradient.unit
-            _nll_gradient_(logits, rows, normalizer, logprobs[rows], scale, request)
+            _nll_gradient_(logits, rows, normalizer, logprobs[rows], scale, call)
             gradient.add(rows, logits, hidden[rows])
     gradient.finish()
-    _require_finite(hidden, weight, logprobs, request)
+    _require_finite(hidden, weight, logprobs, call)
     per_token = logprobs.neg_().masked_fill_(token_weight == 0, 0)
     return torch.dot(token_weight, per_token), per_token
 
 
 class _SampledTokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, request):
-        shard = request.shard
+    def forward(ctx, hidden, weight, call):
+        shard = call.shard
         hidden, weight = without_gaps(hidden), without_gaps(weight)
-        buffer = LogitsBuffer(hidden, request.chunk_size, shard)
+        buffer = LogitsBuffer(hidden, call.chunk_size, shard)
         dtype = statistics_dtype(hidden.dtype)
         local = torch.zeros(3, hidden.shape[0], dtype=dtype, device=hidden.device)
-        for rows in chunks(hidden.shape[0], request.chunk_size):
+        for rows in chunks(hidden.shape[0], call.chunk_size):
             logits = buffer.fill(hidden[rows], weight)
-            local[:, rows] = _local_statistics(logits, rows, request)
+            local[:, rows] = _local_statistics(logits, rows, call)
         normalizer, logprobs = _merge(shard, local)
-        _require_finite(hidden, weight, logprobs, request)
+        _require_finite(hidden, weight, logprobs, call)
         ctx.save_for_backward(hidden, weight, normalizer, logprobs)
-        ctx.request = request
+        ctx.call = call
         return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, logprobs_grad):
         hidden, weight, normalizer, logprobs = ctx.saved_tensors
-        request, shared = ctx.request, ctx.request.shared_gradient
+        call, shared = ctx.call, ctx.call.shared_gradient
         # A log-probability is a negated cross-entropy whose token weight has arrived only now.
-        token_weight = -logprobs_grad.to(logprobs.dtype) * request.inverse_temperature
+        token_weight = -logprobs_grad.to(logprobs.dtype) * call.inverse_temperature
         gradient = shared
         if shared is None:
             gradient = HeadGradient(
                 hidden,
                 weight,
-                request.shard,
+                call.shard,
                 ctx.needs_input_grad[:2],
-                request.reduce_hidden_grad,
+                call.reduce_hidden_grad,
                 largest_magnitude(token_weight),
             ).expect()
-        buffer = LogitsBuffer(hidden, request.chunk_size, request.shard)
-        for rows in chunks(hidden.shape[0], request.chunk_size):
+        buffer = LogitsBuffer(hidden, call.chunk_size, call.shard)
+        for rows in chunks(hidden.shape[0], call.chunk_size):
             logits = buffer.fill(hidden[rows], weight)
             scale = token_weight[rows] / gradient.unit
-            _nll_gradient_(logits, rows, normalizer[rows], logprobs[rows], scale, request)
+            _nll_gradient_(logits, rows, normalizer[rows], logprobs[rows], scale, call)
             gradient.add(rows, logits, hidden[rows])
         gradient.finish()
         if shared is not None:
             return None, None, None
-        return *gradient.deliver(weight, 1.0, request.accumulate_into_main_grad, keep=False), None
+        return *gradient.deliver(weight, 1.0, call.accumulate_into_main_grad, keep=False), None
 
 
-def _local_statistics(logits: Tensor, rows: slice, request: _Request) -> Tensor:
+def _local_statistics(logits: Tensor, rows: slice, call: _Call) -> Tensor:
     """This shard's maximum, sum of exponentials and its part of the tokens' own logits -> [3, c]."""
-    statistics = softmax_statistics(logits, request.inverse_temperature)
+    statistics = softmax_statistics(logits, call.inverse_temperature)
     own = torch.zeros_like(statistics[0])
     if logits.shape[1] > 0:
-        picked = logits.gather(1, request.columns[rows].unsqueeze(1)).squeeze(1).to(own.dtype)
-        own = torch.where(request.is_here[rows], picked * request.inverse_temperature, own)
+        columns, is_here = call.local_ids
+        picked = logits.gather(1, columns[rows].unsqueeze(1)).squeeze(1).to(own.dtype)
+        own = torch.where(is_here[rows], picked * call.inverse_temperature, own)
     return torch.stack([*statistics, own])
 
 
@@ -313,24 +291,23 @@ def _merge(shard: VocabShard, local: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nll_gradient_(
-    logits: Tensor, rows: slice, normalizer: Tensor, logprobs: Tensor, scale: Tensor, request: _Request
+    logits: Tensor, rows: slice, normalizer: Tensor, logprobs: Tensor, scale: Tensor, call: _Call
 ) -> None:
     """Overwrite logits [c, columns] with scale [c] times p - onehot, the gradient of the tokens' -log p."""
-    scaled_softmax_(logits, normalizer, scale, request.inverse_temperature)
+    scaled_softmax_(logits, normalizer, scale, call.inverse_temperature)
     if logits.shape[1] == 0:
         return
-    columns = request.columns[rows].unsqueeze(1)
+    columns, is_here = (values[rows].unsqueeze(1) for values in call.local_ids)
     # p - 1 from the fp32 log-probability: near p = 1 a p rounded to bf16 would lose all of it.
     at_token = (scale * logprobs.expm1()).to(logits.dtype).unsqueeze(1)
-    is_here = request.is_here[rows].unsqueeze(1)
     logits.scatter_(1, columns, torch.where(is_here, at_token, logits.gather(1, columns)))
 
 
-def _require_finite(hidden: Tensor, weight: Tensor, logprobs: Tensor, request: _Request) -> None:
+def _require_finite(hidden: Tensor, weight: Tensor, logprobs: Tensor, call: _Call) -> None:
     require_finite(
-        request.shard,
+        call.shard,
         logprobs,
-        lambda token: {"student": hidden[token] @ weight[: request.shard.valid].t()},
+        lambda token: {"student": hidden[token] @ weight[: call.shard.valid].t()},
         "token log-probability",
-        request.report,
+        call.report,
     )

@@ -8,6 +8,7 @@ layer.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -102,113 +103,152 @@ def linear_kl(
         ValueError: on every rank alike, for shapes, dtypes, devices or shards that do not match, options
             out of range, and NaN or infinite logits (naming token, rank and model).
     """
-    teacher_hiddens = _as_list(teacher_hidden)
-    teacher_weights = _as_list(teacher_weight)
-
-    def check() -> dict[str, float | str]:
-        spec = DivergenceSpec(divergence, beta, temperature)
-        check_head("student", student_hidden, student_weight)
-        check_mixture(len(teacher_hiddens), len(teacher_weights), mixture_weight, student_hidden, spec, top_k)
-        for hidden, weight in zip(teacher_hiddens, teacher_weights):
-            check_head("teacher", hidden, weight)
-            check_pair("hidden", student_hidden, hidden)
-            if hidden.shape[0] != student_hidden.shape[0]:
-                tokens = f"{student_hidden.shape[0]} and {hidden.shape[0]}"
-                raise ValueError(f"student and teacher must have the same tokens, got {tokens}")
-            if weight.shape[0] != student_weight.shape[0]:
-                widths = f"{student_weight.shape[0]} and {weight.shape[0]}"
-                raise ValueError(
-                    f"student and teacher shards must have the same padded vocabulary width, got {widths}: "
-                    "otherwise their columns do not correspond"
-                )
-        check_chunk_size(chunk_size)
-        check_token_weight(token_weight, student_hidden, finite=report is None)
-        check_main_grad(student_weight, accumulate_into_main_grad)
-        check_top_k(top_k, top_k_from)
-        if diagnostics_top_k is not None and diagnostics_top_k < 1:
-            raise ValueError(f"diagnostics_top_k must be at least 1, got {diagnostics_top_k}")
-        shard = VocabShard.of(student_weight.shape[0], group, vocab_size)
-        return {
-            "number of tokens": student_hidden.shape[0],
-            "local vocabulary width": shard.columns,
-            "vocab_size": shard.total,
-            "chunk_size": chunk_size,
-            **spec.facts(),
-            "number of teachers": len(teacher_hiddens),
-            "top_k": top_k or 0,
-            "top_k_from": top_k_from,
-            "diagnostics_top_k": diagnostics_top_k or 0,
-            **needed_gradients(student_hidden, student_weight, shared_gradient),
-            "reduce_hidden_grad": reduce_hidden_grad,
-        }
-
-    agree(group, check)
-    shard = VocabShard.of(student_weight.shape[0], group, vocab_size)
-    spec = DivergenceSpec(divergence, beta, temperature)
-    request = _Request(
-        shard=shard,
-        spec=spec,
-        teachers=TeacherMixture(
-            [without_gaps(hidden.detach()) for hidden in teacher_hiddens],
-            [without_gaps(weight.detach()) for weight in teacher_weights],
-            mixture_weight,
-            chunk_size,
-            shard,
-            spec,
-            upcast=top_k is not None,
-        ),
-        token_weight=token_weight.detach().to(statistics_dtype(student_hidden.dtype)),
+    call = _Call(
+        student_hidden,
+        student_weight,
+        _as_list(teacher_hidden),
+        _as_list(teacher_weight),
+        token_weight=token_weight,
+        group=group,
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        vocab_size=vocab_size,
         chunk_size=chunk_size,
+        mixture_weight=mixture_weight,
         top_k=top_k,
         top_k_from=top_k_from,
         diagnostics_top_k=diagnostics_top_k,
         reduce_hidden_grad=reduce_hidden_grad,
         accumulate_into_main_grad=accumulate_into_main_grad,
         report=report,
+        shared_gradient=shared_gradient,
     )
+    agree(group, call.check)
     if shared_gradient is None:
-        loss, per_token, *observed = _LinearDivergence.apply(student_hidden, student_weight, request)
+        loss, per_token, *observed = _LinearDivergence.apply(student_hidden, student_weight, call)
     else:
         with torch.no_grad():
-            loss, per_token, *observed = _loss_and_gradient(
-                student_hidden, student_weight, request, shared_gradient
-            )
+            loss, per_token, *observed = _loss_and_gradient(call, shared_gradient)
     if diagnostics_top_k is None:
         return loss, per_token
     return loss, per_token, DivergenceDiagnostics(*observed)
 
 
 @dataclass
-class _Request:
-    """Validated arguments of one call."""
+class _Call:
+    """The arguments of one call. What is derived from them may only be used after `check`."""
 
-    shard: VocabShard
-    spec: DivergenceSpec
-    teachers: TeacherMixture
+    hidden: Tensor
+    weight: Tensor
+    teacher_hiddens: list[Tensor]
+    teacher_weights: list[Tensor]
     token_weight: Tensor
+    group: dist.ProcessGroup | None
+    divergence: str
+    beta: float
+    temperature: float
+    vocab_size: int | None
     chunk_size: int
+    mixture_weight: Tensor | None
     top_k: int | None
     top_k_from: str
     diagnostics_top_k: int | None
     reduce_hidden_grad: bool
     accumulate_into_main_grad: bool
     report: Report | None
+    shared_gradient: SharedGradient | None
+
+    @cached_property
+    def spec(self) -> DivergenceSpec:
+        return DivergenceSpec(self.divergence, self.beta, self.temperature)
+
+    @cached_property
+    def shard(self) -> VocabShard:
+        return VocabShard.of(self.weight.shape[0], self.group, self.vocab_size)
+
+    @cached_property
+    def constant_weight(self) -> Tensor:
+        """The token weights [T] in the precision of statistics."""
+        return self.token_weight.detach().to(statistics_dtype(self.hidden.dtype))
+
+    @cached_property
+    def teachers(self) -> TeacherMixture:
+        return TeacherMixture(
+            [without_gaps(hidden.detach()) for hidden in self.teacher_hiddens],
+            [without_gaps(weight.detach()) for weight in self.teacher_weights],
+            self.mixture_weight,
+            self.chunk_size,
+            self.shard,
+            self.spec,
+            upcast=self.top_k is not None,
+        )
+
+    def check(self) -> dict[str, float | str]:
+        """ValueError for this rank's arguments; else what all ranks of the group must have the same of."""
+        hidden, weight = self.hidden, self.weight
+        check_head("student", hidden, weight)
+        check_mixture(
+            len(self.teacher_hiddens),
+            len(self.teacher_weights),
+            self.mixture_weight,
+            hidden,
+            self.spec,
+            self.top_k,
+        )
+        for teacher_hidden, teacher_weight in zip(self.teacher_hiddens, self.teacher_weights):
+            _check_teacher(hidden, weight, teacher_hidden, teacher_weight)
+        check_chunk_size(self.chunk_size)
+        check_token_weight(self.token_weight, hidden, finite=self.report is None)
+        check_main_grad(weight, self.accumulate_into_main_grad)
+        check_top_k(self.top_k, self.top_k_from)
+        if self.diagnostics_top_k is not None and self.diagnostics_top_k < 1:
+            raise ValueError(f"diagnostics_top_k must be at least 1, got {self.diagnostics_top_k}")
+        return {
+            "number of tokens": hidden.shape[0],
+            "local vocabulary width": self.shard.columns,
+            "vocab_size": self.shard.total,
+            "chunk_size": self.chunk_size,
+            **self.spec.facts(),
+            "number of teachers": len(self.teacher_hiddens),
+            "top_k": self.top_k or 0,
+            "top_k_from": self.top_k_from,
+            "diagnostics_top_k": self.diagnostics_top_k or 0,
+            **needed_gradients(hidden, weight, self.shared_gradient),
+            "reduce_hidden_grad": self.reduce_hidden_grad,
+        }
+
+
+def _check_teacher(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+) -> None:
+    check_head("teacher", teacher_hidden, teacher_weight)
+    check_pair("hidden", student_hidden, teacher_hidden)
+    if teacher_hidden.shape[0] != student_hidden.shape[0]:
+        tokens = f"{student_hidden.shape[0]} and {teacher_hidden.shape[0]}"
+        raise ValueError(f"student and teacher must have the same tokens, got {tokens}")
+    if teacher_weight.shape[0] != student_weight.shape[0]:
+        widths = f"{student_weight.shape[0]} and {teacher_weight.shape[0]}"
+        raise ValueError(
+            f"student and teacher shards must have the same padded vocabulary width, got {widths}: "
+            "otherwise their columns do not correspond"
+        )
 
 
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, request):
+    def forward(ctx, hidden, weight, call):
         gradient = HeadGradient(
             hidden,
             weight,
-            request.shard,
+            call.shard,
             ctx.needs_input_grad[:2],
-            request.reduce_hidden_grad,
-            largest_magnitude(request.token_weight),
+            call.reduce_hidden_grad,
+            largest_magnitude(call.constant_weight),
         ).expect()
-        loss, per_token, *observed = _loss_and_gradient(hidden, weight, request, gradient)
+        loss, per_token, *observed = _loss_and_gradient(call, gradient)
         ctx.gradient = gradient
-        ctx.accumulate_into_main_grad = request.accumulate_into_main_grad
+        ctx.accumulate_into_main_grad = call.accumulate_into_main_grad
         ctx.save_for_backward(weight)
         ctx.mark_non_differentiable(per_token, *observed)
         return loss, per_token, *observed
@@ -221,51 +261,49 @@ class _LinearDivergence(torch.autograd.Function):
         return *ctx.gradient.deliver(weight, loss_grad, ctx.accumulate_into_main_grad, keep), None
 
 
-def _loss_and_gradient(
-    hidden: Tensor, weight: Tensor, request: _Request, gradient: HeadGradient | SharedGradient
-) -> tuple[Tensor, ...]:
+def _loss_and_gradient(call: _Call, gradient: HeadGradient | SharedGradient) -> tuple[Tensor, ...]:
     """Loss, per_token [T] and what diagnostics observed; adds to `gradient`."""
-    hidden, weight = without_gaps(hidden), without_gaps(weight)
-    per_token, observer = _forward_chunks(hidden, weight, request, gradient)
+    hidden, weight = without_gaps(call.hidden.detach()), without_gaps(call.weight.detach())
+    per_token, observer = _forward_chunks(hidden, weight, call, gradient)
     gradient.finish()
-    request.shard.all_reduce(per_token)
-    per_token = request.teachers.complete(per_token)
+    call.shard.all_reduce(per_token)
+    per_token = call.teachers.complete(per_token)
     require_finite(
-        request.shard,
+        call.shard,
         per_token,
         lambda token: {
-            "student": hidden[token] @ weight[: request.shard.valid].t(),
-            **request.teachers.token_logits(token),
+            "student": hidden[token] @ weight[: call.shard.valid].t(),
+            **call.teachers.token_logits(token),
         },
-        request.spec.divergence,
-        request.report,
+        call.divergence,
+        call.report,
     )
-    loss = torch.dot(request.token_weight, per_token)
-    return loss, per_token, *(() if observer is None else observer.result(request.shard))
+    loss = torch.dot(call.constant_weight, per_token)
+    return loss, per_token, *(() if observer is None else observer.result(call.shard))
 
 
 def _forward_chunks(
-    hidden: Tensor, weight: Tensor, request: _Request, gradient: HeadGradient | SharedGradient
+    hidden: Tensor, weight: Tensor, call: _Call, gradient: HeadGradient | SharedGradient
 ) -> tuple[Tensor, DivergenceObserver | None]:
     """All chunks: this rank's part of each token's divergence [T], and of diagnostics; fills `gradient`."""
-    shard, spec, teachers = request.shard, request.spec, request.teachers
+    shard, spec, teachers, token_weight = call.shard, call.spec, call.teachers, call.constant_weight
     kernels = kernels_for(hidden.device)
-    student_logits = LogitsBuffer(hidden, request.chunk_size, shard)
-    per_token = torch.zeros_like(request.token_weight)
+    student_logits = LogitsBuffer(hidden, call.chunk_size, shard)
+    per_token = torch.zeros_like(token_weight)
     observer = None
-    if request.diagnostics_top_k is not None:
-        observer = DivergenceObserver(request.diagnostics_top_k, per_token)
-    for rows in chunks(hidden.shape[0], request.chunk_size):
+    if call.diagnostics_top_k is not None:
+        observer = DivergenceObserver(call.diagnostics_top_k, per_token)
+    for rows in chunks(hidden.shape[0], call.chunk_size):
         student = student_logits.fill(hidden[rows], weight)
         teacher = teachers.logits(rows)
         observed = observer is not None
-        if request.top_k is None:
+        if call.top_k is None:
             local = kernels.statistics(student, teacher, spec, entropy=observed)
             moments = merge_statistics(local, shard, spec)
             if observed:
                 observer.observe(rows, student, teacher, local, moments, shard, spec)
         else:
-            truncated = truncate(student, teacher, request.top_k, request.top_k_from, shard, spec)
+            truncated = truncate(student, teacher, call.top_k, call.top_k_from, shard, spec)
             if observed:  # truncation has statistics of head and tail only
                 local = kernels.statistics(student, teacher, spec, entropy=True)
                 observer.observe(rows, student, teacher, local, truncated.full_moments, shard, spec)
@@ -273,7 +311,7 @@ def _forward_chunks(
         scale = out = None
         if gradient.needed:
             moments = complete_mean_score(student, teacher, moments, shard, spec)
-            scale = request.token_weight[rows] / gradient.unit * teachers.total_weight(rows)
+            scale = token_weight[rows] / gradient.unit * teachers.total_weight(rows)
             scale = scale * spec.inverse_temperature
             out = student
         per_token[rows] = kernels.divergence(student, teacher, moments, spec, scale, out)

@@ -13,13 +13,20 @@ import heapq
 import math
 from typing import NamedTuple
 
+from megatron_mopd.pipeline.orders import (
+    BACKWARD,
+    FORWARD,
+    TEACHER,
+    forward_group,
+    one_forward_one_backward,
+    student_order,
+)
 from megatron_mopd.pipeline.problem import PlanRequest, TeacherJob
+from megatron_mopd.pipeline.slots import slot_loads
 
-FORWARD, BACKWARD, TEACHER = 0, 1, 2
 
-
-class Policy(NamedTuple):
-    """The knobs of one attempt. The planner tries several and keeps the plan that is fastest on the clock.
+class PriorityRule(NamedTuple):
+    """How an idle stage chooses. The planner tries several rules and keeps the fastest schedule.
 
     fixed_order: keep to Megatron's order of forwards and backwards on every stage; else a backward goes first
         whenever one is there, and a forward whenever the activation cap allows.
@@ -52,108 +59,11 @@ class Placed(NamedTuple):
     index: int
 
 
-class SlotLoad(NamedTuple):
-    """Load `teacher` into `slot` once use number `after` (-1: at once) is over; use number `before` needs it
-    (one more than there are: the next plan does).
-    """
-
-    teacher: str
-    slot: int
-    after: int
-    before: int
-
-
-def slot_loads(uses: list[tuple[str, ...]], slots: int, resident: tuple[str, ...], following: str = ""):
-    """Which loads serve a sequence of uses with so many slots, each at the earliest moment.
-
-    A load takes the slot whose occupant is needed last, but not the one in use just before while another can
-    give way: it could only begin when that use is over, and nothing would hide it. `following` is what the
-    next plan begins with; it is brought in as soon as a slot is free for good. Returns the loads in the order
-    they are started and the occupants at the end.
-    """
-    occupant = list(resident) + [""] * (slots - len(resident))
-    positions: dict[str, list[int]] = {}
-    for number, teachers in enumerate(uses):
-        for teacher in teachers:
-            positions.setdefault(teacher, []).append(number)
-    cursor = dict.fromkeys(positions, 0)
-    last_use = [-1] * slots
-    loads: list[SlotLoad] = []
-    latest = -1
-
-    def next_use(slot: int) -> float:
-        name = occupant[slot]
-        if name not in positions or cursor[name] >= len(positions[name]):
-            return math.inf
-        return positions[name][cursor[name]]
-
-    def load(teacher: str, number: int, needed: tuple[str, ...]) -> None:
-        nonlocal latest
-        free = [slot for slot in range(slots) if occupant[slot] not in needed]
-        idle = [slot for slot in free if number == 0 or last_use[slot] < number - 1]
-        slot = max(idle or free, key=lambda s: (next_use(s), -last_use[s]))
-        latest = max(latest, last_use[slot])
-        occupant[slot] = teacher
-        loads.append(SlotLoad(teacher, slot, latest, number))
-
-    for number, teachers in enumerate(uses):
-        for teacher in teachers:
-            if teacher not in occupant:
-                load(teacher, number, teachers)
-        for teacher in teachers:
-            last_use[occupant.index(teacher)] = number
-            cursor[teacher] += 1
-    if following and following not in occupant:
-        load(following, len(uses), ())
-    return loads, tuple(occupant)
-
-
-def forward_group(stages: int, chunks: int, limit: int) -> int:
-    """How many micro-batches advance together through the chunks: Megatron's p, or fewer under a tight limit.
-
-    A stage must hold (chunks - 1) * group forwards before the first backward can come back to it, plus one.
-    """
-    if chunks == 1:
-        return stages
-    return max(1, min(stages, (limit - 1) // (chunks - 1)))
-
-
-def student_order(microbatches: int, chunks: int, group: int) -> tuple[list, list]:
-    """The order of (micro-batch, chunk) for forwards and for backwards, the same on every stage."""
-    forward, backward = [], []
-    for first in range(0, microbatches, group):
-        members = range(first, min(first + group, microbatches))
-        forward += [(i, c) for c in range(chunks) for i in members]
-        backward += [(i, c) for c in reversed(range(chunks)) for i in members]
-    return forward, backward
-
-
-def one_forward_one_backward(microbatches: int, chunks: int, group: int, warmup: int) -> list[int]:
-    """One stage's student order: FORWARD or BACKWARD, `warmup` forwards first, then in turns.
-
-    A last group that is not full is planned as if it were, and the missing micro-batches are then left out:
-    leaving out whole micro-batches cannot make an order get stuck.
-    """
-    full = -(-microbatches // group) * group
-    forward, backward = student_order(full, chunks, group)
-    keep_forward = [i < microbatches for i, _ in forward]
-    keep_backward = [i < microbatches for i, _ in backward]
-    total = len(forward)
-    warmup = min(warmup, total)
-    order = [FORWARD] * sum(keep_forward[:warmup])
-    for number in range(total):
-        if warmup + number < total and keep_forward[warmup + number]:
-            order.append(FORWARD)
-        if keep_backward[number]:
-            order.append(BACKWARD)
-    return order
-
-
 class Schedule:
     """The outcome: per stage the placed computations, with the orders and loads they refer to."""
 
-    def __init__(self, request: PlanRequest, jobs: tuple[TeacherJob, ...], policy: Policy):
-        self.request, self.jobs, self.policy = request, jobs, policy
+    def __init__(self, request: PlanRequest, jobs: tuple[TeacherJob, ...], rule: PriorityRule):
+        self.request, self.jobs, self.rule = request, jobs, rule
         p, v = request.stages, request.virtual_stages
         limit = request.activation_limit()
         group = forward_group(p, v, limit)
@@ -164,10 +74,10 @@ class Schedule:
             ahead = (p - stage - 1) * (1 if v == 1 else 2)
             if v > 1 and group < p:
                 ahead = min(ahead, 2 * group)
-            ahead = min(ahead + policy.extra_activations, room)
+            ahead = min(ahead + rule.extra_activations, room)
             warmup = (v - 1) * group + ahead
             self.activation_caps.append(warmup + 1)
-            if policy.fixed_order:
+            if rule.fixed_order:
                 self.orders.append(one_forward_one_backward(request.microbatches, v, group, warmup))
         self.teacher_loads, self.resident = slot_loads(
             [(job.teacher,) for job in jobs],
@@ -182,7 +92,7 @@ class Schedule:
             if job.step == 0:
                 self.last_job[job.microbatch] = number
         self.placed: list[list[Placed]] = [[] for _ in range(p)]
-        _run(self)
+        _Simulation(self).run()
         # Heads are read by losses and by forwards that keep log-probs, in the order that has come out.
         uses = [(item, heads) for item in self.placed[-1] if (heads := self._heads_read(item))]
         self.head_uses = [(item.kind, item.index) for item, _ in uses]
@@ -202,159 +112,220 @@ class Schedule:
         return ()
 
 
-def _run(schedule: Schedule) -> None:
-    """Fill `schedule.placed` by letting every stage choose whenever it is idle."""
-    request, policy, jobs = schedule.request, schedule.policy, schedule.jobs
-    p, v, costs = request.stages, request.virtual_stages, request.costs
-    forward, backward = schedule.forward, schedule.backward
-    n, n_jobs, last = len(forward), len(jobs), p - 1
-    message = costs.message
-    forward_at = {unit: number for number, unit in enumerate(forward)}
-    backward_at = {unit: number for number, unit in enumerate(backward)}
-    teacher_cost = {name: costs.teacher(name) for name in {job.teacher for job in jobs}}
-    job_cost = [teacher_cost[job.teacher] for job in jobs]
-    budget = math.inf if request.limits.cached_states is None else request.limits.cached_states
+class _Stage:
+    """A pipeline stage on the simulated clock: when its inputs arrive, and what it has started."""
 
-    inf = math.inf
-    forward_in = [[inf] * n for _ in range(p)]
-    backward_in = [[inf] * n for _ in range(p)]
-    teacher_in = [[inf] * n_jobs for _ in range(p)]
-    teacher_in[0] = [0.0] * n_jobs
-    for number, (_, chunk) in enumerate(forward):
-        if chunk == 0:
-            forward_in[0][number] = 0.0
-    next_forward, next_backward, next_job = [0] * p, [0] * p, [0] * p
-    free_at, copy_at, held = [0.0] * p, [0.0] * p, [0] * p
-    held[last] = request.scored_at_start()
-    events: list[tuple[float, int]] = []
+    def __init__(self, schedule: Schedule, number: int):
+        forwards, jobs = len(schedule.forward), len(schedule.jobs)
+        self.number = number
+        self.forward_in = [math.inf] * forwards
+        """When the input of each forward is there; infinite until that is known."""
+        self.backward_in = [math.inf] * forwards
+        self.teacher_in = [math.inf if number else 0.0] * jobs
+        self.loaded_at = {load.before: math.inf for load in schedule.teacher_loads}
+        """When the teacher that a job waits for is loaded."""
+        self.next_forward = self.next_backward = self.next_job = 0
+        self.first_forward = math.inf
+        self.free_at = 0.0
+        self.loads_end = 0.0
+        """When the loads that have been started are over: they are made one after another."""
+        self.cached_states = 0
+        self.activation_cap = schedule.activation_caps[number]
+        self.order = schedule.orders[number] if schedule.orders else None
+        self.placed = schedule.placed[number]
 
-    loads_after: dict[int, list] = {}
-    for load in schedule.teacher_loads:
-        loads_after.setdefault(load.after, []).append(load)
-    job_loaded = [{load.before: inf for load in schedule.teacher_loads} for _ in range(p)]
 
-    def start_teacher_loads(stage: int, after: int, now: float) -> None:
-        for load in loads_after.get(after, ()):
-            copy_at[stage] = max(copy_at[stage], now) + costs.load(load.teacher, stage)
-            job_loaded[stage][load.before] = copy_at[stage]
-            heapq.heappush(events, (copy_at[stage], stage))
+class _Simulation:
+    """Fills `schedule.placed`: whenever a stage is idle, it starts what `schedule.rule` prefers."""
 
-    for stage in range(p):
-        start_teacher_loads(stage, -1, 0.0)
-        heapq.heappush(events, (0.0, stage))
+    def __init__(self, schedule: Schedule):
+        request, self.schedule, self.rule = schedule.request, schedule, schedule.rule
+        self.costs, self.message = request.costs, request.costs.message
+        self.forward_cost, self.backward_cost = request.costs.student_forward, request.costs.student_backward
+        self.chunks, self.n_jobs = request.virtual_stages, len(schedule.jobs)
+        self.n_forwards = len(schedule.forward)
+        self.stages = [_Stage(schedule, number) for number in range(request.stages)]
+        self.last = request.stages - 1
+        for number, (_, chunk) in enumerate(schedule.forward):
+            if chunk == 0:
+                self.stages[0].forward_in[number] = 0.0
+        self.forward_at = {unit: number for number, unit in enumerate(schedule.forward)}
+        self.backward_at = {unit: number for number, unit in enumerate(schedule.backward)}
+        teacher_cost = {name: self.costs.teacher(name) for name in {job.teacher for job in schedule.jobs}}
+        self.job_cost = [teacher_cost[job.teacher] for job in schedule.jobs]
+        self.loads_after: dict[int, list] = {}
+        for load in schedule.teacher_loads:
+            self.loads_after.setdefault(load.after, []).append(load)
 
-    teachers_first, strict = policy.teachers_first, policy.teachers_first and budget == inf
-    serial = request.kind == "serial"
-    teachers_left = p * n_jobs
-    head = min(policy.head, n_jobs)
-    cycle = policy.pace * max(map(sum, zip(costs.student_forward, costs.student_backward)))
-    first_forward = [inf] * p
-    serial_start = 0.0
-    while events:
-        now, stage = heapq.heappop(events)
-        if now < free_at[stage]:
-            continue
-        f, b, t = next_forward[stage], next_backward[stage], next_job[stage]
-        is_last = stage == last
-        may_forward, may_backward = f < n and f - b < schedule.activation_caps[stage], b < n
-        if policy.fixed_order and f + b < 2 * n:
-            may_backward = schedule.orders[stage][f + b] == BACKWARD
-            may_forward = not may_backward
-        b_time = backward_in[stage][b] if may_backward else inf
-        room = held[stage + 1] < budget if not is_last else (p > 1 or held[0] < budget)
-        f_time, urgent = inf, False
-        if may_forward:
-            i, chunk = forward[f]
-            f_time = forward_in[stage][f]
-            if chunk == v - 1 and t <= schedule.last_job[i]:
-                f_time, urgent = inf, True
-            elif (strict and t < n_jobs) or (serial and teachers_left):
-                f_time = inf
-            elif serial:
-                f_time = max(f_time, serial_start)
-            elif f == 0 and stage == 0 and t < head and room:
-                f_time = inf
-        t_time = inf
-        if t < n_jobs:
-            if room:
-                t_time = teacher_in[stage][t]
-                if t in job_loaded[stage]:
-                    t_time = max(t_time, job_loaded[stage][t])
+        limit = request.limits.cached_states
+        self.cache_limit = math.inf if limit is None else limit
+        self.stages[self.last].cached_states = request.scored_at_start()
+        self.teachers_before_forwards = self.rule.teachers_first and limit is None
+        self.serial = request.kind == "serial"
+        self.teachers_left = request.stages * self.n_jobs
+        self.student_may_start = 0.0  # with `serial`, once all teachers are done
+        self.lead = min(self.rule.head, self.n_jobs)
+        cycle = max(map(sum, zip(self.forward_cost, self.backward_cost)))
+        self.pace = self.rule.pace * cycle
+        self.events: list[tuple[float, int]] = []
 
-        if t_time <= now and teachers_first:
-            choice = TEACHER
-        elif b_time <= now:
-            choice = BACKWARD
-        else:
-            choice = FORWARD if f_time <= now else None
-            if t_time <= now and (choice is None or f):
-                # A teacher forward may go now if the next forward needs it, or if it ends before the
-                # student's next work arrives or, for a forward already here, before that falls due.
-                cost = job_cost[t][stage]
-                due = first_forward[stage] + f * cycle
-                fits = now + policy.patience * cost <= b_time and (
-                    now + policy.patience * cost <= f_time
-                    if choice is None
-                    else now + (1 - policy.lateness) * cost <= due
-                )
-                if urgent or fits:
-                    choice = TEACHER
-            if choice is None:
+    def run(self) -> None:
+        start = {FORWARD: self._start_forward, BACKWARD: self._start_backward, TEACHER: self._start_teacher}
+        for stage in self.stages:
+            self._start_loads(stage, -1, 0.0)
+            self._wake(0.0, stage.number)
+        while self.events:
+            now, number = heapq.heappop(self.events)
+            stage = self.stages[number]
+            if now < stage.free_at:
                 continue
+            kind = self._choice(stage, now)
+            if kind is not None:
+                stage.free_at = start[kind](stage, now)
+                self._wake(stage.free_at, number)
+        assert all(len(stage.placed) == 2 * self.n_forwards + self.n_jobs for stage in self.stages), (
+            "the scheduler left work undone"
+        )
 
-        if choice == FORWARD:
-            i, chunk = forward[f]
-            end = now + costs.student_forward[chunk * p + stage]
-            schedule.placed[stage].append(Placed(now, end, FORWARD, f))
-            next_forward[stage] = f + 1
-            if f == 0:
-                first_forward[stage] = now
-            if not is_last:
-                forward_in[stage + 1][f] = end + message
-                heapq.heappush(events, (end + message, stage + 1))
-            elif chunk < v - 1:
-                target, arrival = forward_at[i, chunk + 1], end + (message if p > 1 else 0.0)
-                forward_in[0][target] = arrival
-                heapq.heappush(events, (arrival, 0))
-            else:
-                backward_in[stage][backward_at[i, chunk]] = end
-                if schedule.needed[i]:
-                    held[last] -= schedule.releases[i]
-                    heapq.heappush(events, (end, max(0, last - 1)))
-        elif choice == BACKWARD:
-            i, chunk = backward[b]
-            end = now + costs.student_backward[chunk * p + stage]
-            schedule.placed[stage].append(Placed(now, end, BACKWARD, b))
-            next_backward[stage] = b + 1
-            if stage > 0:
-                backward_in[stage - 1][b] = end + message
-                heapq.heappush(events, (end + message, stage - 1))
-            elif chunk > 0:
-                target, arrival = backward_at[i, chunk - 1], end + (message if p > 1 else 0.0)
-                backward_in[last][target] = arrival
-                heapq.heappush(events, (arrival, last))
+    def _wake(self, time: float, stage: int) -> None:
+        heapq.heappush(self.events, (time, stage))
+
+    # --- which computation comes next -------------------------------------------------------------
+
+    def _choice(self, stage: _Stage, now: float) -> int | None:
+        """What the stage starts now; None when it is better, or necessary, to wait."""
+        may_forward, may_backward = self._allowed(stage)
+        backward_time = stage.backward_in[stage.next_backward] if may_backward else math.inf
+        has_room = self._has_room(stage)
+        forward_time, needs_teacher = math.inf, False
+        if may_forward:
+            forward_time, needs_teacher = self._forward_time(stage, has_room)
+        is_teacher_ready = has_room and self._teacher_time(stage) <= now
+
+        if is_teacher_ready and self.rule.teachers_first:
+            return TEACHER
+        if backward_time <= now:
+            return BACKWARD
+        if is_teacher_ready and (needs_teacher or self._fits(stage, now, forward_time, backward_time)):
+            return TEACHER
+        return FORWARD if forward_time <= now else None
+
+    def _allowed(self, stage: _Stage) -> tuple[bool, bool]:
+        """Whether the order of the student, or else the cap on activations, allows a forward; a backward."""
+        forwards, backwards = stage.next_forward, stage.next_backward
+        if stage.order is not None and forwards + backwards < 2 * self.n_forwards:
+            is_backward = stage.order[forwards + backwards] == BACKWARD
+            return not is_backward, is_backward
+        within_cap = forwards - backwards < stage.activation_cap
+        return forwards < self.n_forwards and within_cap, backwards < self.n_forwards
+
+    def _has_room(self, stage: _Stage) -> bool:
+        """Whether the result of one more teacher forward can be kept where it goes."""
+        if self.cache_limit == math.inf:
+            return True
+        if stage.number < self.last:
+            return self.stages[stage.number + 1].cached_states < self.cache_limit
+        return self.last > 0 or stage.cached_states < self.cache_limit
+
+    def _forward_time(self, stage: _Stage, has_room: bool) -> tuple[float, bool]:
+        """When the next forward may start, and whether a teacher forward has to come before it."""
+        number, job = stage.next_forward, stage.next_job
+        microbatch, chunk = self.schedule.forward[number]
+        if chunk == self.chunks - 1 and job <= self.schedule.last_job[microbatch]:
+            return math.inf, True
+        if self.teachers_before_forwards and job < self.n_jobs:
+            return math.inf, False
+        if self.serial:
+            earliest = math.inf if self.teachers_left else self.student_may_start
+            return max(stage.forward_in[number], earliest), False
+        if number == 0 and stage.number == 0 and job < self.lead and has_room:
+            return math.inf, False
+        return stage.forward_in[number], False
+
+    def _teacher_time(self, stage: _Stage) -> float:
+        """When the next teacher forward has its input and its weights."""
+        job = stage.next_job
+        if job == self.n_jobs:
+            return math.inf
+        return max(stage.teacher_in[job], stage.loaded_at.get(job, 0.0))
+
+    def _fits(self, stage: _Stage, now: float, forward_time: float, backward_time: float) -> bool:
+        """Whether a teacher forward ends before the student's next work arrives or, for a forward that is
+        already there, before that falls due.
+        """
+        cost = self.job_cost[stage.next_job][stage.number]
+        waited_for = now + self.rule.patience * cost
+        if forward_time > now:
+            return waited_for <= backward_time and waited_for <= forward_time
+        if stage.next_forward == 0:
+            return False
+        due = stage.first_forward + stage.next_forward * self.pace
+        return waited_for <= backward_time and now + (1 - self.rule.lateness) * cost <= due
+
+    # --- what follows from starting it: each returns when it ends ---------------------------------
+
+    def _start_forward(self, stage: _Stage, now: float) -> float:
+        number = stage.next_forward
+        microbatch, chunk = self.schedule.forward[number]
+        end = now + self.forward_cost[chunk * len(self.stages) + stage.number]
+        stage.placed.append(Placed(now, end, FORWARD, number))
+        stage.next_forward += 1
+        if number == 0:
+            stage.first_forward = now
+        if stage.number < self.last:
+            self.stages[stage.number + 1].forward_in[number] = end + self.message
+            self._wake(end + self.message, stage.number + 1)
+        elif chunk < self.chunks - 1:
+            arrival = end + (self.message if self.last else 0.0)
+            self.stages[0].forward_in[self.forward_at[microbatch, chunk + 1]] = arrival
+            self._wake(arrival, 0)
         else:
-            end = now + job_cost[t][stage]
-            schedule.placed[stage].append(Placed(now, end, TEACHER, t))
-            next_job[stage] = t + 1
-            if not is_last:
-                teacher_in[stage + 1][t] = end + message
-                held[stage + 1] += 1
-                heapq.heappush(events, (end + message, stage + 1))
-            elif p == 1:
-                held[0] += 1
-            if 0 < stage < last:
-                held[stage] -= 1
-                heapq.heappush(events, (end, stage - 1))
-            start_teacher_loads(stage, t, end)
-            teachers_left -= 1
-            if serial and not teachers_left:
-                serial_start = end
-                for other in range(p):
-                    heapq.heappush(events, (end, other))
-        free_at[stage] = end
-        heapq.heappush(events, (end, stage))
+            stage.backward_in[self.backward_at[microbatch, chunk]] = end
+            if self.schedule.needed[microbatch]:
+                stage.cached_states -= self.schedule.releases[microbatch]
+                self._wake(end, max(0, self.last - 1))
+        return end
 
-    assert all(len(entries) == 2 * n + n_jobs for entries in schedule.placed), (
-        "the scheduler left work undone"
-    )
+    def _start_backward(self, stage: _Stage, now: float) -> float:
+        number = stage.next_backward
+        microbatch, chunk = self.schedule.backward[number]
+        end = now + self.backward_cost[chunk * len(self.stages) + stage.number]
+        stage.placed.append(Placed(now, end, BACKWARD, number))
+        stage.next_backward += 1
+        if stage.number > 0:
+            self.stages[stage.number - 1].backward_in[number] = end + self.message
+            self._wake(end + self.message, stage.number - 1)
+        elif chunk > 0:
+            arrival = end + (self.message if self.last else 0.0)
+            self.stages[self.last].backward_in[self.backward_at[microbatch, chunk - 1]] = arrival
+            self._wake(arrival, self.last)
+        return end
+
+    def _start_teacher(self, stage: _Stage, now: float) -> float:
+        job = stage.next_job
+        end = now + self.job_cost[job][stage.number]
+        stage.placed.append(Placed(now, end, TEACHER, job))
+        stage.next_job += 1
+        if stage.number < self.last:
+            following = self.stages[stage.number + 1]
+            following.teacher_in[job] = end + self.message
+            following.cached_states += 1
+            self._wake(end + self.message, following.number)
+            if stage.number > 0:
+                stage.cached_states -= 1
+                self._wake(end, stage.number - 1)
+        elif self.last == 0:
+            stage.cached_states += 1
+        self._start_loads(stage, job, end)
+        self.teachers_left -= 1
+        if self.serial and not self.teachers_left:
+            self.student_may_start = end
+            for other in self.stages:
+                self._wake(end, other.number)
+        return end
+
+    def _start_loads(self, stage: _Stage, after: int, now: float) -> None:
+        for load in self.loads_after.get(after, ()):
+            stage.loads_end = max(stage.loads_end, now) + self.costs.load(load.teacher, stage.number)
+            stage.loaded_at[load.before] = stage.loads_end
+            self._wake(stage.loads_end, stage.number)

@@ -33,14 +33,8 @@ from megatron_mopd.pipeline.instructions import (
     TeacherForward,
     next_place,
 )
-from megatron_mopd.pipeline.list_scheduling import (
-    BACKWARD,
-    FORWARD,
-    TEACHER,
-    Policy,
-    Schedule,
-    student_order,
-)
+from megatron_mopd.pipeline.list_scheduling import PriorityRule, Schedule
+from megatron_mopd.pipeline.orders import BACKWARD, FORWARD, TEACHER, student_order
 from megatron_mopd.pipeline.problem import PlanRequest, TeacherJob
 
 
@@ -74,7 +68,7 @@ def make_plan(request: PlanRequest, *, effort: int = 150_000) -> Plan:
     if request.kind == "bubble_fill":
         schedule = _best_schedule(request, jobs, effort)
     else:
-        schedule = Schedule(request, jobs, Policy(fixed_order=True, teachers_first=True))
+        schedule = Schedule(request, jobs, PriorityRule(fixed_order=True, teachers_first=True))
     return Plan(
         request=request,
         stages=_instruction_lists(schedule),
@@ -162,23 +156,23 @@ def _jobs_that_fit(request: PlanRequest) -> tuple[tuple[TeacherJob, ...], tuple[
 
 
 def _candidates(request: PlanRequest, jobs: tuple[TeacherJob, ...]):
-    """Policies in the order they are worth trying. The first few do well on even stages; the rest are a
+    """Rules in the order they are worth trying. The first few do well on even stages; the rest are a
     grid.
     """
     p, deep = request.stages, request.virtual_stages > 1
     heads = sorted({0, p // 4, p // 2, 3 * p // 4, p})
     if not jobs:
-        return [Policy(fixed_order=True), Policy(), Policy(extra_activations=1)]
+        return [PriorityRule(fixed_order=True), PriorityRule(), PriorityRule(extra_activations=1)]
     first = [
-        Policy(deep, pace=1.0, head=p // 4 if deep else 0),
-        Policy(deep, patience=1.0),
-        Policy(deep),
-        Policy(deep, extra_activations=p, head=p // 4, pace=1.0),
-        Policy(True, patience=0.5, head=p // 2, pace=1.0, lateness=0.5),
-        Policy(True, patience=0.5),
+        PriorityRule(deep, pace=1.0, head=p // 4 if deep else 0),
+        PriorityRule(deep, patience=1.0),
+        PriorityRule(deep),
+        PriorityRule(deep, extra_activations=p, head=p // 4, pace=1.0),
+        PriorityRule(True, patience=0.5, head=p // 2, pace=1.0, lateness=0.5),
+        PriorityRule(True, patience=0.5),
     ]
     grid = [
-        Policy(fixed, extra, patience, False, head, pace, late)
+        PriorityRule(fixed, extra, patience, False, head, pace, late)
         for fixed, extra, patience, head, (pace, late) in itertools.product(
             (deep, not deep),
             (0, max(1, p // 2), p * request.virtual_stages),
@@ -188,7 +182,7 @@ def _candidates(request: PlanRequest, jobs: tuple[TeacherJob, ...]):
         )
     ]
     random.Random(0).shuffle(grid)
-    return first + [policy for policy in grid if policy not in first]
+    return first + [rule for rule in grid if rule not in first]
 
 
 def _best_schedule(request: PlanRequest, jobs: tuple[TeacherJob, ...], effort: int) -> Schedule:
@@ -196,11 +190,11 @@ def _best_schedule(request: PlanRequest, jobs: tuple[TeacherJob, ...], effort: i
     tries = max(6, effort // placements)
     bound = max(*_work(request, jobs), _student_time(request))
     best, best_key = None, (math.inf, math.inf)
-    for policy in _candidates(request, jobs)[:tries]:
-        schedule = Schedule(request, jobs, policy)
+    for rule in _candidates(request, jobs)[:tries]:
+        schedule = Schedule(request, jobs, rule)
         time = _effective_time(schedule)
         # A tenth of a percent is worth less than an activation.
-        key = (round(time / bound, 3) if bound else time, policy.extra_activations)
+        key = (round(time / bound, 3) if bound else time, rule.extra_activations)
         if key < best_key:
             best, best_key = schedule, key
         if time <= bound * 1.0005:

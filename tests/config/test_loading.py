@@ -158,6 +158,11 @@ def test_read_only():
         ({"optimizer": {"min_lr": 1.0}}, "optimizer.min_lr: 1 is above optimizer.lr="),
         ({"optimizer": {"min_lr": -1.0}}, "optimizer.min_lr: must be at least 0"),
         ({"optimizer": {"lr": math.nan}}, "optimizer.lr: must be at least 0"),
+        (
+            {"parallel": {"virtual_pipeline_model_parallel_size": -1}},
+            "parallel.virtual_pipeline_model_parallel_size: must be at least 1, found -1",
+        ),
+        ({"schedule": {"max_activations": -1}}, "schedule.max_activations: must be at least 0, found -1"),
         ({"student": {"rotary_base": 0}}, "student.rotary_base: must be above 0"),
         ({"optimizer": {"lr": 10**5000}}, "optimizer.lr: a whole number of"),
         ({"recipes": 10**5000}, "unknown key 'recipes'; did you mean 'recipe'?"),
