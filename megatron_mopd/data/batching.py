@@ -161,31 +161,11 @@ def collate(
     """Tensors of one micro-batch for this context-parallel rank, on the CPU. An empty list gives one of
     padding only. `routing` has the expert choices [tokens - 1, layers, k] of sampled trajectories, by index.
     """
-    if shape.max_tokens is None:
-        rows = shape.micro_batch_size if shape.fixed else max(1, len(trajectories))
-        documents = [(row, 0, shape.seq_length) for row in range(rows)]
-        row_length = shape.seq_length // shape.cp_size
-    else:
-        lengths = [_round_up(len(t), shape.document_multiple) for t in trajectories]
-        total = (
-            shape.max_tokens
-            if shape.fixed
-            else max(_round_up(sum(lengths), shape.alignment), shape.alignment)
-        )
-        if total > sum(lengths):
-            lengths.append(total - sum(lengths))
-        starts = np.cumsum([0, *lengths[:-1]]) // shape.cp_size
-        rows, row_length = 1, total // shape.cp_size
-        documents = [(0, int(start), length) for start, length in zip(starts, lengths)]
-
+    rows, row_length, documents = _documents(trajectories, shape)
     tokens = np.zeros((rows, row_length), dtype=np.int64)
     positions = np.zeros((rows, row_length), dtype=np.int64)
     owner = np.full((rows, row_length), len(trajectories), dtype=np.int64)
     loss_index, targets, counts = [], [], []
-    experts = None
-    if routing:
-        some = next(iter(routing.values()))
-        experts = torch.full((rows, row_length, *some.shape[1:]), -1, dtype=torch.int16)
     for number, (row, start, length) in enumerate(documents):
         order = _zigzag(length, shape.cp_size, shape.cp_rank)
         local = slice(start, start + len(order))
@@ -202,10 +182,6 @@ def collate(
         loss_index.append((start + chosen) * rows + row)
         targets.append(ids[order[chosen] + 1])
         counts.append(len(chosen))
-        if experts is not None and trajectory.index in routing:
-            sampled = order < len(trajectory) - 1  # the last token never went through the model
-            places = torch.from_numpy(start + np.flatnonzero(sampled))
-            experts[row, places] = routing[trajectory.index][torch.from_numpy(order[sampled])].to(torch.int16)
     packed = shape.max_tokens is not None
     return MicroBatch(
         trajectories=tuple(trajectories),
@@ -218,8 +194,46 @@ def collate(
         loss_index=torch.from_numpy(np.concatenate(loss_index or [np.zeros(0, np.int64)])),
         target_ids=torch.from_numpy(np.concatenate(targets or [np.zeros(0, np.int64)])),
         loss_counts=tuple(counts),
-        experts=None if experts is None else experts.permute(2, 1, 0, 3).contiguous(),
+        experts=_experts(trajectories, routing, owner, positions) if routing else None,
     )
+
+
+def _documents(
+    trajectories: Sequence[Trajectory], shape: BatchShape
+) -> tuple[int, int, list[tuple[int, int, int]]]:
+    """Rows and columns of a micro-batch on this context-parallel rank, and (row, first column, length) of
+    each trajectory and then of each padding document; the length is that over all context-parallel ranks.
+    """
+    if shape.max_tokens is None:
+        rows = shape.micro_batch_size if shape.fixed else max(1, len(trajectories))
+        return rows, shape.seq_length // shape.cp_size, [(row, 0, shape.seq_length) for row in range(rows)]
+    lengths = [_round_up(len(t), shape.document_multiple) for t in trajectories]
+    used, total = sum(lengths), shape.max_tokens
+    if not shape.fixed:
+        total = max(_round_up(used, shape.alignment), shape.alignment)
+    if total > used:
+        lengths.append(total - used)
+    starts = np.cumsum([0, *lengths[:-1]]) // shape.cp_size
+    return 1, total // shape.cp_size, [(0, int(start), length) for start, length in zip(starts, lengths)]
+
+
+def _experts(
+    trajectories: Sequence[Trajectory],
+    routing: Mapping[int, Tensor],
+    owner: np.ndarray,
+    positions: np.ndarray,
+) -> Tensor:
+    """[layers, columns, rows, k] recorded expert choices; -1 where a token has none: padding, and the last
+    token of a trajectory, which did not pass through the model. owner, positions: [rows, columns].
+    """
+    some = next(iter(routing.values()))
+    experts = torch.full((*owner.shape, *some.shape[1:]), -1, dtype=torch.int16)
+    for number, trajectory in enumerate(trajectories):
+        if trajectory.index in routing:
+            places = (owner == number) & (positions < len(trajectory) - 1)
+            choices = routing[trajectory.index][torch.from_numpy(positions[places])]
+            experts[torch.from_numpy(places)] = choices.to(torch.int16)
+    return experts.permute(2, 1, 0, 3).contiguous()
 
 
 def _zigzag(length: int, cp_size: int, cp_rank: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -86,21 +87,51 @@ def transformer_config(
     for key in ("num_layers", "hidden_size", "num_attention_heads"):
         if key not in model.transformer:
             raise ConfigError(f"{where}.{key}: missing; name it or load a checkpoint")
-    dtype = DTYPES[params_dtype]
-    vpp = parallel.virtual_pipeline_model_parallel_size
-    on_cuda = device_type == "cuda"
     values = _ARCHITECTURE_DEFAULTS | model.transformer
+    values |= _layout_values(parallel, values, frozen) | _execution_values(values, params_dtype, device_type)
+    if frozen:
+        values |= _FROZEN_OVERRIDES
+    else:
+        _check_biases(values, where)
+    if isinstance(values["activation_func"], str):
+        if values["activation_func"] not in _ACTIVATIONS:
+            raise ConfigError(f"{where}.activation_func: not one of {', '.join(_ACTIVATIONS)}")
+        values["activation_func"] = _ACTIVATIONS[values["activation_func"]]
+    _check_values(model, values, where)
+    _check_kernels(values, device_type, where)
+    if values.get("multi_latent_attention"):
+        values |= _latent_attention_scale(model, where)
+    cls = MLATransformerConfig if values.get("multi_latent_attention") else TransformerConfig
+    try:
+        config = cls(**values)
+    except _REFUSALS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{where}: megatron-core refuses this model: {reason}") from None
+    _check_router(config, where)
+    _check_rotary(model, config, where)
+    return config
+
+
+def _layout_values(parallel: ParallelConfig, values: Mapping[str, Any], frozen: bool) -> dict[str, Any]:
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    tp = parallel.tensor_model_parallel_size
     # A dense model may run beside a mixture of experts whose layout has expert parallelism.
-    expert_parallel = parallel.expert_model_parallel_size if values.get("num_moe_experts") else 1
-    values |= dict(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+    ep = parallel.expert_model_parallel_size if values.get("num_moe_experts") else 1
+    return dict(
+        tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 and not frozen else None,
-        expert_model_parallel_size=expert_parallel,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size
-        or parallel.tensor_model_parallel_size,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or tp,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+    )
+
+
+def _execution_values(values: Mapping[str, Any], params_dtype: str, device_type: str) -> dict[str, Any]:
+    """Precision, kernels and communication: what does not belong to the architecture."""
+    dtype, on_cuda = DTYPES[params_dtype], device_type == "cuda"
+    return dict(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -125,27 +156,6 @@ def transformer_config(
         batch_p2p_comm=on_cuda,
         batch_p2p_sync=False,
     )
-    if frozen:
-        values |= _FROZEN_OVERRIDES
-    else:
-        _check_biases(values, where)
-    if isinstance(values["activation_func"], str):
-        if values["activation_func"] not in _ACTIVATIONS:
-            raise ConfigError(f"{where}.activation_func: not one of {', '.join(_ACTIVATIONS)}")
-        values["activation_func"] = _ACTIVATIONS[values["activation_func"]]
-    _check_values(model, values, where)
-    _check_kernels(values, device_type, where)
-    if values.get("multi_latent_attention"):
-        values |= _latent_attention_scale(model, where)
-    cls = MLATransformerConfig if values.get("multi_latent_attention") else TransformerConfig
-    try:
-        config = cls(**values)
-    except _REFUSALS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{where}: megatron-core refuses this model: {reason}") from None
-    _check_router(config, where)
-    _check_rotary(model, config, where)
-    return config
 
 
 def _check_values(model: ModelConfig, values: dict[str, Any], where: str) -> None:
@@ -207,6 +217,13 @@ def _check_router(config: TransformerConfig, where: str) -> None:
         raise ConfigError(f"{where}.moe_router_topk: {chosen} of {experts} experts cannot be chosen")
     if config.moe_apply_probs_on_input and chosen != 1:
         raise ConfigError(f"{where}.moe_apply_probs_on_input: needs moe_router_topk=1, found {chosen}")
+    coefficients = config.moe_aux_loss_coeff
+    if isinstance(coefficients, list) and not isinstance(config.moe_router_load_balancing_type, list):
+        raise ConfigError(
+            f"{where}.moe_aux_loss_coeff: a list needs a list of moe_router_load_balancing_type of its length"
+        )
+    if config.moe_router_load_balancing_type == "sinkhorn" and coefficients:
+        raise ConfigError(f"{where}.moe_aux_loss_coeff: must be 0 with sinkhorn, found {coefficients}")
     groups, group_topk = config.moe_router_num_groups, config.moe_router_group_topk
     if not group_topk:
         return

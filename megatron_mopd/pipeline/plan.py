@@ -33,7 +33,7 @@ from megatron_mopd.pipeline.instructions import (
     TeacherForward,
     next_place,
 )
-from megatron_mopd.pipeline.list_scheduling import PriorityRule, Schedule
+from megatron_mopd.pipeline.list_scheduling import Placed, PriorityRule, Schedule
 from megatron_mopd.pipeline.orders import BACKWARD, FORWARD, TEACHER, student_order
 from megatron_mopd.pipeline.problem import PlanRequest, TeacherJob
 
@@ -261,56 +261,27 @@ def _optimizer_cuts(schedule: Schedule) -> tuple[list[int], float]:
 # --- from a schedule to instruction lists -------------------------------------------------------------
 
 
+class _Table:
+    """A schedule's computations as instructions."""
+
+    def __init__(self, schedule: Schedule):
+        self._kinds: tuple[list[Compute], ...] = (
+            [StudentForward(i, c) for i, c in schedule.forward],
+            [StudentBackward(i, c) for i, c in schedule.backward],
+            [TeacherForward(job) for job in schedule.jobs],
+        )
+
+    def __getitem__(self, item: Placed) -> Compute:
+        return self._kinds[item.kind][item.index]
+
+
 def _instruction_lists(schedule: Schedule) -> tuple[tuple[Instruction, ...], ...]:
-    request = schedule.request
-    p, v = request.stages, request.virtual_stages
-    forward = [StudentForward(i, c) for i, c in schedule.forward]
-    backward = [StudentBackward(i, c) for i, c in schedule.backward]
-    teacher = [TeacherForward(job) for job in schedule.jobs]
-    table: tuple[list[Compute], ...] = (forward, backward, teacher)
-
+    request, table = schedule.request, _Table(schedule)
+    receives, sends = _messages(schedule, table)
     cuts, _ = _optimizer_cuts(schedule)
-    before: list[list[list[Instruction]]] = [[[] for _ in range(len(items) + 1)] for items in schedule.placed]
-    after: list[list[list[Instruction]]] = [[[] for _ in items] for items in schedule.placed]
-    starts = [[item.start for item in items] for items in schedule.placed]
-    tight = request.limits.cached_states is not None
-    place = [{table[item.kind][item.index]: at for at, item in enumerate(items)} for items in schedule.placed]
-    crossings = []
-    for stage, items in enumerate(schedule.placed):
-        for position, item in enumerate(items):
-            compute = table[item.kind][item.index]
-            target = next_place(compute, stage, p, v)
-            if target is None:
-                continue
-            lane, destination, consumer = target
-            channel = Channel(lane, stage, destination)
-            after[stage][position].append(Send(channel, consumer))
-            crossings.append((destination, channel, consumer, item.start))
-    for destination, channel, consumer, departure in crossings:
-        # Posted while the sender still computes, before whatever runs here then; but where the cache is
-        # limited, a state's buffer must not be claimed before a running forward has released its own.
-        row = starts[destination]
-        if tight and channel.lane is Lane.TEACHER_FORWARD:
-            position = min(bisect_right(row, departure), place[destination][consumer])
-        else:
-            position = max(0, bisect_left(row, departure) - 1)
-        before[destination][position].append(Receive(channel, consumer))
-
     lists = []
     for stage, items in enumerate(schedule.placed):
-        start: list[Instruction] = []
-        loads_after: dict[tuple[int, int], list[Instruction]] = {}
-        for load in schedule.teacher_loads:
-            loads_after.setdefault((TEACHER, load.after), []).append(LoadTeacher(load.teacher, load.slot))
-        start += loads_after.get((TEACHER, -1), [])
-        if stage == p - 1:
-            for load in schedule.head_loads:
-                head = LoadHead(load.teacher, load.slot)
-                if load.after < 0:
-                    start.append(head)
-                else:
-                    loads_after.setdefault(schedule.head_uses[load.after], []).append(head)
-        entries: list[Instruction] = start
+        entries, loads_after = _loads(schedule, stage)
         synchronized = request.kind != "serial" or not schedule.jobs
         for position, item in enumerate(items):
             if position == cuts[stage]:
@@ -318,12 +289,61 @@ def _instruction_lists(schedule: Schedule) -> tuple[tuple[Instruction, ...], ...
             if item.kind == FORWARD and not synchronized:
                 entries.append(Synchronize())
                 synchronized = True
-            entries += before[stage][position]
-            entries.append(table[item.kind][item.index])
-            entries += after[stage][position]
+            entries += receives[stage][position]
+            entries.append(table[item])
+            entries += sends[stage][position]
             if item.kind != BACKWARD:
                 entries += loads_after.get((item.kind, item.index), [])
         if cuts[stage] == len(items):
             entries.append(OptimizerStep())
         lists.append(tuple(entries))
     return tuple(lists)
+
+
+_PerPosition = list[list[list[Instruction]]]
+"""Instructions for each stage and each computation placed on it."""
+
+
+def _messages(schedule: Schedule, table: _Table) -> tuple[_PerPosition, _PerPosition]:
+    """What each stage receives before, and sends after, each of its computations."""
+    request = schedule.request
+    receives: _PerPosition = [[[] for _ in range(len(items) + 1)] for items in schedule.placed]
+    sends: _PerPosition = [[[] for _ in items] for items in schedule.placed]
+    crossings = []
+    for stage, items in enumerate(schedule.placed):
+        for position, item in enumerate(items):
+            target = next_place(table[item], stage, request.stages, request.virtual_stages)
+            if target is not None:
+                lane, destination, consumer = target
+                channel = Channel(lane, stage, destination)
+                sends[stage][position].append(Send(channel, consumer))
+                crossings.append((destination, channel, consumer, item.start))
+    starts = [[item.start for item in items] for items in schedule.placed]
+    place = [{table[item]: position for position, item in enumerate(items)} for items in schedule.placed]
+    is_cache_limited = request.limits.cached_states is not None
+    for destination, channel, consumer, departure in crossings:
+        # Posted while the sender still computes, before whatever runs here then; but where the cache is
+        # limited, a state's buffer must not be claimed before a running forward has released its own.
+        row = starts[destination]
+        if is_cache_limited and channel.lane is Lane.TEACHER_FORWARD:
+            position = min(bisect_right(row, departure), place[destination][consumer])
+        else:
+            position = max(0, bisect_left(row, departure) - 1)
+        receives[destination][position].append(Receive(channel, consumer))
+    return receives, sends
+
+
+def _loads(
+    schedule: Schedule, stage: int
+) -> tuple[list[Instruction], dict[tuple[int, int], list[Instruction]]]:
+    """A stage's loads of teachers and heads: those at the start, and those after a (kind, index)."""
+    start: list[Instruction] = []
+    after: dict[tuple[int, int], list[Instruction]] = {}
+    for load in schedule.teacher_loads:
+        place = start if load.after < 0 else after.setdefault((TEACHER, load.after), [])
+        place.append(LoadTeacher(load.teacher, load.slot))
+    if stage == schedule.request.stages - 1:
+        for load in schedule.head_loads:
+            place = start if load.after < 0 else after.setdefault(schedule.head_uses[load.after], [])
+            place.append(LoadHead(load.teacher, load.slot))
+    return start, after

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -81,24 +81,11 @@ class MegatronEngine:
             for i in range(len(requests))
             if i in known and known[i].is_complete
         }
-        by_length = sorted(range(len(prompts)), key=lambda p: -len(prompts[p].token_ids))
-        open_prompts = [
-            [
-                _continued(requests[i], known.get(i))
-                for i in range(p * samples_per_prompt, (p + 1) * samples_per_prompt)
-                if i not in complete
-            ]
-            for p in by_length
-        ]
-        open_prompts = [samples for samples in open_prompts if samples]
-        shares = [
-            [request for samples in open_prompts[rank :: groups.dp_size] for request in samples]
-            for rank in range(groups.dp_size)
-        ]
+        shares = self._shares(requests, known, complete, samples_per_prompt)
         rows_per_lane = max(1, self._max_batch_size // groups.pp_size)
         batches = split_evenly(shares[groups.dp.rank()], rows_per_lane, groups.pp_size)
         responses, by_index = complete, {}
-        if open_prompts:
+        if any(shares):
             rows = max(map(len, batches), default=1)
             packed = rows >= _ROWS_WORTH_PACKING and sampling.max_new_tokens >= _STEPS_WORTH_PACKING
             with decoding_mode(self._chunks, packed) as weights:
@@ -153,6 +140,23 @@ class MegatronEngine:
             first = position * samples_per_prompt
             requests += [Request(first + s, prompt.token_ids, limit) for s in range(samples_per_prompt)]
         return requests
+
+    def _shares(
+        self,
+        requests: list[Request],
+        known: Mapping[int, Known],
+        complete: Mapping[int, Response],
+        samples_per_prompt: int,
+    ) -> list[list[Request]]:
+        """The requests of each data-parallel rank: whole prompts, the longest first, dealt in turn."""
+        prompts = []
+        for first in range(0, len(requests), samples_per_prompt):
+            samples = requests[first : first + samples_per_prompt]
+            prompts.append([_continued(r, known.get(r.index)) for r in samples if r.index not in complete])
+        prompts = [samples for samples in prompts if samples]
+        prompts.sort(key=lambda samples: -len(samples[0].token_ids))
+        dp = self._groups.dp_size
+        return [[request for samples in prompts[rank::dp] for request in samples] for rank in range(dp)]
 
     def _gather(
         self, mine: list[Response], shares: list[list[Request]], allow_not_finite: bool

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -99,22 +101,76 @@ def _build(
     confinement: Confinement | None,
     lock: RunLock | None,
 ) -> Run:
-    tokenizer, student, routing = inputs.tokenizer, inputs.student, inputs.routing
+    tokenizer, routing = inputs.tokenizer, inputs.routing
     fingerprints = model_fingerprints(
         config.student.load,
         config.teachers if routing is not None else (),
-        student,
+        inputs.student,
         tokenizer.fingerprint(),
         config.seed,
     )
     manifest = run_manifest(tokenizer.fingerprint(), inputs.prompts, fingerprints)
-    if (resumable := find_resumable(config)) is not None:
-        allow = config.data.allow_tokenizer_change
-        resumable = resumable.with_run_tokenizer(tokenizer, allow_change=allow)
-        check_same_run(resumable, config, student, manifest)
-        resumable.check_continues(config)
-
+    resumable = _checked_resumable(config, inputs, manifest)
     groups = build_parallel_groups(config.parallel, device, config.seed)
+    chunks = _student(config, inputs, groups)
+    alarms, bank = [], None
+    if routing is not None:
+        alarms = start_alarms(fingerprints)
+        for alarm in alarms:
+            say(f"ALARM: {alarm}")
+        bank = _teachers(config, inputs, groups, fingerprints)
+    wrapped = wrap_data_parallel(chunks, config, groups)
+    optimizer, scheduler = build_optimizer(wrapped, config, groups)
+    return Run(
+        config=config,
+        groups=groups,
+        tokenizer=tokenizer,
+        prompts=inputs.prompts,
+        eval_prompts=inputs.eval_prompts,
+        learner=Learner(
+            config=config,
+            groups=groups,
+            chunks=wrapped,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            model=inputs.student,
+            vocab_size=tokenizer.vocab_size,
+            manifest=manifest,
+            domains=sorted(inputs.prompts.domains),
+            routing=routing,
+            bank=bank,
+        ),
+        engine=MegatronEngine(
+            wrapped,
+            groups,
+            vocab_size=tokenizer.vocab_size,
+            max_sequence_length=config.data.seq_length,
+            max_batch_size=config.rollout.max_batch_size,
+        ),
+        rewarder=Rewarder(config, groups, tokenizer.decode),
+        start_alarms=alarms,
+        resumable=resumable,
+        stop_ids=inputs.stop_ids,
+        lifeline=lifeline,
+        confinement=confinement,
+        lock=lock,
+    )
+
+
+def _checked_resumable(config: Config, inputs: Inputs, manifest: dict[str, Any]) -> Resumable | None:
+    """The checkpoint to continue from, of the same run; `None` for a run that starts."""
+    resumable = find_resumable(config)
+    if resumable is not None:
+        allow_change = config.data.allow_tokenizer_change
+        resumable = resumable.with_run_tokenizer(inputs.tokenizer, allow_change=allow_change)
+        check_same_run(resumable, config, inputs.student, manifest)
+        resumable.check_continues(config)
+    return resumable
+
+
+def _student(config: Config, inputs: Inputs, groups: ParallelGroups) -> list[torch.nn.Module]:
+    """This rank's chunks of the student, with the weights of `student.load` or drawn from `seed`."""
+    student = inputs.student
     chunks = build_model(
         student,
         groups,
@@ -128,46 +184,21 @@ def _build(
             load_weights(chunks, checkpoint, groups, "student.load", student)
     if config.rollout.routing_replay:
         install_routing_replay(chunks)
-    bank, alarms = None, []
-    if routing is not None:
-        alarms = start_alarms(fingerprints)
-        for alarm in alarms:
-            say(f"ALARM: {alarm}")
-        bank = TeacherBank(
-            [replace(source, fingerprint=fingerprints[source.name]["weights"]) for source in inputs.teachers],
-            groups,
-            config.params_dtype,
-            config.data.seq_length,
-            config.teacher_storage,
-            directory=run_directory(config) / "teachers",
-            max_mixture=DomainObjectives(config.objective).heads_at_once(routing.max_teachers),
-        )
-    wrapped = wrap_data_parallel(chunks, config, groups)
-    optimizer, scheduler = build_optimizer(wrapped, config, groups)
-    learner = Learner(
-        config=config,
-        groups=groups,
-        chunks=wrapped,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        model=student,
-        vocab_size=tokenizer.vocab_size,
-        manifest=manifest,
-        domains=sorted(inputs.prompts.domains),
-        routing=routing,
-        bank=bank,
-    )
-    engine = MegatronEngine(
-        wrapped,
+    return chunks
+
+
+def _teachers(
+    config: Config, inputs: Inputs, groups: ParallelGroups, fingerprints: Mapping[str, Mapping[str, str]]
+) -> TeacherBank:
+    return TeacherBank(
+        [replace(source, fingerprint=fingerprints[source.name]["weights"]) for source in inputs.teachers],
         groups,
-        vocab_size=tokenizer.vocab_size,
-        max_sequence_length=config.data.seq_length,
-        max_batch_size=config.rollout.max_batch_size,
+        config.params_dtype,
+        config.data.seq_length,
+        config.teacher_storage,
+        directory=run_directory(config) / "teachers",
+        max_mixture=DomainObjectives(config.objective).heads_at_once(inputs.routing.max_teachers),
     )
-    rewarder = Rewarder(config, groups, tokenizer.decode)
-    shared = (config, groups, tokenizer, inputs.prompts, inputs.eval_prompts)
-    built = (learner, engine, rewarder, alarms, resumable, inputs.stop_ids)
-    return Run(*shared, *built, lifeline, confinement, lock)
 
 
 def examine_confinement(inputs: Inputs) -> Confinement | None:

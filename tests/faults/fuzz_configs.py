@@ -82,7 +82,7 @@ PATHS = paths_of(Config)
 PATHS += [("student", name) for name in sorted(TRANSFORMER_FIELDS)]
 PATHS += [("objective", "per_domain", "add", f.name) for f in dataclasses.fields(Config().objective)]
 PATHS += [("routing", "default"), ("routing", "copy", "self"), ("objective", "add", "sft")]
-EDGES = [None, True, False, -1, 0, 1, 2, 3, 0.5, 1e30, float("nan"), float("inf"), "", "x"]
+EDGES = [None, True, False, -1, 0, 1, 2, 3, 0.5, 1e30, float("nan"), float("inf"), "", "x", [], [1]]
 NAMES = {str(part) for path in PATHS for part in path if part != 0}
 
 ACTIONS = ["set", "set", "set", "set", "drop", "misspell"]

@@ -52,6 +52,12 @@ def test_an_architecture_that_is_fine():
         (dict(kv_channels=6), dict(rotary_percent=0.5), "and 3 (of each head) are an odd number"),
         (dict(kv_channels=0), {}, "kv_channels: must be at least 1, found 0"),
         (EXPERTS | dict(moe_expert_capacity_factor=float("inf")), {}, "capacity_factor: must be finite"),
+        (EXPERTS | dict(moe_aux_loss_coeff=[]), {}, "moe_aux_loss_coeff: a list needs a list of"),
+        (
+            EXPERTS | dict(moe_router_load_balancing_type="sinkhorn", moe_aux_loss_coeff=0.1),
+            {},
+            "moe_aux_loss_coeff: must be 0 with sinkhorn",
+        ),
         (EXPERTS | dict(moe_latent_size=0), {}, "moe_latent_size: must be at least 1, found 0"),
         (EXPERTS | dict(moe_router_fusion=True), {}, "moe_router_fusion: needs transformer-engine"),
         (dict(use_te_activation_func=True), {}, "use_te_activation_func: needs transformer-engine"),
