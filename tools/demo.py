@@ -37,8 +37,8 @@ from megatron_mopd.data.phrases import shared_phrases
 from megatron_mopd.data.reasoning_tasks import task_entries
 from megatron_mopd.data.tokenizer import train_sentencepiece
 from megatron_mopd.observe.metrics import read_metrics
+from megatron_mopd.observe.pictures import draw_seesaw
 from megatron_mopd.observe.progress import format_seconds, progress
-from megatron_mopd.observe.report import draw_seesaw
 from megatron_mopd.observe.tables import seesaw_table
 
 # Task -> parameters: small enough for a model of a million weights, with many hundreds of prompts each.

@@ -3,7 +3,7 @@
 megatron-core assumes CUDA in a few dozen places: device arguments, streams, the CUDA random generator, tensor
 type names. `install()` gives each of them its CPU meaning, once per process; on CUDA machines it is never
 called and nothing is patched. This file, `gloo.py` and `versions.py` are the only places of this package
-that change another library's behaviour.
+that change another library's behaviour; `overrides.py` changes attributes of a model for a while.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from megatron_mopd.backend.job_secret import (
     take_job_secret,
     write_private_file,
 )
-from megatron_mopd.backend.launch import Launch, read_launch
+from megatron_mopd.backend.launch_environment import Launch, read_launch
 from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.network import loopback_address, own_address
 from megatron_mopd.backend.reception import HANDSHAKE_SECONDS, Reception, notice_a_lost_machine

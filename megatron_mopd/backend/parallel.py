@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_mopd.backend import cpu, versions
 from megatron_mopd.backend.agreement import ranks_text
-from megatron_mopd.backend.launch import read_launch
+from megatron_mopd.backend.launch_environment import read_launch
 from megatron_mopd.backend.lifeline import Lifeline
 from megatron_mopd.backend.network import interface_names, interface_problems
 from megatron_mopd.config import ConfigError, ParallelConfig

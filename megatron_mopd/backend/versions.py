@@ -8,14 +8,20 @@ import queue
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+_ROTARY, _PADDING_MASK = 1, 5
+"""Places in what `GPTModel._preprocess` returns."""
 
 _installed = False
 
@@ -123,6 +129,25 @@ def backward_step(input_tensor, output_tensor, output_gradient, config):
     parameters = inspect.signature(schedules.backward_step).parameters
     model_type = (ModelType.encoder_or_decoder,) if "model_type" in parameters else ()
     return schedules.backward_step(input_tensor, output_tensor, output_gradient, *model_type, config)
+
+
+def complete_preprocessing(
+    model: GPTModel, outputs: tuple, rotary: Tensor | None, padding_mask: Tensor | None
+) -> tuple:
+    """What `GPTModel._preprocess` returns, with these rotary angles, and the padding mask as layers need it.
+
+    padding_mask [b, s]. The stock model scatters it over tensor-parallel ranks on the first stage only, where
+    it scatters the embeddings. No collectives.
+    """
+    completed = list(outputs)
+    if rotary is not None:
+        completed[_ROTARY] = rotary
+    if padding_mask is not None and not model.pre_process and model.config.sequence_parallel:
+        scattered = scatter_to_sequence_parallel_region(
+            padding_mask.transpose(0, 1).contiguous(), group=model.pg_collection.tp
+        )
+        completed[_PADDING_MASK] = scattered.transpose(0, 1).contiguous()
+    return tuple(completed)
 
 
 def moe_submodules(layer_spec) -> MoESubmodules:

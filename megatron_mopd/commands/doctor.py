@@ -20,32 +20,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mopd.backend.finding import Finding, Level, worst
+from megatron_mopd.backend.finding import Level, show, summary, worst
 from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.software import required_findings
 from megatron_mopd.commands.confinement_examination import attack_findings, attack_summary
-
-_MARKS = {Level.OK: "ok", Level.NOTE: "note", Level.WARNING: "WARNING", Level.PROBLEM: "PROBLEM"}
-
-
-def show(section: str, findings: list[Finding]) -> None:
-    """Print the findings of one section, with what to do under those that ask for something."""
-    print(f"\n{section}")
-    for finding in findings:
-        print(f"  {_MARKS[finding.level]:8} {visible(finding.subject)}: {visible(finding.text)}")
-        if finding.advice:
-            print(f"           -> {visible(finding.advice)}")
-    sys.stdout.flush()
-
-
-def summary(findings: list[Finding]) -> str:
-    """The last line: whether training can start."""
-    counts = {level: sum(finding.level == level for finding in findings) for level in Level}
-    problems, remarks = counts[Level.PROBLEM], counts[Level.WARNING]
-    warned = f"{remarks} warning{'s' * (remarks != 1)}"
-    if problems:
-        return f"{problems} problem{'s' * (problems != 1)} will stop training, {warned}"
-    return f"healthy: nothing here will stop training, {warned}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

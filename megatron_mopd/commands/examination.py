@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_mopd.backend import bandwidth, machine, software
-from megatron_mopd.backend.finding import Finding, Level
-from megatron_mopd.backend.launch import read_launch
+from megatron_mopd.backend.finding import Finding, Level, show
+from megatron_mopd.backend.launch_environment import read_launch
 from megatron_mopd.backend.parallel import (
     build_parallel_groups,
     check_world_size,
@@ -24,7 +24,6 @@ from megatron_mopd.backend.parallel import (
     start_ranks,
 )
 from megatron_mopd.commands.confinement_examination import confinement_findings
-from megatron_mopd.commands.doctor import show
 from megatron_mopd.commands.run_examination import examine_run, load
 from megatron_mopd.config import Config, ConfigError
 from megatron_mopd.model.specs import uses_transformer_engine

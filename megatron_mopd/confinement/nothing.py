@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mopd.confinement.server import Limits, serve
+from megatron_mopd.confinement.server import WorkerLimits, serve
 
 if __name__ == "__main__":
-    serve({}, Limits(), checks_evaluation=False)
+    serve({}, WorkerLimits(), checks_evaluation=False)

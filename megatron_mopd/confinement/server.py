@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, NoReturn
 
-from megatron_mopd.confinement.evaluation import Allowed, Evaluations
+from megatron_mopd.confinement.expressions import Allowed, Evaluations
 from megatron_mopd.confinement.frames import Disconnected, pack, receive, send, unpack
 from megatron_mopd.confinement.kernel import confine, confine_worker, readable_by_imports
 
@@ -36,7 +36,7 @@ _MORE_THAN_AN_EXPRESSION = b"more than an expression"
 
 
 @dataclass(frozen=True)
-class Limits:
+class WorkerLimits:
     """What a confined process may use."""
 
     memory_bytes: int = 2 << 30
@@ -48,7 +48,7 @@ class Limits:
 Handlers = Mapping[str, Callable[..., Any]]
 
 
-def serve(handlers: Handlers, limits: Limits, *, checks_evaluation: bool) -> NoReturn:
+def serve(handlers: Handlers, limits: WorkerLimits, *, checks_evaluation: bool) -> NoReturn:
     """Answer requests from standard input until it is closed; the first answer is what the kernel gave.
 
     A request is a pickled (name of a handler, arguments), from the trainer, which is trusted; an answer is
@@ -86,7 +86,7 @@ class _Workers:
     def __init__(
         self,
         handlers: Handlers,
-        limits: Limits,
+        limits: WorkerLimits,
         evaluations: Evaluations | None,
         program: bytes,
         requests: int,

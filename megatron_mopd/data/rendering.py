@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers.utils import chat_template_utils
 
-from megatron_mopd.confinement.server import Limits, serve
+from megatron_mopd.confinement.server import WorkerLimits, serve
 
-_LIMITS = Limits(memory_bytes=1 << 30, longest_answer=1 << 25)
+_LIMITS = WorkerLimits(memory_bytes=1 << 30, longest_answer=1 << 25)
 
 
 class _Clock(datetime):

@@ -2,7 +2,7 @@
 
 Nothing of megatron-core is imported here, so that ``python -m megatron_mopd.data.scoring`` starts in about
 two seconds. Each function takes the response, the reference answer and the reasoning-gym entry, and returns a
-score; it may raise anything and take forever, and what it evaluates is checked (`confinement.evaluation`).
+score; it may raise anything and take forever, and what it evaluates is checked (`confinement.expressions`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import math_verify
 import reasoning_gym
 
-from megatron_mopd.confinement.server import Limits, serve
+from megatron_mopd.confinement.server import WorkerLimits, serve
 
 # It warns that timeouts are off (the process is killed instead) and about every expression it cannot read.
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -63,4 +63,4 @@ def _warm_up() -> None:
 
 if __name__ == "__main__":
     _warm_up()
-    serve(SCORES, Limits(), checks_evaluation=True)
+    serve(SCORES, WorkerLimits(), checks_evaluation=True)

@@ -21,8 +21,6 @@ class Trajectory:
     responses."""
     finished: bool = True
     """Ended by a stop token, not by the length limit."""
-    reward: float | None = None
-    """Verifier's score in [0, 1], when one was asked for."""
 
     @property
     def domain(self) -> str:

@@ -1,9 +1,9 @@
 """Verifiers: how right a response is, in [0, 1].
 
-``verify(prompt, response)`` applies the verifier named by the prompt. A verifier that fails never stops a
-run: the score is then `None`, and ``accuracy`` says how many there were, so that a broken parser does not
-pass for a bad model. All of them look at the final answer only: what is outside ``<think>``, and inside
-``<answer>`` tags if any. A response that never stops thinking has none, and scores 0 with every verifier.
+``score(prompt, response)`` applies the verifier named by the prompt. A verifier that fails never stops a run:
+there is then no verdict, and failures are counted, so that a broken parser is not mistaken for a bad model.
+All verifiers look at the final answer only: what is outside ``<think>``, and inside ``<answer>`` tags if any.
+A response that never stops thinking has none, and scores 0 with every verifier.
 
 Exact matches are decided here. Every other verifier parses or evaluates what a model wrote, so it runs in a
 confined process (`confinement`), with limits of time and memory for answers and references alike.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from megatron_mopd.backend.messages import shown
@@ -44,22 +44,6 @@ class Score(NamedTuple):
     def correct(self) -> bool | None:
         """Accuracy counts a response only with full marks: `raw` of at least 1."""
         return None if self.raw is None else self.raw >= 1.0
-
-
-class Accuracy(NamedTuple):
-    """Accuracy of a group of responses."""
-
-    mean: float | None
-    """Share of correct responses among those with a verdict; `None` when there are none."""
-    count: int
-    """Responses with a verdict."""
-    crashes: int
-    """Responses on which the verifier failed."""
-
-
-def verify(prompt: Prompt, response: str) -> float | None:
-    """The score of `response` in [0, 1]; `None` when the verifier failed or there is no answer to compare."""
-    return score(prompt, response).raw
 
 
 def score(prompt: Prompt, response: str) -> Score:
@@ -133,14 +117,6 @@ def to_score(raw: float | None) -> Score:
     if raw is None or not math.isfinite(raw):
         return Score(None, crashed=True)
     return Score(min(max(float(raw), 0.0), 1.0))
-
-
-def accuracy(scores: Iterable[Score]) -> Accuracy:
-    """Accuracy of `scores`: failures of the verifier are left out of the mean, and counted."""
-    scores = list(scores)
-    verdicts = [s.correct for s in scores if s.raw is not None]
-    mean = sum(verdicts) / len(verdicts) if verdicts else None
-    return Accuracy(mean, len(verdicts), sum(s.crashed for s in scores))
 
 
 def check_verifier(name: str, where: str) -> None:

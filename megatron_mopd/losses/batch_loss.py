@@ -69,7 +69,7 @@ class LossSettings:
 
 
 @dataclass(frozen=True)
-class Part:
+class LossPart:
     """Consecutive trajectories of a micro-batch that share a target; n response tokens on this rank."""
 
     target: Target
@@ -137,7 +137,7 @@ class BatchLoss:
         report = {"domain_sums": sums, "weighted_sum": loss.detach().double(), "tokens": num_tokens}
         return loss, num_tokens, report
 
-    def _parts(self, micro_batch: MicroBatch, hidden: Tensor, head: MicroBatchHead) -> Iterator[Part]:
+    def _parts(self, micro_batch: MicroBatch, hidden: Tensor, head: MicroBatchHead) -> Iterator[LossPart]:
         """The same on every CP rank, with the rows that each of them has."""
         positions, start = row_positions(micro_batch), 0
 
@@ -150,10 +150,10 @@ class BatchLoss:
             rows = slice(start, start + sum(counts))
             tokens = ResponseTokens(trajectories, rows, positions[rows], counts, self._settings.groups)
             target = self._facts.targets[trajectories[0].domain]
-            yield Part(target, tokens, hidden[rows], head.part(rows), micro_batch.target_ids[rows])
+            yield LossPart(target, tokens, hidden[rows], head.part(rows), micro_batch.target_ids[rows])
             start = rows.stop
 
-    def _part_loss(self, part: Part, observe: TokenObserver) -> Tensor | None:
+    def _part_loss(self, part: LossPart, observe: TokenObserver) -> Tensor | None:
         """The part's weighted loss, or `None` where this rank holds none of its tokens; adds to the part's
         gradient."""
         objective, tokens, is_here = part.objective, part.tokens, part.hidden.size(0) > 0
@@ -185,20 +185,20 @@ class BatchLoss:
             loss.backward()
         return loss.detach()
 
-    def _token_weights(self, part: Part) -> Tensor:
+    def _token_weights(self, part: LossPart) -> Tensor:
         """[n], of the global batch and of the objective."""
         weight, tokens = self._facts.token_weights, part.tokens
         weights = tokens.per_response([weight[t.index] for t in tokens.trajectories], part.like)
         return tokens.mine(weights) * part.objective.weight
 
-    def _outcome_advantages(self, part: Part) -> list[float]:
+    def _outcome_advantages(self, part: LossPart) -> list[float]:
         """One for each trajectory."""
         if not needs_rewards(part.objective):  # does not wait for the verifiers
             return [0.0] * len(part.tokens.trajectories)
         advantages = self._facts.outcome_advantages()
         return [advantages.get(t.index, 0.0) for t in part.tokens.trajectories]
 
-    def _cross_entropy(self, part: Part, token_weight: Tensor, observe: TokenObserver) -> Tensor:
+    def _cross_entropy(self, part: LossPart, token_weight: Tensor, observe: TokenObserver) -> Tensor:
         loss, per_token = linear_cross_entropy(
             part.hidden,
             self._student.head_weight(),
@@ -211,7 +211,7 @@ class BatchLoss:
         observe("ce", per_token)
         return loss
 
-    def _teacher_states(self, part: Part) -> TeacherStates:
+    def _teacher_states(self, part: LossPart) -> TeacherStates:
         """What the cache keeps of the part's teachers, and their heads; nothing of both where only log-probs
         are compared, or this rank has no rows."""
         names, weights = zip(*part.target.mixture) if part.target.mixture else ((), ())
@@ -220,12 +220,12 @@ class BatchLoss:
         hidden = tuple(self._cached(part, name, self._facts.cache.pop) for name in names)
         return TeacherStates(names, weights, hidden, tuple(self._bank.heads(list(names))))
 
-    def _cached(self, part: Part, name: str, pop: Callable[[int, str], Tensor]) -> Tensor:
+    def _cached(self, part: LossPart, name: str, pop: Callable[[int, str], Tensor]) -> Tensor:
         """What the cache keeps of a teacher for this rank's rows of a part, which is not empty."""
         return torch.cat([pop(index, name) for index in part.tokens.held])
 
     def _divergence(
-        self, kind: str, part: Part, teachers: TeacherStates, token_weight: Tensor
+        self, kind: str, part: LossPart, teachers: TeacherStates, token_weight: Tensor
     ) -> tuple[Tensor, Tensor]:
         """A divergence of whole distributions: (weighted sum, per token [n]).
 
@@ -265,7 +265,7 @@ class BatchLoss:
             loss, per_token = loss + term, per_token + share * divergence
         return loss, per_token
 
-    def _policies(self, part: Part, teachers: TeacherStates) -> Policies:
+    def _policies(self, part: LossPart, teachers: TeacherStates) -> Policies:
         """log-probs of the part's sampled tokens under every policy that the objective compares."""
         tokens, objective = part.tokens, part.objective
         is_differentiated = any(kind in POLICY_KINDS for kind in kinds_of(objective))
@@ -293,7 +293,7 @@ class BatchLoss:
             of_teachers = tuple(self._teacher_logprobs(part, teachers))
         return Policies(current, whole, proximal, behaviour, of_teachers)
 
-    def _teacher_logprobs(self, part: Part, teachers: TeacherStates) -> Iterator[Tensor]:
+    def _teacher_logprobs(self, part: LossPart, teachers: TeacherStates) -> Iterator[Tensor]:
         """log T_k [sum |y|] of the sampled tokens."""
         for k, name in enumerate(teachers.names):
             mine = part.like.new_zeros(0)
@@ -304,7 +304,7 @@ class BatchLoss:
                 mine = self._cached(part, name, self._facts.cache.pop_log_probs)
             yield part.tokens.whole(mine)
 
-    def _logprobs(self, part: Part, hidden: Tensor, head: Tensor, report: Report, **options) -> Tensor:
+    def _logprobs(self, part: LossPart, hidden: Tensor, head: Tensor, report: Report, **options) -> Tensor:
         """[n], of the sampled tokens under one model."""
         return sampled_token_logprobs(
             hidden,

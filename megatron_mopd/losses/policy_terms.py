@@ -23,7 +23,7 @@ Observe = Callable[[str, Tensor], None]
 
 
 class PolicyPart(Protocol):
-    """Consecutive trajectories that share an objective; `batch_loss.Part`."""
+    """Consecutive trajectories that share an objective; `batch_loss.LossPart`."""
 
     objective: ObjectiveConfig
     tokens: ResponseTokens

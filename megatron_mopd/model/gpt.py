@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_mopd.backend.versions import complete_preprocessing
 from megatron_mopd.model.rotary import RotaryAngles
 from megatron_mopd.model.router import BalancedRouter
 
@@ -30,18 +30,9 @@ class HiddenStateGPT(GPTModel):
         self.routers = [module for module in self.modules() if isinstance(module, BalancedRouter)]
 
     def _preprocess(self, input_ids, position_ids, *args, padding_mask: Tensor | None = None, **kwargs):
-        outputs = list(
-            super()._preprocess(input_ids, position_ids, *args, padding_mask=padding_mask, **kwargs)
-        )
-        if self._rotary is not None:
-            outputs[1] = self._rotary(position_ids, self.config.params_dtype)
-        if padding_mask is not None and not self.pre_process and self.config.sequence_parallel:
-            # The stock model scatters the mask on the first stage only, where it scatters the embeddings.
-            scattered = tensor_parallel.scatter_to_sequence_parallel_region(
-                padding_mask.transpose(0, 1).contiguous(), group=self.pg_collection.tp
-            )
-            outputs[5] = scattered.transpose(0, 1).contiguous()
-        return tuple(outputs)
+        outputs = super()._preprocess(input_ids, position_ids, *args, padding_mask=padding_mask, **kwargs)
+        rotary = None if self._rotary is None else self._rotary(position_ids, self.config.params_dtype)
+        return complete_preprocessing(self, outputs, rotary, padding_mask)
 
     def _postprocess(self, hidden_states: Tensor, **_unused) -> Tensor:
         return hidden_states

@@ -29,7 +29,7 @@ PART_BYTES = 4 * 2**20
 """Of lines in one compressed part; the file itself is at most twice as large, and a line more."""
 
 
-class Part(NamedTuple):
+class OlderLines(NamedTuple):
     """A compressed file with the lines of iterations `first` to `last`."""
 
     path: Path
@@ -106,13 +106,13 @@ class Journal:
             self._say(f"{self._path.name}: older lines cannot be compressed yet: {error.strerror}")
 
 
-def parts_of(path: Path) -> list[Part]:
+def parts_of(path: Path) -> list[OlderLines]:
     """The compressed parts of a journal, in order."""
     found = []
     for file in path.parent.glob(f"{path.stem}-*{path.suffix}.gz"):
         match = re.fullmatch(rf"{re.escape(path.stem)}-(\d+)-(\d+){re.escape(path.suffix)}\.gz", file.name)
         if match:
-            found.append(Part(file, int(match[1]), int(match[2])))
+            found.append(OlderLines(file, int(match[1]), int(match[2])))
     return sorted(found, key=lambda part: (part.first, part.last))
 
 
@@ -155,7 +155,7 @@ def keep_until(path: Path, last: int) -> None:
     _replace(path, kept)
 
 
-def move_older(path: Path) -> list[Part]:
+def move_older(path: Path) -> list[OlderLines]:
     """Move the oldest iterations into parts, until less than two parts' worth of lines is left in the file.
 
     The parts are complete on disk before their lines leave the file. In between these are in both, and count
@@ -173,7 +173,7 @@ def move_older(path: Path) -> list[Part]:
             break
         iterations = [iteration for _, iteration in lines[begin:end]]
         first, last = min(iterations), max(iterations)
-        part = Part(path.with_name(f"{path.stem}-{first:08d}-{last:08d}{path.suffix}.gz"), first, last)
+        part = OlderLines(path.with_name(f"{path.stem}-{first:08d}-{last:08d}{path.suffix}.gz"), first, last)
         _replace(path, [raw for raw, _ in lines[begin:end]], part.path)
         made.append(part)
         left, begin = left - size, end
@@ -226,7 +226,7 @@ def _lines(
 
 
 def _of_part(
-    part: Part, is_wanted: Callable[[bytes], bool] | None = None
+    part: OlderLines, is_wanted: Callable[[bytes], bool] | None = None
 ) -> Iterator[tuple[bytes, dict[str, Any]]]:
     # What a damaged disk left of it is read as far as it goes; what a new start removes is gone.
     damaged = (EOFError, zlib.error, gzip.BadGzipFile, FileNotFoundError)
@@ -234,7 +234,7 @@ def _of_part(
         yield from _complete(filter(is_wanted, file))
 
 
-def _recent(file: Iterable[bytes], parts: list[Part]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _recent(file: Iterable[bytes], parts: list[OlderLines]) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """The file's own lines, without those that an interrupted start had moved into a part."""
     moved = parts[-1].last if parts else -math.inf
     yield from (line for line in _complete(file) if line[1]["iteration"] > moved)

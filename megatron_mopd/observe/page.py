@@ -37,7 +37,7 @@ _PER_DOMAIN = (
     ("reward", "reward", False),
 )
 _ALARMS_SHOWN = 100
-Part = dict[str, Any]
+PagePart = dict[str, Any]
 
 
 def write_page(
@@ -82,7 +82,7 @@ def _to_read(value: Any) -> Any:
     return visible(value, keep_lines=True) if is_text else value
 
 
-def _parts(record: RunRecord) -> Iterator[Part | None]:
+def _parts(record: RunRecord) -> Iterator[PagePart | None]:
     yield _alarms(record)
     yield _seesaw(record)
     yield _training(record)
@@ -151,7 +151,7 @@ def _step_seconds(record: RunRecord) -> float:
     return sum(sums) / len(sums)
 
 
-def _alarms(record: RunRecord) -> Part | None:
+def _alarms(record: RunRecord) -> PagePart | None:
     if not record.alarms:
         return None
     entries = [
@@ -168,7 +168,7 @@ def _alarms(record: RunRecord) -> Part | None:
     return {"title": "Alarms", "alarms": entries, "note": note if left_out > 0 else ""}
 
 
-def _seesaw(record: RunRecord) -> Part | None:
+def _seesaw(record: RunRecord) -> PagePart | None:
     seesaw = record.seesaw
     if seesaw is None:
         return None
@@ -180,7 +180,7 @@ def _seesaw(record: RunRecord) -> Part | None:
     }
 
 
-def _training(record: RunRecord) -> Part | None:
+def _training(record: RunRecord) -> PagePart | None:
     domains = record.below("kl") or record.below("accuracy")
     colors = {name: hue(i, len(domains)) for i, name in enumerate(domains)}
     charts = []
@@ -217,7 +217,7 @@ def _training(record: RunRecord) -> Part | None:
     return {"title": "Training", "charts": charts, "legend": list(colors.items())}
 
 
-def _domains(record: RunRecord) -> Part | None:
+def _domains(record: RunRecord) -> PagePart | None:
     series = {prefix: record.below(prefix) for prefix, *_ in _PER_DOMAIN}
     accuracies = record.below("accuracy")
     names = sorted(set().union(*series.values(), accuracies))
@@ -254,7 +254,7 @@ def _teacher(routing: Mapping[str, Any], domain: str) -> str:
     return str(entry)
 
 
-def _teachers(record: RunRecord) -> Part | None:
+def _teachers(record: RunRecord) -> PagePart | None:
     names = sorted({n.split("/")[1] for line in record.metrics for n in line if n.startswith("teacher/")})
     if not names:
         return None
@@ -285,7 +285,7 @@ def _teachers(record: RunRecord) -> Part | None:
     }
 
 
-def _times(record: RunRecord) -> Part | None:
+def _times(record: RunRecord) -> PagePart | None:
     times = record.times()
     if not times:
         return None
@@ -315,7 +315,7 @@ def _times(record: RunRecord) -> Part | None:
     }
 
 
-def _timeline(record: RunRecord) -> Part | None:
+def _timeline(record: RunRecord) -> PagePart | None:
     panels, legend = read_panels(record.timeline)
     if not panels:
         return None
@@ -329,14 +329,14 @@ def _timeline(record: RunRecord) -> Part | None:
     }
 
 
-def _configuration(record: RunRecord) -> Part | None:
+def _configuration(record: RunRecord) -> PagePart | None:
     if record.config is None:
         return None
     text = yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True)
     return {"title": "Configuration", "texts": [("The resolved configuration (config.yaml)", text)]}
 
 
-def _provenance(record: RunRecord) -> Part:
+def _provenance(record: RunRecord) -> PagePart:
     facts, rows = record.facts, []
     manifest = _section(facts, "manifest")
     for name, prints in _section(manifest, "teachers").items():
@@ -351,7 +351,7 @@ def _provenance(record: RunRecord) -> Part:
     ]
     versions = [f"{name} {version}" for name, version in _section(facts, "versions").items()]
     lines = [", ".join(found) for found in (start, versions) if found]
-    part: Part = {"title": "Provenance", "lines": lines + record.missing}
+    part: PagePart = {"title": "Provenance", "lines": lines + record.missing}
     if rows:
         part["table"] = {"head": ["teacher", "weights (SHA-256)", "architecture", "tokenizer"], "rows": rows}
     return part

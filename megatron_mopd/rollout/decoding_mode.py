@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from megatron_mopd.backend.overrides import overridden
 from megatron_mopd.backend.packed_weights import PackedWeights
 from megatron_mopd.rollout.forward_only import forward_only, is_plain_linear
 
@@ -32,29 +33,16 @@ def decoding_mode(chunks: Sequence[torch.nn.Module], packed: bool = False) -> It
     (rotary angles) are used by training later. No collectives.
     """
     modules = [module for chunk in chunks for module in chunk.modules()]
-    training = [(module, module.training) for module in modules]
-    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
-    flags = [(config, "sequence_parallel") for config in configs.values()]
-    flags += [(module, name) for module in modules for name in _MODULE_FLAGS if name in vars(module)]
-    flags = [(owner, name, getattr(owner, name)) for owner, name in flags if hasattr(owner, name)]
     weights = PackedWeights(_weights(chunks) if packed else ())
-    lean = [(module, forward) for module in modules if (forward := forward_only(module, weights))]
-    try:
-        for owner, name, _ in flags:
-            setattr(owner, name, False)
-        for chunk in chunks:
-            chunk.eval()
-        for module, forward in lean:
-            module.forward = forward
-        with torch.no_grad():
-            yield weights
-    finally:
-        for module, _ in lean:
-            vars(module).pop("forward", None)
-        for owner, name, value in flags:
-            setattr(owner, name, value)
-        for module, was_training in training:
-            module.training = was_training
+    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+    changes = [(config, "sequence_parallel", False) for config in configs.values()]
+    for module in modules:
+        changes.append((module, "training", False))
+        changes += [(module, name, False) for name in _MODULE_FLAGS if name in vars(module)]
+        if (forward := forward_only(module, weights)) is not None:
+            changes.append((module, "forward", forward))
+    with overridden(changes), torch.no_grad():
+        yield weights
 
 
 def _weights(chunks: Sequence[torch.nn.Module]) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
+from megatron_mopd.backend.optimizer_state import allocate_state, keep_settings, regroup_state, separate_steps
 from megatron_mopd.config import ConfigError
 from megatron_mopd.config.objectives import rollout_sizes
 from megatron_mopd.config.resume import ResumeClass
@@ -41,12 +42,6 @@ from megatron_mopd.run.resumable import (
 )
 from megatron_mopd.run.rollout_logs import remove_rollout_logs
 from megatron_mopd.training.learner import Learner
-from megatron_mopd.training.optimizer import (
-    allocate_state,
-    keep_settings,
-    regroup_state,
-    separate_steps,
-)
 
 # Optimizer state in the shape of the parameters it belongs to: the only form that any other layout can load.
 _OPTIMIZER_METADATA = {

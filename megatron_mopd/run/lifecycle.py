@@ -13,8 +13,8 @@ from megatron_mopd.config import save_config
 from megatron_mopd.losses.token_samples import TokenSamples
 from megatron_mopd.model.background_save import CheckpointWriter
 from megatron_mopd.observe.access import others_may_enter
+from megatron_mopd.observe.pictures import draw_report
 from megatron_mopd.observe.progress import phase, say
-from megatron_mopd.observe.report import draw_report
 from megatron_mopd.observe.run_log import RunLog
 from megatron_mopd.run.alarms import Alarms, rollout_metrics
 from megatron_mopd.run.best_checkpoint import BestCheckpoint

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_mopd.backend.launch import read_launch
+from megatron_mopd.backend.launch_environment import read_launch
 from megatron_mopd.backend.lifeline import Lifeline
 from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.parallel import (

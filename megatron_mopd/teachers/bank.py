@@ -38,7 +38,7 @@ from megatron_mopd.model.checkpoint import find_checkpoint, load_weights
 from megatron_mopd.model.gpt import HiddenStateGPT
 from megatron_mopd.observe.progress import progress
 from megatron_mopd.teachers import placement
-from megatron_mopd.teachers.channel import Arrival, Traffic, open_channel
+from megatron_mopd.teachers.arrivals import Arrival, Traffic, open_arrivals
 from megatron_mopd.teachers.encoding import Encoding
 from megatron_mopd.teachers.layout import Segment, Skeleton
 from megatron_mopd.teachers.storage import FileStore, HostStore, ShardedHostStore, Store, TeacherFileError
@@ -111,7 +111,7 @@ class TeacherBank:
         placement.check_host_memory(storage.mode, self._payload_bytes(), self._parts, groups)
 
         self.store = self._open_store(directory, sources)
-        self._channel = open_channel(groups.device, self.store.blocking)
+        self._arrivals = open_arrivals(groups.device, self.store.blocking)
         self._staging = self._new_staging()
         bodies = max((s.body_bytes for s in self._skeleton_of.values()), default=0)
         self._slots = [self._new_slot(bodies) for _ in range(min(2, len(sources)))]
@@ -121,7 +121,7 @@ class TeacherBank:
         self.reserve_heads(min(max_mixture + 1, len(sources)))
         self._load(sources, build)
         for slot in (*self._slots, *self._head_slots):
-            slot.free = self._channel.mark()
+            slot.free = self._arrivals.mark()
         self._current: _Slot | None = None
         self._clock = 0
         self._traffic = {source.name: Traffic() for source in sources}
@@ -150,13 +150,13 @@ class TeacherBank:
     def _new_slot(self, num_bytes: int) -> _Slot:
         buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=self._groups.device)
         # On CUDA the zeros, and whatever had this memory before, may still be ahead in the caller's stream.
-        return _Slot(buffer, free=self._channel.mark())
+        return _Slot(buffer, free=self._arrivals.mark())
 
     def _new_staging(self) -> dict[str, Tensor]:
         """Where encoded bytes of a segment land before they are decoded into a slot: one buffer a segment.
 
-        It is handed from arrival to arrival (see `channel.py`), the first of which waits for its slot's mark,
-        taken later than these allocations.
+        Arrivals use it one after another (see `arrivals.py`); the first waits for its slot's mark, taken
+        later than these allocations.
         """
         sizes: dict[str, int] = {}
         for (_, segment), encoding in self._encodings.items():
@@ -245,7 +245,7 @@ class TeacherBank:
         slot = self._find(self._slots, name)
         if self._current is not slot:
             if self._current is not None:
-                self._current.free = self._channel.mark()
+                self._current.free = self._arrivals.mark()
             self._current = slot
         self._wait(slot)
         return self._skeleton_of[name].bind(slot.buffer)
@@ -294,7 +294,7 @@ class TeacherBank:
         return self.heads([name])[0]
 
     def _release_heads(self) -> None:
-        mark = self._channel.mark()
+        mark = self._arrivals.mark()
         for slot in self._current_heads:
             slot.free = mark
         self._current_heads = []
@@ -322,7 +322,7 @@ class TeacherBank:
         if slot.arrival is not None:  # replaced before it was ever used; its bytes must land first
             slot.arrival.wait()
         if slot is self._current:
-            slot.free, self._current = self._channel.mark(), None
+            slot.free, self._current = self._arrivals.mark(), None
         beginnings, decoders, num_bytes = [], [], 0
         for segment, part in parts.items():
             encoding = self._encodings[name, segment]
@@ -337,7 +337,7 @@ class TeacherBank:
                 decoder()
 
         slot.occupant = None  # until it is on its way, whatever happens
-        slot.arrival = self._channel.start(beginnings, decode, slot.free)
+        slot.arrival = self._arrivals.start(beginnings, decode, slot.free)
         slot.occupant = name
         self._unmeasured.append((name, num_bytes, slot.arrival))
 
@@ -353,7 +353,7 @@ class TeacherBank:
     def close(self) -> None:
         """Let the arrivals that are under way land, so that the groups of their collectives can be destroyed;
         every rank calls it at the end, and nothing can arrive any more."""
-        self._channel.close()
+        self._arrivals.close()
 
     # Watching
 

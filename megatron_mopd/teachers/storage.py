@@ -41,7 +41,7 @@ class Store(ABC):
     @abstractmethod
     def begin(self, key: tuple[str, str], destination: Tensor) -> Callable[[], None]:
         """Start bringing a payload into `destination` [bytes], which nobody else touches until what this
-        returns has run. Both run on the channel: on its thread, and on CUDA with its stream current."""
+        returns has run. Both run where arrivals run: on their thread, on CUDA with their stream current."""
 
     def has(self, key: tuple[str, str], num_bytes: int) -> bool:
         """Whether the payload is already kept, from an earlier start of the run."""
@@ -82,7 +82,7 @@ class HostStore(Store):
 class ShardedHostStore(Store):
     """`host_sharded`: each replica of a body segment keeps 1/n of it, and an all-gather puts it together.
 
-    The all-gather (`begin`: n x part bytes over the segment's replicas) is issued by the channel, one arrival
+    The all-gather (`begin`: n x part bytes over the segment's replicas) is issued by one arrival
     after another. All replicas run the same teachers' forwards, so they issue the same all-gathers in the
     same order. Its groups are its own: the caller's thread has collectives under way at the same time, and on
     CUDA it must not wait behind gradients in their communicators.

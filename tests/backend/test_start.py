@@ -16,7 +16,7 @@ from megatron.core.transformer.moe import moe_utils, router
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from megatron_mopd.backend import failure, parallel, versions
-from megatron_mopd.backend.launch import Launch, read_launch
+from megatron_mopd.backend.launch_environment import Launch, read_launch
 from megatron_mopd.config import ConfigError, ParallelConfig
 from tests import _models
 from tests._agent import Agent

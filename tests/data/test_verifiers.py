@@ -13,12 +13,10 @@ from megatron_mopd.data import verifiers
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.verifiers import (
     Score,
-    accuracy,
     check_verifier,
     final_answer,
     score,
     to_score,
-    verify,
 )
 
 
@@ -43,7 +41,7 @@ def task_prompt(name, **params):
     ],
 )
 def test_exact_match(answer, response, expected):
-    assert verify(prompt(answer), response) == expected
+    assert score(prompt(answer), response).raw == expected
 
 
 @pytest.mark.parametrize(
@@ -62,7 +60,7 @@ def test_exact_match(answer, response, expected):
     ],
 )
 def test_math_verify(answer, response, expected):
-    assert verify(prompt(answer, "math_verify"), response) == expected
+    assert score(prompt(answer, "math_verify"), response).raw == expected
 
 
 @pytest.mark.parametrize(
@@ -86,8 +84,8 @@ def test_scores_use_the_parameters_of_the_task():
     """The tolerance of decimal_arithmetic is one of its parameters."""
     coarse = task_prompt("decimal_arithmetic", min_num_decimal_places=2, max_num_decimal_places=2)
     fine = task_prompt("decimal_arithmetic", min_num_decimal_places=6, max_num_decimal_places=6)
-    assert verify(coarse, coarse.answer) == verify(fine, fine.answer) == 1.0
-    assert verify(fine, str(float(fine.answer) + 1e-3)) < 1.0
+    assert score(coarse, coarse.answer).raw == score(fine, fine.answer).raw == 1.0
+    assert score(fine, str(float(fine.answer) + 1e-3)).raw < 1.0
 
 
 def test_crashes_give_none_and_are_counted(monkeypatch):
@@ -104,9 +102,6 @@ def test_crashes_give_none_and_are_counted(monkeypatch):
         for text in ("deep", "x")
     ]
     assert scores == [Score(None, crashed=True)] * 4
-    assert verify(prompt(verifier="math_verify"), "x") is None
-    assert accuracy([*scores, Score(1.0), Score(0.5), Score(None)]) == (0.5, 2, 4)
-    assert accuracy(scores) == (None, 0, 4)
 
 
 def test_broken_reference_is_a_crash_not_a_zero():
@@ -160,7 +155,7 @@ def test_alarms_of_others_survive():
     old = signal.signal(signal.SIGALRM, lambda *_: None)
     try:
         signal.setitimer(signal.ITIMER_REAL, 60)
-        verify(prompt("1/2", "math_verify"), "0.5")
+        score(prompt("1/2", "math_verify"), "0.5")
         assert signal.getitimer(signal.ITIMER_REAL)[0] > 50
     finally:
         signal.setitimer(signal.ITIMER_REAL, before)

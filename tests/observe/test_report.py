@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from megatron_mopd.observe import report
+from megatron_mopd.observe import pictures
 from megatron_mopd.observe.metrics import METRICS_FILE, MetricsWriter
-from megatron_mopd.observe.report import draw_report, draw_seesaw
+from megatron_mopd.observe.pictures import draw_report, draw_seesaw
 from megatron_mopd.observe.tables import seesaw_table
 
 DOMAINS = [f"domain_number_{i}" for i in range(13)]
@@ -85,9 +85,9 @@ def test_nothing_to_draw(tmp_path):
 
 
 def test_smoothing_keeps_length_and_constants():
-    assert np.allclose(report._smooth(np.full(200, 3.0)), 3.0)
-    assert len(report._smooth(np.arange(7.0))) == 7
-    assert np.allclose(report._smooth(np.arange(100.0))[10:-10], np.arange(100.0)[10:-10])
+    assert np.allclose(pictures._smooth(np.full(200, 3.0)), 3.0)
+    assert len(pictures._smooth(np.arange(7.0))) == 7
+    assert np.allclose(pictures._smooth(np.arange(100.0))[10:-10], np.arange(100.0)[10:-10])
 
 
 def seesaw():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import reasoning_gym
 
-from megatron_mopd.confinement.evaluation import is_expression
+from megatron_mopd.confinement.expressions import is_expression
 from megatron_mopd.data import scoring, verifiers
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.scoring_process import ScoringProcess

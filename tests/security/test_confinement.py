@@ -92,7 +92,7 @@ def confined(module):
 
 HANDLERS = """
     import os, resource, signal, sys, time
-    from megatron_mopd.confinement.server import Limits, serve
+    from megatron_mopd.confinement.server import WorkerLimits, serve
     STATE = []
 
     def remember(value):
@@ -122,7 +122,7 @@ HANDLERS = """
         return os.getpid()
 
     serve({f.__name__: f for f in (remember, interrupt, end, die, rest, processor_limit, echo, pid)},
-          Limits(longest_answer=1000), checks_evaluation=False)
+          WorkerLimits(longest_answer=1000), checks_evaluation=False)
 """
 
 

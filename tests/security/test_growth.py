@@ -25,8 +25,8 @@ from megatron_mopd.observe import run_log
 from megatron_mopd.observe.journal import METRICS_FILE, SAMPLES_FILE, Journal, parts_of, read_journal
 from megatron_mopd.observe.metrics import MetricsWriter, read_metrics
 from megatron_mopd.observe.page import write_page
+from megatron_mopd.observe.pictures import draw_report
 from megatron_mopd.observe.progress import StepLine
-from megatron_mopd.observe.report import draw_report
 from megatron_mopd.observe.run_log import RunLog
 from megatron_mopd.run import rollout_logs as rollout_log
 from megatron_mopd.training import skipped_steps as nonfinite
@@ -261,7 +261,7 @@ def test_readers_of_a_long_run(tmp_path, monkeypatch):
     found = [line["iteration"] for line in lines]
     assert len(found) < 100 and found[0] == 1 and found[-1] == 299
     assert set(range(10, 300, 10)) <= set(found)
-    from megatron_mopd.observe import recorded_run, report
+    from megatron_mopd.observe import recorded_run
 
     for reader in (report, recorded_run):
         monkeypatch.setattr(reader, "MOST_LINES", 50)

@@ -18,12 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import megatron_mopd
 from megatron_mopd import train
-from megatron_mopd.backend.finding import Finding, Level
+from megatron_mopd.backend.finding import Finding, Level, show
 from megatron_mopd.backend.messages import visible
-from megatron_mopd.commands import doctor, generate, ranks
+from megatron_mopd.commands import generate, ranks
 from megatron_mopd.config import ConfigError
+from megatron_mopd.observe import pictures, svg, tables
 from megatron_mopd.observe import progress as progress_module
-from megatron_mopd.observe import report, svg, tables
 from megatron_mopd.observe.charts import Line
 from megatron_mopd.observe.metrics import MetricsWriter
 from megatron_mopd.observe.page import write_page
@@ -117,7 +117,7 @@ def test_errors(capfd, monkeypatch):
     monkeypatch.setattr(ranks.dist, "get_rank", lambda: 0)
     ranks.say(EVIL)
     assert_harmless(capfd.readouterr().out, lines=1)
-    doctor.show("The run", [Finding(Level.OK, EVIL, EVIL, EVIL)])
+    show("The run", [Finding(Level.OK, EVIL, EVIL, EVIL)])
     assert_harmless(capfd.readouterr().out, lines=4)
 
 
@@ -321,5 +321,5 @@ def test_pictures_of_names_with_formulas(tmp_path):
     }
     (tmp_path / name).mkdir()
     (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    assert report.draw_report(tmp_path / name).exists()
-    report.draw_seesaw([[0.5]], [name], [f"{name}\x1b"], tmp_path / "seesaw.png", {}, {})
+    assert pictures.draw_report(tmp_path / name).exists()
+    pictures.draw_seesaw([[0.5]], [name], [f"{name}\x1b"], tmp_path / "seesaw.png", {}, {})

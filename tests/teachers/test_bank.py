@@ -60,20 +60,21 @@ def weights(source, groups):
 
 
 def gated(bank):
-    """An event without which nothing arrives."""
-    begin, gate = bank.store.begin, threading.Event()
+    """An event without which nothing arrives, and one that says that an arrival has got so far."""
+    begin, gate, waiting = bank.store.begin, threading.Event(), threading.Event()
 
     def held(key, destination):
         rest = begin(key, destination)
 
         def later():
+            waiting.set()
             assert gate.wait(60)
             rest()
 
         return later
 
     bank.store.begin = held
-    return gate
+    return gate, waiting
 
 
 def every_teacher(rank):
@@ -119,15 +120,17 @@ def test_device_bytes_do_not_grow_with_teachers_or_architectures(pool):
 def arrivals(rank):
     """Traffic when the next teacher arrives during work, when it does not, and when it was there already."""
     bank = bank_of(4)
-    gate = gated(bank)
+    gate, waiting = gated(bank)
     gate.set()
     bank.make_resident("t0")
     gate.clear()
-    bank.prefetch("t1")  # goes on, or the gate would never open
+    waiting.clear()
+    bank.prefetch("t1")  # returns, or the gate would never open
     bank.take_traffic()
+    assert waiting.wait(60)
     time.sleep(0.5)  # the resident teacher works
     gate.set()
-    bank._channel._worker.submit(lambda: None).result()  # t1 has landed
+    bank._arrivals._worker.submit(lambda: None).result()  # t1 has landed
     bank.make_resident("t1")
     hidden = bank.take_traffic()["t1"]
     gate.clear()
@@ -152,10 +155,10 @@ def heads_rule(rank):
     first = bank.heads(["t0", "t1"])
     bank.prefetch_head("t2")
     kept = [head.clone() for head in first]
-    bank._channel._worker.submit(lambda: None).result()  # the arrival of t2 has landed
+    bank._arrivals._worker.submit(lambda: None).result()  # the arrival of t2 has landed
     untouched = all(torch.equal(a, b) for a, b in zip(first, kept))
     bank.prefetch_head("t3")  # every slot is in use or awaited: t3 takes t2's place, not a head in use
-    bank._channel._worker.submit(lambda: None).result()
+    bank._arrivals._worker.submit(lambda: None).result()
     untouched &= all(torch.equal(a, b) for a, b in zip(first, kept))
     bank.heads(["t3"])
     bank.prefetch_head("t4", slot=2)

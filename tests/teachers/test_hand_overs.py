@@ -12,8 +12,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_mopd.choices import StorageMode
 from megatron_mopd.config import TeacherStorageConfig
+from megatron_mopd.teachers.arrivals import Arrivals
 from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
-from megatron_mopd.teachers.channel import Channel
 from tests import _models
 from tests._distributed import RankPool
 
@@ -23,12 +23,12 @@ MODELS = [model | dict(num_layers=1) for model in (_models.MOE, _models.DENSE)]
 PAIRS = [("t0", "t1"), ("t2", "t3"), ("t1", "t0")]
 
 
-class SlowChannel(Channel):
-    """The bank's own channel, with a delay at one place of every arrival. Counts marks, and notes the one
+class SlowArrivals(Arrivals):
+    """The bank's own arrivals, with a delay at one place of every arrival. Counts marks, and notes the one
     that each arrival waits for."""
 
-    def __init__(self, channel):
-        self.channel, self.place, self.marks, self.waited_for = channel, "", 0, []
+    def __init__(self, arrivals):
+        self.arrivals, self.place, self.marks, self.waited_for = arrivals, "", 0, []
 
     def pause(self, place):
         if place == self.place:
@@ -48,7 +48,7 @@ class SlowChannel(Channel):
             finish()
             self.pause("decoded")
 
-        arrival = self.channel.start([lambda b=b: slow(b) for b in beginnings], slow_finish, None)
+        arrival = self.arrivals.start([lambda b=b: slow(b) for b in beginnings], slow_finish, None)
         self.pause("started")
         return arrival
 
@@ -57,7 +57,7 @@ class SlowChannel(Channel):
         return self.marks
 
     def close(self):
-        self.channel.close()
+        self.arrivals.close()
 
 
 def make_bank(groups, **storage):
@@ -83,7 +83,7 @@ def with_delays(rank, mode, dtype, directory):
     quiet = make_bank(groups, mode="host", dtype=dtype)
     expected = {name: contents(quiet, name) for name in quiet.names}
     bank = make_bank(groups, mode=mode, dtype=dtype, directory=directory)
-    bank._channel = slow = SlowChannel(bank._channel)
+    bank._arrivals = slow = SlowArrivals(bank._arrivals)
     wrong = []
     for place, who in product(PLACES, ("all ranks", "one rank")):
         slow.place = place if who == "all ranks" or rank == 1 else ""
@@ -119,8 +119,8 @@ def test_delays_change_no_byte(pool, tmp_path, mode, dtype):
 def first_marks(rank):
     """Marks that the first arrivals in fresh slots wait for, made before and while the bank works."""
     bank = make_bank(_models.groups_for({}), mode="host", dtype="int8")
-    slow = SlowChannel(bank._channel)
-    bank._channel = slow
+    slow = SlowArrivals(bank._arrivals)
+    bank._arrivals = slow
     bank.reserve_heads(8)
     made = slow.marks
     bank.prefetch_head("t3", 7)

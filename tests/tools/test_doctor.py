@@ -17,7 +17,7 @@ import pytest
 
 from megatron_mopd.backend import bandwidth, machine, network, software
 from megatron_mopd.backend.bandwidth import GroupBandwidth
-from megatron_mopd.backend.finding import Level
+from megatron_mopd.backend.finding import Level, summary
 from megatron_mopd.commands import doctor, examination, run_examination
 from megatron_mopd.estimate.memory import RankMemory
 from tests import _models, _runs
@@ -203,7 +203,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "_disk_speed", full)
     (found,) = machine.disk_findings(tmp_path, 2**20)
     assert found.level == Level.PROBLEM and "No space left on device" in found.text
-    assert doctor.summary([found]) == "1 problem will stop training, 0 warnings"
+    assert summary([found]) == "1 problem will stop training, 0 warnings"
 
 
 def test_checkpoints_that_are_not_complete(tmp_path):

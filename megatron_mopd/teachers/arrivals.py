@@ -1,6 +1,6 @@
 """How weights arrive while the caller computes: on a stream of their own on CUDA, on a thread on the CPU.
 
-    arrival = channel.start(beginnings, finish, free)     # returns at once
+    arrival = arrivals.start(beginnings, finish, free)     # returns at once
     ...                                                    # the resident teacher goes on computing
     arrival.wait()                                         # the caller's next work sees the weights
 
@@ -68,7 +68,7 @@ class Arrival(ABC):
         """(how long the arrival took, how long work stood still for it); valid after `wait`."""
 
 
-class Channel(ABC):
+class Arrivals(ABC):
     """Where arrivals proceed while the caller goes on."""
 
     @abstractmethod
@@ -88,12 +88,12 @@ class Channel(ABC):
         """Let what is under way arrive; nothing can start any more."""
 
 
-def open_channel(device: torch.device, blocking: bool) -> Channel:
-    """The channel of a device; `blocking`: what beginnings return occupies a thread (reading files)."""
-    return CudaChannel(device, blocking) if device.type == "cuda" else ThreadChannel()
+def open_arrivals(device: torch.device, blocking: bool) -> Arrivals:
+    """The arrivals of a device; `blocking`: what beginnings return occupies a thread (reading files)."""
+    return CudaArrivals(device, blocking) if device.type == "cuda" else ThreadArrivals()
 
 
-class ThreadChannel(Channel):
+class ThreadArrivals(Arrivals):
     """CPU: a worker thread copies, the caller computes."""
 
     def __init__(self):
@@ -136,7 +136,7 @@ class _ThreadArrival(Arrival):
         return self._work.result(), self._waited or 0.0
 
 
-class CudaChannel(Channel):
+class CudaArrivals(Arrivals):
     """CUDA: a stream of its own. The host never waits, except for a thread that still reads files."""
 
     def __init__(self, device: torch.device, blocking: bool):
