@@ -88,7 +88,7 @@ class MeasuredCosts:
         self._in_seconds = False
 
     def fold(self, summaries: Iterable[Sequence[Mean]]) -> None:
-        """Fold in one step's summaries of all ranks, in rank order. A first measurement replaces the guess."""
+        """Fold in one step's summaries of all ranks, in rank order. First measurements replace the guess."""
         totals: dict[tuple[str, int, int | str], list[float]] = {}
         for summary in summaries:
             for key, seconds, count in summary:
