@@ -208,7 +208,7 @@ def test_output_directory(tmp_path):
     require_empty(tmp_path, overwrite=True)
     require_empty(tmp_path / "new", overwrite=False)
     for source in (tmp_path, tmp_path / "checkpoints" / "iter_0000001", tmp_path / "new" / ".."):
-        with pytest.raises(ConfigError, match="--output: .* holds the model that is read"):
+        with pytest.raises(ConfigError, match="--output: .* contains the model to be read"):
             require_empty(tmp_path, overwrite=True, source=source)
     require_empty(tmp_path / "new", overwrite=True, source=tmp_path)
     with pytest.raises(ConfigError, match="is a file"):
@@ -296,7 +296,7 @@ def test_every_tool_leaves_what_is_in_the_output_alone(original, tmp_path, capfd
             run_ranks(1, tool, name, *arguments, *others.split())
         message = capfd.readouterr().err.strip().splitlines()[-1]
         assert message.startswith("error: --output: "), message
-        assert ("is not empty" if "--overwrite" not in arguments else "that is read") in message
+        assert ("is not empty" if "--overwrite" not in arguments else "to be read") in message
     same_files(original, output)
 
 
