@@ -42,9 +42,7 @@ class SavedActivations:
         """Bytes per token of a model chunk with these layers, numbered from 0."""
         pattern, h = moe_layer_pattern(self.model), self.model.hidden_size
         total = sum(self.layer(pattern[number]) for number in layers)
-        if (
-            self.model.recompute_granularity == "full"
-        ):  # layers save inputs; one is recomputed
+        if self.model.recompute_granularity == "full":  # layers save inputs; one is recomputed
             most = max((self.layer(pattern[number]) for number in layers), default=0.0)
             total = len(layers) * h / self._split * self.itemsize + most
         if is_first:

@@ -6,7 +6,7 @@ layout.
       iter_0000010/                          torch_dist files, under megatron-core's canonical keys
         model.json                           architecture and tokenizer fingerprint
         checksums.json                       size and SHA-256 of every file, compared before loading
-        tokenizer/                           the tokenizer that the model speaks
+        tokenizer/                           the tokenizer of the model
         hugging_face/                        what came with a Hugging Face model and goes back out with it
 
 A directory named `iter_*` is always complete: it is written under a different name and renamed at the end.
@@ -175,12 +175,11 @@ def load_weights(
     """Load a checkpoint's weights into this rank's chunks, from any parallel layout.
 
     `checkpoint` is a result of `find_checkpoint`: one of ours, a Hugging Face model, of which each rank reads
-        its own slices, or one of Megatron-LM's. `model` is the chunks' architecture, which a configuration
-        may have changed; by default it is the checkpoint's own, which Megatron-LM's checkpoints lack.
+    its own slices, or one of Megatron-LM's. `model` is the chunks' architecture, which a configuration may
+    have changed; by default it is the checkpoint's own, which Megatron-LM's checkpoints lack.
 
     Collectives: those of megatron-core's loading, and a gather of the keys within each pipeline. Raises
-        `ConfigError` (prefix `where`) on every rank if tensors are missing, unexpected or of a different
-        shape.
+    `ConfigError` (prefix `where`) on every rank if tensors are missing, unexpected or of a different shape.
     """
     foreign = is_megatron_lm(checkpoint)
     if not foreign and not (checkpoint / MODEL_FILE).exists():

@@ -78,7 +78,7 @@ def write_chunks(directory: Path, chunks: Sequence[Chunk]) -> None:
     share.
 
     Collective over all ranks: PyTorch gathers the plans, a few hundred bytes per chunk. Raises `RuntimeError`
-        on every rank if one could not write.
+    on every rank if one could not write.
     """
     mine = share_of([chunk.nbytes for chunk in chunks], dist.get_rank(), dist.get_world_size())
     planner = _ProducingPlanner([chunks[index] for index in mine])

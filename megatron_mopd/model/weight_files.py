@@ -131,7 +131,7 @@ def _read(directory: Path, files: list[str], promised: dict[str, str], where: st
         if name not in copies or copies[name].info.file != file:
             found = f"; {copies[name].info.file} has it" if name in copies else ""
             raise ConfigError(
-                f"{where}: {directory / INDEX} promises {visible(name[:80])} in {file}, which does not have "
+                f"{where}: {directory / INDEX} lists {visible(name[:80])} in {file}, which does not have "
                 f"it{found}"
             )
     return WeightFiles(directory, headers, copies)

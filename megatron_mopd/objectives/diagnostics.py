@@ -28,8 +28,7 @@ class DivergenceObserver:
     """Collects the diagnostics chunk by chunk, while the logits are in memory.
 
     Collectives: per chunk of c tokens an all-gather of [c, 4k + 1] per rank (each shard's k best logits and
-        their ids, for both models, and the teacher's logit at the student's best); one sum of [2, T] at the
-        end.
+    their ids, for both models, and the teacher's logit at the student's best); one sum of [2, T] at the end.
     """
 
     def __init__(self, top_k: int, like: Tensor):

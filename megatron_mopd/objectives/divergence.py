@@ -22,9 +22,9 @@ def merge_statistics(local: Tensor, shard: VocabShard, spec: DivergenceSpec) -> 
     """Merge every rank's `statistics` [5 or 7, rows] into the `Moments` of the whole vocabulary.
 
     Collective over the tensor-parallel group: all-gather of [5, rows] per rank ([4, rows] unless reverse KL),
-        20 bytes per row in fp32. A gather has one latency instead of the two of all-reduces (MAX, then SUM),
-        and every rank adds in the same order for student and teacher, so identical models have bitwise
-        identical normalizers.
+    20 bytes per row in fp32. A gather has one latency instead of the two of all-reduces (MAX, then SUM), and
+    every rank adds in the same order for student and teacher, so identical models have bitwise identical
+    normalizers.
     """
     gathered = shard.all_gather(local[: 5 if spec.kind == "reverse_kl" else 4])
     local_maxima, local_sums = gathered[:, :2], gathered[:, 2:4]
@@ -73,8 +73,8 @@ def vocab_parallel_kl(
     inputs and a few scalars per token.
 
     Collectives over `group`, for N tokens: one agreement all-reduce of 32 numbers, an all-gather of [5, N]
-        per rank, a sum of [2, N] (JSD with gradient: another of [N]); 28 bytes per token in fp32. None in the
-        backward.
+    per rank, a sum of [2, N] (JSD with gradient: another of [N]); 28 bytes per token in fp32. None in the
+    backward.
 
     Raises:
         ValueError: on every rank, for mismatched shapes, dtypes, devices or shards; an unknown divergence,

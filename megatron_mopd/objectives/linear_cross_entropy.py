@@ -56,7 +56,7 @@ def linear_cross_entropy(
     `linear_kl`; per_token is 0 where the token weight is 0.
 
     Collectives over `group`: one agreement all-reduce per call; per chunk of c tokens an all-gather of [3, c]
-        per rank, 12 bytes per token in fp32, and the sum of the hidden gradient [c, h]. None in the backward.
+    per rank, 12 bytes per token in fp32, and the sum of the hidden gradient [c, h]. None in the backward.
     """
     call = _Call(
         target_ids,
@@ -99,8 +99,8 @@ def sampled_token_logprobs(
     chunk_size x V/tp; saved for the backward: the inputs and one scalar per token.
 
     Collectives over `group`: one agreement all-reduce and an all-gather of [3, T] per rank, 12 bytes per
-        token in fp32; in the backward the sum of the hidden gradient [c, h] per chunk of c tokens, unless
-        reduce_hidden_grad=False.
+    token in fp32; in the backward the sum of the hidden gradient [c, h] per chunk of c tokens, unless
+    reduce_hidden_grad=False.
 
     Raises:
         ValueError: on every rank, for mismatched shapes, dtypes, devices or shards, ids outside the

@@ -92,13 +92,13 @@ def linear_kl(
         loss (a scalar) and per_token [T] (detached), in fp32, or fp64 for fp64 inputs; equal on every rank.
 
     Memory: two chunks of logits, chunk_size x V/tp each, besides the gradients; the weight gradient is summed
-        in fp32. The forward computes the gradients, and the backward only scales them.
+    in fp32. The forward computes the gradients, and the backward only scales them.
 
     Collectives over `group`: one agreement all-reduce of 32 numbers per call; per chunk of c tokens one
-        all-gather of [5, c] per rank; a sum of [T] at the end: a payload of 24 bytes per token in fp32. In
-        addition, as for any such head, the sum of the hidden gradient [c, h_s], overlapped with the next
-        products. JSD adds a sum of [c] per chunk, K teachers an all-gather of [2, K + 1, T] per call; for
-        top-k see `top_k.py`, for diagnostics `diagnostics.py`. None in the backward.
+    all-gather of [5, c] per rank; a sum of [T] at the end: a payload of 24 bytes per token in fp32. In
+    addition, as for any such head, the sum of the hidden gradient [c, h_s], overlapped with the next
+    products. JSD adds a sum of [c] per chunk, K teachers an all-gather of [2, K + 1, T] per call; for top-k
+    see `top_k.py`, for diagnostics `diagnostics.py`. None in the backward.
 
     Raises:
         ValueError: on every rank, for mismatched shapes, dtypes, devices or shards, options out of range, and

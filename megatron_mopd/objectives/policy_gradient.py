@@ -46,7 +46,7 @@ def discounted_future_sum(values: Tensor, lengths: Sequence[int], discount: floa
     """sum_{s >= t} discount^(s - t) values_s within each response: [n] -> [n]; discount 0 returns `values`.
 
     A token also affects later log-ratios: with discount 1 this is the return of the sequence-level reverse
-        KL, whose gradient is unbiased but has high variance.
+    KL, whose gradient is unbiased but has high variance.
     """
     if discount == 0.0:
         return values

@@ -98,7 +98,7 @@ def agree(
     here every rank raises the failing rank's message.
 
     Collectives: one all-reduce (MAX) of [2, 16] fp64, 256 bytes per call whatever the token count. Only on
-        failure, one gather of the reports.
+    failure, one gather of the reports.
     """
     problem, facts = None, {}
     try:

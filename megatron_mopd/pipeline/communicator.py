@@ -7,11 +7,11 @@ last and the first stage that virtual stages need. Each rank then uses each grou
 one peer only, so a receive that is posted early can delay only later receives of the same channel.
 
 NCCL: point-to-point operations of one group run in order on that group's own stream, concurrently with the
-    computation. A send starts when the work enqueued before it has finished; a receive's buffer is safe to
-    use after `PendingMessage.wait` has made the compute stream wait for it. Neither blocks the host.
+computation. A send starts when the work enqueued before it has finished; a receive's buffer is safe to use
+after `PendingMessage.wait` has made the compute stream wait for it. Neither blocks the host.
 
 gloo: messages with different tags can overtake each other, so one group with a tag per message is enough (and
-    every gloo group has polling threads). The host waits in `PendingMessage.wait`, with a timeout.
+every gloo group has polling threads). The host waits in `PendingMessage.wait`, with a timeout.
 """
 
 from __future__ import annotations

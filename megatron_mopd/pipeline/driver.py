@@ -132,7 +132,7 @@ class PipelineDriver:
         looks ahead.
 
         Collectives: those of `agree` and `_exchange_costs`, unless `plan_next` has already run them for this
-            step. Raises `LimitError` on every rank if no plan satisfies the limits.
+        step. Raises `LimitError` on every rank if no plan satisfies the limits.
         """
         steps = list(steps)
         planned = self._within_reach(steps)

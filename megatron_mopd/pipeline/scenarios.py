@@ -1,8 +1,8 @@
 """The cost of a schedule over many optimizer steps, with plans chained as in a training run. No torch.
 
 All times are relative to a bubble-free step: the work of the busiest stage, teachers included. A rollout
-    batch feeds `steps_per_rollout` optimizer steps; look-ahead reaches from one step to the next of the same
-    batch, and into the next batch only if the rollout engine runs ahead.
+batch feeds `steps_per_rollout` optimizer steps; look-ahead reaches from one step to the next of the same
+batch, and into the next batch only if the rollout engine runs ahead.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def steady_state_ratio(planner: Planner, work: Workload, *, steps: int = 4) -> f
     """Time per optimizer step relative to a bubble-free one if the next step's samples are always available.
 
     Measured over `steps` steps in the middle of a longer run: the first steps are not in the steady state
-        yet, and the last has no look-ahead.
+    yet, and the last has no look-ahead.
     """
     plans = chain(planner, work, "bubble_fill", steps + 4, reach=1)[:-1]
     times = simulate(plans).optimizer_steps

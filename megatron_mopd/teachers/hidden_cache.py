@@ -24,7 +24,7 @@ class HiddenCache:
     placement does not affect results.
 
     `budget`: maximum number of bytes held at once; exceeding it is an error, because a step's plan stays
-        within it by alternating scoring and training (`states_within`).
+    within it by alternating scoring and training (`states_within`).
 
     For trajectories whose objective compares sampled tokens only, `put_log_probs` stores the log-probs [n], a
     few bytes per token, instead of the states.

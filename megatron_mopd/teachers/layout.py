@@ -71,7 +71,7 @@ class Skeleton:
     slot.
 
     `chunk` has no storage: `bind` points its parameters and persistent buffers into a slot before each use,
-        so teachers of one architecture share a module and all teachers share the slots.
+    so teachers of one architecture share a module and all teachers share the slots.
     """
 
     def __init__(self, chunk: HiddenStateGPT, is_last_stage: bool, parts: Mapping[str, int]):

@@ -27,7 +27,7 @@ def model_fingerprints(
     """Fingerprints of the initial student ("") and of every teacher, by name.
 
     load: `student.load`. student: its resolved architecture. tokenizer: fingerprint of the run's tokenizer.
-        Rank 0 reads and broadcasts a few hundred bytes per teacher. Raises `ConfigError` on all ranks.
+    Rank 0 reads and broadcasts a few hundred bytes per teacher. Raises `ConfigError` on all ranks.
     """
     result: list[Any] = [None]
     if dist.get_rank() == 0:

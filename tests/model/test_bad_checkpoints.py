@@ -114,7 +114,7 @@ def test_index_that_does_not_match_its_files(model):
     other = next(file for file in index["weight_map"].values() if file != index["weight_map"][PROJECTION])
     index["weight_map"][PROJECTION] = other
     path.write_text(json.dumps(index))
-    refused(model, f"promises {PROJECTION} in {other}")
+    refused(model, f"lists {PROJECTION} in {other}")
 
 
 def test_pickled_weights(model):

@@ -198,7 +198,7 @@ def test_an_index_that_names_another_shard(copy):
     index = weight_map(model)
     other = next(file for file in index.values() if file != index[NORM])
     (model / INDEX).write_text(json.dumps({"weight_map": index | {NORM: other}}))
-    refused(model, f"promises {NORM} in {other}, which does not have it; {index[NORM]} has it")
+    refused(model, f"lists {NORM} in {other}, which does not have it; {index[NORM]} has it")
 
 
 def test_shards_in_a_subfolder(copy):
