@@ -7,7 +7,7 @@ layout.
         model.json                           architecture and tokenizer fingerprint
         checksums.json                       size and SHA-256 of every file, compared before loading
         tokenizer/                           the tokenizer of the model
-        hugging_face/                        what came with a Hugging Face model and goes back out with it
+        hugging_face/                        companion files of a Hugging Face model, for conversion back
 
 A directory named `iter_*` is always complete: it is written under a different name and renamed at the end.
 """

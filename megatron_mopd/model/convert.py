@@ -263,5 +263,5 @@ def _config(source: WeightSource, plans: Sequence[FilePlan]) -> dict[str, Any]:
     else:
         config = source.family.hugging_face_config(source.model)
     largest = max((info for plan in plans for info in plan.infos.values()), key=lambda info: info.nbytes)
-    config.pop("torch_dtype", None)  # the former name
+    config.pop("torch_dtype", None)  # the old name
     return config | {"dtype": str(largest.dtype).removeprefix("torch.")}

@@ -34,7 +34,7 @@ _DEFAULTS = {"attn_factor": 1, "extrapolation_factor": 1, "attention_factor": 1}
 def effective_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """A `rope_scaling` mapping without the keys that have no effect; `None` if there is no scaling.
 
-    These are `finetuned` (whether weights were trained with it), the former name `type`, keys without a
+    These are `finetuned` (whether weights were trained with it), the old name `type`, keys without a
     value, attention factors of 1 for types without such a factor, the original context of `linear`, and
     leftover keys of other types with `rope_type: default`. All other keys are kept for `check_scaling`.
     """

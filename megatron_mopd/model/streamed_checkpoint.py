@@ -84,7 +84,7 @@ def write_chunks(directory: Path, chunks: Sequence[Chunk]) -> None:
     planner = _ProducingPlanner([chunks[index] for index in mine])
     try:
         dcp.save({}, storage_writer=dcp.FileSystemWriter(str(directory)), planner=planner)
-    except CheckpointException as error:  # derives from BaseException, which handlers do not catch
+    except CheckpointException as error:  # derives from BaseException
         rank, (problem, _) = next(iter(error.failures.items()))
         raise RuntimeError(f"rank {rank} could not write {directory}: {problem}") from problem
     if dist.get_rank() == 0:

@@ -318,7 +318,7 @@ class PlanRequest:
         own = self._jobs_by_teacher()
         if self.kind == "serial":
             return self.scored_at_start() + len(own)
-        return self._peak_of_cache(_by_need(own))  # no order keeps less waiting
+        return self._peak_of_cache(_by_need(own))  # no order keeps fewer states waiting
 
     def next_smallest_cache(self, deferred: Sequence[TeacherJob]) -> int:
         """`smallest_cache` of the next request, after a plan that leaves out the look-ahead jobs
