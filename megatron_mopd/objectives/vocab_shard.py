@@ -167,7 +167,7 @@ class NotFinite:
             f"rank {rank}: {model} logit of vocabulary id {column} is {value}"
             for rank, model, column, value in self.logits
         ]
-        cause = "; ".join(lines) or f"it is {self.value}, but every logit is finite"
+        cause = "; ".join(lines) or f"it is {self.value}, and no single logit is the cause"
         return f"{self.what} is not finite at token {self.token} ({cause})"
 
 
