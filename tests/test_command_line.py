@@ -103,7 +103,7 @@ CASES = {
     "teacher's tokenizer": (
         mopd({"foreign": "@/foreign"}, {"default": "foreign"}),
         2,
-        ["teachers.foreign.load", "@/foreign", "another tokenizer"],
+        ["teachers.foreign.load", "@/foreign", "a different tokenizer"],
     ),
     "teacher's checkpoint missing": (
         mopd({"gone": "@/gone"}, {"default": "gone"}),

@@ -1,1 +1,1 @@
-"""What a layout costs, before it is launched: memory by component, floating-point operations."""
+"""Estimates of a layout's cost before launch: memory by component and floating-point operations."""

@@ -1,8 +1,8 @@
-"""Floating-point operations of a step, and what share of the device's peak they are.
+"""Floating-point operations of a step, and their share of the device's peak.
 
-Counted are the matrix products that the model needs: 2 for each multiplication of a weight with a token,
-causal attention over the tokens before, the output head on response tokens alone; backward twice the forward.
-What is computed twice (recompute), sampling and the divergence itself do not count.
+Counts the matrix products that the model needs: 2 per weight and token, causal attention over earlier tokens,
+the output head only on response tokens; the backward counts as twice the forward. Recompute, sampling and the
+divergence itself are not counted.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.specs import moe_layer_pattern
 from megatron_mopd.teachers.routing import Mixture
 
-# Dense bfloat16 in FLOP/s, from the manufacturer's data sheets; most of them print twice that, with sparsity.
-# The first entry whose words are all words of the device's name counts.
+# Dense bfloat16 FLOP/s from the manufacturer's data sheets, most of which print twice that value, with
+# sparsity. The first entry whose words all occur in the device's name is used.
 _PEAKS = {
     "GB300": 2.5e15,
     "B300": 2.25e15,
@@ -46,21 +46,21 @@ class ForwardCost:
     """FLOPs of a model's forward pass."""
 
     token: float
-    """Each token, attention scores and head left out."""
+    """Per token, without attention scores and head."""
     pair: float
-    """Each pair of a token and one that it attends to."""
+    """Per pair of a token and a token that it attends to."""
     head: float
     """The output head on one token."""
 
     def of(self, trajectory: Trajectory) -> float:
-        """A whole trajectory, with the head on its response tokens."""
+        """FLOPs of a whole trajectory, with the head on its response tokens."""
         n = len(trajectory)
         pairs = n * (n + 1) / 2
         return self.token * n + self.pair * pairs + self.head * len(trajectory.response_ids)
 
 
 def forward_cost(config: TransformerConfig, vocab_size: int) -> ForwardCost:
-    """What one forward pass of this architecture takes, on whatever layout."""
+    """Cost of one forward pass of this architecture; independent of the layout."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     if config.multi_latent_attention:
         keys, values = config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim
@@ -95,8 +95,8 @@ def step_flops(
     teachers: Mapping[str, ForwardCost],
     mixture: Callable[[str], Mixture],
 ) -> float:
-    """Of one optimizer step on the global batch: the student forward and backward, each trajectory's teachers
-    forward.
+    """FLOPs of one optimizer step on the global batch: the student forward and backward, each trajectory's
+    teachers forward.
     """
     total = 0.0
     for trajectory in trajectories:
@@ -106,16 +106,16 @@ def step_flops(
 
 
 def peak_flops(device: str, params_dtype: str) -> float | None:
-    """FLOP/s that the named device can reach at most; `None` where that is not known."""
+    """Peak FLOP/s of the named device; `None` if unknown."""
     if params_dtype != "bfloat16":
         return None
-    # "A100" is a word of "NVIDIA A100-SXM4-80GB", and none of "NVIDIA RTX A1000".
+    # "A100" is a word of "NVIDIA A100-SXM4-80GB", but not of "NVIDIA RTX A1000".
     words = set(re.split(r"[\s-]+", device))
     return next((peak for name, peak in _PEAKS.items() if words.issuperset(name.split())), None)
 
 
 def utilization(flops: float, seconds: float, ranks: int, peak: float | None) -> dict[str, Any]:
-    """`tflops` per second and rank, and `mfu`, their share of the peak, where that is known."""
+    """`tflops` per second and rank, and `mfu`, their share of the peak, if it is known."""
     if not seconds > 0:
         return {}
     each = flops / seconds / ranks

@@ -1,4 +1,4 @@
-"""What one real step of a run allocates on this rank, by the components of `memory.py`."""
+"""Measures the memory that a real step allocates on this rank, by the components of `memory.py`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from megatron_mopd.training.step_batch import plan_step
 def measure(learner: Learner, trajectories: Sequence[Trajectory]) -> dict[str, int]:
     """Bytes by component after one step on `longest_trajectories`. Collective over all ranks.
 
-    Activations are the tensors that autograd keeps for the backward pass, at their peak; parameters, and
-    what the loss keeps of the head, are not among them. The loss (last stage) is what one micro-batch's
-    forward pass of it makes, at its peak.
+    Activations are the tensors that autograd saves for backward, at their peak, without parameters and the
+    head tensors that the loss saves. The loss (last stage) is the peak of the tensors created by the loss's
+    forward pass for one micro-batch.
     """
     batch = plan_step(learner, trajectories)
     saved = SavedBytes(learner)
@@ -56,7 +56,7 @@ def measure(learner: Learner, trajectories: Sequence[Trajectory]) -> dict[str, i
 
 
 def longest_trajectories(config: Config, prompts: Sequence[Prompt], vocabulary: int) -> list[Trajectory]:
-    """A batch of random tokens, every prompt and response as long as the configuration allows."""
+    """A batch of random tokens in which every prompt and response has the maximum configured length."""
     rng, result = random.Random(0), []
     for index in range(config.schedule.global_batch_size):
         ids = [rng.randrange(vocabulary) for _ in range(config.data.seq_length)]
@@ -68,7 +68,7 @@ def longest_trajectories(config: Config, prompts: Sequence[Prompt], vocabulary: 
 
 
 def _loss_bytes(learner: Learner, trajectories: Sequence[Trajectory]) -> int:
-    """Peak of the loss of one micro-batch, on random hidden states of student and teachers."""
+    """Peak memory of the loss of one micro-batch, on random hidden states of student and teachers."""
     batch = plan_step(learner, trajectories)
 
     def states(micro_batch, config) -> Tensor:
@@ -88,7 +88,7 @@ def _loss_bytes(learner: Learner, trajectories: Sequence[Trajectory]) -> int:
 
 
 class MadeBytes(TorchDispatchMode):
-    """Memory of the tensors that are made while it is active, at its peak."""
+    """Peak memory of the tensors created while this mode is active."""
 
     def __init__(self):
         super().__init__()
@@ -112,7 +112,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 class SavedBytes:
-    """Hooks that count the memory which autograd keeps, each piece of storage once."""
+    """Hooks that count the memory saved by autograd, each storage once."""
 
     def __init__(self, learner: Learner):
         parameters = [p for chunk in learner.chunks for p in chunk.parameters()]
@@ -151,7 +151,7 @@ class _Holder:
 
 
 def _optimizer_bytes(optimizer) -> int:
-    """Moments and main copies of all the optimizers inside."""
+    """Moments and main parameters of all contained optimizers."""
     total, seen = 0, set()
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         tensors = [t for state in single.optimizer.state.values() for t in state.values()]

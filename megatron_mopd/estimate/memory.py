@@ -1,9 +1,9 @@
-"""What a run will take of memory, before it is started: per rank and per host, by component.
+"""Estimates a run's memory before it is started: per rank and per host, by component.
 
-Parameters, gradients, optimizer state and teachers are counted on the modules themselves: `imagined_groups`
-lays the parallel groups over a world of any size inside one process (collectives do nothing), and models are
-built on the meta device, which holds shapes and no data. Activations, hidden states and logits follow from
-shapes by the formulas below.
+Parameters, gradients, optimizer state and teachers are counted on real modules: `imagined_groups` creates the
+parallel groups of a world of any size in a single process (collectives do nothing), and models are built on
+the meta device, without data. Activations, hidden states and logits are computed from shapes with the
+formulas below.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from megatron_mopd.teachers.layout import Skeleton
 
 
 class _OnMeta(TorchFunctionMode):
-    """Every tensor that is made has a shape and no data, whatever device was asked for."""
+    """Creates every tensor on the meta device, whatever device is requested."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -49,9 +49,9 @@ class _OnMeta(TorchFunctionMode):
 
 @contextlib.contextmanager
 def imagined_groups(config: Config, world_size: int, rank: int) -> Iterator[ParallelGroups]:
-    """The parallel groups of `rank` in a world of `world_size`, in this process alone.
+    """The parallel groups of `rank` in a world of `world_size`, simulated in this process.
 
-    Must not be used where torch.distributed is already initialised.
+    Must not be used if torch.distributed is already initialized.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
@@ -71,7 +71,7 @@ class RankMemory:
     host: dict[str, int]
     disk: int
     parameters: tuple[int, int]
-    """How many of the student's this rank holds: in experts, and elsewhere."""
+    """Number of student parameters on this rank: in experts, and elsewhere."""
 
 
 def estimate_rank(
@@ -81,9 +81,9 @@ def estimate_rank(
     max_mixture: int,
     groups: ParallelGroups,
 ) -> RankMemory:
-    """Memory of the rank that `groups` belong to, at its peak, when every response has full length.
+    """Peak memory of the rank of `groups` if every response has full length.
 
-    Of a GPU, unless `device` is `cpu`: there norms and loss are not single kernels and keep more.
+    For a GPU, unless `device` is `cpu`, where norms and loss are not single kernels and save more.
     """
     with _OnMeta(), torch.device("meta"):
         chunks = build_model(student, groups, config.params_dtype, max_sequence_length=config.data.seq_length)
@@ -111,7 +111,7 @@ def estimate_rank(
 
 
 def _optimizer_bytes(config: Config, groups: ParallelGroups, dense: int, experts: int, itemsize: int) -> int:
-    """Two Adam moments, and for bfloat16 a float32 copy of the weights; shared among replicas (ZeRO-1)."""
+    """Two Adam moments, and for bfloat16 a float32 copy of the weights; sharded over replicas (ZeRO-1)."""
     per_parameter = 12 if itemsize == 2 else 2 * itemsize
     if not config.optimizer.use_distributed_optimizer:
         return per_parameter * (dense + experts)
@@ -156,9 +156,9 @@ def _teacher_bytes(
 def _cache_bytes(
     config: Config, teachers: list[TeacherSource], max_mixture: int, groups: ParallelGroups
 ) -> int:
-    """Hidden states of responses that wait for the loss at the same time, each scored by as many teachers as
-    any sample has: all of a step's with megatron-core's schedules or with look-ahead, else as many
-    micro-batches as a plan of the step holds.
+    """Hidden states of responses that wait for the loss at the same time, each scored by the maximum number
+    of teachers of a sample: those of a whole step for packed micro-batches, else of as many micro-batches as
+    the step's plan holds.
     """
     if not teachers:
         return 0
@@ -179,7 +179,7 @@ def _cache_bytes(
 
 
 def _planned(config: Config, groups: ParallelGroups) -> Plan:
-    """A step as it will be planned, with one teacher a sample and costs that have not been measured yet."""
+    """The plan of a step with one teacher per sample and costs that have not been measured yet."""
     schedule = config.schedule
     count = -(-schedule.global_batch_size // groups.dp_size // schedule.micro_batch_size)
     request = PlanRequest(
@@ -195,7 +195,7 @@ def _planned(config: Config, groups: ParallelGroups) -> Plan:
 
 
 def _scored_at_once(plan: Plan) -> int:
-    """Micro-batches that are scored and wait for the loss at the same time."""
+    """Maximum number of scored micro-batches that wait for the loss at the same time."""
     held = most = 0
     releases, last_chunk = plan.request.releases(), plan.request.virtual_stages - 1
     for entry in plan.stages[-1]:
@@ -216,10 +216,10 @@ def _loss_bytes(
     groups: ParallelGroups,
     itemsize: int,
 ) -> int:
-    """What the loss of one micro-batch takes: chunks of the student's and the teachers' logits (and of their
-    mixture), the head's gradient, one sum for all losses before it is added to those of other micro-batches,
-    and of every response token the student's hidden state, its gradient, and the teachers' states; on the CPU
-    also the tiles of a divergence or a softmax.
+    """Memory of the loss of one micro-batch: chunks of the student's and the teachers' logits (and of their
+    mixture), the head's gradient, summed over all losses before it is added to those of other micro-batches,
+    and for every response token the student's hidden state, its gradient, and the teachers' states; on the
+    CPU also the tiles of a divergence or a softmax.
     """
     head, wide = chunks[-1].head_weight(), max(itemsize, 4)
     share = config.rollout.max_new_tokens / config.data.seq_length
@@ -228,7 +228,7 @@ def _loss_bytes(
     logits, states = chunk * itemsize, 2 * student.transformer["hidden_size"]
     tiles = 2 * wide * min(chunk, TILE_ELEMENTS["cpu"])
     if teachers and not DomainObjectives(config.objective).compare_tokens_only():
-        # Teachers' logits are mixed in float32 at least.
+        # Teachers' logits are mixed in at least float32.
         logits += chunk * (itemsize + (wide if max_mixture > 1 else 0))
         states += max(source.model.transformer["hidden_size"] for source in teachers) * max_mixture
         tiles = 8 * wide * min(chunk, TILE_ELEMENTS["cpu"])
@@ -237,13 +237,13 @@ def _loss_bytes(
 
 
 def _micro_batch_tokens(config: Config) -> int:
-    """Tokens of the largest micro-batch, before TP and CP divide it."""
+    """Tokens of the largest micro-batch, before it is split over TP and CP."""
     schedule = config.schedule
     return schedule.max_tokens_per_micro_batch or schedule.micro_batch_size * config.data.seq_length
 
 
 def activation_bytes(config: Config, chunks, groups: ParallelGroups, itemsize: int, on_cpu: bool) -> int:
-    """What the student's forward passes keep for their backward passes, at the most, on this stage.
+    """Peak memory of the activations that the student's forward passes save for backward on this stage.
 
     A stage holds as many chunks' passes as the step's plan (or megatron-core's 1F1B) has in flight.
     """

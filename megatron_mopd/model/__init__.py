@@ -1,1 +1,2 @@
-"""From configuration to GPTModel stages: student or frozen teacher, attention, hidden states, checkpoints."""
+"""Builds GPTModel stages from a configuration (student or frozen teacher), and reads and writes
+checkpoints."""

@@ -1,7 +1,7 @@
-"""The attention core on `scaled_dot_product_attention`: padded or packed, context parallel, or with a KV
+"""Attention core based on `scaled_dot_product_attention`: padded, packed, context-parallel, or with a KV
 cache.
 
-PyTorch picks the kernel (FlashAttention or cuDNN on Hopper, its own on CPU). Nothing here depends on
+PyTorch picks the kernel (FlashAttention or cuDNN on Hopper, its own on CPU). This module does not depend on
 Transformer Engine.
 """
 
@@ -31,9 +31,9 @@ class ScaledDotProductAttention(MegatronModule):
 
     Shapes: query [sq, b, heads/tp, d], key and value [sk, b, groups/tp, d]; returns [sq, b, heads/tp x d].
 
-    Without context parallelism nothing is communicated. With it, key and value are all-gathered over the
+    Without context parallelism there is no communication. With it, key and value are all-gathered over the
     context-parallel group (2 x s x b x groups/tp x d elements received per layer) and their gradient is
-    reduce-scattered; queries stay where they are.
+    reduce-scattered; queries stay local.
     """
 
     def __init__(
@@ -93,17 +93,17 @@ class ScaledDotProductAttention(MegatronModule):
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **kwargs)
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """One query a row: [b, heads, 1, d] x [b, groups, sk, d] -> [b, heads, 1, d_v].
+        """One query per row: [b, heads, 1, d] x [b, groups, sk, d] -> [b, heads, 1, d_v].
 
-        The heads of a group take the place of queries of one head, so keys and values are read once for all
-        of them and never repeated.
+        The heads of a group are treated as queries of one head, so keys and values are read once for all of
+        them and never repeated.
         """
         grouped = q.unflatten(1, (k.size(1), -1)).squeeze(3)  # [b, groups, heads per group, d]
         return self.attend(grouped, k, v, mask=mask).flatten(1, 2).unsqueeze(2)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments) -> Tensor:
         """Gather each bucket's documents into rows, attend causally, scatter back. All inputs [T, 1, heads,
-        d]. Documents that continue a shared one see it before themselves.
+        d]. Documents that continue a shared document also attend to it.
         """
         output = query.new_zeros(query.size(0), query.size(2), value.size(3))
         for number, (index, valid) in enumerate(documents.buckets):
@@ -120,7 +120,7 @@ class ScaledDotProductAttention(MegatronModule):
     def _context_parallel(
         self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments | None
     ) -> Tensor:
-        """Local zigzag queries against gathered keys; every query slice sees the keys up to its end."""
+        """Local zigzag queries against gathered keys; every query slice attends to the keys up to its end."""
         size, rank = self.cp_group.size(), self.cp_group.rank()
         gathered = _GatherSequence.apply(
             torch.cat((key, value), dim=-1), self.cp_group
@@ -149,8 +149,8 @@ def _to_bhsd(x: Tensor) -> Tensor:
 
 
 class _GatherSequence(torch.autograd.Function):
-    """All-gather over a group, stacked on a new first dimension; backward sums every rank's gradient of our
-    part.
+    """All-gather over a group, stacked on a new first dimension; backward sums all ranks' gradients of the
+    local part.
 
     Forward: one all-gather, x.numel() elements sent per rank. Backward: one reduce-scatter of the same size.
     """
@@ -171,15 +171,15 @@ class _GatherSequence(torch.autograd.Function):
 
 
 class CachedSelfAttention(SelfAttention):
-    """megatron-core's self attention with rotary angles per token, and a KV cache of keys already rotated.
+    """megatron-core's self attention with per-token rotary angles, and a KV cache of rotated keys.
 
-    The stock static cache stores unrotated keys and rotates the whole cache again at every decoded token.
-    Here a key is rotated once, with its own row's position, so prompts of different lengths share a batch and
-    their positions are the very ones that training uses.
+    megatron-core's static cache stores unrotated keys and rotates the whole cache again at every decoded
+    token. Here a key is rotated once, with the position in its own row, so prompts of different lengths can
+    share a batch and use the same positions as in training.
     """
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, *args, **kwargs):
-        """megatron-core's own, except for one decoded token a row on the CPU."""
+        """megatron-core's forward, except when decoding one token per row on the CPU."""
         config = self.config
         if (
             kwargs.get("inference_context") is None
@@ -200,8 +200,9 @@ class CachedSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """[1, b, h] -> attention output of the same shape, and the output projection's bias.
 
-        The same numbers with a third of the calls: for the few rows of a step these take as long as what they
-        compute. A group's queries and its key are rotated together, and a group's queries attend together.
+        Computes the same values as megatron-core with a third of the calls: for the few rows of a decoding
+        step, call overhead takes as long as the computation. A group's queries and key are rotated together,
+        and a group's queries attend together.
         """
         mixed, _ = self.linear_qkv(hidden)
         channels = self.hidden_size_per_attention_head
@@ -222,7 +223,7 @@ class CachedSelfAttention(SelfAttention):
         self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
     ):
         if rotary_pos_emb is not None:
-            angles = rotary_pos_emb[0]  # megatron-core passes them twice, for queries and for keys
+            angles = rotary_pos_emb[0]  # megatron-core passes the angles twice, for queries and for keys
             query = rotate(query, angles, self.config.rotary_interleaved)
             key = rotate(key, angles, self.config.rotary_interleaved)
         if inference_context is None:

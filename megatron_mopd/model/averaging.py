@@ -1,4 +1,4 @@
-"""The plain alternative to distillation: averaging the weights of several checkpoints of one architecture."""
+"""Weight averaging over checkpoints of one architecture, as a simple alternative to distillation."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def average_checkpoints(
 ) -> Path:
     """Write sum_k weights_k theta_k / sum_k weights_k, summed in float64, as a checkpoint in `output`.
 
-    Equal weights by default. One model and one float64 sum are in memory at a time, whatever the number of
-    checkpoints. Collective over all ranks of `groups`. Raises `ConfigError` when the checkpoints differ in
-    architecture or tokenizer, or the weights do not fit them.
+    Equal weights by default. Only one model and one float64 sum are in memory, whatever the number of
+    checkpoints. Collective over all ranks of `groups`. Raises `ConfigError` if the checkpoints differ in
+    architecture or tokenizer, or if the number or values of the weights are invalid.
     """
     weights = [1.0] * len(checkpoints) if weights is None else list(weights)
     if not checkpoints or len(weights) != len(checkpoints) or min(weights) < 0 or not sum(weights) > 0:
@@ -45,7 +45,7 @@ def average_checkpoints(
     model, fingerprint = read_model_config(paths[0], str(checkpoints[0]))
     for path in paths[1:]:
         if read_model_config(path, str(path)) != (model, fingerprint):
-            raise ConfigError(f"{path}: another architecture or tokenizer than {paths[0]}")
+            raise ConfigError(f"{path}: different architecture or tokenizer from {paths[0]}")
     length = model.max_position_embeddings or 1
     chunks = build_model(model, groups, params_dtype, max_sequence_length=length, where=str(paths[0]))
     tensors = [

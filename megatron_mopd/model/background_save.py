@@ -1,8 +1,9 @@
-"""Writing checkpoints beside training: it waits while tensors are copied into host memory, not for the disk.
+"""Writes checkpoints in the background: training waits while tensors are copied to host memory, not for the
+disk.
 
-A thread of each rank writes that rank's files and sums them up. It tells rank 0's through the store, which
-completes the directory and gives it its name: no thread takes part in a collective, so training never waits
-for one and the order of its own collectives does not change.
+A thread on each rank writes that rank's files, computes their checksums, and reports them through the store
+to the thread on rank 0, which completes and renames the directory. No thread takes part in a collective, so
+training never waits for one and the order of its collectives does not change.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ _LONGEST_POLL = 0.25
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; the one before it is still there."""
+    """A checkpoint could not be written; the previous one is intact."""
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time. Every rank has one and calls its methods in the same order."""
+    """Writes one checkpoint at a time. Every rank has a writer and calls its methods in the same order."""
 
     def __init__(self):
         self.nbytes = 0
@@ -54,7 +55,7 @@ class CheckpointWriter:
         self._store: dist.Store | None = None
         self._leftover: list[str] = []
         if dist.get_world_size() > 1:
-            # A connection of its own: a store waits inside its lock.
+            # A separate connection, because a store holds its lock while it waits.
             self._store = dist.distributed_c10d._get_default_store().clone()
 
     def start(
@@ -67,12 +68,12 @@ class CheckpointWriter:
         save_tokenizer: Callable[[Path], None],
         finished: Callable[[], None] | None = None,
     ) -> Path:
-        """Begin to write `state` (a sharded state dict) as `iter_*`; it may change when this returns.
+        """Start writing `state` (a sharded state dict) as `iter_*`; it may be modified once this returns.
 
-        Waits for the checkpoint before, and raises its error. `finished` is called on rank 0, in its thread,
-        when the directory is complete and the tracker points at it. What travels with a Hugging Face model is
-        taken over from the run's last checkpoint, or from the one that the model was loaded from. Returns the
-        directory's name to be.
+        Waits for the previous checkpoint and raises its error. `finished` is called on rank 0, in the
+        writer's thread, when the directory is complete and the tracker points to it. The companions of a
+        Hugging Face model are copied from the run's last checkpoint, or from the one that the model was
+        loaded from. Returns the final path of the directory.
 
         Collectives: those of `plan_save`; one all-reduce of two integers; two barriers.
         """
@@ -106,14 +107,14 @@ class CheckpointWriter:
         return iteration_directory(directory, iteration)
 
     def wait(self) -> None:
-        """Until nothing is being written any more. Raises `SaveError`, on every rank alike, when the last
-        checkpoint could not be."""
+        """Wait until nothing is being written. Raises `SaveError` on every rank if the last checkpoint could
+        not be written."""
         if self._thread is not None:
             self._thread.join()
         self.check()
 
     def check(self) -> None:
-        """Raise the error of a checkpoint that is known to have failed; does not wait."""
+        """Raise the error if the last checkpoint has failed; does not wait."""
         if self._thread is not None and not self._thread.is_alive():
             self._thread = None
             if self._error is not None:
@@ -121,8 +122,8 @@ class CheckpointWriter:
                 raise SaveError(error)
 
     def _strategy(self, state: dict[str, Any]) -> tuple[SaveStrategy, int, bool]:
-        """The plans kept for states of this structure on all ranks; a number for the save, which no other of
-        the job has; whether there was one."""
+        """The cached plans for states with this structure on all ranks, a number unique to this save, and
+        whether the plans already existed."""
         kind = tuple(sorted(state))
         structure = [
             (t.key, t.global_offset, t.local_shape, str(t.dtype), t.replica_id)
@@ -147,14 +148,14 @@ class CheckpointWriter:
         iteration: int,
         complete: Callable[[dict[str, Any]], None],
     ) -> None:
-        failed = f"iteration {iteration} could not be saved, the checkpoint before it is still there: "
+        failed = f"iteration {iteration} could not be saved; the previous checkpoint is intact: "
         try:
             with naming(partial):
                 names, written = save.write_part()
             message = (None, {name: sum_up(partial / name) for name in names}, written)
         except BaseException as error:
             message = (f"{failed}rank {dist.get_rank()}: {_reason(error)}", {}, [])
-        save.buckets.clear()  # the copies' memory
+        save.buckets.clear()  # free the copies
         try:
             messages = self._gather(number, message)
             if messages is None:
@@ -170,24 +171,25 @@ class CheckpointWriter:
                     self._error = f"{failed}{_reason(error)}"
             if self._store is not None:
                 self._store.set(f"{_KEYS}/{number}/outcome", self._error or "")
-        except RuntimeError as error:  # whoever kept the store is gone
+        except RuntimeError as error:  # the process that hosted the store has exited
             self._error = f"{failed}{error}"
 
     def _gather(self, number: int, message: tuple) -> list[tuple] | None:
-        """Everyone's message on rank 0, `None` elsewhere."""
+        """The messages of all ranks on rank 0, `None` elsewhere."""
         if self._store is None:
             return [message]
         rank, world_size = dist.get_rank(), dist.get_world_size()
         if rank != 0:
             self._store.set(f"{_KEYS}/{number}/{rank}", pickle.dumps(message))
             return None
-        for key in self._leftover:  # every rank has read the outcome of the save before
+        for key in self._leftover:  # every rank has read the outcome of the previous save
             self._store.delete_key(key)
         self._leftover = [f"{_KEYS}/{number}/outcome"]
         messages = [message]
         for other in range(1, world_size):
             key = f"{_KEYS}/{number}/{other}"
-            # From a rank of this job, over the store that also carries torch's own pickled objects.
+            # Trusted: sent by a rank of this job over the store that also carries torch's own pickled
+            # objects.
             messages.append(pickle.loads(self._get(key)))
             self._store.delete_key(key)
         return messages
@@ -196,7 +198,7 @@ class CheckpointWriter:
         return self._get(f"{_KEYS}/{number}/outcome").decode() or None
 
     def _get(self, key: str) -> bytes:
-        """A value that another rank will set, without a limit of time: the watchdog has one."""
+        """Wait for a value that another rank will set. No timeout: the watchdog has one."""
         pause = 0.002
         while not self._store.check([key]):
             time.sleep(pause)
@@ -216,7 +218,7 @@ def write_checkpoint(
     tokenizer_fingerprint: str,
     save_tokenizer: Callable[[Path], None],
 ) -> Path:
-    """`CheckpointWriter.start`, and wait for its end. Collective over all ranks."""
+    """Write a checkpoint with `CheckpointWriter` and wait for it. Collective over all ranks."""
     writer = CheckpointWriter()
     path = writer.start(directory, iteration, state, model, tokenizer_fingerprint, save_tokenizer)
     writer.wait()

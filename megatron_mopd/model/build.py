@@ -1,4 +1,4 @@
-"""From configuration to the model chunks that this rank holds."""
+"""Builds this rank's model chunks from a configuration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "squared_relu": squared_relu}
 
-# What nearly every current open model shares, so that a configuration need not say it.
+# Shared by nearly all current open models, so a configuration need not contain them.
 _ARCHITECTURE_DEFAULTS: dict[str, Any] = dict(
     normalization="RMSNorm",
     gated_linear_unit=True,
@@ -40,12 +40,12 @@ _ARCHITECTURE_DEFAULTS: dict[str, Any] = dict(
     hidden_dropout=0.0,
     attention_dropout=0.0,
     moe_token_dispatcher_type="alltoall",
-    # The balancing loss that does not depend on how trajectories are cut into micro-batches (`router.py`).
+    # The balancing loss that does not depend on how trajectories are split into micro-batches (`router.py`).
     moe_router_load_balancing_type="seq_aux_loss",
 )
 
-# Fields of TransformerConfig that count something: megatron-core does not look at most of them before it
-# reshapes a tensor with them.
+# Fields of TransformerConfig that are counts; megatron-core does not validate most of them before reshaping a
+# tensor.
 _COUNTS = """
     num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size
     num_moe_experts moe_router_topk moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_latent_size
@@ -53,7 +53,7 @@ _COUNTS = """
     q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
 """.split()
 
-# A frozen teacher computes its forward pass and nothing else.
+# A frozen teacher only runs forward passes.
 _FROZEN_OVERRIDES: dict[str, Any] = dict(
     moe_router_load_balancing_type="none",
     moe_aux_loss_coeff=0.0,
@@ -78,11 +78,9 @@ def transformer_config(
     frozen: bool = False,
     where: str = "student",
 ) -> TransformerConfig:
-    """A TransformerConfig of its own for one model; `ConfigError` (prefix `where`) for what megatron-core
-    refuses.
+    """Build the TransformerConfig of one model; `ConfigError` (prefix `where`) if megatron-core refuses it.
 
-    `frozen` makes it a teacher's: no auxiliary loss, no multi-token prediction, no recompute, no virtual
-    stages.
+    `frozen` is for teachers: no auxiliary loss, no multi-token prediction, no recompute, no virtual stages.
     """
     for key in ("num_layers", "hidden_size", "num_attention_heads"):
         if key not in model.transformer:
@@ -115,7 +113,7 @@ def transformer_config(
 def _layout_values(parallel: ParallelConfig, values: Mapping[str, Any], frozen: bool) -> dict[str, Any]:
     vpp = parallel.virtual_pipeline_model_parallel_size
     tp = parallel.tensor_model_parallel_size
-    # A dense model may run beside a mixture of experts whose layout has expert parallelism.
+    # A dense model may share its layout with a mixture of experts that uses expert parallelism.
     ep = parallel.expert_model_parallel_size if values.get("num_moe_experts") else 1
     return dict(
         tensor_model_parallel_size=tp,
@@ -136,13 +134,13 @@ def _execution_values(values: Mapping[str, Any], params_dtype: str, device_type:
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
-        # Micro-batches of one step share a shape unless they are packed; the runtime says which before each
+        # Micro-batches of one step share a shape unless they are packed; the runtime sets this before each
         # step.
         variable_seq_lengths=False,
         deallocate_pipeline_outputs=True,
-        # Weights are drawn by `initialize_weights`, from their global name, so that no layout changes them.
-        # Not `perform_initialization=False`: that also leaves out the marks by which the gradient norm tells
-        # shards of a weight (summed over TP) from copies (counted once).
+        # `initialize_weights` draws weights by their global name, so that they do not depend on the layout.
+        # Not `perform_initialization=False`: it also omits the attributes by which the gradient norm
+        # distinguishes shards of a weight (summed over TP) from copies (counted once).
         perform_initialization=True,
         init_method=_leave_as_is,
         output_layer_init_method=_leave_as_is,
@@ -159,7 +157,8 @@ def _execution_values(values: Mapping[str, Any], params_dtype: str, device_type:
 
 
 def _check_values(model: ModelConfig, values: dict[str, Any], where: str) -> None:
-    """`ConfigError` for values that megatron-core would not look at before a forward pass fails on them."""
+    """Raise `ConfigError` for values that megatron-core does not validate, so that a forward pass would
+    fail."""
     if values["normalization"] != "RMSNorm":
         raise ConfigError(
             f"{where}.normalization: only RMSNorm is supported, found {values['normalization']!r}"
@@ -202,14 +201,14 @@ def _check_values(model: ModelConfig, values: dict[str, Any], where: str) -> Non
 
 
 def _check_kernels(values: dict[str, Any], device_type: str, where: str) -> None:
-    """`ConfigError` for kernels of transformer-engine's where its layers are not used."""
+    """Raise `ConfigError` for Transformer Engine kernels if its layers are not used."""
     for key in ("moe_router_fusion", "use_te_activation_func"):
         if values.get(key) and not uses_transformer_engine(device_type):
             raise ConfigError(f"{where}.{key}: needs transformer-engine and a GPU; leave it out")
 
 
 def _check_router(config: TransformerConfig, where: str) -> None:
-    """`ConfigError` for a router that cannot choose as many experts, or groups of them, as it is asked to."""
+    """Raise `ConfigError` if a router cannot choose the requested number of experts, or of expert groups."""
     experts, chosen = config.num_moe_experts, config.moe_router_topk
     if experts is None:
         return
@@ -229,7 +228,7 @@ def _check_router(config: TransformerConfig, where: str) -> None:
         return
     where = f"{where}.moe_router_group_topk"
     if config.moe_router_topk_limited_devices:
-        # megatron-core has made groups of it: one for each expert-parallel rank.
+        # megatron-core has turned it into groups, one for each expert-parallel rank.
         where = where.replace("group_topk", "topk_limited_devices")
     if group_topk > groups:
         raise ConfigError(f"{where}: {group_topk} of {groups} groups of experts cannot be chosen")
@@ -242,31 +241,32 @@ def _check_router(config: TransformerConfig, where: str) -> None:
 
 
 def _check_rotary(model: ModelConfig, config: TransformerConfig, where: str) -> None:
-    """`ConfigError` for an odd number of channels: rotary embeddings turn pairs."""
+    """Raise `ConfigError` for an odd number of channels: rotary embeddings rotate pairs."""
     if (angles := _rotary_channels(model, config)) % 2:
         key = "qk_pos_emb_head_dim" if config.multi_latent_attention else "kv_channels"
         raise ConfigError(
-            f"{where}.{key}: rotary embeddings turn pairs of channels, and {angles} (of each head) are an "
+            f"{where}.{key}: rotary embeddings rotate pairs of channels, and {angles} (of each head) is an "
             f"odd number; change {key}{'' if config.multi_latent_attention else ' or rotary_percent'}"
         )
 
 
 def _check_biases(values: dict[str, Any], where: str) -> None:
-    """`ConfigError` for a model to be trained whose biases megatron-core has no right backward pass for."""
+    """Raise `ConfigError` for a trained model with biases for which megatron-core's backward pass is
+    incorrect."""
     if not values["add_bias_linear"]:
         return
     if values.get("num_moe_experts"):
-        # Added in place to a view, which autograd refuses; and marked for a reduction over tensor-parallel
-        # ranks, which hold other experts.
+        # They are added in place to a view, which autograd refuses, and marked for a reduction over
+        # tensor-parallel ranks, which hold different experts.
         raise ConfigError(
             f"{where}.add_bias_linear: experts with biases (num_moe_experts) cannot be trained; use "
-            "add_qkv_bias and attention_output_bias for attention's alone"
+            "add_qkv_bias and attention_output_bias for attention biases"
         )
     recomputed = values.get("recompute_modules")
     is_selective = values.get("recompute_granularity") == "selective" and isinstance(recomputed, list)
     if is_selective and "mlp" in recomputed:
-        # The MLP hands out its last bias, a parameter; as an output of the checkpointed function its backward
-        # pass is the function's own, which calls itself for ever.
+        # The MLP returns its last bias, a parameter. As an output of the checkpointed function, its backward
+        # is that of the function itself, which recurses infinitely.
         raise ConfigError(
             f"{where}.recompute_modules: 'mlp' does not work with add_bias_linear; leave it out, or set "
             "recompute_granularity to full"
@@ -274,7 +274,8 @@ def _check_biases(values: dict[str, Any], where: str) -> None:
 
 
 def _latent_attention_scale(model: ModelConfig, where: str) -> dict[str, Any]:
-    """The fields from which megatron-core derives YaRN's softmax scale (DeepSeek-V3); angles are our own."""
+    """The fields from which megatron-core derives YaRN's softmax scale (DeepSeek-V3); we compute the angles
+    ourselves."""
     owned = {
         "rope_type",
         "rotary_scaling_factor",
@@ -299,7 +300,7 @@ def _leave_as_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _rotary_channels(model: ModelConfig, config: TransformerConfig) -> int:
-    """Channels of each head that rotary embeddings turn."""
+    """Number of channels of each head that rotary embeddings rotate."""
     if model.position_embedding_type == "none":
         return 0
     if config.multi_latent_attention:
@@ -315,7 +316,7 @@ def _rotary_angles(model: ModelConfig, config: TransformerConfig) -> RotaryAngle
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
-    """Vocabulary rounded up so that every tensor-parallel rank holds the same number of columns."""
+    """Vocabulary size rounded up so that every tensor-parallel rank holds the same number of columns."""
     multiple = divisible_by * tp_size
     return (vocab_size + multiple - 1) // multiple * multiple
 
@@ -332,8 +333,8 @@ def build_model(
 ) -> list[HiddenStateGPT]:
     """The model chunks of this rank (one, or one per virtual stage), on the run's device.
 
-    `seed` draws the initial weights; `None` leaves them to be loaded. A frozen model takes no gradient, is in
-    evaluation mode, and never has virtual stages. Collectives: only those of megatron-core's constructor.
+    `seed` initializes the weights; with `None` they must be loaded. A frozen model requires no gradient, is
+    in evaluation mode, and never has virtual stages. Collectives: only those of megatron-core's constructor.
     """
     config = transformer_config(
         model, groups.config, params_dtype, groups.device.type, frozen=frozen, where=where
@@ -344,7 +345,7 @@ def build_model(
     except ConfigError:
         raise
     except _REFUSALS as error:
-        # Combinations of fields that megatron-core notices only where they are used, in whatever way.
+        # megatron-core detects some invalid combinations of fields only on use, with various exceptions.
         raise ConfigError(
             f"{where}: megatron-core cannot build this model: {type(error).__name__}: "
             f"{' '.join(str(error).split())}; set here: {', '.join(sorted(model.transformer))}"

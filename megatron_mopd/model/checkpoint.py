@@ -1,14 +1,15 @@
-"""Distributed checkpoints on disk: Megatron's directory convention, written atomically, loaded at any layout.
+"""Distributed checkpoints on disk: Megatron's directory layout, written atomically, loaded at any parallel
+layout.
 
     checkpoints/
       latest_checkpointed_iteration.txt      the newest complete iteration
       iter_0000010/                          torch_dist files, under megatron-core's canonical keys
         model.json                           architecture and tokenizer fingerprint
         checksums.json                       size and SHA-256 of every file, compared before loading
-        tokenizer/                           the tokenizer that the model speaks
-        hugging_face/                        what came with a Hugging Face model and goes back out with it
+        tokenizer/                           the tokenizer of the model
+        hugging_face/                        companion files of a Hugging Face model, for conversion back
 
-A directory named `iter_*` is always complete: it is written under another name and renamed at the end.
+A directory named `iter_*` is always complete: it is written under a different name and renamed at the end.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ def iteration_directory(directory: str | Path, iteration: int) -> Path:
 
 
 def find_checkpoint(path: str | Path, where: str) -> Path:
-    """The newest complete checkpoint under `path`, or `path` itself when it is one, or a Hugging Face model.
-    Checkpoints of Megatron-LM's own training count as well.
+    """The newest complete checkpoint under `path`, or `path` itself if it is a checkpoint or a Hugging Face
+    model. Checkpoints written by Megatron-LM are found too.
 
-    `where` is the configuration key shown in the `ConfigError` raised when there is none.
+    `where` is the configuration key shown in the `ConfigError` that is raised if there is none.
     """
     path = Path(path)
     try:
@@ -78,7 +79,7 @@ def find_checkpoint(path: str | Path, where: str) -> Path:
 
 
 def latest_iteration(directory: str | Path) -> int | None:
-    """The newest complete iteration under a checkpoint directory, or `None` when there is none yet."""
+    """The newest complete iteration under a checkpoint directory, or `None` if there is none yet."""
     directory = Path(directory)
     try:
         iteration = int(read_limited(directory, TRACKER, 100))
@@ -88,13 +89,12 @@ def latest_iteration(directory: str | Path) -> int | None:
         iteration = None
     if iteration is not None and (iteration_directory(directory, iteration) / MODEL_FILE).exists():
         return iteration
-    # A damaged tracker, or a crash while its checkpoint was replaced: complete directories speak for
-    # themselves.
+    # The tracker is damaged, or the run crashed while the checkpoint was replaced: use complete directories.
     return next(iter(complete_iterations(directory)), None)
 
 
 def complete_iterations(directory: str | Path) -> list[int]:
-    """The iterations of every complete checkpoint under `directory`, newest first."""
+    """The iterations of all complete checkpoints under `directory`, newest first."""
     try:
         names = [re.fullmatch(r"iter_(\d{7,})", entry.name) for entry in Path(directory).iterdir()]
     except (FileNotFoundError, NotADirectoryError):
@@ -106,10 +106,10 @@ def complete_iterations(directory: str | Path) -> list[int]:
 def read_model_config(
     checkpoint: Path, where: str, given: ModelConfig | None = None
 ) -> tuple[ModelConfig, str | None]:
-    """Architecture and tokenizer fingerprint of a checkpoint (ours or Hugging Face's); `ConfigError` when
+    """Architecture and tokenizer fingerprint of a checkpoint (ours or Hugging Face); `ConfigError` if it is
     damaged or not supported.
 
-    Megatron-LM's own checkpoints have neither: their architecture is the `given` one, the fingerprint `None`.
+    Megatron-LM's checkpoints have neither: their architecture is `given`, and the fingerprint is `None`.
     """
     if is_megatron_lm(checkpoint):
         return read_architecture(checkpoint, where, given), None
@@ -119,16 +119,16 @@ def read_model_config(
 
 
 def recorded_tokenizer(checkpoint: Path, where: str) -> str | None:
-    """The fingerprint that one of our checkpoints keeps of its tokenizer; `None` for a Hugging Face
-    directory, which has the tokenizer itself."""
+    """The tokenizer fingerprint stored in one of our checkpoints; `None` for a Hugging Face directory, which
+    contains the tokenizer itself."""
     if not (checkpoint / MODEL_FILE).exists():
         return None
     return _description(checkpoint, where)["tokenizer"]
 
 
 def read_architecture(checkpoint: Path, where: str, given: ModelConfig | None = None) -> ModelConfig:
-    """Architecture of a checkpoint (ours or Hugging Face's; of Megatron-LM's own it is the `given` one);
-    `ConfigError` when damaged or not supported."""
+    """Architecture of a checkpoint (ours or Hugging Face; `given` for Megatron-LM's); `ConfigError` if it is
+    damaged or not supported."""
     if (checkpoint / MODEL_FILE).exists():
         return model_config_from_dict(_description(checkpoint, where)["model"], where)
     if is_megatron_lm(checkpoint):
@@ -137,7 +137,7 @@ def read_architecture(checkpoint: Path, where: str, given: ModelConfig | None = 
 
 
 def tokenizer_directory(checkpoint: Path) -> Path:
-    """Where a checkpoint's tokenizer is, if it has one."""
+    """The directory of a checkpoint's tokenizer, if it has one."""
     return checkpoint / TOKENIZER_DIRECTORY if (checkpoint / MODEL_FILE).exists() else checkpoint
 
 
@@ -159,7 +159,7 @@ def model_state(
 ) -> dict[str, Any]:
     """Sharded state dict of this rank's chunks (unwrapped models), under canonical keys.
 
-    key_per_layer: each layer's tensors under keys of their own, also where all layers are alike.
+    key_per_layer: use separate keys for each layer's tensors, even if all layers are alike.
     """
     metadata = {"dp_cp_group": groups.collection.dp_cp, "non_homogeneous_layers": key_per_layer}
     return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
@@ -172,14 +172,14 @@ def load_weights(
     where: str,
     model: ModelConfig | None = None,
 ) -> None:
-    """Load a checkpoint's weights into this rank's chunks, whatever layout it was saved at.
+    """Load a checkpoint's weights into this rank's chunks, from any parallel layout.
 
-    `checkpoint` is what `find_checkpoint` returned: one of ours, a Hugging Face model, of which each rank
-    reads its own slices, or one of Megatron-LM's. `model` is the chunks' architecture, which a configuration
-    may have changed; without it the checkpoint's own is taken, which Megatron-LM's have not.
+    `checkpoint` is a result of `find_checkpoint`: one of ours, a Hugging Face model, of which each rank reads
+    its own slices, or one of Megatron-LM's. `model` is the chunks' architecture, which a configuration may
+    have changed; by default it is the checkpoint's own, which Megatron-LM's checkpoints lack.
 
     Collectives: those of megatron-core's loading, and a gather of the keys within each pipeline. Raises
-    `ConfigError` (prefix `where`), on every rank, when tensors are missing, of another shape, or left over.
+    `ConfigError` (prefix `where`) on every rank if tensors are missing, unexpected or of a different shape.
     """
     foreign = is_megatron_lm(checkpoint)
     if not foreign and not (checkpoint / MODEL_FILE).exists():
@@ -209,20 +209,20 @@ def load_weights(
 def load_described(
     state: dict[str, Any], checkpoint: Path, description: Checked, where: str
 ) -> dict[str, Any]:
-    """A sharded state dict's values from a checkpoint whose description was checked. Collective over all
-    ranks; `ConfigError` (prefix `where`) for a tensor that is missing, damaged or of another shape.
+    """Load a sharded state dict from a checkpoint whose description has been checked. Collective over all
+    ranks; `ConfigError` (prefix `where`) for a tensor that is missing, damaged or of a different shape.
     """
     try:
         return load_checked(state, checkpoint, description.metadata, description.common)
-    # Whatever a damaged file makes torch raise.
+    # torch may raise anything for a damaged file.
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{where}: cannot load {checkpoint}: {first_line}") from None
 
 
 def without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
-    """A model's sharded state without Transformer Engine's FP8 statistics, which the local spec does not
-    have, and which Transformer Engine keeps as a pickle in a tensor and unpickles without a restriction.
+    """Remove Transformer Engine's FP8 statistics from a model's sharded state: the local spec does not have
+    them, and Transformer Engine stores them as a pickle in a tensor and unpickles them without restriction.
     """
     for part in state.values():
         for name in [name for name in part if _EXTRA_STATE.search(name)]:
@@ -231,7 +231,7 @@ def without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def put_into(chunk: torch.nn.Module, loaded: dict[str, Any], where: str) -> None:
-    """Load a state dict without extra state into a chunk: every tensor of it, and nothing else."""
+    """Load a state dict without extra state into a chunk; its tensors must be exactly the chunk's."""
     missing, unexpected = chunk.load_state_dict(loaded, strict=False)
     missing = [name for name in missing if not _EXTRA_STATE.search(name)]
     assert not missing and not unexpected, f"{where}: {missing} missing, {unexpected} unexpected"
@@ -243,16 +243,15 @@ def load_hugging_face_weights(
     """Fill this rank's chunks from a Hugging Face directory, reading only this rank's slices.
 
     No collectives. Raises `ConfigError` (prefix `where`) for everything that `HuggingFaceCheckpoint.open`
-    refuses, for a model of another shape, and for tensors that `model`, the chunks' architecture, leaves
-    unused.
+    refuses, for different shapes, and for tensors that `model`, the chunks' architecture, does not use.
     """
     source = HuggingFaceCheckpoint.open(directory, where)
     weights = {(weight.key, weight.offsets): weight for weight in source.weights}
     used = source.family.weights(model) if model is not None else source.weights
     if left := min(weights.keys() - {(weight.key, weight.offsets) for weight in used}, default=None):
         raise ConfigError(
-            f"{where}: {directory} does not hold the configured model: "
-            f"{weights[left].hugging_face[0]} has no place in it"
+            f"{where}: {directory} does not match the configured model: "
+            f"{weights[left].hugging_face[0]} is not part of it"
         )
     for chunk in chunks:
         for sharded in sharded_tensors(chunk.sharded_state_dict()):
@@ -262,7 +261,7 @@ def load_hugging_face_weights(
                 raise ConfigError(f"{where}: {directory} has nothing for {sharded.key}")
             shape, offset = sharded.global_shape[outer:], sharded.global_offset[outer:]
             size = tuple(sharded.data.shape)
-            if weight.rule.kind == "vocabulary":  # padded here, not there
+            if weight.rule.kind == "vocabulary":  # only the model's vocabulary is padded
                 size = (max(0, min(size[0], weight.shape[0] - offset[0])), *size[1:])
             elif shape != weight.shape:
                 raise ConfigError(
@@ -276,7 +275,7 @@ def load_hugging_face_weights(
 
 @torch.no_grad()
 def _clear_padding(chunk: torch.nn.Module, vocab_size: int) -> None:
-    """Zeros in the rows that pad the vocabulary: what lies in fresh memory there may be NaN."""
+    """Zero the rows that pad the vocabulary: uninitialized memory may contain NaN."""
     for sharded in sharded_tensors(chunk.sharded_state_dict()):
         if sharded.key in ("embedding.word_embeddings.weight", "output_layer.weight"):
             sharded.data[max(0, vocab_size - sharded.global_offset[0]) :].zero_()
@@ -290,10 +289,10 @@ def publish_checkpoint(
     tokenizer_fingerprint: str,
     save_tokenizer: Callable[[Path], None] | None,
 ) -> Path:
-    """Let `write` fill a directory, complete it, and point the tracker at it. Collective over all ranks.
+    """Let `write` fill a directory, complete it, and point the tracker to it. Collective over all ranks.
 
-    The directory appears under its name only when it is complete and on disk; a crash at any moment leaves
-    the previous checkpoint as the newest one.
+    The directory gets its final name only when it is complete and on disk; after a crash at any point the
+    previous checkpoint is the newest.
     """
     directory = Path(directory)
     partial = partial_directory(directory, iteration)
@@ -316,19 +315,19 @@ def publish_checkpoint(
 
 
 def partial_directory(directory: Path, iteration: int) -> Path:
-    """Where the checkpoint of an iteration is written before it is complete."""
+    """The directory in which an iteration's checkpoint is written before it is complete."""
     return Path(directory) / f".{iteration_directory(directory, iteration).name}.incomplete"
 
 
 def describe_checkpoint(partial: Path, model: ModelConfig, tokenizer_fingerprint: str) -> None:
-    """Write architecture and tokenizer fingerprint. One rank alone."""
+    """Write architecture and tokenizer fingerprint. Called on one rank."""
     architecture = {key: value for key, value in to_dict(model).items() if key != "load"}
     description = {"model": architecture, "tokenizer": tokenizer_fingerprint}
     (partial / MODEL_FILE).write_text(json.dumps(description, indent=2))
 
 
 def put_in_place(partial: Path, directory: Path, iteration: int) -> None:
-    """Give a complete directory its name, and point the tracker at it, once it is on disk. One rank alone."""
+    """Flush a complete directory to disk, rename it, and point the tracker to it. Called on one rank."""
     _flush_to_disk(partial)
     final = iteration_directory(directory, iteration)
     remove_checkpoint(final)
@@ -338,7 +337,7 @@ def put_in_place(partial: Path, directory: Path, iteration: int) -> None:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint so that no moment shows an incomplete directory under its name. One rank alone."""
+    """Delete a checkpoint; its name never refers to an incomplete directory. Called on one rank."""
     leaving = path.with_name(f".{path.name}.removed")
     shutil.rmtree(leaving, ignore_errors=True)
     if path.exists():
@@ -347,7 +346,8 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def companion_places(directory: Path, model: ModelConfig) -> list[Path]:
-    """Where to look for what travels with a Hugging Face model: the run's last checkpoint, then its start."""
+    """Where to look for a Hugging Face model's companions: the run's last checkpoint, then the initial
+    model."""
     places = []
     for root in (directory, model.load):
         if root is not None and (newest := latest_iteration(root)) is not None:

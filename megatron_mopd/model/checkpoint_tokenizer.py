@@ -1,4 +1,4 @@
-"""Whether a checkpoint was trained with the run's tokenizer, judged by what tokenizers mean."""
+"""Checks that a checkpoint was trained with the run's tokenizer, by comparing what the tokenizers mean."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ _MOST_SAID = 3
 
 
 def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer, where: str, *, allow_change: bool) -> None:
-    """`ConfigError` (prefix `where`) that says in what a checkpoint's tokenizer differs from `tokenizer`,
-    which is `data.tokenizer`; with `allow_change` it is said and the run goes on.
+    """Raise `ConfigError` (prefix `where`) with the differences if a checkpoint's tokenizer differs from
+    `tokenizer`, which is `data.tokenizer`; with `allow_change` print a warning instead.
 
-    One of our checkpoints keeps a fingerprint. Where it is another one, which an earlier release may have
-    written, the tokenizer beside the weights is compared, as that of a Hugging Face directory always is.
-    Megatron-LM's own checkpoints have none. No collectives; all ranks raise the same, and rank 0 says it.
+    Our checkpoints store a fingerprint. If it differs (an earlier release may have written it), the tokenizer
+    stored with the weights is compared; for Hugging Face directories this is always done. Megatron-LM's
+    checkpoints have no tokenizer. No collectives; all ranks raise the same error, and rank 0 prints the
+    warning.
     """
     if is_megatron_lm(checkpoint) or recorded_tokenizer(checkpoint, where) == tokenizer.fingerprint():
         return
@@ -37,7 +38,7 @@ def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer, where: str, *, allow
         return
     more = f"; and {len(found) - _MOST_SAID} more" if len(found) > _MOST_SAID else ""
     said = f"{'; '.join(found[:_MOST_SAID])}{more}"
-    problem = f"{where}: {checkpoint} has another tokenizer than data.tokenizer: {said}"
+    problem = f"{where}: {checkpoint} has a different tokenizer from data.tokenizer: {said}"
     if not allow_change:
-        raise ConfigError(f"{problem}; take the same one, or go on with --allow-tokenizer-change")
+        raise ConfigError(f"{problem}; use the same one, or continue with --allow-tokenizer-change")
     say(f"warning: {problem} (data.allow_tokenizer_change)")

@@ -1,6 +1,6 @@
-"""Checksums of a checkpoint's files: a list of SHA-256 sums that is written last and compared before loading.
+"""Checksums of a checkpoint's files: a list of SHA-256 sums, written last and verified before loading.
 
-Every rank reads its share of the files, so the time is that of one shared file system, not of one process.
+Every rank reads its share of the files, so the shared file system is the bottleneck, not a single process.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ CHECKSUM_FILE = "checksums.json"
 
 
 def write_checksums(directory: Path) -> None:
-    """Sum up every file below `directory` into `checksums.json`. Collective over all ranks.
+    """Write the checksums of all files below `directory` to `checksums.json`. Collective over all ranks.
 
-    Collectives: one all-gather of about 100 bytes a file.
+    Collectives: one all-gather of about 100 bytes per file.
     """
     gathered = _gather({name: sum_up(directory / name) for name in _share(_files(directory))})
     if _rank() == 0:
@@ -30,8 +30,8 @@ def write_checksums(directory: Path) -> None:
 
 
 def write_sums(directory: Path, known: dict[str, Any]) -> None:
-    """Write `checksums.json`: entries of `sum_up` that are known, and those of all other files, summed up
-    here. One rank alone.
+    """Write `checksums.json` from the `known` entries (of `sum_up`), computing those of all other files.
+    Called on one rank.
     """
     sums = known | {name: sum_up(directory / name) for name in _files(directory) if name not in known}
     (directory / CHECKSUM_FILE).write_text(json.dumps(dict(sorted(sums.items())), indent=1))
@@ -43,10 +43,10 @@ def sum_up(path: Path) -> dict[str, Any]:
 
 
 def verify_checksums(directory: Path, where: str) -> None:
-    """Compare every file with `checksums.json`; `ConfigError` on every rank alike names what is damaged.
+    """Compare every file with `checksums.json`; raises `ConfigError` on every rank, naming the damaged files.
 
-    A checkpoint without the list (of another program) passes. Collective over all ranks: one all-gather of
-    the names of damaged files.
+    A checkpoint without the list (written by another program) passes. Collective over all ranks: one
+    all-gather of the names of damaged files.
     """
     if (expected := read_sums(directory, where)) is None:
         return
@@ -58,10 +58,11 @@ def verify_checksums(directory: Path, where: str) -> None:
 
 
 def read_sums(directory: Path, where: str) -> dict[str, tuple[int, str]] | None:
-    """Size and SHA-256 of every file as `checksums.json` has them; `None` without one. No collectives.
+    """Size and SHA-256 of every file according to `checksums.json`; `None` if it does not exist. No
+    collectives.
 
-    Raises `ConfigError` (prefix `where`) for a list that is damaged, or that names anything but files below
-    the directory.
+    Raises `ConfigError` (prefix `where`) if the list is damaged or names anything but files below the
+    directory.
     """
     what = f"{where}: {directory / CHECKSUM_FILE} is damaged"
     try:

@@ -1,8 +1,8 @@
-"""What belongs to a Hugging Face model besides the weights that we train, and how it travels.
+"""Copies the companions of a Hugging Face model: everything besides the weights that we train.
 
-In a checkpoint of ours it is the directory `hugging_face/`: configuration, tokenizer, chat template and all
-other small files; `layout.json` with the headers of the weight files, from which the way back writes the very
-same files; and `untrained.safetensors`.
+Our checkpoints store them in the directory `hugging_face/`: configuration, tokenizer, chat template and all
+other small files; `layout.json` with the headers of the weight files, from which the conversion back writes
+identical files; and `untrained.safetensors`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ UNTRAINED = "untrained.safetensors"
 
 
 def write_companions(companions: Companions, family: Family, directory: Path) -> None:
-    """Put everything into `directory`. Collective over all ranks: rank 0 writes the small files, all share
-    the untrained tensors."""
+    """Write all companions to `directory`. Collective over all ranks: rank 0 writes the small files, all
+    ranks share the untrained tensors."""
     writer = FileWriter(directory, [FilePlan.of(UNTRAINED, companions.untrained)])
     if dist.get_rank() == 0:
         directory.mkdir(parents=True)
@@ -50,7 +50,7 @@ def write_companions(companions: Companions, family: Family, directory: Path) ->
 
 
 def write_untrained(companions: Companions, writer: FileWriter) -> None:
-    """This rank's share of the untrained tensors."""
+    """Write this rank's share of the untrained tensors."""
     names = list(companions.untrained)
     sizes = [companions.untrained[name].nbytes for name in names]
     for index in share_of(sizes, dist.get_rank(), dist.get_world_size()):
@@ -58,17 +58,18 @@ def write_untrained(companions: Companions, writer: FileWriter) -> None:
 
 
 def copy_companion_files(source: Path, target: Path) -> None:
-    """Every file of a model directory that travels, but for our own record; `ConfigError` for a link out."""
+    """Copy the travelling files of a model directory, except our own record; `ConfigError` for a link out of
+    it."""
     for relative in travelling_files(source, str(source)):
         if relative.name != LAYOUT:
             copy_file(source, relative, target / relative)
 
 
 def read_companions(directory: Path, where: str) -> tuple[Companions, Family] | None:
-    """What `write_companions` wrote, and the family; `None` when it wrote nothing there. No collectives.
+    """The companions that `write_companions` wrote, and the family; `None` if there are none. No collectives.
 
-    Raises `ConfigError` (prefix `where`) for a damaged record, for a name in it that is not one of a file
-    right in the directory to be written, and for what `travelling_files` refuses.
+    Raises `ConfigError` (prefix `where`) for a damaged record, for a name in it that is not a plain file
+    name, and for files that `travelling_files` refuses.
     """
     what = f"{where}: {directory / LAYOUT}"
     try:
@@ -94,8 +95,8 @@ def read_companions(directory: Path, where: str) -> tuple[Companions, Family] | 
 
 
 def take_over_companions(candidates: list[Path], target: Path) -> None:
-    """Hand on what travels with a model, from the first of these places that has it: a `hugging_face/`
-    directory, or a Hugging Face model.
+    """Copy a model's companions from the first candidate that has them: a `hugging_face/` directory or a
+    Hugging Face model.
 
     Collective over all ranks.
     """

@@ -1,8 +1,8 @@
-"""Hugging Face directories to distributed checkpoints and back, tensor by tensor, shared between ranks.
+"""Converts Hugging Face directories to distributed checkpoints and back, tensor by tensor, on all ranks.
 
-A converted checkpoint keeps in `hugging_face/` what its own format has no place for: configuration,
-tokenizer, chat template and all other small files, the headers of the weight files (so that the way back
-writes the very same files), and tensors that we do not train.
+A converted checkpoint stores in `hugging_face/` everything that its own format cannot represent:
+configuration, tokenizer, chat template and all other small files, the headers of the weight files (so that
+the conversion back writes identical files), and tensors that we do not train.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ DEFAULT_SHARD_SIZE = 5 * 10**9
 def require_empty(
     directory: Path, overwrite: bool, flag: str = "--output", source: str | Path | None = None
 ) -> None:
-    """`ConfigError` when there is anything in `directory` and it may not be overwritten, or when `source`,
-    which is read, lies in there."""
+    """Raise `ConfigError` if `directory` is not empty and may not be overwritten, or if it contains `source`,
+    the model to be read."""
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{flag}: {directory} is a file")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise ConfigError(f"{flag}: {directory} is not empty; choose another directory, or add --overwrite")
     if source is not None and Path(source).resolve().is_relative_to(directory.resolve()):
-        raise ConfigError(f"{flag}: {directory} holds the model that is read; choose another directory")
+        raise ConfigError(f"{flag}: {directory} contains the model to be read; choose another directory")
 
 
 def write_megatron(source: WeightSource, output: Path, *, dtype: torch.dtype | None = None) -> Path:
     """Write a model as iteration 0 under `output`; returns the checkpoint's directory.
 
-    `dtype` casts the weights, `None` keeps each tensor's own. Collective over all ranks, which share layers
-    and experts and see the same file system.
+    `dtype` casts the weights; `None` keeps each tensor's dtype. Collective over all ranks, which divide
+    layers and experts among themselves and must see the same file system.
     """
 
     def write(partial: Path) -> None:
@@ -74,7 +74,7 @@ def write_megatron(source: WeightSource, output: Path, *, dtype: torch.dtype | N
 
     fingerprint, save_tokenizer = "none", None
     if (directory := source.tokenizer_directory()) is not None:
-        with contextlib.suppress(ConfigError):  # a model without a tokenizer can be converted all the same
+        with contextlib.suppress(ConfigError):  # a model without a tokenizer can be converted too
             tokenizer = load_tokenizer(directory)
             fingerprint, save_tokenizer = tokenizer.fingerprint(), tokenizer.save
     return publish_checkpoint(output, 0, write, source.model, fingerprint, save_tokenizer)
@@ -92,16 +92,16 @@ def _chunk(source: WeightSource, weight: Weight, dtype: torch.dtype | None) -> C
 
 
 def _cast(name: str, found: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    # The router's expert bias moves in steps of a thousandth, which bfloat16 would round away.
+    # The router's expert bias changes in steps of 0.001, which bfloat16 would round away.
     return found if wanted is None or name.endswith(("expert_bias", "correction_bias")) else wanted
 
 
 class MegatronCheckpoint(WeightSource):
     """A distributed checkpoint whose every tensor is accounted for by a family's rules.
 
-    The family is the one it was converted from; for a model that never was a Hugging Face model, the first
-    one that can express its architecture. Raises `ConfigError` (prefix `where`) when there is none, and for
-    tensors that are missing or of another shape.
+    The family is the one that the model was converted from, or, if it was not converted, the first one that
+    can express its architecture. Raises `ConfigError` (prefix `where`) if there is none, and for tensors that
+    are missing or of a different shape.
     """
 
     def __init__(self, path: Path, where: str):
@@ -131,8 +131,7 @@ class MegatronCheckpoint(WeightSource):
 
 
 def open_checkpoint(path: str | Path, where: str) -> WeightSource:
-    """A model on disk, in either format; `ConfigError` (prefix `where`) when there is none or it is
-    damaged."""
+    """Open a model on disk, in either format; `ConfigError` (prefix `where`) if it is missing or damaged."""
     found = find_checkpoint(path, where)
     if (found / MODEL_FILE).exists() or is_megatron_lm(found):
         return MegatronCheckpoint(found, where)
@@ -146,11 +145,11 @@ def write_hugging_face(
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
 ) -> Path:
-    """Write a model as a Hugging Face directory, which appears under its name only when it is complete.
+    """Write a model as a Hugging Face directory, which gets its final name only when it is complete.
 
-    With neither `dtype` nor `max_shard_size`, a model that was converted from Hugging Face files gets files
-    of the same names with the same tensors, dtypes and order. Collective over all ranks, which share layers
-    and experts and see the same file system.
+    Without `dtype` and `max_shard_size`, a model that was converted from Hugging Face files gets files with
+    the same names, tensors, dtypes and order. Collective over all ranks, which divide layers and experts
+    among themselves and must see the same file system.
     """
     partial = output.with_name(f".{output.name}.incomplete")
     companions = source.companions
@@ -183,7 +182,7 @@ def write_hugging_face(
 
 
 def _tensors_to_write(source: WeightSource, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-    """Every tensor of the directory in the order of the layers."""
+    """Every tensor of the directory in layer order."""
     tensors = {}
     for weight in source.weights:
         for name, shape in zip(weight.hugging_face, weight.rule.shapes, strict=True):
@@ -193,7 +192,7 @@ def _tensors_to_write(source: WeightSource, dtype: torch.dtype | None) -> dict[s
     if problem := unknown or sorted(extra & tensors.keys()):
         raise ConfigError(
             f"{source.companions.directory}: tensor {problem[0]} is recorded as one that this model does "
-            "not have; take the record from the original checkpoint"
+            "not have; copy the record from the original checkpoint"
         )
     for copy, original in source.companions.aliases.items():
         tensors[copy] = tensors[original]
@@ -203,7 +202,7 @@ def _tensors_to_write(source: WeightSource, dtype: torch.dtype | None) -> dict[s
 
 
 def _original_plans(companions: Companions, tensors: dict[str, TensorInfo]) -> list[FilePlan] | None:
-    """Plans of the files that the model came from, if it still has the same tensors."""
+    """Plans of the files from which the model was converted, if it still has the same tensors."""
     if not companions.headers:
         return None
     plans = [FilePlan.from_header(name, header, name) for name, header in companions.headers.items()]
@@ -212,7 +211,7 @@ def _original_plans(companions: Companions, tensors: dict[str, TensorInfo]) -> l
 
 
 def _plan_files(tensors: dict[str, TensorInfo], max_shard_size: int) -> list[FilePlan]:
-    """Files of at most `max_shard_size` bytes of tensors each (a larger tensor has a file of its own)."""
+    """Files with at most `max_shard_size` bytes of tensors each (a larger tensor gets its own file)."""
     shards: list[dict[str, TensorInfo]] = [{}]
     filled = 0
     for name, info in tensors.items():
@@ -237,7 +236,7 @@ def _write_small_files(
     plans: Sequence[FilePlan],
     is_original: bool,
 ) -> None:
-    """Configuration, tokenizer and index."""
+    """Write configuration, tokenizer and index."""
     companions = source.companions
     if companions.directory is not None:
         copy_companion_files(companions.directory, directory)
@@ -264,5 +263,5 @@ def _config(source: WeightSource, plans: Sequence[FilePlan]) -> dict[str, Any]:
     else:
         config = source.family.hugging_face_config(source.model)
     largest = max((info for plan in plans for info in plan.infos.values()), key=lambda info: info.nbytes)
-    config.pop("torch_dtype", None)  # the former name
+    config.pop("torch_dtype", None)  # the old name
     return config | {"dtype": str(largest.dtype).removeprefix("torch.")}

@@ -1,6 +1,7 @@
-"""What a path is that holds no model we can read, told from the names of its files, and what to do about it.
+"""Error messages for paths without a readable model: what the path is, judged by its file names, and what to
+do.
 
-Nothing but directories and one small JSON file is read.
+Only directories and one small JSON file are read.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from megatron_mopd.config import ConfigError
 TRACKER = "latest_checkpointed_iteration.txt"
 DESCRIPTION = "model.json"
 DISTRIBUTED = ".metadata"
-"""Lists the tensors of a distributed checkpoint of PyTorch's, `torch_dist` among them."""
+"""Lists the tensors of a PyTorch distributed checkpoint, including `torch_dist`."""
 _ADAPTER = "adapter_config.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-# The first pattern that one of a directory's entries has -> what that is, and what to do about it.
+# Patterns of directory entries -> what the directory is and what to do. The first match applies.
 _KINDS = (
     ((_ADAPTER, "adapter_model.*"), "it is a LoRA adapter, not a model: {adapter}"),
     (
         ("*.gguf",),
-        "{file} is a GGUF file, made for llama.cpp; take the safetensors of the model that it was made from",
+        "{file} is a GGUF file for llama.cpp; use the safetensors of the original model",
     ),
     (
         ("mp_rank_*",),
@@ -36,7 +37,7 @@ _KINDS = (
     ),
     (
         ("zero_to_fp32.py", "global_step*", "zero_pp_rank_*", "bf16_zero_pp_rank_*"),
-        "it is a DeepSpeed checkpoint ({file}); make a model of it with its zero_to_fp32.py and safetensors",
+        "it is a DeepSpeed checkpoint ({file}); convert it with its zero_to_fp32.py and safetensors",
     ),
     (
         ("*.nemo", "model_weights", "model_config.yaml"),
@@ -45,7 +46,7 @@ _KINDS = (
     (("model_index.json",), "it is a pipeline of the library diffusers ({file}), not a language model"),
     (
         ("*.distcp",),
-        "it is a distributed checkpoint without .metadata: it was not written to the end",
+        "it is a distributed checkpoint without .metadata: it is incomplete",
     ),
     (
         _PICKLED,
@@ -54,7 +55,7 @@ _KINDS = (
     ),
     (
         ("*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.mlmodel", "*.ot"),
-        "{file} is not a PyTorch model's; take its safetensors",
+        "{file} is not a PyTorch file; use the model's safetensors",
     ),
     (
         ("*.safetensors",),
@@ -79,31 +80,31 @@ def not_a_checkpoint(path: Path, where: str) -> ConfigError:
 
 
 def not_a_model(path: Path, where: str) -> ConfigError:
-    """The error (prefix `where`) for a path that should be a Hugging Face model and has no `config.json`."""
+    """The error (prefix `where`) for a path that should be a Hugging Face model but has no `config.json`."""
     if not path.is_dir():
         return not_a_checkpoint(path, where)
     if (path / DESCRIPTION).exists() or next(path.glob(f"iter_*/{DESCRIPTION}"), None):
-        problem = f"it is a Megatron checkpoint ({DESCRIPTION}); the way back is convert_megatron_to_hf.py"
+        problem = f"it is a Megatron checkpoint ({DESCRIPTION}); convert it with convert_megatron_to_hf.py"
     else:
         problem = _what_it_is(path)
     return ConfigError(f"{where}: no Hugging Face model (no config.json) in {path}: {problem}")
 
 
 def without_weights(directory: Path, where: str) -> ConfigError:
-    """The error (prefix `where`) for a Hugging Face configuration that lies beside no weights we can read."""
-    problem = _kind_of(directory) or "the configuration is there, the weights are not"
+    """The error (prefix `where`) for a Hugging Face configuration without readable weights."""
+    problem = _kind_of(directory) or "it has a configuration but no weights"
     return ConfigError(
         f"{where}: no weights (model.safetensors or model.safetensors.index.json) in {directory}: {problem}"
     )
 
 
 def refuse_adapter(directory: Path, where: str) -> None:
-    """`ConfigError` (prefix `where`) for a model that a LoRA adapter lies beside: transformers would read the
+    """Raise `ConfigError` (prefix `where`) for a model next to a LoRA adapter: transformers would load the
     adapter and its base instead."""
     if (directory / _ADAPTER).exists():
         raise ConfigError(
-            f"{where}: {directory} has a LoRA adapter ({_ADAPTER}) beside a model: {_merge(directory)}; if "
-            f"it is merged already, remove {_ADAPTER}"
+            f"{where}: {directory} has a LoRA adapter ({_ADAPTER}) next to a model: {_merge(directory)}; if "
+            f"it is already merged, remove {_ADAPTER}"
         )
 
 
@@ -125,7 +126,7 @@ def _problem_of_configuration(directory: Path) -> str:
         return str(error).removeprefix(": ")
     if (directory / _ADAPTER).exists():
         return _kind_of(directory)
-    return "config.json names no model_type, so it is not a model's of the Hugging Face format"
+    return "config.json has no model_type, so it is not a Hugging Face model's"
 
 
 def _problem_of_tracker(directory: Path) -> str:
@@ -136,7 +137,7 @@ def _problem_of_tracker(directory: Path) -> str:
     name = f"iter_{int(named):07d}" if named.isascii() and named.isdecimal() else visible(named)
     target = directory / name
     if not named or "/" in named or not target.is_dir():
-        return f"{TRACKER} names {name}, which is not there"
+        return f"{TRACKER} names {name}, which does not exist"
     return f"{name}: {_kind_of(target) or 'it has no model.json and no .metadata'}"
 
 
@@ -163,7 +164,7 @@ def _kind(names: Iterable[str], directory: Path) -> str | None:
 
 
 def _merge(directory: Path) -> str:
-    """What to do with an adapter."""
+    """Advice for an adapter."""
     base = None
     try:
         base = read_mapping(directory, _ADAPTER, "").get("base_model_name_or_path")
@@ -174,10 +175,10 @@ def _merge(directory: Path) -> str:
 
 
 def _inside(directory: Path, names: list[str]) -> str | None:
-    """A model that lies one level deeper, or where the Hub's cache puts it."""
+    """Advice if there is a model one level deeper, or in the Hub's cache layout."""
     if "snapshots" in names:
         revisions = [f"snapshots/{name}" for name in _names(directory / "snapshots")]
-        return f"it is the Hub's cache of a model; name {revisions[-1]} in it" if revisions else None
+        return f"it is the Hub's cache of a model; use {revisions[-1]} in it" if revisions else None
     for name in names:
         for mark in ("config.json", DESCRIPTION, TRACKER, DISTRIBUTED):
             if (directory / name / mark).is_file():

@@ -1,4 +1,4 @@
-"""GPTModel that ends in hidden states: the objective, not the model, meets the vocabulary."""
+"""A GPTModel that returns hidden states; the objective applies the output layer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class HiddenStateGPT(GPTModel):
 
     `forward(tokens [b, s], position_ids [b or 1, s], attention_mask, ...)` returns the hidden states after
     the final norm on the last stage, [s, b, h] ([s/tp, b, h] under sequence parallelism), and the stage's
-    output elsewhere; never logits. `head_weight()` is this rank's shard of the output head, [padded
+    output on other stages; never logits. `head_weight()` is this rank's shard of the output head, [padded
     vocabulary / tp, h].
 
-    Rotary positions are given per token, so packed documents, context-parallel slices and decoded rows
-    all use the positions 0, 1, 2, ... of their own document.
+    Rotary positions are given per token, so packed documents, context-parallel slices and decoded rows all
+    use positions 0, 1, 2, ... within their own document.
     """
 
     def __init__(self, *args, rotary: RotaryAngles | None, **kwargs):
@@ -38,7 +38,7 @@ class HiddenStateGPT(GPTModel):
         return hidden_states
 
     def head_weight(self) -> Tensor:
-        """This rank's shard of the output head [padded vocabulary / tp, h]; only on the last stage."""
+        """This rank's shard of the output head [padded vocabulary / tp, h]; last stage only."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
@@ -52,6 +52,6 @@ def unwrap(module: torch.nn.Module) -> HiddenStateGPT:
 
 
 def is_expert(name: str) -> bool:
-    """Whether a parameter or buffer of this name belongs to a routed expert, and so has the replicas of an
-    expert."""
+    """Whether the parameter or buffer with this name belongs to a routed expert, and is replicated like
+    one."""
     return ".experts." in name

@@ -1,6 +1,6 @@
-"""A Hugging Face checkpoint directory: checked when opened, then read slice by slice.
+"""Hugging Face checkpoint directories: validated when opened, then read slice by slice.
 
-Only safetensors are read, and no code of the directory is ever executed.
+Only safetensors are read, and no code in the directory is ever executed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def is_hugging_face(path: str | Path) -> bool:
     """Whether `path` is a Hugging Face model directory (it has a `config.json` with a `model_type`).
 
-    Raises `ConfigError` when that file is a link out of the directory.
+    Raises `ConfigError` if that file is a link out of the directory.
     """
     real_path(Path(path), CONFIG)
     try:
@@ -38,8 +38,7 @@ def is_hugging_face(path: str | Path) -> bool:
 
 
 def read_config(path: Path, where: str) -> tuple[Family, PretrainedConfig]:
-    """Family and configuration of a directory; `ConfigError` (prefix `where`) for one that is not
-    supported."""
+    """Family and configuration of a directory; `ConfigError` (prefix `where`) if it is not supported."""
     if not path.is_dir():
         raise not_a_model(path, where)
     try:
@@ -48,23 +47,23 @@ def read_config(path: Path, where: str) -> tuple[Family, PretrainedConfig]:
         raise not_a_model(path, where) from None
     refuse_adapter(path, where)
     model_type = raw.get("model_type")
-    travelling_files(path, where)  # whoever reads a tokenizer or a template next finds regular files
+    travelling_files(path, where)  # so that reading the tokenizer or template later finds regular files
     family = family_named(model_type if isinstance(model_type, str) else repr(model_type)[:80], where)
     try:
-        # What was read is handed over: transformers would read the file again, and others that it names.
+        # Pass the parsed mapping: transformers would read the file again, and others that it names.
         config = CONFIG_MAPPING[model_type].from_dict(raw)
-    except Exception as error:  # whatever a broken configuration raises, it is the user's to mend
+    except Exception as error:  # report anything that an invalid configuration raises as a user error
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{where}: {path / CONFIG}: {first_line}") from None
     return family, config
 
 
 def read_model(path: Path, where: str) -> ModelConfig:
-    """Architecture of a directory, as its configuration and its weights say together.
+    """Architecture of a directory, determined from its configuration and its weights.
 
-    Where the configuration ties the output head to the embedding and the files hold another head, it is not
-    tied: transformers keeps the head as well. Only descriptions are read, and the two tensors in that case;
-    a directory without weights is what its configuration says. `ConfigError` (prefix `where`).
+    If the configuration ties the output head to the embedding but the files contain a different head, the
+    head is not tied, as in transformers. Reads only headers, and in that case the two tensors; without
+    weights the configuration alone determines the architecture. Raises `ConfigError` (prefix `where`).
     """
     family, config = read_config(path, where)
     model = family.model_config(config, where)
@@ -74,7 +73,7 @@ def read_model(path: Path, where: str) -> ModelConfig:
 
 
 def _untied(model: ModelConfig, files: WeightFiles) -> ModelConfig:
-    """The model with a head of its own if its files hold one that differs from the embedding."""
+    """The model with an untied head if its files contain one that differs from the embedding."""
     both = {_EMBEDDING, _HEAD} <= files.tensors.keys()
     if not model.share_embeddings_and_output_weights or not both or files.are_equal(_EMBEDDING, _HEAD):
         return model
@@ -83,7 +82,7 @@ def _untied(model: ModelConfig, files: WeightFiles) -> ModelConfig:
 
 @dataclass
 class HuggingFaceCheckpoint(WeightSource):
-    """An opened directory whose every tensor is accounted for."""
+    """An open directory in which every tensor is accounted for."""
 
     path: Path
     family: Family
@@ -91,17 +90,18 @@ class HuggingFaceCheckpoint(WeightSource):
     weights: list[Weight]
     companions: Companions
     tensors: dict[str, TensorInfo]
-    """Every tensor of the files, by name, in the order of the files."""
+    """Every tensor of the files by name, in file order."""
     _names: dict[str, str]
-    """The family's name of every tensor -> its name in the files."""
+    """Every tensor's name in the family's table -> its name in the files."""
     _reader: SliceReader
 
     @classmethod
     def open(cls, path: str | Path, where: str) -> HuggingFaceCheckpoint:
-        """Read configuration and headers, and check them against the family's table. No collectives.
+        """Read configuration and headers, and validate them against the family's table. No collectives.
 
-        Raises `ConfigError` (prefix `where`): unsupported architecture, missing or truncated file, pickled
-        weights, unexpected or missing tensor, unexpected shape, a tensor that is there twice with two values.
+        Raises `ConfigError` (prefix `where`) for an unsupported architecture, a missing or truncated file,
+        pickled weights, an unexpected or missing tensor, an unexpected shape, or two different copies of a
+        tensor.
         """
         path = Path(path)
         family, config = read_config(path, where)
@@ -124,7 +124,7 @@ class HuggingFaceCheckpoint(WeightSource):
         _check_tensors(path, expected, tensors, untrained, where)
         reader = SliceReader(path)
         companions = Companions(path, files.headers, aliases, untrained, reader)
-        if model != configured:  # programs that tie by the configuration alone would lose the head
+        if model != configured:  # programs that rely on the configuration would drop the head
             companions.config = read_mapping(path, CONFIG, where) | {"tie_word_embeddings": False}
         return cls(path, family, model, weights, companions, tensors, names, reader)
 
@@ -159,19 +159,19 @@ class HuggingFaceCheckpoint(WeightSource):
 
 
 def _names_in_files(family: Family, model: ModelConfig, tensors: dict[str, TensorInfo]) -> dict[str, str]:
-    """The family's name of each tensor -> its name in the files, which may be another that transformers reads
-    as well."""
+    """Each tensor's name in the family's table -> its name in the files, which may be an alternative name
+    that transformers accepts."""
     names = {name: name for name in tensors}
     for theirs, ours in family.other_names:
         for name in tensors:
             names.setdefault(name.replace(theirs, ours), name)
     if model.share_embeddings_and_output_weights and _HEAD in tensors:
-        names.setdefault(_EMBEDDING, _HEAD)  # of two tied tensors the files need to have only one
+        names.setdefault(_EMBEDDING, _HEAD)  # the files need to contain only one of two tied tensors
     return names
 
 
 def _expected(weights: list[Weight], names: dict[str, str]) -> dict[str, tuple[int, ...]]:
-    """Name in the files -> shape of every tensor of a model; one that is missing has the family's name."""
+    """Name in the files -> shape, for every tensor of a model; missing tensors have the family's name."""
     expected = {}
     for weight in weights:
         if weight.fused in names:

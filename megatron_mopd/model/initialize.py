@@ -1,4 +1,4 @@
-"""Initial weights that do not depend on how the model is laid out over ranks."""
+"""Weight initialization that does not depend on the parallel layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-# The projections that write into the residual stream start smaller, by sqrt(2 x layers).
+# The standard deviation of projections into the residual stream is divided by sqrt(2 x layers).
 _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -32,8 +32,8 @@ def sharded_tensors(state_dict) -> Iterator[ShardedTensor]:
 def initialize_weights(chunks, config: TransformerConfig, seed: int) -> None:
     """Draw every matrix from N(0, init_method_std^2) with a generator seeded by its global name.
 
-    Each rank draws the whole tensor and keeps its own slice, so TP, PP, VPP, EP and DP do not change a single
-    bit. Vectors (norm weights, biases) keep their constructor's values. No collectives.
+    Each rank draws the whole tensor and keeps its own slice, so the result is bitwise identical for any TP,
+    PP, VPP, EP and DP. Vectors (norm weights, biases) keep their constructors' values. No collectives.
     """
     for chunk in chunks:
         for sharded in sharded_tensors(chunk.sharded_state_dict()):

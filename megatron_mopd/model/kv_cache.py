@@ -1,4 +1,4 @@
-"""The KV cache of in-process generation, one per batch that is being decoded."""
+"""The KV cache of in-process generation, one per decoded batch."""
 
 from __future__ import annotations
 
@@ -8,38 +8,40 @@ from torch import Tensor
 
 
 class KeyValueCache(StaticInferenceContext):
-    """Keys and values of every local layer, kept as [batch, groups/tp, max_sequence_length, d] each.
+    """Keys and values of every local layer, stored as [batch, groups/tp, max_sequence_length, d] each.
 
-    Of one row and group, all positions lie together: that is how attention reads them, once per decoded
-    token. All rows share one write position, `sequence_len_offset`, so prompts end at the same one, and the
-    attention mask hides what lies before a shorter prompt. The prompts themselves arrive packed, end to end
-    in one row, and are laid out here: no forward pass computes padding, nor twice what all prompts begin
-    with. It is megatron-core's static context,
-    so its modules accept it; storage and row handling are ours.
+    All positions of one row and group are contiguous, because attention reads them together, once per decoded
+    token. All rows share one write position, `sequence_len_offset`, so all prompts end at the same position,
+    and the attention mask hides the positions before a shorter prompt. The prompts arrive packed in one row
+    and are laid out here, so a forward pass computes neither padding nor a shared prefix twice. The class
+    derives from megatron-core's static context so that its modules accept it; storage and row handling are
+    ours.
     """
 
     def __init__(self, prompt_lengths: Tensor, max_sequence_length: int, shared: int = 0):
-        """Rows for as many prompts as there are `prompt_lengths` [rows], in tokens. Their first `shared`
-        tokens are the same, and arrive once, before the rest of each."""
+        """Create rows for prompts with `prompt_lengths` [rows], in tokens. All prompts share their first
+        `shared` tokens, which arrive once, before the rest of each prompt."""
         super().__init__(len(prompt_lengths), max_sequence_length)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._bias: tuple[Tensor, Tensor] | None = None
         self.longest_prompt = int(prompt_lengths.max())
-        # Of every token of the packed prompts: its row, and its column when all prompts end at the same one.
+        # For every token of the packed prompts: its row, and its column if all prompts end at the same
+        # column.
         device = prompt_lengths.device
         self._rows = torch.arange(len(prompt_lengths), device=device).repeat_interleave(prompt_lengths)
         shift = self.longest_prompt - prompt_lengths.cumsum(0)
         place = torch.arange(len(self._rows), device=device)
         self._columns = place + shift[self._rows]
-        # The same of the packed row, where only the first prompt brings the shared tokens.
+        # Its position in the packed row, in which only the first prompt contains the shared tokens.
         start = (prompt_lengths.cumsum(0) - prompt_lengths)[self._rows]
         self._arrival = torch.where(place - start < shared, place - start, place - shared * self._rows)
 
     def append(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' key and value, and return those that their queries may look at.
+        """Store the new tokens' keys and values, and return those that their queries may attend to.
 
-        First all prompts at once, packed [tokens, 1, g, d], which come back as they are; from then on one
-        token a row, [1, b, g, d], and all stored ones come back, [offset + 1, b, g, d] (views of the cache).
+        The first call passes all prompts, packed [tokens, 1, g, d], and returns them unchanged. Later calls
+        pass one token per row, [1, b, g, d], and return all stored ones, [offset + 1, b, g, d] (views of the
+        cache).
         """
         if self.sequence_len_offset > 0:
             stored = self.append_tokens(layer_number, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3))
@@ -49,8 +51,8 @@ class KeyValueCache(StaticInferenceContext):
         return key, value
 
     def append_tokens(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the key and value of one token a row after the prompts, [b, g, 1, d], and return all that
-        are stored, [b, g, offset + 1, d]: how the cache itself lies in memory (views of it)."""
+        """Store the key and value of one token per row after the prompts, [b, g, 1, d], and return all stored
+        ones in the cache's memory layout, [b, g, offset + 1, d] (views of the cache)."""
         start, end = self.sequence_len_offset, self.sequence_len_offset + 1
         assert end <= self.max_sequence_length, f"KV cache of {self.max_sequence_length} positions is full"
         stored = self._storage(layer_number, key.size(1), key, value)
@@ -59,27 +61,27 @@ class KeyValueCache(StaticInferenceContext):
         return tuple(kept.narrow(2, 0, end) for kept in stored)
 
     def bias(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """What a `mask` (True: not to be looked at) adds to attention scores: 0 or -inf. Made once for all
-        layers that are given the same one."""
+        """The bias on attention scores for a `mask` (True: masked): 0 or -inf. Computed once for all layers
+        with the same mask."""
         if self._bias is None or self._bias[0] is not mask:
             self._bias = mask, torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
         return self._bias[1]
 
     def _storage(self, layer_number: int, groups: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values [b, groups, max_sequence_length, d], with channels as in `key` and
+        """A layer's keys and values [b, groups, max_sequence_length, d], with the channels of `key` and
         `value` [..., d]."""
         if layer_number not in self._layers:
             shape = (self.max_batch_size, groups, self.max_sequence_length)
             self._layers[layer_number] = tuple(x.new_empty((*shape, x.size(3))) for x in (key, value))
             for stored in self._layers[layer_number]:
-                # What is masked is still multiplied by 0, and 0 x NaN is NaN.
+                # Masked values are still multiplied by 0, and 0 x NaN is NaN.
                 stored[:, :, : self.longest_prompt] = 0
         return self._layers[layer_number]
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Keep only these batch rows [n], in this order and possibly repeated; the others' memory is freed.
+        """Keep only these batch rows [n], in this order and possibly repeated; free the memory of the others.
 
-        One layer at a time, and only the positions written so far: a long cache never exists twice.
+        Copies one layer at a time, and only the positions written so far, so a long cache never exists twice.
         """
         if torch.equal(rows, torch.arange(self.max_batch_size, device=rows.device)):
             return

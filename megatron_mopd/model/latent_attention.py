@@ -15,35 +15,37 @@ from torch import Tensor
 from megatron_mopd.model.rotary import rotate
 
 LATENT_NORM_EPSILON = 1e-6
-"""Of the norms on the compressed query and key-value; no published configuration names it."""
+"""Epsilon of the norms on the compressed query and key-value; published configurations do not contain it."""
 
 
 class LatentSelfAttention(MLASelfAttention):
-    """megatron-core's weights and linear layers, with rotary angles per token and a cache of keys and values.
+    """megatron-core's multi-latent attention with per-token rotary angles and a KV cache.
 
-    The stock forward pass counts positions from the start of the row, which is wrong for packed documents and
-    prompts that are decoded. The cache holds expanded keys and values, already rotated.
+    Weights and linear layers are megatron-core's. Its forward pass counts positions from the start of the
+    row, which is wrong for packed documents and for decoding. The cache holds expanded keys and values,
+    already rotated.
 
     Collectives beyond those of the linear layers, per token over TP: with column-parallel down projections
-    one all-gather of q_lora_rank + kv_lora_rank + rope channels; under Transformer Engine's duplicated ones
-    and sequence parallelism one all-gather of the rope channels.
+    one all-gather of q_lora_rank + kv_lora_rank + rope channels; with Transformer Engine's duplicated down
+    projections and sequence parallelism one all-gather of the rope channels.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        del self.rotary_pos_emb  # angles arrive with every forward pass
-        # The norms are modules of their own, or Transformer Engine's fused into the projections after them.
+        del self.rotary_pos_emb  # every forward pass receives its angles
+        # The norms are separate modules, or fused into the following projections by Transformer Engine.
         for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
             if hasattr(norm := getattr(self, name, None), "eps"):
                 norm.eps = LATENT_NORM_EPSILON
         if hasattr(self, "q_layernorm") and not self.config.sequence_parallel:
-            # megatron-core sums gradients of "q_layernorm" over TP, as of a norm on each rank's heads. This
-            # one sees the whole compressed query on every rank: the mean of equal gradients is right.
+            # megatron-core sums gradients of "q_layernorm" over TP, as for a norm on each rank's heads. This
+            # norm sees the whole compressed query on every rank, so the gradients are equal and must be
+            # averaged.
             for parameter in self.q_layernorm.parameters():
                 parameter.average_gradients_across_tp_domain = True
 
     def _resolve_qk_norm_config(self, submodules) -> dict[str, type]:
-        """The layer spec's own choice. 0.19 would put a norm on an uncompressed query, which has none."""
+        """Use the layer spec's modules. 0.19 would add a norm on an uncompressed query."""
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
         return {name: getattr(submodules, name) for name in names}
 
@@ -84,10 +86,10 @@ class LatentSelfAttention(MLASelfAttention):
         width = config.kv_lora_rank + config.qk_pos_emb_head_dim
         combined = self._replicated(self.linear_kv_down_proj(hidden)[0], width)
         compressed, key_rope = combined.split((config.kv_lora_rank, config.qk_pos_emb_head_dim), dim=-1)
-        if key_rope.size(0) != query.size(0):  # duplicated projection of this rank's part of the sequence
+        if key_rope.size(0) != query.size(0):  # duplicated projection of this rank's sequence shard
             key_rope = gather_from_sequence_parallel_region(key_rope, group=self.tp_group)
         else:
-            # Each rank's heads use the whole of it: their gradients have to be summed.
+            # Every rank's heads use all of it, so the gradients must be summed.
             key_rope = copy_to_tensor_model_parallel_region(key_rope, group=self.tp_group)
         key_value, _ = self.linear_kv_up_proj(self.kv_layernorm(self._scattered(compressed, hidden)))
         key_value = key_value.unflatten(-1, (heads, config.qk_head_dim + config.v_head_dim))
@@ -103,11 +105,11 @@ class LatentSelfAttention(MLASelfAttention):
         return query, key, value
 
     def _replicated(self, x: Tensor, width: int) -> Tensor:
-        """All channels of a down projection, wherever a column-parallel one left them."""
+        """All channels of a down projection's output; gathers those of a column-parallel projection."""
         return x if x.size(-1) == width else gather_from_tensor_model_parallel_region(x, group=self.tp_group)
 
     def _scattered(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """Back to this rank's part of the sequence, which a column-parallel projection had gathered."""
+        """This rank's sequence shard; scatters a sequence that a column-parallel projection has gathered."""
         return (
             x if x.size(0) == hidden.size(0) else scatter_to_sequence_parallel_region(x, group=self.tp_group)
         )

@@ -1,7 +1,7 @@
-"""Megatron-LM's command line, as its checkpoints keep it: read from a pickle, and compared.
+"""Reads Megatron-LM's command-line arguments from its checkpoints, and compares them with an architecture.
 
-Its training saves `args`, an `argparse.Namespace` with values of classes of its own, in a checkpoint's common
-state. They are read without any of these classes; only numbers and texts are of use.
+Megatron-LM saves `args`, an `argparse.Namespace` with values of its own classes, in a checkpoint's common
+state. They are read without instantiating these classes; only numbers and strings are used.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from megatron_mopd.config import ConfigError, ModelConfig
 from megatron_mopd.model.families.table import Sizes
 
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads")
-"""What the configuration has to give at the least."""
+"""The keys that a configuration must contain."""
 
 
 def check_arguments(arguments: dict[str, Any], model: ModelConfig, what: str) -> None:
-    """Compare an architecture with the arguments that Megatron-LM trained it with.
+    """Compare an architecture with the arguments with which Megatron-LM trained it.
 
-    Shapes do not show a rotary base, or how heads are divided into groups. `ConfigError` that begins with
-    `what` names what differs.
+    Tensor shapes do not determine, for example, the rotary base or the grouping of heads. Raises
+    `ConfigError` (prefix `what`) that names the difference.
     """
     for name, (key, ours) in _as_arguments(model, arguments).items():
         if name in arguments and (theirs := arguments[name]) != ours:
             raise ConfigError(
                 f"{what} was trained by Megatron-LM with {name}={shown(theirs)}, the configuration says "
-                f"{shown(ours)}; set {key} under student as it was"
+                f"{shown(ours)}; set {key} under student to that value"
             )
 
 
 def _as_arguments(model: ModelConfig, arguments: dict[str, Any]) -> dict[str, tuple[str, Any]]:
-    """Argument of Megatron-LM -> our key, and the value that this model would need there."""
+    """Megatron-LM's argument -> our key, and the argument's value for this model."""
     get, sizes = model.transformer.get, Sizes.of(model)
     result = {name: (name, get(name)) for name in NEEDED}
     result |= {
@@ -79,9 +79,9 @@ def _as_arguments(model: ModelConfig, arguments: dict[str, Any]) -> dict[str, tu
 
 
 def read_arguments(data: bytes) -> dict[str, Any]:
-    """The command line in what `torch.save` wrote of a checkpoint's common state: numbers and texts alone.
+    """The arguments in a checkpoint's common state, as written by `torch.save`: only numbers and strings.
 
-    Empty when there is none that can be read. Nothing that the file names is called.
+    Empty if they cannot be read. Nothing that the file names is called.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -89,19 +89,19 @@ def read_arguments(data: bytes) -> dict[str, Any]:
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data):
                 return {}
             common = _Inert(io.BytesIO(archive.read(entry))).load()
-        if type(common) is list:  # as megatron-core 0.19 has it
+        if type(common) is list:  # megatron-core 0.19
             common = common[0]
         arguments = common["args"].state if type(common["args"]) is _Namespace else {}
         plain = (type(None), bool, int, float, str)
         return {
             name: value for name, value in arguments.items() if type(name) is str and type(value) in plain
         }
-    except Exception:  # whatever a damaged or foreign file makes a reader raise: it only checks more
+    except Exception:  # unreadable arguments only mean fewer checks
         return {}
 
 
 class _Nothing:
-    """Stands in for every class and function that a pickle names, and for what they would have made."""
+    """Stands in for every class and function that a pickle names, and for the objects they would create."""
 
     def __new__(cls, *arguments: Any, **named: Any) -> _Nothing:
         return object.__new__(cls)
@@ -123,7 +123,7 @@ class _Namespace(_Nothing):
     """Stands in for `argparse.Namespace`."""
 
 
-# The implementation in Python, for the reason that `pickled_files` gives.
+# The pure-Python implementation, for the reason given in `pickled_files`.
 class _Inert(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> type[_Nothing]:
         return _Namespace if (module, name) == ("argparse", "Namespace") else _Nothing

@@ -1,7 +1,8 @@
-"""Distributed checkpoints of Megatron-LM's own training (`torch_dist`): weights under megatron-core's keys.
+"""Reads distributed checkpoints written by Megatron-LM (`torch_dist`), with weights under megatron-core's
+keys.
 
-They lie in `iter_0000010/` or `release/`, as the tracker beside them says, and have no `model.json`: the
-architecture is the configuration's, compared with what they keep of Megatron-LM's command line
+They are in `iter_0000010/` or `release/`, as named by the tracker next to them, and have no `model.json`: the
+architecture comes from the configuration and is compared with the saved Megatron-LM arguments
 (`megatron_arguments`).
 """
 
@@ -25,12 +26,12 @@ _FIRST_WEIGHT = "embedding.word_embeddings.weight"
 
 
 def is_megatron_lm(checkpoint: Path) -> bool:
-    """Whether a directory is a distributed checkpoint without a description of ours."""
+    """Whether a directory is a distributed checkpoint without our `model.json`."""
     return (checkpoint / DISTRIBUTED).exists() and not (checkpoint / DESCRIPTION).exists()
 
 
 def newest_of_megatron_lm(directory: Path) -> Path | None:
-    """The checkpoint that the tracker of a directory names, if it is one of Megatron-LM's."""
+    """The checkpoint that a directory's tracker names, if Megatron-LM wrote it."""
     try:
         named = read_limited(directory, TRACKER, 100).decode().strip()
     except (OSError, ValueError):
@@ -42,32 +43,33 @@ def newest_of_megatron_lm(directory: Path) -> Path | None:
 
 
 def require_architecture(checkpoint: Path, given: ModelConfig | None, where: str) -> ModelConfig:
-    """The architecture that the configuration gives; `ConfigError` (prefix `where`) when it gives none."""
+    """The architecture given in the configuration; `ConfigError` (prefix `where`) if there is none."""
     missing = [key for key in NEEDED if given is None or key not in given.transformer]
     if missing:
         raise ConfigError(
-            f"{where}: {checkpoint} is Megatron-LM's ({DESCRIPTION} is missing), so its architecture is not "
-            f"known; load it as student.load and give {', '.join(missing)} and the rest under student"
+            f"{where}: {checkpoint} was written by Megatron-LM ({DESCRIPTION} is missing), so its "
+            f"architecture is not known; load it as student.load and give {', '.join(missing)} and the rest "
+            "under student"
         )
     return given
 
 
 def key_prefix(keys: dict[str, Any]) -> str:
-    """What stands before megatron-core's own names in a checkpoint's keys."""
+    """The prefix of megatron-core's names in a checkpoint's keys."""
     found = (prefix for prefix in _PREFIXES if prefix + _FIRST_WEIGHT in keys)
     return next(found, "")
 
 
 def has_key_per_layer(keys: dict[str, Any]) -> bool:
-    """Whether each layer has tensors of its own, as Megatron-LM can be told to write them, instead of one
-    for all layers."""
+    """Whether each layer has separate tensors (an option of Megatron-LM) instead of one tensor over all
+    layers."""
     return any(f"{key_prefix(keys)}decoder.layers.0." in key for key in keys)
 
 
 def require_same_tensors(
     state: dict[str, Any], listed: dict[str, Any], vocab_size: int, groups: ParallelGroups, what: str
 ) -> None:
-    """`ConfigError` that begins with `what`, on every rank, unless a checkpoint lists the very tensors of a
+    """Raise `ConfigError` (prefix `what`) on every rank unless a checkpoint lists exactly the tensors of a
     sharded state.
 
     Collectives: one gather of a few thousand names within each pipeline, one flag over all ranks.
@@ -89,8 +91,8 @@ def require_same_tensors(
     known = {key for _, keys in gathered for key in keys}
     problems = [problem for problem, _ in gathered if problem]
     if left := sorted(key for key in listed if is_weight(key) and key not in known):
-        problems.append(f"{left[0]} has no place in the model")
+        problems.append(f"{left[0]} is not part of the model")
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, problems[0] if problems else None)
     if found := next((problem for problem in everywhere if problem), None):
-        raise ConfigError(f"{what} does not hold the configured model: {found}")
+        raise ConfigError(f"{what} does not match the configured model: {found}")

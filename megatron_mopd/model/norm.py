@@ -1,4 +1,4 @@
-"""RMSNorm that works under sequence parallelism without Transformer Engine or Apex, also over split heads."""
+"""RMSNorm with sequence parallelism, without Transformer Engine or Apex; also over sharded heads."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ class RMSNorm(torch.nn.Module):
 
 class HeadsRMSNorm(torch.nn.Module):
     """Root-mean-square layer norm over all heads of a token together (OLMoE, arXiv 2409.02060), of which this
-    rank has some: [..., heads / tp, d]. Statistics in at least float32.
+    rank holds a shard: [..., heads / tp, d]. Statistics in at least float32.
 
-    Every tensor-parallel rank keeps the whole weight [heads x d] and uses its own heads' part: megatron-core
-    sums gradients of `q_layernorm` and `k_layernorm` over the group.
+    Every tensor-parallel rank holds the whole weight [heads x d] and uses the part of its heads:
+    megatron-core sums gradients of `q_layernorm` and `k_layernorm` over the group.
 
-    Collectives: an all-reduce of one number a token over the tensor-parallel group, forward and backward.
+    Collectives: an all-reduce of one number per token over the tensor-parallel group, forward and backward.
     """
 
     heads: int
-    """Of the whole model; made a class's own by `over_heads`, as `group` is."""
+    """Number of heads of the whole model; a class attribute set by `over_heads`, like `group`."""
     group: dist.ProcessGroup
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused):
-        """`hidden_size`: of one head, d."""
+        """`hidden_size`: channels of one head, d."""
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(self.heads * hidden_size, dtype=config.params_dtype))
@@ -54,10 +54,10 @@ class HeadsRMSNorm(torch.nn.Module):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         squares = wide.square().sum(dim=(-2, -1), keepdim=True)
         size, rank, own = self.group.size(), self.group.rank(), x.size(-2) * x.size(-1)
-        if size > 1:  # a sum of all ranks' parts, and a gradient that is the sum of all ranks' gradients
+        if size > 1:  # sum over ranks in forward, and of the gradients in backward
             squares = reduce_from_tensor_model_parallel_region(squares, group=self.group)
             squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
-        # With fewer key heads than ranks, each is on several of them, and counts as often in sum and number.
+        # With fewer key heads than ranks, a head is counted on several ranks, in the sum as in the number.
         normed = wide * torch.rsqrt(squares / (size * own) + self.eps)
         start = rank * self.heads // size * x.size(-1)
         weight = self.weight[start : start + own].view(x.shape[-2:])
@@ -65,5 +65,5 @@ class HeadsRMSNorm(torch.nn.Module):
 
 
 def over_heads(heads: int, group: dist.ProcessGroup) -> type[HeadsRMSNorm]:
-    """The norm for a layer spec, over so many heads on the ranks of `group`."""
+    """The norm class for a layer spec, over this many heads on the ranks of `group`."""
     return type("HeadsRMSNorm", (HeadsRMSNorm,), dict(heads=heads, group=group))

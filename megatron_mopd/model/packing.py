@@ -1,4 +1,4 @@
-"""What the attention core needs to know about a micro-batch of packed documents."""
+"""Describes a micro-batch of packed documents to the attention core."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from torch import Tensor
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """Documents laid end to end in one row; no attention crosses their borders.
+    """Documents concatenated in one row; attention does not cross document boundaries.
 
-    It travels through megatron-core as its `packed_seq_params`. `qkv_format` stays away from "thd", so that
-    megatron-core keeps the [tokens, 1, heads, channels] layout and leaves both rotary positions (given per
-    token by `HiddenStateGPT`) and document borders to us. Under context parallelism every length is a
-    multiple of 2 x cp and the rank holds, of each document, the two zigzag slices that megatron-core's
-    convention gives it.
+    megatron-core passes it through as its `packed_seq_params`. `qkv_format` is not "thd", so that
+    megatron-core keeps the [tokens, 1, heads, channels] layout and leaves rotary positions (given per token
+    by `HiddenStateGPT`) and document boundaries to us. Under context parallelism every length is a multiple
+    of 2 x cp, and the rank holds the two zigzag slices of each document that megatron-core's convention
+    assigns to it.
     """
 
     lengths: tuple[int, ...] = ()
-    """Length of every document in tokens, padding included, before the split over context-parallel ranks."""
+    """Length of every document in tokens, including padding, before the split over context-parallel ranks."""
     buckets: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Without context parallelism: documents of similar length, as (index [n, L] into the row, valid [n, L]).
     """
     whole: bool = False
-    """Every context-parallel rank holds the documents whole, as it does while sampling."""
+    """Whether every context-parallel rank holds whole documents, as during sampling."""
     shared: int = 0
-    """All documents continue this many tokens at the start of the row: a document of its own, the first, and
-    the only one of the first bucket."""
+    """All documents continue the first document, which has this many tokens and is the only one in the first
+    bucket; 0 if no document is shared."""
 
     @classmethod
     def from_lengths(
         cls, lengths: list[int], device: torch.device, *, whole: bool = False, first_is_shared: bool = False
     ) -> PackedDocuments:
-        """Documents grouped into buckets whose padded length is the longest member's, at most twice the
-        shortest's. With `first_is_shared` the others continue the first, and attend to it as well.
+        """Group documents into buckets padded to the longest member, which is at most twice as long as the
+        shortest. With `first_is_shared` the other documents continue the first and also attend to it.
         """
         starts = [0]
         for length in lengths:
@@ -51,8 +51,7 @@ class PackedDocuments(PackedSeqParams):
             offset = torch.arange(longest)
             length = torch.tensor([lengths[d] for d in documents]).unsqueeze(1)
             start = torch.tensor([starts[d] for d in documents]).unsqueeze(1)
-            # Positions past a document's end repeat its last token: causal masking keeps them from being
-            # seen.
+            # Positions past a document's end repeat its last token; causal masking hides them.
             index = start + torch.minimum(offset, length - 1)
             buckets.append((index.to(device), (offset < length).to(device)))
         cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)

@@ -1,10 +1,11 @@
-"""What may be pickled in a checkpoint. megatron-core's format keeps its list of tensors and a few small
-objects as pickles, which torch reads without a restriction; here they are read with one, before torch sees
-them, and instead of torch.
+"""Restricted reading of pickles in checkpoints.
 
-A pickle names the classes and functions that it wants called. None is called: those that describe tensors
-are read as inert records, whatever else is named is refused. The records' values are checked one by one, and
-torch gets a description made from them. The file is read once, by rank 0.
+megatron-core's format stores its list of tensors and a few small objects as pickles, which torch reads
+without restriction. Here they are read with a restricted unpickler instead, before torch sees them.
+
+A pickle names classes and functions to call. None is called: those that describe tensors are read as inert
+records, and all others are refused. The records' values are validated one by one, and torch gets a
+description built from them. Rank 0 reads the file once.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
 FORMAT_FILE = "metadata.json"
 _COMMON_OBJECT = "common_state/shard_0_1"
-"""What megatron-core 0.19 keeps in place of `common.pt`."""
+"""The object that megatron-core 0.19 stores instead of `common.pt`."""
 _METADATA_LIMIT = 2**30
 _OBJECT_LIMIT = 2**30
 _LARGEST_SIZE = 2**48
@@ -50,13 +51,12 @@ _OBJECT_KEY = re.compile(r".+/shard_\d+(\.\d+)*(_\d+(\.\d+)*)?")
 
 
 def is_weight(key: Any) -> bool:
-    """Whether a checkpoint's key is that of a model's tensor, under whatever prefix a program puts before
-    it."""
+    """Whether a checkpoint's key is that of a model's tensor, with any program's prefix."""
     return type(key) is str and _WEIGHT_KEY.match(key) is not None and "_extra_state" not in key
 
 
 class _Record:
-    """Stands in for an object of a class that a pickle names: what it was made from, and nothing more."""
+    """Stands in for an object of a class that a pickle names; holds only its arguments and state."""
 
     __slots__ = ("arguments", "state")
 
@@ -70,7 +70,7 @@ class _Record:
 
 
 class _Mapping(_Record):
-    """An `OrderedDict`, of which nothing is used."""
+    """Stands in for an `OrderedDict`, whose contents are not used."""
 
     __slots__ = ()
 
@@ -78,7 +78,7 @@ class _Mapping(_Record):
         pass
 
 
-# The description of tensors and where they are.
+# Classes that describe tensors and their locations.
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": [
         "BytesStorageMetadata",
@@ -110,10 +110,10 @@ _INERT = {
 }
 _DTYPES = {
     ("torch", name): value for name, value in vars(torch).items() if type(value) is torch.dtype
-}  # these have no state
+}  # dtypes have no state
 _FIELDS = {
     "Metadata": {"state_dict_metadata", "planner_data", "storage_data", "storage_meta", "version"}
-    # Plans of the save, which megatron-core adds and nothing here reads.
+    # Save plans, which megatron-core adds and this module does not read.
     | {"all_local_plans", "mcore_data"},
     "MetadataIndex": {"fqn", "offset", "index"},
     "TensorStorageMetadata": {"properties", "size", "chunks"},
@@ -123,8 +123,8 @@ _FIELDS = {
 }
 
 
-# The implementation in Python: that in C makes room for every memo number that a file of 20 bytes names, up
-# to 64 GB.
+# The pure-Python implementation: the C one allocates memory for every memo number, so a file of 20 bytes can
+# make it allocate up to 64 GB.
 class _Restricted(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = _INERT.get((module, name), _DTYPES.get((module, name)))
@@ -135,19 +135,18 @@ class _Restricted(pickle._Unpickler):
 
 @dataclass(frozen=True)
 class Checked:
-    """What a checkpoint's pickles hold, checked and built anew; equal on every rank."""
+    """The contents of a checkpoint's pickles, validated and rebuilt; equal on every rank."""
 
     metadata: Metadata
     common: dict[str, Any]
-    """What was saved beside tensors and sharded objects."""
+    """Everything that was saved besides tensors and sharded objects."""
 
 
 def refuse_code(checkpoint: Path, where: str, weights_only: bool = False) -> Checked:
-    """What describes a checkpoint; `ConfigError` (prefix `where`), on every rank alike, when its pickles hold
-    anything but the description of tensors, tensors and plain values, or cannot be read.
+    """The description of a checkpoint. Raises `ConfigError` (prefix `where`) on every rank if its pickles
+    cannot be read or contain anything but descriptions of tensors, tensors and plain values.
 
-    weights_only: see `check`. Rank 0 reads, and tells the others. Collectives: one broadcast of about 150
-    bytes a tensor of a rank.
+    weights_only: see `check`. Rank 0 reads and broadcasts about 150 bytes per tensor of a rank.
     """
     found: list[Any] = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -163,10 +162,10 @@ def refuse_code(checkpoint: Path, where: str, weights_only: bool = False) -> Che
 
 
 def check(checkpoint: Path, weights_only: bool = False) -> Checked:
-    """What describes a checkpoint; `ConfigError` says why it is not to be read. No collectives.
+    """The description of a checkpoint; `ConfigError` with the reason if it is refused. No collectives.
 
-    weights_only: only the model's tensors are described, and of the rest only Megatron-LM's arguments are
-    read (`common`), because the objects of its checkpoints hold classes of its own.
+    weights_only: describe only the model's tensors, and read only Megatron-LM's arguments of the rest
+        (`common`), because the objects in its checkpoints contain its own classes.
     """
     name = FORMAT_FILE
     try:
@@ -190,7 +189,7 @@ def check(checkpoint: Path, weights_only: bool = False) -> Checked:
         name = COMMON_FILE
         if type(common) is not dict:
             raise ValueError(f"it is a {type(common).__name__}, not a mapping")
-    # Whatever a damaged or hostile file makes a reader raise.
+    # A damaged or hostile file may make the reader raise anything.
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ConfigError(f"{name} cannot be read as tensors and plain values: {reason[:300]}") from None
@@ -204,7 +203,7 @@ def _check_format(written: dict[str, Any]) -> None:
 
 
 def _common_bytes(checkpoint: Path, metadata: Metadata) -> bytes:
-    """What `torch.save` wrote of the common state, wherever this release of megatron-core puts it."""
+    """The common state as written by `torch.save`; its location depends on the release of megatron-core."""
     if (checkpoint / COMMON_FILE).exists():
         return read_limited(checkpoint, COMMON_FILE, _OBJECT_LIMIT)
     place = metadata.storage_data.get(MetadataIndex(_COMMON_OBJECT))
@@ -224,7 +223,7 @@ def _object(checkpoint: Path, place: _StorageInfo) -> Any:
 
 
 def _metadata(record: Any, weights_only: bool) -> Metadata:
-    """torch's description of a checkpoint from an inert one; `weights_only`: of little but the model's
+    """torch's description of a checkpoint, built from an inert one; `weights_only`: almost only the model's
     tensors."""
     if _class_of(record) != "Metadata":
         raise ValueError(f"it is not a list of tensors, but a {_class_of(record)}")
@@ -251,7 +250,7 @@ def _entry(key: str, record: Any) -> TensorStorageMetadata | BytesStorageMetadat
         _fields(record, "BytesStorageMetadata")
         if not _OBJECT_KEY.fullmatch(key):
             raise ValueError(
-                f"{key} is listed as bytes, which only objects of megatron-core's are (.../shard_0_1)"
+                f"{key} is listed as bytes, which is only valid for megatron-core's objects (.../shard_0_1)"
             )
         return BytesStorageMetadata()
     fields = _fields(record, "TensorStorageMetadata")
@@ -275,7 +274,8 @@ def _chunk(record: Any, size: torch.Size, key: str) -> ChunkStorageMetadata:
 
 
 def _properties(record: Any, key: str) -> TensorProperties:
-    """Only the dtype is kept: torch calls the other four deprecated, and no loader of ours asks for them."""
+    """Only the dtype is kept: the other four properties are deprecated in torch, and our loaders do not use
+    them."""
     state = record.state if _class_of(record) == "TensorProperties" and not record.arguments else None
     if type(state) is not tuple or len(state) != 5 or type(state[0]) is not torch.dtype:
         raise ValueError(f"{key} has no dtype")
@@ -290,7 +290,7 @@ def _place(record: Any, key: str) -> _StorageInfo:
     fields = _fields(record, "_StorageInfo")
     offset, length = fields.get("offset"), fields.get("length")
     if not type(offset) is type(length) is int or offset < 0 or length < 0:
-        raise ValueError(f"{key} is listed at no place of a file")
+        raise ValueError(f"{key} is listed without a place in a file")
     if fields.get("transform_descriptors") not in (None, (), []):
         raise ValueError(f"{key} is stored compressed or encrypted, which is not supported")
     name = fields.get("relative_path")
@@ -306,7 +306,7 @@ def _index(record: Any) -> MetadataIndex:
 
 
 def _check_complete(listed: dict[str, Any], places: dict[MetadataIndex, _StorageInfo]) -> None:
-    """Every part has a place that is large enough, and every place has its part."""
+    """Raise `ValueError` unless every part has a place that is large enough, and every place has a part."""
     wanted = {}
     for key, entry in listed.items():
         if type(entry) is BytesStorageMetadata:
@@ -328,7 +328,7 @@ def _check_complete(listed: dict[str, Any], places: dict[MetadataIndex, _Storage
 
 
 def _check_places(checkpoint: Path, metadata: Metadata) -> None:
-    """Places lie within their files, and none within another."""
+    """Raise `ValueError` unless all places are within their files and do not overlap."""
     by_file = defaultdict(list)
     for index, place in metadata.storage_data.items():
         by_file[place.relative_path].append((place.offset, place.length, index.fqn))
@@ -348,15 +348,14 @@ def _class_of(value: Any) -> str:
 
 
 def _fields(record: Any, expected: str) -> dict[str, Any]:
-    """The attributes of an inert dataclass; `ValueError` for another class, and for attributes that it does
-    not have."""
+    """The attributes of an inert dataclass; `ValueError` for a different class or unknown attributes."""
     if not isinstance(record, _Record) or _class_of(record) != expected or record.arguments:
-        raise ValueError(f"it has a {_class_of(record)} where a {expected} belongs")
+        raise ValueError(f"it has a {_class_of(record)} instead of a {expected}")
     state = {} if record.state is None else record.state
     if type(state) is not dict or not all(type(name) is str for name in state):
         raise ValueError(f"it has a {expected} without fields")
     if extra := sorted(state.keys() - _FIELDS[expected]):
-        raise ValueError(f"it has a {expected} with an attribute {extra[0][:80]!r} of its own")
+        raise ValueError(f"it has a {expected} with an unknown attribute {extra[0][:80]!r}")
     return state
 
 
@@ -378,5 +377,5 @@ def _shape(record: Any, key: str) -> torch.Size:
     if type(numbers) not in (tuple, list) or len(numbers) > _MOST_DIMENSIONS:
         raise ValueError(f"{key} has no shape, or one of too many dimensions")
     if not all(type(number) is int and 0 <= number <= _LARGEST_SIZE for number in numbers):
-        raise ValueError(f"{key} has a shape or an offset that is not made of sizes: {str(numbers)[:80]}")
+        raise ValueError(f"{key} has a shape or an offset that is not a list of sizes: {str(numbers)[:80]}")
     return torch.Size(numbers)

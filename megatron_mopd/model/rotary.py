@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies of every kind in use, angles per token, and the rotation itself."""
+"""Rotary position embeddings: frequencies for every supported scaling, per-token angles, and the rotation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What a `rope_scaling` mapping may hold, by its `rope_type`: (needed, optional).
+# Keys of a `rope_scaling` mapping by `rope_type`: (required, optional).
 SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -21,8 +21,9 @@ SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-# Written by some publishers and of no effect here: by `rope_type` whatever the value, and for every type at
-# this value alone (other programs read these, and at another value the result would not be the same).
+# Keys that some publishers write and that have no effect here: `_IGNORED` by `rope_type` for any value,
+# `_DEFAULTS` for every type only at this value (other programs read them, and a different value would change
+# the result).
 _IGNORED: dict[str, tuple[str, ...]] = {
     "default": tuple({key for keys in SCALING_KEYS.values() for key in (*keys[0], *keys[1])}),
     "linear": ("original_max_position_embeddings",),
@@ -31,11 +32,11 @@ _DEFAULTS = {"attn_factor": 1, "extrapolation_factor": 1, "attention_factor": 1}
 
 
 def effective_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A `rope_scaling` mapping without the keys that change nothing; `None` when nothing is scaled.
+    """A `rope_scaling` mapping without the keys that have no effect; `None` if there is no scaling.
 
-    These are: `finetuned` (whether weights were trained with it), the former name `type`, keys without a
-    value, factors on the attention at 1 where the type has none, the original context of `linear`, and
-    whatever is left of other types beside `rope_type: default`. Every other key stays, for `check_scaling`.
+    These are `finetuned` (whether weights were trained with it), the old name `type`, keys without a
+    value, attention factors of 1 for types without such a factor, the original context of `linear`, and
+    leftover keys of other types with `rope_type: default`. All other keys are kept for `check_scaling`.
     """
     if scaling is None:
         return None
@@ -58,7 +59,7 @@ def _is_default(key: str, value: Any) -> bool:
 
 
 def check_scaling(scaling: Mapping[str, Any] | None) -> str | None:
-    """What is wrong with a `rope_scaling` mapping, in a few words; `None` when nothing is."""
+    """A short description of the problem with a `rope_scaling` mapping; `None` if it is valid."""
     scaling = effective_scaling(scaling)
     if scaling is None:
         return None
@@ -69,7 +70,7 @@ def check_scaling(scaling: Mapping[str, Any] | None) -> str | None:
     if missing := [key for key in needed if scaling.get(key) is None]:
         return f"rope_type {kind!r} needs {', '.join(missing)}"
     if unknown := sorted(scaling.keys() - {"rope_type", *needed, *optional}):
-        return f"rope_type {kind!r} does not know {', '.join(unknown)}"
+        return f"rope_type {kind!r} does not accept {', '.join(unknown)}"
     return None
 
 
@@ -79,10 +80,10 @@ def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
 
 
 def inverse_frequencies(channels: int, base: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
-    """Radians per position of each pair of channels, [channels / 2] fp32.
+    """Radians per position for each pair of channels, [channels / 2] fp32.
 
     `linear` divides all by `factor`; `llama3` only those whose wavelength exceeds the original context, with
-    a smooth passage (Llama 3.1); `yarn` blends by the number of turns within the original context (arXiv
+    a smooth transition (Llama 3.1); `yarn` blends by the number of turns within the original context (arXiv
     2309.00071, 3.2).
     """
     exponents = torch.arange(0, channels, 2, dtype=torch.int64).to(torch.float32) / channels
@@ -115,7 +116,7 @@ def inverse_frequencies(channels: int, base: float, scaling: Mapping[str, Any] |
 
 
 def attention_factor(scaling: Mapping[str, Any] | None) -> float:
-    """What YaRN multiplies the rotated channels of queries and keys by; 1 for all other kinds."""
+    """YaRN's factor on the rotated channels of queries and keys; 1 for all other kinds."""
     if not scaling or scaling["rope_type"] != "yarn":
         return 1.0
     if scaling.get("attention_factor") is not None:
@@ -127,9 +128,9 @@ def attention_factor(scaling: Mapping[str, Any] | None) -> float:
 
 
 class RotaryAngles:
-    """Cosines and sines for tokens at any positions, made anew for every forward pass.
+    """Cosines and sines for tokens at arbitrary positions, recomputed for every forward pass.
 
-    A table over all positions would be larger than what a batch needs, and would set a longest sequence.
+    A table over all positions would be larger than a batch needs and would limit the sequence length.
     """
 
     def __init__(self, channels: int, base: float, scaling: Mapping[str, Any] | None = None):
@@ -137,8 +138,8 @@ class RotaryAngles:
         self._factor = attention_factor(scaling)
 
     def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Positions [b or 1, s] -> what `rotate` multiplies with, [2, s, b or 1, 1, channels]: cosines, and
-        sines that are negative for the first half of the channels.
+        """Positions [b or 1, s] -> factors for `rotate`, [2, s, b or 1, 1, channels]: cosines, and sines that
+        are negated for the first half of the channels.
 
         Computed in fp32 like every published implementation, then rounded to `dtype`.
         """
@@ -151,11 +152,11 @@ class RotaryAngles:
 
 
 def rotate(x: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotate the first c channels of x [s, b, heads, d] by `angles` [2, s, b or 1, 1, c]; the rest passes.
-    Any other shapes do that `angles` can be broadcast to.
+    """Rotate the first c channels of x [s, b, heads, d] by `angles` [2, s, b or 1, 1, c]; the others are
+    unchanged. Works for any shape to which `angles` can be broadcast.
 
-    Channel i is paired with channel i + c/2, or with its neighbour when `interleaved` (the rotated pairs then
-    come out in the former order: queries and keys agree on it, which is all that attention needs).
+    Channel i is paired with channel i + c/2, or with its neighbor if `interleaved` (the result then has the
+    non-interleaved order, which is the same for queries and keys, as attention requires).
     """
     cosines, sines = angles.unbind(0)
     width = cosines.size(-1)

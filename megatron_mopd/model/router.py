@@ -1,19 +1,20 @@
-"""megatron-core's router with auxiliary losses that are weighed by tokens of the global batch.
+"""megatron-core's router with auxiliary losses weighted by the tokens of the global batch.
 
 A unit u of T_u tokens (a micro-batch for `aux_loss`, a trajectory for `seq_aux_loss`) has the loss of Switch
-Transformers (arXiv 2101.03961, equation 4) and a step minimises their mean over all tokens that go through
-the model:
+Transformers (arXiv 2101.03961, equation 4). A step minimizes the mean of these losses over all tokens that go
+through the model:
 
     moe_aux_loss_coeff * sum_u T_u / T * (E * sum_e f_ue P_ue),    T = sum_u T_u
     moe_z_loss_coeff   * 1 / T * sum_t (logsumexp of token t's router logits)^2      (arXiv 2202.08906, eq. 5)
 
-f_ue is the share of the unit's choices that fell on expert e, P_ue its mean probability. With units of one
-size that is the mean over micro-batches which the coefficients weigh in pretraining. Padding is no token.
+f_ue is the share of the unit's choices that selected expert e, P_ue its mean probability. With units of equal
+size this is the mean over micro-batches that the coefficients weight in pretraining. Padding is not counted
+as tokens.
 
-megatron-core attaches a multiple of each loss to its graph and divides all gradients by what the main loss
-counts, the response tokens here; so a loss is attached T_u times, times response tokens by tokens. (Its own
-factor, the valid tokens of the rank, takes the divisor to be all tokens; 0.16.1 leaves out the number of
-tensor- and context-parallel ranks besides.)
+megatron-core attaches a multiple of each loss to its graph and divides all gradients by the number of tokens
+in the main loss, here the response tokens. A loss is therefore attached with the factor T_u x (response
+tokens / all tokens). (megatron-core's own factor, the valid tokens of the rank, assumes that the divisor is
+the number of all tokens; 0.16.1 also omits the number of tensor- and context-parallel ranks.)
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ from megatron_mopd.model.forward_input import ForwardInput
 
 
 class RoutedTokens(NamedTuple):
-    """Which trajectories the tokens belong to that a rank's routers see in one forward pass."""
+    """The trajectories of the tokens that a rank's routers see in one forward pass."""
 
     trajectory: Tensor
-    """[tokens] place in the micro-batch; `count` for padding."""
+    """[tokens] index of the trajectory in the micro-batch; `count` for padding."""
     count: int
     response_share: float
-    """Response tokens of the global batch by all its tokens: what a mean over all tokens has to be multiplied
-    with where gradients are divided by response tokens."""
+    """Response tokens of the global batch divided by all its tokens: the factor for a mean over all tokens
+    when gradients are divided by response tokens."""
 
 
 class BalancedRouter(TopKRouter):
-    """A `TopKRouter` whose losses are those of this module's formulas.
+    """A `TopKRouter` with the losses of this module's formulas.
 
-    They are attached where `balancing` says which tokens are routed, while gradients are enabled and the
+    They are attached inside `balancing`, which provides the routed tokens, if gradients are enabled and the
     model is in training mode. The losses are in float32 (float64 for float64 scores), whatever the model's
     precision.
     """
@@ -61,7 +62,7 @@ class BalancedRouter(TopKRouter):
         return super().routing(*args, **kwargs)
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """No collectives: every rank's tokens add their own part."""
+        """No collectives: every rank adds the loss of its own tokens."""
         coefficient, tokens = self.config.moe_z_loss_coeff, self._tokens
         if not coefficient or tokens is None or not (self.training and torch.is_grad_enabled()):
             return logits
@@ -74,7 +75,7 @@ class BalancedRouter(TopKRouter):
         coefficient, tokens = self.get_aux_loss_coeff("aux_loss"), self._tokens
         if not coefficient or tokens is None:
             return probs
-        unit = (tokens.trajectory == tokens.count).long()  # one for all, and one for padding
+        unit = (tokens.trajectory == tokens.count).long()  # one unit for all tokens, and one for padding
         selected = self._selected(routing_map, unit, 1, self.tp_cp_group)
         loss = self._load_balancing_loss(scores_for_aux_loss, selected, unit)
         return self._attach(probs, coefficient * loss)
@@ -94,15 +95,15 @@ class BalancedRouter(TopKRouter):
         if not coefficient or tokens is None:
             return probs
         unit = (tokens.trajectory == tokens.count).long()
-        # Of this step's micro-batches as far as they have come, and of all ranks (arXiv 2501.11873).
+        # Accumulated over this step's micro-batches so far, and over all ranks (arXiv 2501.11873).
         self.global_tokens_per_expert += self._selected(routing_map, unit, 1, self.tp_dp_cp_group)[0]
         loss = self._load_balancing_loss(scores_for_aux_loss, self.global_tokens_per_expert[None], unit)
         return self._attach(probs, coefficient * loss)
 
     def _selected(self, routing_map: Tensor, unit: Tensor, units: int, group: dist.ProcessGroup) -> Tensor:
-        """[units, experts] how many of each unit's choices fell on each expert, over the ranks that share it.
+        """[units, experts]: how often each unit selected each expert, over the ranks that share the unit.
 
-        Collective: one all-reduce of units x experts float32 over `group`, which all its ranks enter.
+        Collective: one all-reduce of units x experts float32 over `group`.
         """
         with torch.no_grad():
             counts = torch.zeros(units + 1, self.num_experts, dtype=torch.float32, device=unit.device)
@@ -112,7 +113,8 @@ class BalancedRouter(TopKRouter):
         return counts
 
     def _load_balancing_loss(self, scores: Tensor, selected: Tensor, unit: Tensor) -> Tensor:
-        """sum_u T_u E sum_e f_ue P_ue: this rank's part, whose sum over its tokens' ranks is the whole.
+        """This rank's part of sum_u T_u E sum_e f_ue P_ue; the parts of the ranks that share the tokens add
+        up.
 
         scores [tokens, experts] sum to one, selected [units, experts], unit [tokens].
         """
@@ -128,7 +130,7 @@ class BalancedRouter(TopKRouter):
 
 @contextlib.contextmanager
 def balancing(routers: list[BalancedRouter], micro_batch: MicroBatch) -> Iterator[None]:
-    """Within, the routers (all of one model chunk) know what they route: the tokens of `micro_batch`."""
+    """Context that provides the tokens of `micro_batch` to the routers (all of one model chunk)."""
     routers = [router for router in routers if router.training]
     if not routers:
         yield

@@ -1,12 +1,12 @@
-"""Routing replay: the student trains with the experts that its tokens went to while they were sampled.
+"""Routing replay: the student trains with the experts that were chosen for its tokens during sampling.
 
-The sampler and the trainer round differently, and near a tie that is enough to send a token to another
-expert, which changes log-probs far more than rounding does (R3). So the routers take down their choice while
-sampling and take it back while training; the weights of the chosen experts still come from the router, with
-its gradient. Only ever installed in the student: teachers route for themselves.
+The sampler and the trainer round differently. Near a tie that is enough to route a token to a different
+expert, which changes log-probs far more than rounding does (R3). Therefore the routers record their choice
+during sampling and replay it during training; the weights of the chosen experts still come from the router,
+with its gradient. Only the student uses replay; teachers choose their own experts.
 
-megatron-core's routers ask an object `router_replay` for their top-k when they have one. Its own class keeps
-a process-wide list of all routers; ours belongs to one router and knows no other.
+megatron-core's routers call an object `router_replay` for their top-k if it is set. megatron-core's own class
+keeps a process-wide list of all routers; ours belongs to a single router.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from megatron_mopd.model.forward_input import ForwardInput
 from megatron_mopd.model.gpt import HiddenStateGPT, unwrap
 
 OWN_CHOICE = -1
-"""Stands in a replayed choice for tokens that were not sampled (padding, given answers)."""
+"""Marks tokens in a replayed choice that were not sampled (padding, given answers)."""
 
 
 class RoutingChoice(ForwardInput[Tensor]):
-    """The experts [tokens, k] of one router's tokens: own ones, taken down, or given back."""
+    """The experts [tokens, k] of one router's tokens: the router's own choice, recorded or replayed."""
 
     def __init__(self, position: int):
         super().__init__()
         self.position = position
-        """Which of this rank's mixture-of-experts layers it is, counted over all its model chunks."""
+        """Index among this rank's mixture-of-experts layers, counted over all its model chunks."""
         self._recorded: Tensor | None = None
         self._recording = False
 
     def record(self) -> None:
-        """Take down the next forward pass's choice."""
+        """Record the choice of the next forward pass."""
         self._recording = True
 
     def take(self) -> Tensor:
-        """[tokens, k] what the last forward pass chose."""
+        """The experts [tokens, k] that the last forward pass chose."""
         recorded, self._recorded, self._recording = self._recorded, None, False
         return recorded
 
@@ -60,8 +60,8 @@ class RoutingChoice(ForwardInput[Tensor]):
 
 
 def install_routing_replay(chunks: Sequence[torch.nn.Module]) -> None:
-    """Give every router of the student's chunks its `RoutingChoice`; `ConfigError` for routers without one
-    top-k choice."""
+    """Give every router of the student's chunks a `RoutingChoice`; `ConfigError` for routers that do not
+    choose top-k experts."""
     position = 0
     for wrapped in chunks:
         chunk = unwrap(wrapped)
@@ -84,18 +84,19 @@ def install_routing_replay(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def compact_dtype(num_experts: int) -> torch.dtype:
-    """The smallest integer that names one of `num_experts` experts."""
+    """The smallest integer dtype that can index `num_experts` experts."""
     return torch.uint8 if num_experts <= 256 else torch.int16
 
 
 def routing_choices(chunk: HiddenStateGPT) -> list[RoutingChoice]:
-    """The choices of a chunk's routers in the order of its layers; none where replay is not installed."""
+    """The choices of a chunk's routers in layer order; empty if replay is not installed."""
     return getattr(chunk, "routing_choices", [])
 
 
 @contextlib.contextmanager
 def replaying(chunk: torch.nn.Module, experts: Tensor | None) -> Iterator[None]:
-    """Within, the chunk's routers use `experts` [layers of this rank, s/cp, b, k], `OWN_CHOICE` excepted."""
+    """Context in which the chunk's routers use `experts` [layers of this rank, s/cp, b, k], except
+    `OWN_CHOICE`."""
     model = unwrap(chunk)
     choices = routing_choices(model)
     if experts is None or not choices:

@@ -1,6 +1,6 @@
-"""Safetensors files read slice by slice and written tensor by tensor, never a whole file in memory.
+"""Reads safetensors files slice by slice and writes them tensor by tensor, without a whole file in memory.
 
-The format: eight bytes with the header's length, the header (JSON: name -> dtype, shape, bytes), the data.
+The format: eight bytes with the header's length, the header (JSON: name -> dtype, shape, offsets), the data.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 _HEADER_LIMIT = 100 * 10**6
-"""Bytes of the longest header: the format's own limit."""
+"""Maximum header size in bytes, as defined by the format."""
 _LARGEST_SIZE = 2**48
 
 _MAPPED_BYTES = 1 << 28
-"""A file is opened anew after this many bytes, so that pages already read do not count as our memory."""
+"""A file is reopened after this many bytes, so that pages already read do not count as our memory."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class TensorInfo:
 
 
 def read_header(path: Path, where: str) -> tuple[str, dict[str, TensorInfo]]:
-    """A file's header as it stands, and its tensors in the order of their data.
+    """A file's unmodified header, and its tensors in the order of their data.
 
-    Raises `ConfigError` (prefix `where`) naming a file that is missing, truncated, not of this format, or a
-    link out of its directory.
+    Raises `ConfigError` (prefix `where`) if the file is missing, truncated, not in this format, or a link out
+    of its directory.
     """
     try:
         with open_file(path.parent, path.name) as stream:
@@ -118,7 +118,7 @@ class SliceReader:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """One file to write: its header, and where each tensor's bytes begin."""
+    """One file to write: its header, and the offset of each tensor's bytes."""
 
     name: str
     header: bytes
@@ -130,8 +130,8 @@ class FilePlan:
     def from_header(cls, name: str, text: str, what: str) -> FilePlan:
         """The plan of a file with exactly this header; tensors in the order of their data.
 
-        Raises `ConfigError` that begins with `what` for a header that breaks the format's rules: plain shapes
-        and known dtypes, as many bytes as these say, and the data without holes and overlaps.
+        Raises `ConfigError` (prefix `what`) for a header that breaks the format's rules: valid shapes and
+        known dtypes, matching byte counts, and data without holes and overlaps.
         """
         try:
             header = text.encode()
@@ -140,20 +140,20 @@ class FilePlan:
             raise ConfigError(f"{what} is truncated, or not a safetensors file: {error}") from None
         metadata = entries.pop("__metadata__", {})
         if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
-            raise ConfigError(f"{what} is not a safetensors file: its metadata are not texts")
+            raise ConfigError(f"{what} is not a safetensors file: its metadata values are not strings")
         header = struct.pack("<Q", len(header)) + header
         placed = [(tensor, *_placed(tensor, entry, name, what)) for tensor, entry in entries.items()]
         offsets, infos, end = {}, {}, 0
         for tensor, info, start in sorted(placed, key=lambda item: (item[2], item[1].nbytes)):
             if start != end:
-                problem = "overlaps with another tensor" if start < end else "begins after a hole"
+                problem = "overlaps with another tensor" if start < end else "starts after a hole"
                 raise ConfigError(f"{what}: tensor {tensor[:80]!r} {problem}, at byte {start} of the data")
             offsets[tensor], infos[tensor], end = len(header) + start, info, start + info.nbytes
         return cls(name, header, offsets, infos, len(header) + end)
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, TensorInfo]) -> FilePlan:
-        """The plan of a file with these tensors, laid out as the safetensors library does it."""
+        """The plan of a file with these tensors, in the layout of the safetensors library."""
         ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
@@ -169,7 +169,7 @@ class FilePlan:
 
 
 def _placed(tensor: str, entry: object, file: str, what: str) -> tuple[TensorInfo, int]:
-    """What a header's entry says about a tensor, and where its data begin."""
+    """A tensor's info from a header entry, and the offset of its data."""
     what = f"{what}: tensor {tensor[:80]!r}"
     if not tensor.isprintable():
         raise ConfigError(f"{what} has a name that cannot be printed")
@@ -191,7 +191,7 @@ def _are_sizes(numbers: object) -> bool:
 
 
 class FileWriter:
-    """Writes tensors into planned files at their places; any rank may write any tensor of any file."""
+    """Writes tensors at their planned offsets; any rank may write any tensor of any file."""
 
     def __init__(self, directory: Path, plans: Iterable[FilePlan]):
         self._directory = directory
@@ -203,14 +203,14 @@ class FileWriter:
         self._descriptors: dict[str, int] = {}
 
     def create(self) -> None:
-        """Make all files, headers written and data still zero. One rank calls this before any `write`."""
+        """Create all files with headers and zeroed data. One rank calls this before any `write`."""
         for plan in self._plans.values():
             with open(self._directory / plan.name, "wb") as stream:
                 stream.write(plan.header)
                 stream.truncate(plan.size)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one whole tensor, cast to its planned dtype, into every file that is to hold it."""
+        """Write one whole tensor, cast to its planned dtype, into every file that contains it."""
         for plan in self._places[name]:
             info = plan.infos[name]
             assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} is not {info.shape}"
@@ -223,7 +223,7 @@ class FileWriter:
                 view, offset = view[written:], offset + written
 
     def close(self) -> None:
-        """Everything on disk."""
+        """Flush all files to disk and close them."""
         for descriptor in self._descriptors.values():
             os.fsync(descriptor)
             os.close(descriptor)
@@ -231,7 +231,7 @@ class FileWriter:
 
 
 def named_dtype(name: str | None, flag: str = "--dtype") -> torch.dtype | None:
-    """`float32` or `bfloat16` (or `None`) as a dtype; `ConfigError` for any other name."""
+    """The dtype for `float32` or `bfloat16` (`None` for `None`); `ConfigError` for any other name."""
     if name not in (None, "float32", "bfloat16"):
         raise ConfigError(f"{flag}: {name!r} is not one of float32, bfloat16")
     return getattr(torch, name) if name else None

@@ -1,4 +1,4 @@
-"""Layer specs: which module class stands for each part of a transformer layer."""
+"""Layer specs: the module class of each part of a transformer layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_mopd.model.router import BalancedRouter
 
 
 def uses_transformer_engine(device_type: str) -> bool:
-    """Transformer Engine's linears, norms and grouped GEMM are used on CUDA whenever it is installed."""
+    """Whether Transformer Engine's linears, norms and grouped GEMM are used: on CUDA if it is installed."""
     return HAVE_TE and device_type == "cuda"
 
 
@@ -41,9 +41,9 @@ def block_spec(
 ):
     """Submodules of the layers that this pipeline stage (and virtual chunk) holds.
 
-    The attention core is ours on either spec: rollout and training must mask alike, and packed documents
-    travel in our own form. `qk_norm_group` is the tensor-parallel group if query and key norms run over all
-    heads together. Returns megatron-core's TransformerBlockSubmodules.
+    Both specs use our attention core: rollout and training must mask identically, and packed documents have
+    our own format. `qk_norm_group` is the tensor-parallel group if query and key norms run over all heads
+    together. Returns megatron-core's TransformerBlockSubmodules.
     """
     layers = [
         _layer_spec(config, is_moe, device_type, attention_output_bias, qk_norm_group)
@@ -113,10 +113,10 @@ def _layer_spec(
 
 
 def _canonical_names(config: TransformerConfig, is_moe: bool) -> dict[str, str]:
-    """Renames the local spec's norms to what they are called in a checkpoint.
+    """Maps the names of the local spec's norms to those in a checkpoint.
 
-    The canonical names are the TE spec's, which fuses a norm into the linear after it. Where there is no such
-    linear (the experts, the two down projections of latent attention) the norm keeps its own name.
+    The canonical names are those of the TE spec, which fuses a norm into the following linear layer. Without
+    such a layer (experts, the two down projections of latent attention) the norm keeps its own name.
     """
     names = {} if is_moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
     if not config.multi_latent_attention:
@@ -128,7 +128,7 @@ def _canonical_names(config: TransformerConfig, is_moe: bool) -> dict[str, str]:
 
 
 def _with_bias(linear: type) -> type:
-    """The same row-parallel linear with a bias whatever it is asked for."""
+    """The same row-parallel linear, always with a bias."""
 
     class WithBias(linear):
         def __init__(self, *args, bias: bool = False, **kwargs):

@@ -1,7 +1,8 @@
-"""Distributed checkpoints (`torch_dist`) written and read one tensor at a time.
+"""Writes and reads distributed checkpoints (`torch_dist`) one tensor at a time.
 
-megatron-core saves and loads what a model holds in memory. A conversion has no model: tensors are produced
-while they are written and consumed while they are read, so memory stays at a few tensors whatever the size.
+megatron-core saves and loads the tensors of a model in memory. A conversion has no model: tensors are
+produced as they are written and consumed as they are read, so only a few are in memory at a time, whatever
+the model's size.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor of the checkpoint, and how to make it."""
+    """A box of a checkpoint tensor, and a function that creates its values."""
 
     key: str
     global_shape: Shape
@@ -60,9 +61,9 @@ class Chunk:
 
 
 def share_of(sizes: Sequence[int], rank: int, ranks: int) -> range:
-    """Consecutive items for one rank, so that all ranks get nearly equal sums of `sizes`.
+    """The consecutive items of one rank, so that all ranks get nearly equal sums of `sizes`.
 
-    An item belongs to the rank in whose part of the total its middle lies: every item to exactly one rank.
+    Every item belongs to exactly one rank: the one whose share of the total contains the item's midpoint.
     """
     total, start, mine = max(1, sum(sizes)), 0, []
     for index, size in enumerate(sizes):
@@ -73,16 +74,17 @@ def share_of(sizes: Sequence[int], rank: int, ranks: int) -> range:
 
 
 def write_chunks(directory: Path, chunks: Sequence[Chunk]) -> None:
-    """Write a `torch_dist` checkpoint of these chunks, which every rank lists alike; each makes its share.
+    """Write a `torch_dist` checkpoint of these chunks. All ranks pass the same list, and each writes its
+    share.
 
-    Collective over all ranks: PyTorch gathers the plans, a few hundred bytes a chunk. Raises `RuntimeError`
-    on every rank when one could not write.
+    Collective over all ranks: PyTorch gathers the plans, a few hundred bytes per chunk. Raises `RuntimeError`
+    on every rank if one could not write.
     """
     mine = share_of([chunk.nbytes for chunk in chunks], dist.get_rank(), dist.get_world_size())
     planner = _ProducingPlanner([chunks[index] for index in mine])
     try:
         dcp.save({}, storage_writer=dcp.FileSystemWriter(str(directory)), planner=planner)
-    except CheckpointException as error:  # derives from BaseException, so that no handler would see it
+    except CheckpointException as error:  # derives from BaseException
         rank, (problem, _) = next(iter(error.failures.items()))
         raise RuntimeError(f"rank {rank} could not write {directory}: {problem}") from problem
     if dist.get_rank() == 0:
@@ -91,7 +93,7 @@ def write_chunks(directory: Path, chunks: Sequence[Chunk]) -> None:
 
 
 class _ProducingPlanner(SavePlanner):
-    """Tells PyTorch what this rank will write, and makes each tensor when it is asked for it."""
+    """Tells PyTorch what this rank will write, and creates each tensor on request."""
 
     def __init__(self, chunks: Sequence[Chunk]):
         self._chunks = {(chunk.key, chunk.offsets): chunk for chunk in chunks}
@@ -124,7 +126,7 @@ def _write_item(chunk: Chunk) -> WriteItem:
 
 
 class ChunkReader:
-    """Reads boxes of the tensors of a `torch_dist` checkpoint, whatever layout wrote it."""
+    """Reads boxes of the tensors of a `torch_dist` checkpoint written at any parallel layout."""
 
     def __init__(self, directory: Path, where: str):
         self._directory, self._where = directory, where
@@ -140,7 +142,7 @@ class ChunkReader:
         }
 
     def shape(self, key: str) -> Shape | None:
-        """Global shape of a tensor, `None` when there is none of this name."""
+        """Global shape of a tensor, or `None` if there is no tensor with this name."""
         return tuple(self._tensors[key].size) if key in self._tensors else None
 
     def dtype(self, key: str) -> torch.dtype:
@@ -156,14 +158,14 @@ class ChunkReader:
             raise ConfigError(f"{self._where}: {self._directory} holds only a part of {key}")
         try:
             self._reader.read_data(LoadPlan(items), _FillingPlanner(target))
-        except Exception as error:  # whatever a damaged file makes torch raise
+        except Exception as error:  # torch may raise anything for a damaged file
             first_line = next(iter(str(error).splitlines()), type(error).__name__)
             raise ConfigError(f"{self._where}: {self._directory}: {key} is damaged: {first_line}") from None
         return target
 
 
 class _FillingPlanner(LoadPlanner):
-    """Puts what is read into one tensor."""
+    """Reads into one tensor."""
 
     def __init__(self, target: Tensor):
         self._target = target

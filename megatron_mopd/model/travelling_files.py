@@ -1,9 +1,10 @@
-"""Which files of a model directory travel with the model: configuration, tokenizer and texts, nothing else.
+"""Selects the files that travel with a model, that is, are copied with it: configuration, tokenizer and
+texts.
 
-Weights do not travel as files, and neither does what could be run (scripts, libraries, pickles) or what is
-merely stored beside a model (weights of other programs, optimizer states, archives, logs). A file that
-travels is copied by its content, so a symbolic link that leaves the model's directory would carry away what
-it leads to: it is refused by name (`backend.model_files` says which links are followed).
+Weight files do not travel, and neither do executable files (scripts, libraries, pickles) or files that are
+merely stored next to a model (weights of other programs, optimizer states, archives, logs). A travelling file
+is copied by content, so a symbolic link out of the model's directory would copy its target: such links are
+refused (see `backend.model_files` for the links that are followed).
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from megatron_mopd.backend.model_files import open_file, real_path
 from megatron_mopd.config import ConfigError
 
 TRAVELLING_LIMIT = 100 * 10**6
-"""Bytes of the largest file that travels; the largest tokenizers of published models have about 35 MB."""
+"""Maximum size of a travelling file in bytes; the largest tokenizers of published models have about 35 MB."""
 _SUFFIXES = (".json", ".txt", ".md", ".jinja", ".model", ".tiktoken", ".bpe", ".spm")
 _LARGE_SUFFIXES = (".model", ".tiktoken", ".bpe", ".spm", ".safetensors.index.json")
 _LARGE_NAMES = ("tokenizer", "vocab", "merges", "added_tokens", "special_tokens", "dict")
 _SMALL = 10**6
-"""Bytes of the largest file that travels without being a tokenizer's or an index: a larger JSON or text file
-is a log, a record of training or data."""
+"""Maximum size in bytes of a travelling file that is neither a tokenizer file nor an index: a larger JSON or
+text file is a log, a training record or data."""
 _TEXTS = ("license", "licence", "notice", "readme", "copying", "copyright", "authors", "citation")
 _INDEX_SUFFIX = ".index.json"
 _MOST_FILES = 1000
 
 
 def travels(name: str) -> bool:
-    """Whether a file of this name (no directory) travels with a model, judged in any case of letters."""
+    """Whether a file with this name (without directory) travels with a model; case-insensitive."""
     name = name.lower()
     stem, suffix = os.path.splitext(name)
     if name.startswith(".") or (
@@ -44,11 +45,11 @@ def _may_be_large(name: str) -> bool:
 
 
 def travelling_files(directory: Path, where: str) -> list[Path]:
-    """The files that travel, relative to `directory`, in order. Directories behind links are not entered, and
-    logs and data (`_SMALL`) are left out.
+    """The travelling files, relative to `directory`, sorted. Directory links are not followed, and logs and
+    data (`_SMALL`) are skipped.
 
-    Raises `ConfigError` (prefix `where`) for one that is a link out of the directory, is not a regular file,
-    or is too large.
+    Raises `ConfigError` (prefix `where`) for a file that is a link out of the directory, not a regular file,
+    or too large.
     """
     found = []
     for path in sorted(directory.rglob("*")):
@@ -64,7 +65,7 @@ def travelling_files(directory: Path, where: str) -> list[Path]:
             raise ConfigError(f"{where}: {path} is not a file; remove it, or put the file there")
         if (size := real.stat().st_size) > TRAVELLING_LIMIT:
             raise ConfigError(
-                f"{where}: {path} has {size} bytes, the limit is {TRAVELLING_LIMIT} for what travels with a "
+                f"{where}: {path} has {size} bytes, the limit is {TRAVELLING_LIMIT} for files copied with a "
                 "model; move it out of the model's directory"
             )
         if size > _SMALL and not _may_be_large(path.name.lower()):
@@ -78,14 +79,14 @@ def travelling_files(directory: Path, where: str) -> list[Path]:
 
 
 def copy_file(directory: Path, name: str | Path, target: Path) -> None:
-    """Copy one file of a model directory to `target` by its content, its links followed as allowed."""
+    """Copy the content of one file of a model directory to `target`, following permitted links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open_file(directory, name) as source, open(target, "wb") as copy:
         shutil.copyfileobj(source, copy, 1 << 20)
 
 
 def link_or_copy(directory: Path, name: str, target: Path) -> None:
-    """`copy_file` that takes no space where the file system can share: nobody writes to these files again."""
+    """Hard-link the file to save space, or copy it if that fails; these files are never modified."""
     try:
         os.link(real_path(directory, name), target, follow_symlinks=False)
     except OSError:

@@ -1,15 +1,15 @@
-"""A dense model seen as a mixture of experts that computes the same function.
+"""Upcycles a dense model to a mixture of experts that computes the same function.
 
 Every expert is a copy of the dense MLP, or of a slice of it: with granularity G the MLP's hidden channels are
-cut into G slices, of which shared experts take the first S, and routed experts hold the others, R = G - S of
-them for each copy. A token that is routed to whole copies gets back the dense MLP:
+split into G slices, of which shared experts hold the first S and routed experts the others, R = G - S for
+each copy. For a token that is routed to whole copies the result is the dense MLP:
 
     sum over copies c of p_c sum over slices s of MLP_s(x) = MLP(x),        sum of p_c = 1
 
 because the slices' outputs add up (the down projection is linear) and all copies are equal. Slices of a copy
-have the same row in the router, so they are chosen together, with the probability p_c / R each; R is made up
-for by the router's scaling factor, or, where an architecture has none, in the down projections (Komatsuzaki
-et al. 2022, arXiv 2212.05055; He et al. 2024, arXiv 2410.07524, for slices and virtual groups).
+have the same row in the router, so they are chosen together, with probability p_c / R each; the router's
+scaling factor compensates for R, or, if an architecture has none, the down projections do (Komatsuzaki et al.
+2022, arXiv 2212.05055; He et al. 2024, arXiv 2410.07524, for slices and virtual groups).
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from megatron_mopd.model.weight_source import Companions, WeightSource
 
 _LAYER = "decoder.layers.{layer}."
 _FC1, _FC2 = _LAYER + "mlp.linear_fc1.weight", _LAYER + "mlp.linear_fc2.weight"
-# Of the dense configuration file: what is no part of the architecture but belongs to the model.
+# Keys of the dense configuration file that are not part of the architecture but belong to the model.
 _KEPT_CONFIG = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
 class Upcycling:
-    """What kind of mixture to make."""
+    """Options for the mixture of experts."""
 
     num_experts: int
     """Routed experts in each layer."""
     topk: int
     """Routed experts for each token."""
     granularity: int = 1
-    """Slices that the dense MLP is cut into; an expert is one slice."""
+    """Number of slices of the dense MLP; an expert is one slice."""
     shared_experts: int = 0
-    """Slices that every token passes through, outside the router."""
+    """Slices that process every token, without routing."""
     router_noise: float = 0.0
-    """Standard deviation of the router's weights; 0 makes all experts equally likely."""
+    """Standard deviation of the router's weights; with 0 all experts are equally likely."""
     seed: int = 0
-    """Of the router's noise."""
+    """Seed of the router noise."""
 
     @property
     def routed_slices(self) -> int:
-        """R: routed experts that make up one copy."""
+        """R: number of routed experts in one copy."""
         return self.granularity - self.shared_experts
 
     @property
@@ -63,7 +63,7 @@ class Upcycling:
         return self.num_experts // self.routed_slices
 
     def check(self, ffn_hidden_size: int) -> None:
-        """`ConfigError` naming the option that does not fit."""
+        """Raise `ConfigError` for an invalid option, naming it."""
         if self.granularity < 1 or ffn_hidden_size % self.granularity:
             raise ConfigError(
                 f"--granularity: {self.granularity} does not divide the MLP's {ffn_hidden_size} channels"
@@ -86,21 +86,21 @@ class Upcycling:
         if self.routed_slices > 1 and self.topk < self.num_experts and self.router_noise == 0:
             raise ConfigError(
                 "--router-noise: must be above 0 when copies consist of several routed experts, because the "
-                "experts of a copy are chosen together only where copies differ"
+                "experts of a copy are chosen together only if copies differ"
             )
 
 
 class UpcycledModel(WeightSource):
-    """`dense` as a mixture of experts; tensors are made when they are asked for.
+    """`dense` as a mixture of experts; tensors are created on demand.
 
-    The architecture is the first supported one that has the dense model's attention: Mixtral for Llama,
-    Qwen3-MoE for Qwen3, and GLM-4.5's sigmoid router where there are shared experts or biases. Raises
-    `ConfigError` when none fits.
+    The architecture is the first supported one with the dense model's attention: Mixtral for Llama, Qwen3-MoE
+    for Qwen3, and GLM-4.5 with its sigmoid router if there are shared experts or biases. Raises `ConfigError`
+    if there is none.
     """
 
     def __init__(self, dense: WeightSource, options: Upcycling, where: str):
         if any(moe_layers(dense.model)):
-            raise ConfigError(f"{where}: the model is a mixture of experts already")
+            raise ConfigError(f"{where}: the model is already a mixture of experts")
         sizes = Sizes.of(dense.model)
         options.check(sizes.ffn)
         self._dense, self._options = dense, options
@@ -116,7 +116,7 @@ class UpcycledModel(WeightSource):
             num_moe_experts=options.num_experts,
             moe_router_topk=options.topk,
             moe_ffn_hidden_size=self._width,
-            # Copies may differ by less than bfloat16 can tell.
+            # Copies may differ by less than the resolution of bfloat16.
             moe_router_dtype="fp32",
         )
         sigmoid = dict(
@@ -154,7 +154,7 @@ class UpcycledModel(WeightSource):
         return self._dense.dtype(self._origin(weight))
 
     def _origin(self, weight: Weight) -> Weight:
-        """The dense tensor that this one is (a part of), or takes its dtype from."""
+        """The dense tensor that contains this one, or from which it takes its dtype."""
         name, layer = weight.rule.megatron, weight.offsets[:1]
         if (name, layer) in self._dense_weights:
             return self._dense_weights[name, layer]
@@ -177,7 +177,7 @@ class UpcycledModel(WeightSource):
         return self._dense.slice_of(origin, start, size)
 
     def _slices(self, origin: Weight, name: str, first: int, count: int) -> Tensor:
-        """Slices `first ...` of a projection of the dense MLP: of gate and up, or of down."""
+        """`count` slices from `first` of a projection of the dense MLP: of gate and up, or of down."""
         start, width = first * self._width, count * self._width
         hidden = self._dense.model.transformer["hidden_size"]
         if name.endswith("linear_fc2.weight"):
@@ -187,13 +187,13 @@ class UpcycledModel(WeightSource):
         return torch.cat(parts)
 
     def _output_scale(self, name: str) -> float:
-        """Makes up for the probability that the slices of a copy share, where the router does not."""
+        """Compensates for the probability that the slices of a copy share, if the router does not."""
         routes_with_factor = self.model.transformer.get("moe_router_topk_scaling_factor") is not None
         is_output = name.endswith("linear_fc2.weight")
         return float(self._options.routed_slices) if is_output and not routes_with_factor else 1.0
 
     def _router(self, weight: Weight) -> Tensor:
-        """One random row per copy, the same for all its slices, [experts, h]."""
+        """Router weights [experts, h]: one random row per copy, the same for all its slices."""
         digest = hashlib.sha256(f"{self._options.seed}/{weight.offsets}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         rows = torch.empty((self._options.copies, weight.shape[1]))

@@ -1,8 +1,7 @@
-"""Which files of a Hugging Face directory hold its weights, and what is in them.
+"""Finds the weight files of a Hugging Face directory and their tensors.
 
-A directory can hold a tensor twice: in two shards, or in a single file and in shards. Programs differ in
-which copy they take (transformers takes the single file, and of two shards the last one), so copies must be
-equal.
+A directory can contain a tensor twice: in two shards, or in a single file and in shards. Programs differ in
+which copy they use (transformers uses the single file, and the last of two shards), so copies must be equal.
 """
 
 from __future__ import annotations
@@ -27,38 +26,38 @@ class _Copy:
 
     info: TensorInfo
     offset: int
-    """Where its bytes begin in the file."""
+    """Position of its first byte in the file."""
 
 
 @dataclass
 class WeightFiles:
-    """The weight files of a directory; every tensor is in one of them, or equal in all that hold it."""
+    """The weight files of a directory; a tensor that is in several of them is equal in all."""
 
     directory: Path
     headers: dict[str, str]
-    """File -> its header, in the order of the files."""
+    """File -> its header, in file order."""
     _copies: dict[str, _Copy]
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor, by name, in the order of the files."""
+        """Every tensor by name, in file order."""
         return {name: copy.info for name, copy in self._copies.items()}
 
     def are_equal(self, first: str, second: str) -> bool:
-        """Whether two tensors have the same dtype, shape and values, bit by bit; reads both."""
+        """Whether two tensors have the same dtype, shape and bitwise equal values; reads both."""
         return _are_equal(self.directory, self._copies[first], self._copies[second])
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether there are weights, or the index of some."""
+    """Whether the directory has weights or an index of weights."""
     return (directory / INDEX).exists() or (directory / SINGLE_FILE).exists()
 
 
 def open_weights(directory: Path, where: str) -> WeightFiles:
-    """Read the headers of a directory's weights, and the values of tensors that it holds twice.
+    """Read the headers of a directory's weights, and the values of tensors that it contains twice.
 
-    No collectives. Raises `ConfigError` (prefix `where`): no weights, a file that is missing, truncated or
-    not what the index says, two copies of a tensor or of the model that differ.
+    No collectives. Raises `ConfigError` (prefix `where`) if there are no weights, if a file is missing,
+    truncated or does not match the index, or if two copies of a tensor or of the model differ.
     """
     if not has_weights(directory):
         raise without_weights(directory, where)
@@ -81,7 +80,7 @@ def open_weights(directory: Path, where: str) -> WeightFiles:
 
 
 def _read_index(directory: Path, where: str) -> dict[str, str]:
-    """Tensor -> file, as the index has it."""
+    """Tensor -> file, according to the index."""
     what = f"{where}: {directory / INDEX}"
     promised = read_mapping(directory, INDEX, where).get("weight_map")
     if type(promised) is not dict or not promised:
@@ -90,7 +89,7 @@ def _read_index(directory: Path, where: str) -> dict[str, str]:
         if type(file) is str and "/" in file and ".." not in file.split("/") and not file.startswith("/"):
             raise ConfigError(
                 f"{what} names {file[:80]!r}, a file in a subfolder, which is not supported: move all shards "
-                "beside the index and leave the folder out of its names"
+                "next to the index and remove the folder from its names"
             )
         if not bare_name(file, what).endswith(".safetensors"):
             raise ConfigError(f"{what} names {file[:80]!r}, which is not a safetensors file")
@@ -101,12 +100,12 @@ def _missing(directory: Path, file: str, has_other: bool, where: str) -> ConfigE
     problem = f"{where}: {directory / file} is missing"
     if has_other:
         return ConfigError(
-            f"{problem}, which {INDEX} names, and {SINGLE_FILE} is there too; remove {INDEX} if the single "
+            f"{problem}, which {INDEX} names, and {SINGLE_FILE} exists too; remove {INDEX} if the single "
             "file is the model, or else the single file"
         )
     elsewhere = next((folder for folder in sorted(directory.iterdir()) if (folder / file).is_file()), None)
     if elsewhere is not None:
-        return ConfigError(f"{problem}; there is one in {elsewhere.name}/: move all shards beside {INDEX}")
+        return ConfigError(f"{problem}; there is one in {elsewhere.name}/: move all shards next to {INDEX}")
     return ConfigError(f"{problem}; {INDEX} names it")
 
 
@@ -132,23 +131,23 @@ def _read(directory: Path, files: list[str], promised: dict[str, str], where: st
         if name not in copies or copies[name].info.file != file:
             found = f"; {copies[name].info.file} has it" if name in copies else ""
             raise ConfigError(
-                f"{where}: {directory / INDEX} promises {visible(name[:80])} in {file}, which does not have "
+                f"{where}: {directory / INDEX} lists {visible(name[:80])} in {file}, which does not have "
                 f"it{found}"
             )
     return WeightFiles(directory, headers, copies)
 
 
 def _difference(shards: WeightFiles, alone: WeightFiles) -> str | None:
-    """In what two sets of weights of a directory differ, `None` for equal ones."""
+    """The first difference between two sets of weights of a directory; `None` if they are equal."""
     left, right = shards._copies, alone._copies
     if only := sorted(left.keys() ^ right.keys()):
         return f"only the {'shards have' if only[0] in left else 'single file has'} {only[0]}"
     for name, copy in left.items():
         if (copy.info.dtype, copy.info.shape) != (right[name].info.dtype, right[name].info.shape):
-            return f"{name} has another shape or dtype"
+            return f"{name} has a different shape or dtype"
     for name, copy in left.items():
         if not _are_equal(shards.directory, copy, right[name]):
-            return f"{name} has other values"
+            return f"{name} has different values"
     return None
 
 

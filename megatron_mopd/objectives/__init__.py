@@ -1,4 +1,4 @@
-"""What is minimised: exact vocab-parallel divergences and the sampled-token quantities beside them."""
+"""Training objectives: exact vocab-parallel divergences and sampled-token quantities."""
 
 from megatron_mopd.objectives.diagnostics import DivergenceDiagnostics
 from megatron_mopd.objectives.divergence import vocab_parallel_kl

@@ -1,4 +1,4 @@
-"""A vocab-parallel head whose logits exist one chunk of tokens at a time: its products and its gradients."""
+"""Products and gradients of a vocab-parallel head whose logits are computed one chunk of tokens at a time."""
 
 from collections.abc import Iterator
 
@@ -16,19 +16,19 @@ def chunks(tokens: int, chunk_size: int) -> Iterator[slice]:
 
 
 def without_gaps(matrix: Tensor) -> Tensor:
-    """The matrix [n, m] itself if its rows are adjacent, else a copy: what a caller's view skips may never
-    have been written, and products may read it (see `LogitsBuffer`)."""
+    """The matrix [n, m] itself if its rows are adjacent, else a copy: matrix products may read the memory
+    that a view skips, which may be uninitialized (see `LogitsBuffer`)."""
     if matrix.stride() == (matrix.shape[1], 1):
         return matrix
     return matrix.clone(memory_format=torch.contiguous_format)
 
 
 class LogitsBuffer:
-    """One chunk's logits [chunk, valid columns] of any head, always in the same memory.
+    """A reused buffer for one chunk's logits [chunk, valid columns] of any head.
 
-    Rows are V/tp wide even where fewer columns are real, so that a vocabulary of odd size leaves rows aligned
-    for the matrix product. What pads them stays zero: with AMX, a product of bfloat16 goes in pairs and reads
-    one element past a row of odd length, and what it multiplies by 0 must not be NaN.
+    Rows are V/tp wide even if fewer columns are real, so that rows stay aligned for the matrix product with a
+    vocabulary of odd size. The padding stays zero: with AMX, a bfloat16 product works in pairs and reads one
+    element past a row of odd length, and the element that it multiplies by 0 must not be NaN.
     """
 
     def __init__(self, hidden: Tensor, chunk_size: int, shard: VocabShard):
@@ -37,21 +37,22 @@ class LogitsBuffer:
         self._valid = shard.valid
 
     def fill(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """hidden [c, h] times the real rows of weight [V/tp, h] -> logits [c, valid], until the next fill."""
+        """hidden [c, h] times the real rows of weight [V/tp, h] -> logits [c, valid], valid until the next
+        fill."""
         return torch.mm(hidden, weight[: self._valid].t(), out=self.rows(hidden.shape[0]))
 
     def rows(self, count: int) -> Tensor:
-        """The first `count` rows [count, valid] of the memory."""
+        """The first `count` rows [count, valid] of the buffer."""
         return self._memory[:count, : self._valid]
 
 
 class HeadGradient:
     """Gradients of one head, summed chunk by chunk: hidden [T, h] and weight [V/tp, h].
 
-    Both count in a `unit` (a scalar), by which token weights are divided before they meet logits. The weight
-    gradient of bf16 and fp16 weights is summed in fp32: adding up chunks in bf16 would drop small ones. With
-    `reduce_hidden`, each chunk's hidden gradient [c, h] is summed over the tensor-parallel group (the one
-    collective that any vocab-parallel head needs) while the next products run.
+    Both are in multiples of `unit` (a scalar), by which token weights are divided before they multiply
+    logits. The weight gradient of bf16 and fp16 weights is summed in fp32, because a sum over chunks in bf16
+    would lose small terms. With `reduce_hidden`, each chunk's hidden gradient [c, h] is summed over the
+    tensor-parallel group (the one collective that any vocab-parallel head needs) while the next products run.
     """
 
     def __init__(
@@ -71,14 +72,15 @@ class HeadGradient:
             torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs[0] else None
         )
         self.weight = None
-        """Filled with zeros by `expect`, before the first chunk; never for a micro-batch without any."""
+        """Allocated as zeros by `expect` before the first chunk; stays None in a micro-batch without
+        chunks."""
 
     @property
     def needed(self) -> bool:
         return self.needs_hidden or self.needs_weight
 
     def expect(self) -> "HeadGradient":
-        """There will be chunks."""
+        """Prepare for chunks: allocate the weight gradient."""
         if self.needs_weight and self.weight is None:
             shape = (self._shard.columns, self._weight.shape[1])
             dtype = statistics_dtype(self._weight.dtype)
@@ -86,7 +88,7 @@ class HeadGradient:
         return self
 
     def add(self, rows: slice, logits_grad: Tensor, hidden: Tensor) -> None:
-        """Add the chunk `rows`: logits_grad [c, valid] and the chunk's hidden [c, h]."""
+        """Add the chunk `rows`, given its logits_grad [c, valid] and hidden [c, h]."""
         if self.needs_hidden:
             self.hidden[rows].addmm_(logits_grad, self._weight)
             if self._reduce_hidden:
@@ -95,7 +97,7 @@ class HeadGradient:
             _add_product_(self.weight[: self._shard.valid], logits_grad.t(), hidden)
 
     def finish(self) -> "HeadGradient":
-        """Wait for the collectives in flight."""
+        """Wait for pending collectives."""
         for work in self._pending:
             if work is not None:
                 work.wait()
@@ -105,13 +107,13 @@ class HeadGradient:
     def deliver(
         self, weight: Tensor, loss_grad: Tensor | float, accumulate_into_main_grad: bool, keep: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What a backward returns for (hidden, weight), given the loss's own gradient, a scalar.
+        """The gradients that a backward returns for (hidden, weight), given the scalar gradient of the loss.
 
-        Without `keep`, the sums themselves are scaled and given away: a copy of [T, h] would grow with T.
+        Without `keep`, the sums are scaled in place and released, because a copy of [T, h] would grow with T.
         """
         factor, hidden, total = loss_grad * self.unit, self.hidden, self.weight
         if not keep:
-            self.hidden = self.weight = None  # autograd copies what somebody else still holds
+            self.hidden = self.weight = None  # autograd copies a tensor that has other references
         hidden_grad = weight_grad = None
         if self.needs_hidden:
             hidden_grad = _scaled(hidden, factor, hidden.dtype, keep)
@@ -121,10 +123,10 @@ class HeadGradient:
 
 
 def largest_magnitude(token_weight: Tensor) -> Tensor:
-    """Scalar by which to divide token weights [T] until the very end.
+    """Scalar by which token weights [T] are divided until the gradients are delivered.
 
-    With 1/N in the weights and no loss scale applied yet, fp16 would lose most of a gradient; with weights of
-    largest magnitude 1 it does not, and the missing factor is applied in fp32.
+    With 1/N in the weights and no loss scale applied yet, fp16 gradients would underflow; with weights of at
+    most 1 they do not, and the factor is applied in fp32 later.
     """
     if len(token_weight) == 0:
         return token_weight.new_ones(())
@@ -132,7 +134,7 @@ def largest_magnitude(token_weight: Tensor) -> Tensor:
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, with low-precision factors and an fp32 total where those differ."""
+    """total += left @ right; the factors may have lower precision than the total."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:
@@ -143,7 +145,7 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
     """gradient times the scalar tensor `factor`, computed in fp32 (or fp64) and rounded once to `dtype`; in
-    place where that is possible, unless `keep`."""
+    place if possible, unless `keep`."""
     out = torch.empty_like(gradient, dtype=dtype) if keep or gradient.dtype != dtype else gradient
     # A 0-dim factor would be rounded to bf16 before the product; a 1-element tensor promotes the product.
     return torch.mul(gradient, factor.view(1, 1), out=out)
@@ -152,13 +154,14 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, keep: bool) ->
 def _deliver_weight_grad(
     weight: Tensor, gradient: Tensor | None, factor: Tensor, accumulate_into_main_grad: bool, keep: bool
 ) -> Tensor | None:
-    """Hand factor * gradient to autograd, or add it to `weight.main_grad` as megatron-core's fused heads do.
+    """Return factor * gradient for autograd, or add it to `weight.main_grad` like megatron-core's fused
+    heads.
 
-    In the second case the protocol is that of `LinearWithGradAccumulationAndAsyncCommunication` in
-    megatron/core/tensor_parallel/layers.py: `grad_added_to_main_grad` tells DDP's hook that nothing is left
-    to add, and a placeholder gradient makes the hook run. For a tied embedding megatron-core sets
+    The second case follows the protocol of `LinearWithGradAccumulationAndAsyncCommunication` in
+    megatron/core/tensor_parallel/layers.py: `grad_added_to_main_grad` tells DDP's hook that the gradient has
+    been added, and a placeholder gradient triggers the hook. For a tied embedding megatron-core sets
     `zero_out_wgrad`: autograd then adds the embedding's own gradient to the placeholder, which must therefore
-    be zero. `gradient` is None where nothing was added: that is a zero, and hooks run all the same.
+    be zero. `gradient` is None if no chunk was added: the gradient is zero, but hooks must still run.
     """
     if not accumulate_into_main_grad:
         return torch.zeros_like(weight) if gradient is None else _scaled(gradient, factor, weight.dtype, keep)

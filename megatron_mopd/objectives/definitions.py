@@ -1,20 +1,22 @@
-"""What a divergence is, shared by the PyTorch and the Triton path: its parameters, formulas and row scalars.
+"""Definitions shared by the PyTorch and Triton implementations: a divergence's parameters, formulas and row
+scalars.
 
-With p and q the student's and the teacher's probabilities and d = log q - log p, everything is built from the
-pointwise generalised KL divergence of two masses,
+With p and q the student's and the teacher's probabilities and d = log q - log p, all divergences are built
+from the pointwise generalized KL divergence of two masses,
 
     D(w || r) = w log(w / r) - w + r = w (expm1(d) - d),    d = log(r / w),
 
-which is never negative and zero only where w = r. Summed over the vocabulary it gives the divergence, because
-p and q have equal sums, and unlike sum p (log p - log q) it does not cancel near convergence:
+which is never negative and zero only for w = r. Its sum over the vocabulary is the divergence, because p and
+q have equal sums; unlike sum p (log p - log q), it has no cancellation near convergence:
 
     reverse KL   sum_v D(p || q)                                  d/dz_v = p (-d - E_p[-d])
     forward KL   sum_v D(q || p)                                  d/dz_v = p - q
     JSD(beta)    sum_v beta D(q || m) + (1 - beta) D(p || m)      d/dz_v = (1 - beta) p (-l - E_p[-l])
 
-with m = beta q + (1 - beta) p and l = log m - log p: the generalised Jensen-Shannon divergence of Agarwal et
-al. (arXiv 2306.13649, equation 1, the teacher as P). As there, beta = 0 and beta = 1, where the formula is
-constant zero, mean its limits: forward and reverse KL. z are the student's logits divided by the temperature.
+with m = beta q + (1 - beta) p and l = log m - log p: the generalized Jensen-Shannon divergence of Agarwal et
+al. (arXiv 2306.13649, equation 1, with the teacher as P). As there, beta = 0 and beta = 1, for which the
+formula is constantly zero, select its limits: forward and reverse KL. z are the student's logits divided by
+the temperature.
 """
 
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ from torch import Tensor
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
-# Stands for -inf in arithmetic: its exponential is exactly zero, and zero times it is zero instead of NaN.
+# Replaces -inf in arithmetic: its exponential is exactly zero, and zero times it is zero instead of NaN.
 LOGIT_FLOOR = -1e30
 
 # expm1(d) - d = d^2 (1/2 + d/6 + d^2/24 + ...): coefficients, highest power first.
@@ -33,10 +35,10 @@ SERIES = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2)
 
 
 def series_limit(dtype: torch.dtype) -> float:
-    """|d| below which D(w || r) is taken from the series: there r - w - w d has lost half its digits.
+    """|d| below which D(w || r) is computed by the series, because r - w - w d has lost half of its digits.
 
-    At the limit the series is off by 2 d^5 / 5040 relative (4e-9 and 4e-14) and the direct form by about
-    4 eps / d^2 (2e-5 and 9e-12), which shrinks further in a sum over the vocabulary.
+    At the limit the relative error of the series is 2 d^5 / 5040 (4e-9 and 4e-14) and that of the direct form
+    about 4 eps / d^2 (2e-5 and 9e-12), which becomes smaller in a sum over the vocabulary.
     """
     return 0.01 if dtype == torch.float64 else 0.1
 
@@ -74,7 +76,7 @@ class DivergenceSpec:
         return 1.0 / self.temperature
 
     def facts(self) -> dict[str, float | str]:
-        """What all ranks of a group must have alike (see `vocab_shard.agree`)."""
+        """Values that must be equal on all ranks of a group (see `vocab_shard.agree`)."""
         return {"divergence": self.kind, "beta": self.beta, "temperature": self.temperature}
 
 

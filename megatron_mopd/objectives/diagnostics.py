@@ -1,4 +1,4 @@
-"""What to watch while distilling: entropies, agreement on the likeliest token, overlap of top-k sets."""
+"""Distillation diagnostics: entropies, agreement on the likeliest token, overlap of top-k sets."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ class DivergenceDiagnostics(NamedTuple):
 
     student_entropy: Tensor  # nats
     teacher_entropy: Tensor  # nats
-    teacher_prob_of_student_top1: Tensor  # what the teacher thinks of the student's greedy token
+    teacher_prob_of_student_top1: Tensor  # teacher probability of the student's greedy token
     top1_agreement: Tensor  # 1 where both models' likeliest tokens are the same, else 0
     top_k_overlap: Tensor  # share of the student's top k that is in the teacher's top k
     student_top_k_mass: Tensor  # student's probability of its own top k
@@ -25,10 +25,10 @@ class DivergenceDiagnostics(NamedTuple):
 
 
 class DivergenceObserver:
-    """Collects the diagnostics chunk by chunk, while the logits exist.
+    """Collects the diagnostics chunk by chunk, while the logits are in memory.
 
-    Collectives: per chunk of c tokens an all-gather of [c, 4k + 1] a rank (each shard's k best logits and
-    their ids, of both models, and the teacher's logit at the student's best); one sum of [2, T] at the end.
+    Collectives: per chunk of c tokens an all-gather of [c, 4k + 1] per rank (each shard's k best logits and
+    their ids, for both models, and the teacher's logit at the student's best); one sum of [2, T] at the end.
     """
 
     def __init__(self, top_k: int, like: Tensor):
@@ -78,7 +78,7 @@ class DivergenceObserver:
         )
         values.teacher_prob_of_student_top1[rows] = (teacher_logit * inverse - teacher_normalizer).exp()
         values.top1_agreement[rows] = (student_set[:, 0] == teacher_set[:, 0]).to(values.top1_agreement.dtype)
-        real = student_best > -torch.inf  # fewer than k where the vocabulary is smaller
+        real = student_best > -torch.inf  # fewer than k if the vocabulary is smaller
         shared = (student_set.unsqueeze(2) == teacher_set.unsqueeze(1)).any(2) & real
         values.top_k_overlap[rows] = shared.sum(1) / real.sum(1)
         values.student_top_k_mass[rows] = (student_best * inverse - student_normalizer[:, None]).exp().sum(1)
@@ -91,9 +91,10 @@ class DivergenceObserver:
         return self._values._replace(student_entropy=entropies[0], teacher_entropy=entropies[1])
 
     def _local_best(self, logits: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-        """This shard's k best logits and their global ids, both [c, k]; -inf and -1 where it has fewer.
+        """This shard's k best logits and their global ids, both [c, k]; padded with -inf and -1.
 
-        Ids travel as floating point numbers: exact up to 2^24 in fp32, beyond any vocabulary.
+        Ids are sent as floating-point numbers, which are exact up to 2^24 in fp32, more than any vocabulary
+        needs.
         """
         dtype = self._values.student_entropy.dtype
         rows, local_k = logits.shape[0], min(self._top_k, logits.shape[1])
@@ -106,7 +107,7 @@ class DivergenceObserver:
 
 
 def _entropy(maximum: Tensor, total: Tensor, score: Tensor, log_normalizer: Tensor) -> Tensor:
-    """Local part of -sum_v p log p -> [rows], from the local maximum a, sum and score of `statistics`.
+    """Local part of -sum_v p log p -> [rows], from local maximum a, sum and score (see `statistics`).
 
     log p = (z - a) + (a - log normalizer), and p = exp(z - a) exp(a - log normalizer).
     """
@@ -115,6 +116,6 @@ def _entropy(maximum: Tensor, total: Tensor, score: Tensor, log_normalizer: Tens
 
 
 def _descending(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of [c, n] and their positions, ties in order: the lower vocabulary id wins."""
+    """The k largest values of [c, n] and their positions; in a tie the lower vocabulary id wins."""
     ordered = values.sort(dim=1, descending=True, stable=True)
     return ordered.values[:, :k], ordered.indices[:, :k]

@@ -1,9 +1,9 @@
 """Exact divergences between vocab-parallel student and teacher logits, without gathering them.
 
-A row's softmax statistics are merged over the tensor-parallel ranks by one small all-gather
+A row's softmax statistics are merged over the tensor-parallel ranks with one small all-gather
 (`merge_statistics`); after that every rank knows the normalizers and its own columns' share of value and
-gradient. The gradient is written by hand: a plain all-reduce inside an autograd graph has the right value and
-a wrong gradient.
+gradient. The gradient is written by hand, because a plain all-reduce inside an autograd graph gives the
+correct value but a wrong gradient.
 """
 
 import torch
@@ -21,9 +21,9 @@ from megatron_mopd.objectives.vocab_shard import VocabShard, agree, require_fini
 def merge_statistics(local: Tensor, shard: VocabShard, spec: DivergenceSpec) -> Moments:
     """Merge every rank's `statistics` [5 or 7, rows] into the `Moments` of the whole vocabulary.
 
-    Collective over the tensor-parallel group: all-gather of [5, rows] a rank ([4, rows] unless reverse KL),
-    20 bytes a row in fp32. Gathered rather than all-reduced (MAX, then SUM): one latency instead of two, and
-    every rank adds in the same order for student and teacher, so that identical models have bit-identical
+    Collective over the tensor-parallel group: all-gather of [5, rows] per rank ([4, rows] unless reverse KL),
+    20 bytes per row in fp32. A gather has one latency instead of the two of all-reduces (MAX, then SUM), and
+    every rank adds in the same order for student and teacher, so identical models have bitwise identical
     normalizers.
     """
     gathered = shard.all_gather(local[: 5 if spec.kind == "reverse_kl" else 4])
@@ -32,11 +32,11 @@ def merge_statistics(local: Tensor, shard: VocabShard, spec: DivergenceSpec) -> 
     decays = (local_maxima - maxima).exp()  # from each rank's own maximum to the common one
     sums = (local_sums * decays).sum(0)
     log_sums = sums.log()
-    # Kept relative to the maxima as long as possible: near convergence these differences are tiny.
+    # Relative to the maxima as long as possible: near convergence these differences are tiny.
     log_sum_ratio = log_sums[0] - log_sums[1]
     mean_score = torch.zeros_like(log_sum_ratio)
     if spec.kind == "reverse_kl":
-        # The cross sums are relative to each rank's difference of maxima, which moves too.
+        # The cross sums are relative to each rank's difference of maxima, so they must be shifted too.
         moved = (local_maxima[:, 0] - local_maxima[:, 1]) - (maxima[0] - maxima[1])
         cross = ((gathered[:, 4] + moved * local_sums[:, 0]) * decays[:, 0]).sum(0)
         mean_score = cross / sums[0] - log_sum_ratio
@@ -47,7 +47,7 @@ def merge_statistics(local: Tensor, shard: VocabShard, spec: DivergenceSpec) -> 
 def complete_mean_score(
     student: Tensor, teacher: Tensor, moments: Moments, shard: VocabShard, spec: DivergenceSpec, masked=False
 ) -> Moments:
-    """Fill in what the gradient of JSD needs beyond the statistics: one more pass and a sum of [rows]."""
+    """Compute the mean score that JSD's gradient needs in addition: one more pass and a sum of [rows]."""
     if spec.kind != "jsd":
         return moments
     kernels = kernels_for(student.device)
@@ -65,22 +65,21 @@ def vocab_parallel_kl(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Per-token divergence [...] of two [..., V/tp] logits, differentiable in the student's.
+    """Per-token divergence [...] of two logits [..., V/tp], differentiable in the student's.
 
-    The same value on every rank of `group` (None: the vocabulary is not sharded), in fp32, or fp64 for fp64
-    logits. A logit of -inf is a masked token of probability zero. Columns at or beyond `vocab_size` take no
-    part and get zero gradient. The teacher gets no gradient. Saved for the backward: the inputs and a few
-    scalars a token.
+    Returns the same value on every rank of `group` (None: the vocabulary is not sharded), in fp32, or fp64
+    for fp64 logits. A logit of -inf is a masked token with probability zero. Columns at or beyond
+    `vocab_size` are ignored and get zero gradient. The teacher gets no gradient. Saved for the backward: the
+    inputs and a few scalars per token.
 
-    Collectives over `group`, N tokens: one agreement all-reduce of 32 numbers, an all-gather of [5, N] a
-    rank, a sum of [2, N] (JSD with gradient: another of [N]); 28 bytes a token in fp32. The backward has
-    none.
+    Collectives over `group`, for N tokens: one agreement all-reduce of 32 numbers, an all-gather of [5, N]
+    per rank, a sum of [2, N] (JSD with gradient: another of [N]); 28 bytes per token in fp32. None in the
+    backward.
 
     Raises:
-        ValueError: on every rank alike, for mismatched shapes, dtypes, devices or shards; an unknown
-            divergence, beta outside [0, 1], temperature not above 0; NaN or +inf logits, a row without an
-            unmasked logit, or an infinite divergence (one model masks what the other does not), naming the
-            token and the rank.
+        ValueError: on every rank, for mismatched shapes, dtypes, devices or shards; an unknown divergence,
+            beta outside [0, 1], temperature not above 0; NaN or +inf logits, a row without an unmasked logit,
+            or an infinite divergence (only one model masks a token), naming the token and the rank.
     """
 
     def check() -> dict[str, float | str]:
@@ -156,9 +155,10 @@ class _VocabParallelDivergence(torch.autograd.Function):
 
 
 def _one_sided_masks(student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Tensor:
-    """Count [rows] of columns that make the divergence infinite: zero for one model, not for the other."""
+    """Number [rows] of columns that make the divergence infinite: probability zero for only one of the
+    models."""
     count = torch.zeros(student.shape[0], dtype=statistics_dtype(student.dtype), device=student.device)
-    if spec.kind == "jsd":  # bounded whatever the supports
+    if spec.kind == "jsd":  # bounded for any supports
         return count
     numerator, denominator = (student, teacher) if spec.kind == "reverse_kl" else (teacher, student)
     for rows, _ in tiles(student, 0, count.dtype):

@@ -1,10 +1,10 @@
-"""Rollout correction: per-token weights for samples of a policy that is not quite the one in training.
+"""Rollout correction: per-token weights for samples from a policy that differs slightly from the trained one.
 
-theta / mu is the ratio of the model in training to the sampler on a sampled token: it leaves 1 because the
-two engines round differently and because the student has been stepped since. All weights are constants
-(stop-gradient) and apply to every objective alike, also to a full-vocabulary divergence.
+theta / mu is the probability ratio of the trained model to the sampler for a sampled token. It differs from 1
+because the two engines round differently and because the student has been updated since. All weights are
+constants (stop-gradient) and apply to every objective, including a full-vocabulary divergence.
 
-Here a vector over "response tokens" [n] is the concatenation of whole responses, whose lengths are given.
+A vector over response tokens [n] is the concatenation of whole responses with the given lengths.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 _LOG_RATIO_LIMIT = 60.0
-"""Ratios beyond e^60 are kept finite: a weight that is infinite would make the loss NaN where it meets 0."""
+"""Ratios are limited to e^60: an infinite weight times 0 would make the loss NaN."""
 
 
 def importance_weights(
     log_ratio: Tensor, lengths: Sequence[int], correction: str, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    """Weights w_t [n] of tokens with log(theta / mu) [n], and whether each ratio was inside the band [n].
+    """Weights w_t [n] of tokens with log-ratios log(theta / mu) [n], and whether each ratio is inside the
+    band [n].
 
-    `tis`: the ratio clamped to [low, high] (truncated importance sampling; with low = 0 only from above).
+    `tis`: the ratio clamped to [low, high] (truncated importance sampling; one-sided with low = 0).
     `icepop`: the ratio inside the band, 0 outside (MiMo-V2-Flash, arXiv 2601.02780, 4.4; Nemotron-Cascade 2,
     arXiv 2603.19220, with [0.5, 2]). `sequence_mask`: the ratio, in responses whose mean ratio is inside the
     band; 0 in the others. `none`: 1. Never differentiated. No collectives.
@@ -44,7 +45,8 @@ def importance_weights(
 
 
 def drift_gate(log_ratio: Tensor, lengths: Sequence[int], block: int, sharpness: float) -> Tensor:
-    """Weights [n] that turn down blocks of `block` tokens on which the student has moved since sampling.
+    """Weights [n] that reduce the influence of blocks of `block` tokens on which the student has drifted
+    since sampling.
 
     After Blockwise Policy-Drift Gating (arXiv 2606.24084): log-probability shifts log(theta / mu) [n],
     averaged over fixed blocks, become detached gates whose mean over a response is 1. The gate's shape,
@@ -62,7 +64,7 @@ def _blocks(length: int, block: int) -> list[int]:
 
 
 def _segment_mean(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Mean over each consecutive segment, given back to each of its members: [n] -> [n]."""
+    """Mean over each consecutive segment, broadcast to its elements: [n] -> [n]."""
     counts = torch.tensor(lengths, dtype=torch.long, device=values.device)
     segment = torch.arange(len(counts), device=values.device).repeat_interleave(counts)
     sums = values.new_zeros(len(counts)).index_add_(0, segment, values)

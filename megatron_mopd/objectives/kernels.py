@@ -1,4 +1,4 @@
-"""Which implementation of the passes over logits to use: Triton's on CUDA, PyTorch's everywhere else."""
+"""Selects the implementation of the passes over logits: Triton on CUDA, PyTorch otherwise."""
 
 from types import ModuleType
 
@@ -8,11 +8,11 @@ from megatron_mopd.objectives import torch_kernels
 
 
 def kernels_for(device: torch.device) -> ModuleType:
-    """The module whose `statistics`, `mean_score` and `divergence` to use for tensors on `device`."""
+    """The module that provides `statistics`, `mean_score` and `divergence` for tensors on `device`."""
     if device.type != "cuda":
         return torch_kernels
     try:
         from megatron_mopd.objectives import triton_kernels
-    except ImportError:  # Triton is optional; without it CUDA takes the same path as the CPU
+    except ImportError:  # Triton is optional; without it CUDA uses the same path as the CPU
         return torch_kernels
     return triton_kernels

@@ -1,8 +1,8 @@
-"""Head product and log-probability of given tokens in one: cross-entropy and policy-gradient log-probs.
+"""Fused head product and log-probability of given tokens: cross-entropy and policy-gradient log-probs.
 
-Both take a vocab-parallel head apart chunk by chunk as `linear_kl.py` does. Cross-entropy knows its token
-weights, so its forward computes the gradient and the backward only scales it; a log-probability's upstream
-gradient is unknown until the backward, which therefore rebuilds each chunk's logits.
+Both process a vocab-parallel head chunk by chunk like `linear_kl.py`. Cross-entropy knows its token weights,
+so its forward computes the gradient and the backward only scales it. The upstream gradient of a
+log-probability is unknown until the backward, which therefore recomputes each chunk's logits.
 """
 
 from dataclasses import dataclass, field
@@ -49,14 +49,14 @@ def linear_cross_entropy(
     report: Report | None = None,
     shared_gradient: SharedGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of next-token cross-entropies of a vocab-parallel head: loss = sum_t token_weight_t L_t.
+    """Weighted sum of token cross-entropies of a vocab-parallel head: loss = sum_t token_weight_t L_t.
 
     hidden [T, h], weight [V/tp, h], target_ids [T] (global ids; ignored where the token weight is 0),
-    token_weight [T]. The other arguments, memory, errors and the result (loss, per_token [T]) are those of
-    `linear_kl`; per_token is 0 where the token weight is.
+    token_weight [T]. The other arguments, memory, errors and the result (loss, per_token [T]) are as for
+    `linear_kl`; per_token is 0 where the token weight is 0.
 
-    Collectives over `group`: one agreement all-reduce a call; per chunk of c tokens an all-gather of [3, c] a
-    rank, 12 bytes a token in fp32, and the sum of the hidden gradient [c, h]. The backward has none.
+    Collectives over `group`: one agreement all-reduce per call; per chunk of c tokens an all-gather of [3, c]
+    per rank, 12 bytes per token in fp32, and the sum of the hidden gradient [c, h]. None in the backward.
     """
     call = _Call(
         target_ids,
@@ -94,18 +94,18 @@ def sampled_token_logprobs(
 ) -> Tensor:
     """Log-probabilities [T] of given tokens under a vocab-parallel head, differentiable in hidden and weight.
 
-    hidden [T, h], weight [V/tp, h], token_ids [T] (global ids); logits are divided by `temperature`. Result
-    in fp32, or fp64 for fp64 inputs, equal on every rank of `group`. Memory: one chunk of logits, chunk_size
-    x V/tp; kept for the backward: the inputs and one scalar a token.
+    hidden [T, h], weight [V/tp, h], token_ids [T] (global ids); logits are divided by `temperature`. The
+    result is fp32, or fp64 for fp64 inputs, and equal on every rank of `group`. Memory: one chunk of logits,
+    chunk_size x V/tp; saved for the backward: the inputs and one scalar per token.
 
-    Collectives over `group`: one agreement all-reduce and an all-gather of [3, T] a rank, 12 bytes a token in
-    fp32; backward: the sum of the hidden gradient [c, h] per chunk of c tokens, unless
+    Collectives over `group`: one agreement all-reduce and an all-gather of [3, T] per rank, 12 bytes per
+    token in fp32; in the backward the sum of the hidden gradient [c, h] per chunk of c tokens, unless
     reduce_hidden_grad=False.
 
     Raises:
-        ValueError: on every rank alike, for shapes, dtypes, devices or shards that do not match, ids outside
-            the vocabulary, options out of range, and NaN or infinite logits (naming token and rank), which
-            `report` is told of instead: see `linear_kl`.
+        ValueError: on every rank, for mismatched shapes, dtypes, devices or shards, ids outside the
+            vocabulary, options out of range, and NaN or infinite logits (naming token and rank), unless
+            `report` is given: see `linear_kl`.
     """
     call = _Call(
         token_ids,
@@ -120,14 +120,14 @@ def sampled_token_logprobs(
         shared_gradient=shared_gradient,
     )
     agree(group, lambda: call.check(hidden, weight))
-    if shared_gradient is not None:  # the two get their gradients from the micro-batch's head
+    if shared_gradient is not None:  # the micro-batch's head collects the gradients of both
         hidden, weight = hidden.detach().requires_grad_(shared_gradient.needed), weight.detach()
     return _SampledTokenLogprobs.apply(hidden, weight, call)
 
 
 @dataclass
 class _Call:
-    """The arguments of one call, without the head, which the backward pass must not keep alive."""
+    """The arguments of one call, without the head, so that the backward does not keep it alive."""
 
     token_ids: Tensor
     token_weight: Tensor | None
@@ -140,11 +140,11 @@ class _Call:
     report: Report | None
     shared_gradient: SharedGradient | None
     shard: VocabShard = field(init=False)
-    """Known once `check` has passed."""
+    """Set by `check`."""
 
     @cached_property
     def local_ids(self) -> tuple[Tensor, Tensor]:
-        """[T] the column of each token in this shard, clamped into it, and [T] whether it is there."""
+        """[T] the column of each token in this shard, clamped, and [T] whether the token is in this shard."""
         return self.shard.local_ids(self.token_ids)
 
     @property
@@ -152,7 +152,8 @@ class _Call:
         return 1.0 / self.temperature
 
     def check(self, hidden: Tensor, weight: Tensor) -> dict[str, float | str]:
-        """ValueError for this rank's arguments; else what all ranks of the group must have the same of."""
+        """Raise ValueError for invalid arguments on this rank; return the values that must be equal on all
+        ranks."""
         check_head("student", hidden, weight)
         check_temperature(self.temperature)
         check_chunk_size(self.chunk_size)
@@ -204,7 +205,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _loss_and_gradient(
     hidden: Tensor, weight: Tensor, call: _Call, gradient: HeadGradient | SharedGradient
 ) -> tuple[Tensor, Tensor]:
-    """The cross-entropy's loss and per_token [T]; adds to `gradient`."""
+    """Compute the cross-entropy's loss and per_token [T]; add to `gradient`."""
     shard, token_weight = call.shard, call.token_weight
     hidden, weight = without_gaps(hidden), without_gaps(weight)
     buffer = LogitsBuffer(hidden, call.chunk_size, shard)
@@ -244,7 +245,7 @@ class _SampledTokenLogprobs(torch.autograd.Function):
     def backward(ctx, logprobs_grad):
         hidden, weight, normalizer, logprobs = ctx.saved_tensors
         call, shared = ctx.call, ctx.call.shared_gradient
-        # A log-probability is a negated cross-entropy whose token weight has arrived only now.
+        # A log-probability is a negated cross-entropy whose token weight is only known in the backward.
         token_weight = -logprobs_grad.to(logprobs.dtype) * call.inverse_temperature
         gradient = shared
         if shared is None:
@@ -269,7 +270,7 @@ class _SampledTokenLogprobs(torch.autograd.Function):
 
 
 def _local_statistics(logits: Tensor, rows: slice, call: _Call) -> Tensor:
-    """This shard's maximum, sum of exponentials and its part of the tokens' own logits -> [3, c]."""
+    """This shard's maximum, sum of exponentials and part of the tokens' own logits -> [3, c]."""
     statistics = softmax_statistics(logits, call.inverse_temperature)
     own = torch.zeros_like(statistics[0])
     if logits.shape[1] > 0:
@@ -282,7 +283,7 @@ def _local_statistics(logits: Tensor, rows: slice, call: _Call) -> Tensor:
 def _merge(shard: VocabShard, local: Tensor) -> tuple[Tensor, Tensor]:
     """Every rank's `_local_statistics` [3, c] -> log normalizer [c] and log-probability [c] of the tokens.
 
-    Collective: all-gather of [3, c] a rank. A token's logit lives on one rank; the others hold zero.
+    Collective: all-gather of [3, c] per rank. A token's logit is on one rank; the others have zero.
     """
     gathered = shard.all_gather(local)
     maximum = gathered[:, 0].amax(0)
@@ -293,12 +294,12 @@ def _merge(shard: VocabShard, local: Tensor) -> tuple[Tensor, Tensor]:
 def _nll_gradient_(
     logits: Tensor, rows: slice, normalizer: Tensor, logprobs: Tensor, scale: Tensor, call: _Call
 ) -> None:
-    """Overwrite logits [c, columns] with scale [c] times p - onehot, the gradient of the tokens' -log p."""
+    """Overwrite logits [c, columns] with scale [c] times (p - onehot), the gradient of the tokens' -log p."""
     scaled_softmax_(logits, normalizer, scale, call.inverse_temperature)
     if logits.shape[1] == 0:
         return
     columns, is_here = (values[rows].unsqueeze(1) for values in call.local_ids)
-    # p - 1 from the fp32 log-probability: near p = 1 a p rounded to bf16 would lose all of it.
+    # Compute p - 1 from the fp32 log-probability: near p = 1, rounding p to bf16 would lose it entirely.
     at_token = (scale * logprobs.expm1()).to(logits.dtype).unsqueeze(1)
     logits.scatter_(1, columns, torch.where(is_here, at_token, logits.gather(1, columns)))
 

@@ -1,9 +1,8 @@
-"""Head product and divergence in one: full-vocabulary distillation without ever holding the logits.
+"""Fused head product and divergence: full-vocabulary distillation without materializing all logits.
 
-For each chunk of tokens the student's and the teacher's logits are built from hidden states, reduced to a few
-scalars a token, overwritten in place by the gradient, and multiplied back into the gradients of hidden state
-and weight. What remains per token between forward and backward is the hidden gradient, as for any linear
-layer.
+For each chunk of tokens the student's and the teacher's logits are computed from hidden states, reduced to a
+few scalars per token, overwritten with the gradient, and multiplied back into the gradients of hidden states
+and weight. Between forward and backward only the hidden gradient is kept per token, as for any linear layer.
 """
 
 from collections.abc import Sequence
@@ -62,46 +61,48 @@ def linear_kl(
     report: Report | None = None,
     shared_gradient: SharedGradient | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, DivergenceDiagnostics]:
-    """Weighted sum of per-token divergences of two vocab-parallel heads: loss = sum_t token_weight_t L_t.
+    """Weighted sum of per-token divergences between two vocab-parallel heads: loss = sum_t token_weight_t
+    L_t.
 
     Args:
-        student_hidden: [T, h_s], the same on every rank of `group`; with sequence parallelism gathered first.
+        student_hidden: [T, h_s], equal on every rank of `group`; must be gathered under sequence parallelism.
         student_weight: [V/tp, h_s], this rank's contiguous block of the padded vocabulary.
-        teacher_hidden, teacher_weight: [T, h_t] and [V/tp, h_t]; or K of each (of any widths h_k), for
-            L_t = sum_k mixture_weight_k KL(p || q_k), reverse KL only. They get no gradient.
-        token_weight: [T], importance ratios, masks and 1/N; taken as constant.
-        group: the tensor-parallel group; None where the vocabulary is not sharded.
+        teacher_hidden, teacher_weight: [T, h_t] and [V/tp, h_t]; or K of each (with any widths h_k), for L_t
+            = sum_k mixture_weight_k KL(p || q_k), reverse KL only. They get no gradient.
+        token_weight: [T], importance ratios, masks and 1/N; treated as constant.
+        group: the tensor-parallel group; None if the vocabulary is not sharded.
         divergence, beta, temperature: see `definitions.py`; the temperature divides both models' logits.
-        vocab_size: real columns of the whole vocabulary; those beyond take no part and get zero gradient.
-        chunk_size: tokens whose logits exist at one time.
-        mixture_weight: [K] or [T, K], not negative; equal weights 1/K by default.
+        vocab_size: real columns of the whole vocabulary; columns beyond are ignored and get zero gradient.
+        chunk_size: number of tokens whose logits are in memory at a time.
+        mixture_weight: [K] or [T, K], non-negative; equal weights 1/K by default.
         top_k, top_k_from: compare only the k likeliest tokens of "teacher" or "student" and, as one more
-            outcome, all the others together.
-        diagnostics_top_k: also return `DivergenceDiagnostics`, whose top-k sets have this size.
-        reduce_hidden_grad: sum d(loss)/d(student_hidden) over `group`, so that it is exact on each rank.
-            False leaves this rank's part, for a caller that reduce-scatters it (sequence parallelism).
+            outcome, all other tokens together.
+        diagnostics_top_k: also return `DivergenceDiagnostics` with top-k sets of this size.
+        reduce_hidden_grad: sum d(loss)/d(student_hidden) over `group`, so that it is complete on each rank.
+            False keeps this rank's part, for a caller that reduce-scatters it (sequence parallelism).
         accumulate_into_main_grad: add the weight gradient to `student_weight.main_grad` in the backward (for
             megatron-core's gradient accumulation fusion) instead of returning it.
-        report: is told of NaN or infinite logits, which then are no error; loss and gradients are what they
-            come to. `token_weight` need not be finite either.
-        shared_gradient: these tokens' part of a `MicroBatchHead`, which takes the gradients of several losses
-            and decides about the two options before. Nothing that is returned is differentiable then.
+        report: called for NaN or infinite logits instead of raising; loss and gradients are not corrected.
+            `token_weight` need not be finite either.
+        shared_gradient: these tokens' part of a `MicroBatchHead`, which collects the gradients of several
+            losses and determines `reduce_hidden_grad` and `accumulate_into_main_grad`. The returned tensors
+            are then not differentiable.
 
     Returns:
         loss (a scalar) and per_token [T] (detached), in fp32, or fp64 for fp64 inputs; equal on every rank.
 
-    Memory: two chunks of logits, chunk_size x V/tp each, beside the gradients themselves; the weight gradient
-    is summed in fp32. The forward computes the gradients, the backward only scales them.
+    Memory: two chunks of logits, chunk_size x V/tp each, besides the gradients; the weight gradient is summed
+    in fp32. The forward computes the gradients, and the backward only scales them.
 
-    Collectives over `group`: one agreement all-reduce of 32 numbers a call; per chunk of c tokens one
-    all-gather of [5, c] a rank; a sum of [T] at the end: a payload of 24 bytes a token in fp32. Then what any
-    such head needs, the sum of the hidden gradient [c, h_s], while the next products run. More: JSD a sum of
-    [c] per chunk; top-k see `top_k.py`; K teachers an all-gather of [2, K + 1, T] a call; diagnostics see
-    `diagnostics.py`. The backward has none.
+    Collectives over `group`: one agreement all-reduce of 32 numbers per call; per chunk of c tokens one
+    all-gather of [5, c] per rank; a sum of [T] at the end: a payload of 24 bytes per token in fp32. In
+    addition, as for any such head, the sum of the hidden gradient [c, h_s], overlapped with the next
+    products. JSD adds a sum of [c] per chunk, K teachers an all-gather of [2, K + 1, T] per call; for top-k
+    see `top_k.py`, for diagnostics `diagnostics.py`. None in the backward.
 
     Raises:
-        ValueError: on every rank alike, for shapes, dtypes, devices or shards that do not match, options
-            out of range, and NaN or infinite logits (naming token, rank and model).
+        ValueError: on every rank, for mismatched shapes, dtypes, devices or shards, options out of range, and
+            NaN or infinite logits (naming token, rank and model).
     """
     call = _Call(
         student_hidden,
@@ -137,7 +138,7 @@ def linear_kl(
 
 @dataclass
 class _Call:
-    """The arguments of one call. What is derived from them may only be used after `check`."""
+    """The arguments of one call. Derived attributes may only be used after `check`."""
 
     hidden: Tensor
     weight: Tensor
@@ -169,7 +170,7 @@ class _Call:
 
     @cached_property
     def constant_weight(self) -> Tensor:
-        """The token weights [T] in the precision of statistics."""
+        """The token weights [T] in the statistics' dtype."""
         return self.token_weight.detach().to(statistics_dtype(self.hidden.dtype))
 
     @cached_property
@@ -185,7 +186,8 @@ class _Call:
         )
 
     def check(self) -> dict[str, float | str]:
-        """ValueError for this rank's arguments; else what all ranks of the group must have the same of."""
+        """Raise ValueError for invalid arguments on this rank; return the values that must be equal on all
+        ranks."""
         hidden, weight = self.hidden, self.weight
         check_head("student", hidden, weight)
         check_mixture(
@@ -262,7 +264,7 @@ class _LinearDivergence(torch.autograd.Function):
 
 
 def _loss_and_gradient(call: _Call, gradient: HeadGradient | SharedGradient) -> tuple[Tensor, ...]:
-    """Loss, per_token [T] and what diagnostics observed; adds to `gradient`."""
+    """Compute loss, per_token [T] and diagnostics; add to `gradient`."""
     hidden, weight = without_gaps(call.hidden.detach()), without_gaps(call.weight.detach())
     per_token, observer = _forward_chunks(hidden, weight, call, gradient)
     gradient.finish()
@@ -285,7 +287,8 @@ def _loss_and_gradient(call: _Call, gradient: HeadGradient | SharedGradient) -> 
 def _forward_chunks(
     hidden: Tensor, weight: Tensor, call: _Call, gradient: HeadGradient | SharedGradient
 ) -> tuple[Tensor, DivergenceObserver | None]:
-    """All chunks: this rank's part of each token's divergence [T], and of diagnostics; fills `gradient`."""
+    """Process all chunks: returns this rank's part of each token's divergence [T] and of the diagnostics;
+    fills `gradient`."""
     shard, spec, teachers, token_weight = call.shard, call.spec, call.teachers, call.constant_weight
     kernels = kernels_for(hidden.device)
     student_logits = LogitsBuffer(hidden, call.chunk_size, shard)
@@ -304,7 +307,7 @@ def _forward_chunks(
                 observer.observe(rows, student, teacher, local, moments, shard, spec)
         else:
             truncated = truncate(student, teacher, call.top_k, call.top_k_from, shard, spec)
-            if observed:  # truncation has statistics of head and tail only
+            if observed:  # truncation only computes statistics of head and tail
                 local = kernels.statistics(student, teacher, spec, entropy=True)
                 observer.observe(rows, student, teacher, local, truncated.full_moments, shard, spec)
             moments = truncated.apply_(student, teacher, spec)

@@ -1,7 +1,7 @@
-"""The head of one micro-batch: one gradient of the weight [V/tp, h] and one of the hidden states [T, h],
-however many losses there are.
+"""The output head of one micro-batch: a single gradient of the weight [V/tp, h] and of the hidden states [T,
+h] for all losses.
 
-Each loss alone would keep its own sums until the backward: with a dozen domains, teachers and terms in a
+Otherwise each loss would keep its own sums until the backward: with a dozen domains, teachers and terms in a
 micro-batch, a dozen times the memory of the head in fp32.
 """
 
@@ -18,20 +18,20 @@ from megatron_mopd.objectives.vocab_shard import VocabShard
 
 
 class MicroBatchHead:
-    """Collects the gradients of losses while they are computed; `loss` then hands them to autograd.
+    """Collects the gradients of losses as they are computed; `loss` then passes them to autograd.
 
         head = MicroBatchHead(hidden, weight, group=group, vocab_size=vocab_size)
         first, _ = linear_kl(hidden[:4], weight, ..., group=group, shared_gradient=head.part(slice(0, 4)))
         other, _ = linear_kl(hidden[4:], weight, ..., group=group, shared_gradient=head.part(slice(4, 9)))
         head.loss(first + other).backward()
 
-    The gradients are those of the plain sum of the losses, which is therefore what `loss` must be given. What
-    is differentiated through `sampled_token_logprobs` must have had its own backward before that. A weight
-    with megatron-core's `main_grad` is treated as under gradient accumulation fusion: the sum is added to
-    that buffer in fp32, and autograd sees a placeholder.
+    The gradients are those of the plain sum of the losses, so `loss` must be called with that sum. Losses
+    that use `sampled_token_logprobs` must have run their own backward before. A weight with megatron-core's
+    `main_grad` is treated as with gradient accumulation fusion: the sum is added to that buffer in fp32, and
+    autograd gets a placeholder.
 
-    hidden [T, h], weight [V/tp, h], `reduce_hidden_grad` as for `linear_kl`. Token weights are taken as they
-    are: for fp16 they should be of a magnitude of about one.
+    hidden [T, h], weight [V/tp, h], `reduce_hidden_grad` as for `linear_kl`. Token weights are not rescaled:
+    for fp16 their magnitude should be about one.
 
     Collective: with `reduce_hidden_grad`, one sum of [T, h] over `group` in `loss`.
     """
@@ -59,7 +59,7 @@ class MicroBatchHead:
         )
 
     def part(self, rows: slice) -> SharedGradient:
-        """Where losses of the tokens `rows` put their gradients; several may share tokens."""
+        """The gradient accumulator for losses of the tokens `rows`; several losses may share tokens."""
         if rows.stop > rows.start:
             self.gradient.expect()
         return SharedGradient(self.gradient, rows.start)
@@ -67,9 +67,9 @@ class MicroBatchHead:
     def loss(self, total: Tensor) -> Tensor:
         """`total`, a scalar, differentiable in hidden and weight.
 
-        Also where there was no loss at all, because this rank has no response token in the micro-batch: other
+        This is required even without any loss, if this rank has no response token in the micro-batch: other
         ranks' collectives wait for its backward pass through the layers, and overlapped gradient reduction
-        for the hook of every parameter, the head's first as in any other micro-batch.
+        waits for the hook of every parameter, the head's first as in any other micro-batch.
         """
         if self._reduce_hidden_grad and self.gradient.needs_hidden:
             self._shard.all_reduce(self.gradient.hidden)
@@ -77,7 +77,7 @@ class MicroBatchHead:
 
 
 class SharedGradient:
-    """A `HeadGradient` to the losses of some consecutive tokens, which start at row `start` of it."""
+    """A view of a `HeadGradient` for losses of consecutive tokens, starting at its row `start`."""
 
     def __init__(self, whole: HeadGradient, start: int):
         self._whole, self._start = whole, start
@@ -85,15 +85,15 @@ class SharedGradient:
         self.needed = whole.needed
 
     def add(self, rows: slice, logits_grad: Tensor, hidden: Tensor) -> None:
-        """Add the chunk `rows`, counted from the first token of the part."""
+        """Add the chunk `rows`, counted from the first token of this part."""
         self._whole.add(slice(self._start + rows.start, self._start + rows.stop), logits_grad, hidden)
 
     def finish(self) -> None:
-        """Nothing is in flight."""
+        """Does nothing: there are no pending collectives."""
 
 
 def needed_gradients(hidden: Tensor, weight: Tensor, shared: SharedGradient | None) -> dict[str, bool]:
-    """Facts that tensor-parallel ranks must agree on: whose gradients a loss computes."""
+    """Facts on which tensor-parallel ranks must agree: the gradients that a loss computes."""
     enabled = torch.is_grad_enabled()
     return {
         "hidden gradient needed": shared.needs_hidden if shared else hidden.requires_grad and enabled,

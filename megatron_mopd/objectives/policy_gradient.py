@@ -1,8 +1,8 @@
-"""Advantages of sampled tokens, and the policy-gradient losses that they go in front of.
+"""Advantages of sampled tokens, and policy-gradient losses.
 
-An advantage is a constant: only log theta(y_t) is differentiated. (The log-ratio itself, differentiated,
-would have a gradient in which the teacher does not appear.) Vectors over "response tokens" [n] are
-concatenations of whole responses, whose lengths are given.
+An advantage is a constant: only log theta(y_t) is differentiated. (The gradient of the log-ratio itself would
+not depend on the teacher.) Vectors over response tokens [n] are concatenations of whole responses with the
+given lengths.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def distillation_advantage(
 ) -> Tensor:
     """A_t = sum_k w_k (log T_k(y_t) - log theta(y_t)), detached [n], from log-probs [n] of sampled tokens.
 
-    With one teacher the advantage of GLM-5 (arXiv 2602.15763, 3.5) and the distillation part of
-    MiMo-V2-Flash's (arXiv 2601.02780, 4.4). `shaping` = a replaces T by a T + (1 - a) theta, which bounds the
-    log-ratio below by log(1 - a), however unlikely the teacher finds the token. `clamp` limits each log-ratio
-    to [-clamp, clamp]. No collectives.
+    With one teacher this is the advantage of GLM-5 (arXiv 2602.15763, 3.5) and the distillation part of that
+    of MiMo-V2-Flash (arXiv 2601.02780, 4.4). `shaping` = a replaces T by a T + (1 - a) theta, which bounds
+    the log-ratio from below by log(1 - a), however small the teacher's probability is. `clamp` limits each
+    log-ratio to [-clamp, clamp]. No collectives.
     """
     student = student_logprobs.detach()
     total = torch.zeros_like(student)
@@ -43,10 +43,10 @@ def distillation_advantage(
 
 
 def discounted_future_sum(values: Tensor, lengths: Sequence[int], discount: float) -> Tensor:
-    """sum_{s >= t} discount^(s - t) values_s within each response: [n] -> [n]; discount 0 gives `values`.
+    """sum_{s >= t} discount^(s - t) values_s within each response: [n] -> [n]; discount 0 returns `values`.
 
-    What a token changes shows in the log-ratios after it too: with discount 1 this is the return of the
-    sequence-level reverse KL, whose gradient has no bias and much variance.
+    A token also affects later log-ratios: with discount 1 this is the return of the sequence-level reverse
+    KL, whose gradient is unbiased but has high variance.
     """
     if discount == 0.0:
         return values
@@ -63,8 +63,8 @@ def group_relative_advantages(
     """(r - mean) / std of each response's reward within its group (responses to the same prompt), by index.
 
     GRPO (arXiv 2402.03300, equation 2 of 4.1.2), with the population standard deviation; `normalize=False`
-    leaves the division out. A group without two verdicts, or in which all agree, says nothing: 0. A missing
-    reward (`None`) takes no part and gets 0.
+    omits the division. A group with fewer than two rewards, or with equal rewards, has advantage 0. A missing
+    reward (`None`) is ignored and gets 0.
     """
     members: dict[int, list[float]] = {}
     for index, reward in rewards.items():
@@ -105,8 +105,8 @@ def clipped_policy_gradient_loss(
     """PPO's clipped surrogate, sum_t weight_t (-min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)).
 
     r_t = theta / proximal, the policy at the start of the rollout batch (arXiv 1707.06347, equation 7; in
-    GRPO arXiv 2402.03300, equation 3). The sampler enters through the weight as proximal / mu: the decoupled
-    objective of arXiv 2110.00641, equation 7. Returns (loss, detached per token [n], which were clipped [n]).
+    GRPO arXiv 2402.03300, equation 3). The weight contains the sampler's ratio proximal / mu: the decoupled
+    objective of arXiv 2110.00641, equation 7. Returns (loss, detached per token [n], whether clipped [n]).
     """
     advantage = advantage.detach()
     ratio = (logprobs - proximal_logprobs.detach()).exp()

@@ -1,4 +1,4 @@
-"""Named reductions: how tokens are weighted against each other in the loss."""
+"""Named reductions: the relative weights of tokens in the loss."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ REDUCTIONS = get_args(Reduction)
 
 
 def token_weights(trajectories: Sequence[Trajectory], reduction: str) -> dict[int, float]:
-    """Weight of each response token, by trajectory index, for the whole global batch.
+    """Weight of each response token by trajectory index, for the whole global batch.
 
-    The loss is sum_t weight_t L_t / N with N the number of response tokens of the global batch, so every
-    weight is 1 for `token_mean`; `sequence_mean` gives each response the same total (N / (responses x |y|)
-    per token, the 1/|y| of MiMo-V2-Flash, arXiv 2601.02780, 4.4) and `domain_mean` each domain (N / (domains
-    x tokens of the domain)). Computed from the global batch, so it does not depend on micro-batches, packing
-    or any parallel layout.
+    The loss is sum_t weight_t L_t / N, where N is the number of response tokens in the global batch, so every
+    weight is 1 for `token_mean`. `sequence_mean` gives each response the same total weight (N / (responses x
+    |y|) per token, the 1/|y| of MiMo-V2-Flash, arXiv 2601.02780, 4.4), and `domain_mean` each domain (N /
+    (domains x tokens of the domain)). Weights are computed from the global batch, so they do not depend on
+    micro-batches, packing or the parallel layout.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is not one of {', '.join(REDUCTIONS)}")

@@ -1,11 +1,11 @@
-"""Several weighted teachers at the price of one softmax.
+"""Several weighted teachers at the cost of one softmax.
 
 With weights w_k that sum to one and mixed logits m = sum_k w_k u_k,
 
     sum_k w_k KL(p || q_k) = KL(p || softmax(m)) + sum_k w_k lse(u_k) - lse(m).
 
-The last two terms are constant for the student (and never negative: log-sum-exp is convex), so K teachers
-cost K head products, one softmax and one gradient. Weights of another sum W multiply everything by W.
+The last two terms do not depend on the student (and are never negative: log-sum-exp is convex), so K teachers
+cost K head products, one softmax and one gradient. Weights with a different sum W multiply everything by W.
 """
 
 import torch
@@ -25,7 +25,7 @@ def check_mixture(
     spec: DivergenceSpec,
     top_k: int | None,
 ) -> None:
-    """Raise ValueError for a mixture that does not fit together or has no one-softmax form."""
+    """Raise ValueError for a mixture that is inconsistent or has no one-softmax form."""
     if hiddens == 0 or hiddens != weights:
         raise ValueError(
             f"need one teacher hidden per teacher weight and at least one, got {hiddens} and {weights}"
@@ -48,9 +48,9 @@ def check_mixture(
 
 
 class TeacherMixture:
-    """The teacher side of `linear_kl`: gives each chunk's (mixed) logits and completes the divergence.
+    """The teacher side of `linear_kl`: computes each chunk's (mixed) logits and completes the divergence.
 
-    `upcast` asks for logits in the statistics' dtype, because the caller will write into them.
+    `upcast` requests logits in the statistics' dtype, because the caller will write into them.
     """
 
     def __init__(
@@ -80,7 +80,8 @@ class TeacherMixture:
             self._statistics = torch.zeros(2, count + 1, tokens, dtype=dtype, device=hiddens[0].device)
 
     def logits(self, rows: slice) -> Tensor:
-        """The chunk's teacher logits [c, valid]; for several sum_k w_k u_k, in the statistics' dtype."""
+        """The chunk's teacher logits [c, valid]; for several teachers sum_k w_k u_k in the statistics'
+        dtype."""
         if len(self._hiddens) == 1:
             raw = self._raw.fill(self._hiddens[0][rows], self._weights[0])
             return raw if self._mixed is None else self._mixed.rows(len(raw)).copy_(raw)
@@ -103,17 +104,18 @@ class TeacherMixture:
     def complete(self, per_token: Tensor) -> Tensor:
         """KL(p || softmax(m)) [T], summed over ranks -> sum_k w_k KL(p || q_k) [T].
 
-        Collective for K > 1 teachers: all-gather of [2, K + 1, T] a rank.
+        Collective for K > 1 teachers: all-gather of [2, K + 1, T] per rank.
         """
         if len(self._hiddens) > 1:
             normalizers = merge_log_sum_exp(self._statistics, self._shard)
             disagreement = (self._normalised.t() * normalizers[:-1]).sum(0) - normalizers[-1]
-            # Tokens without any weight have no mixture; rounding may bring agreeing teachers below zero.
+            # Tokens with zero total weight have no mixture; for agreeing teachers rounding may give a
+            # negative value.
             per_token = per_token + disagreement.clamp(min=0)
         return per_token if self._total is None else per_token * self._total
 
     def token_logits(self, token: int) -> dict[str, Tensor]:
-        """One token's local logits by teacher, for error messages."""
+        """One token's local logits for each teacher, for error messages."""
         heads = enumerate(zip(self._hiddens, self._weights))
         name = "teacher" if len(self._hiddens) == 1 else "teacher {}"
         return {name.format(k): h[token] @ w[: self._shard.valid].t() for k, (h, w) in heads}

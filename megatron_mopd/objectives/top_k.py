@@ -1,11 +1,11 @@
-"""Truncated divergence: the k likeliest tokens and one more outcome, the tail, holding all remaining mass.
+"""Truncated divergence over the k likeliest tokens and one more outcome, the tail, with all remaining mass.
 
-Dropping the tail instead would reward a student for moving mass out of sight; with it, the truncated
-divergence is a true divergence between distributions over k + 1 outcomes, and never above the full one.
+Without the tail, a student would be rewarded for moving mass outside the top k. With it, the truncated
+divergence is a true divergence between distributions over k + 1 outcomes, and never exceeds the full one.
 
-It equals the full-vocabulary divergence from a modified teacher, which spreads its tail mass over the tail
-tokens in the student's proportions (value and gradient alike, for every divergence of this package). So
-truncation only rewrites the teacher's logits, and everything after that is shared with the full vocabulary.
+It equals the full-vocabulary divergence from a modified teacher, which distributes its tail mass over the
+tail tokens in the student's proportions (in value and gradient, for every divergence of this package). So
+truncation only rewrites the teacher's logits, and all later steps are shared with the full vocabulary.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ def check_top_k(top_k: int | None, top_k_from: str) -> None:
 
 @dataclass
 class Truncation:
-    """Where each row's k likeliest tokens are on this shard, and the moments before and after truncation."""
+    """The positions of each row's k likeliest tokens on this shard, and the moments before and after
+    truncation."""
 
     columns: Tensor  # [rows, m] local columns that may be selected
     selected: Tensor  # [rows, m] whether they are
@@ -38,7 +39,7 @@ class Truncation:
     mean_score: Tensor
 
     def apply_(self, student: Tensor, teacher: Tensor, spec: DivergenceSpec) -> Moments:
-        """Rewrite `teacher` [rows, columns] in place to the modified teacher; return the moments to use."""
+        """Overwrite `teacher` [rows, columns] with the modified teacher's logits; return its moments."""
         moments = self.full_moments
         shift = (self.tail_log_ratio - moments.log_ratio_offset) * spec.temperature
         teacher.copy_(student).add_(shift.unsqueeze(-1))
@@ -53,15 +54,15 @@ def truncate(
 ) -> Truncation:
     """Select the top k of "student" or "teacher" over all shards and compute head and tail masses.
 
-    `student` and `teacher` [rows, columns] are this shard's logits; both are changed and restored. No
-    vocabulary is gathered: all-gathers of [rows, k] (each shard's best logits) and of [9, rows] a rank.
+    `student` and `teacher` [rows, columns] are this shard's logits; both are modified and restored. The
+    vocabulary is not gathered: all-gathers of [rows, k] (each shard's best logits) and of [9, rows] per rank.
     """
     columns, selected = select_top_k(student if top_k_from == "student" else teacher, top_k, shard)
     student_head, teacher_head = student.gather(1, columns), teacher.gather(1, columns)
     dtype = teacher.dtype  # the statistics' dtype, see TeacherMixture
     floor = max(torch.finfo(student.dtype).min, LOGIT_FLOOR)
 
-    # Tail: the same statistics kernel, over logits with the head taken out. Head: a few columns, done here.
+    # Tail: the usual statistics kernel over logits without the head. Head: a few columns, computed here.
     student.scatter_(1, columns, student_head.masked_fill(selected, floor))
     teacher.scatter_(1, columns, teacher_head.masked_fill(selected, floor))
     tail = kernels_for(student.device).statistics(student, teacher, spec)
@@ -80,14 +81,15 @@ def truncate(
 
 
 def _finish(columns, selected, student_head, teacher_head, gathered: Tensor) -> Truncation:
-    """Each rank's maxima (heads of both models, tails), sums alike, cross [tp, 9, rows] -> Truncation."""
+    """Each rank's maxima (heads of both models, tails), sums in the same order, cross [tp, 9, rows] ->
+    Truncation."""
     local_maxima, local_sums = gathered[:, :4], gathered[:, 4:8]
     maxima = local_maxima.amax(0)
     decays = (local_maxima - maxima).exp()
     sums = (local_sums * decays).sum(0)
     moved = (local_maxima[:, 0] - local_maxima[:, 1]) - (maxima[0] - maxima[1])
     cross = ((gathered[:, 8] + moved * local_sums[:, 0]) * decays[:, 0]).sum(0)
-    # A tail may be empty (k covers the vocabulary) or vanish: any finite ratio will do for mass zero.
+    # A tail may be empty (k covers the vocabulary) or vanish: with zero mass any finite ratio works.
     tiny = torch.finfo(sums.dtype).tiny
     log_masses = maxima + sums.clamp(min=tiny).log()
     student_head_mass, teacher_head_mass, student_tail_mass, teacher_tail_mass = log_masses
@@ -107,10 +109,10 @@ def _finish(columns, selected, student_head, teacher_head, gathered: Tensor) -> 
 
 
 def select_top_k(logits: Tensor, top_k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """The row-wise top k over all shards: candidate local columns [rows, m] and which are selected [rows, m].
+    """The row-wise top k over all shards: candidate local columns [rows, m] and whether each is selected
+    [rows, m].
 
-    All ranks decide from the same gathered [tp, rows, k] values with a stable sort, so ties cannot be counted
-    twice.
+    All ranks use the same gathered [tp, rows, k] values and a stable sort, so ties cannot be counted twice.
     """
     local_k = min(top_k, logits.shape[1])
     values, columns = logits.topk(local_k, dim=1)

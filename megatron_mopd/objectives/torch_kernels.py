@@ -1,11 +1,12 @@
-"""Passes over a block of logits in PyTorch: statistics, mean score, value, gradient (see `definitions.py`).
+"""PyTorch implementation of the passes over a block of logits: statistics, mean score, value and gradient
+(see `definitions.py`).
 
-The work runs over tiles of a few rows, with every intermediate in a reused buffer that stays in cache, so a
-pass reads each block of logits from memory once and its extra memory does not depend on the number of rows.
+They process tiles of a few rows with all intermediates in reused buffers that stay in cache, so a pass reads
+each block of logits from memory once, and its extra memory does not depend on the number of rows.
 
 Conventions of the three passes: logits blocks are [rows, columns] with unit column stride, only real
-(unpadded) columns; `masked` makes -inf a legal logit of probability zero; results are this rank's partial
-sums over columns, and an empty block (a shard of nothing but padding) gives neutral ones.
+(unpadded) columns; `masked` allows logits of -inf, with probability zero; results are this rank's partial
+sums over columns, and an empty block (a shard with only padding) gives neutral values.
 """
 
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ from megatron_mopd.objectives.definitions import (
     statistics_dtype,
 )
 
-# Elements of a tile. On the CPU half a MiB in fp32: the buffers of a pass stay in the last-level cache. On
-# CUDA (taken only where Triton is missing) large enough to fill the device.
+# Elements per tile. On the CPU 0.5 MiB in fp32, so that the buffers of a pass stay in the last-level cache.
+# On CUDA (only used without Triton) large enough to fill the device.
 TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
 
 
@@ -61,7 +62,7 @@ def statistics(
 def mean_score(
     student: Tensor, teacher: Tensor, moments: Moments, spec: DivergenceSpec, masked: bool = False
 ) -> Tensor:
-    """Local part of JSD's E_p[-l] -> [rows]; it needs both normalizers, so it costs a pass of its own."""
+    """Local part of JSD's E_p[-l] -> [rows]; it needs both normalizers and therefore a separate pass."""
     dtype = statistics_dtype(student.dtype)
     result = torch.zeros(student.shape[0], dtype=dtype, device=student.device)
     for rows, (z_buffer, u_buffer, d, p, scratch) in tiles(student, 5, dtype):
@@ -84,7 +85,7 @@ def divergence(
     out: Tensor | None = None,
     masked: bool = False,
 ) -> Tensor:
-    """Local part of each row's divergence -> [rows]; with `out`, also the gradient with respect to z.
+    """Local part of each row's divergence -> [rows]; with `out` also the gradient with respect to z.
 
     `out` [rows, columns] receives scale [rows] times the gradient, in its own dtype; it may be `student`
     itself.
@@ -128,14 +129,15 @@ def _jensen_shannon(
 
 
 def _log_mixture_term(d: Tensor, beta: float, out: Tensor, scratch: Tensor) -> Tensor:
-    """log(m / max(p, q)) = log1p(g expm1(-|d|)), g = beta where d <= 0 else 1 - beta: no overflow."""
+    """log(m / max(p, q)) = log1p(g expm1(-|d|)) with g = beta if d <= 0 else 1 - beta; cannot overflow."""
     decay = torch.abs(d, out=out).neg_().expm1_()
     weight = torch.gt(d, 0, out=scratch).mul_(1 - 2 * beta).add_(beta)
     return decay.mul_(weight).log1p_()
 
 
 def _generalised_kl(w: Tensor, r: Tensor, d: Tensor, x: Tensor, result: Tensor, mask: Tensor) -> Tensor:
-    """D(w || r) with d = log(r / w), elementwise, never negative, into `result`; `x`, `mask` are scratch."""
+    """Write D(w || r) with d = log(r / w), elementwise and never negative, to `result`; `x` and `mask` are
+    scratch."""
     limit = series_limit(d.dtype)
     torch.clamp(d, -limit, limit, out=x)
     highest, *lower = SERIES
@@ -143,7 +145,7 @@ def _generalised_kl(w: Tensor, r: Tensor, d: Tensor, x: Tensor, result: Tensor, 
     for coefficient in lower:
         result.mul_(x).add_(coefficient)
     result.mul_(x).mul_(x).mul_(w)
-    # The direct form can only round below zero where |logits| are so large that d and r / w disagree.
+    # The direct form can only round below zero if |logits| are so large that d and r / w disagree.
     direct = torch.sub(r, w, out=x).addcmul_(w, d, value=-1).clamp_(min=0)
     # Arithmetic selection: torch.where on a boolean mask is ten times slower on the CPU.
     torch.gt(torch.abs(d, out=mask), limit, out=mask)
@@ -151,13 +153,13 @@ def _generalised_kl(w: Tensor, r: Tensor, d: Tensor, x: Tensor, result: Tensor, 
 
 
 def load(block: Tensor, inverse_temperature: float, masked: bool, buffer: Tensor) -> Tensor:
-    """logits / temperature in the statistics' dtype: `block` itself (read only) where that is possible."""
+    """logits / temperature in the statistics' dtype: `block` itself (read-only) if possible."""
     if block.dtype == buffer.dtype and inverse_temperature == 1.0 and not masked:
         return block
     buffer.copy_(block)
     if inverse_temperature != 1.0:
         buffer.mul_(inverse_temperature)
-    return buffer.clamp_(min=LOGIT_FLOOR) if masked else buffer  # clamp keeps NaN, so bad logits stay visible
+    return buffer.clamp_(min=LOGIT_FLOOR) if masked else buffer  # clamp propagates NaN
 
 
 def tiles(block: Tensor, buffers: int, dtype: torch.dtype) -> Iterator[tuple[slice, list[Tensor]]]:

@@ -1,9 +1,10 @@
-"""Passes over a block of logits in Triton: statistics, mean score, value, gradient (see `definitions.py`).
+"""Triton implementation of the passes over a block of logits: statistics, mean score, value and gradient (see
+`definitions.py`).
 
-The same three functions as `torch_kernels`, for CUDA. One program serves one row and walks over its columns,
-so `statistics` reads both logits blocks once, and `divergence` reads both once and writes the gradient once,
-in place. JSD's gradient needs one more reading pass (`mean_score`). Block size and warps are tuned on first
-use for each vocabulary width and dtype; the matrix products stay with cuBLAS.
+The same three functions as `torch_kernels`, for CUDA. One program processes one row and loops over its
+columns, so `statistics` reads both logits blocks once, and `divergence` reads both once and writes the
+gradient once, in place. JSD's gradient needs one more read pass (`mean_score`). Block size and number of
+warps are autotuned for each vocabulary width and dtype; matrix products use cuBLAS.
 
 This is the only module that imports Triton. Under Triton's interpreter (TRITON_INTERPRET=1) it runs on the
 CPU.
@@ -30,14 +31,14 @@ _CONFIGS = [
     triton.Config({"BLOCK": block}, num_warps=warps)
     for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16), (8192, 32))
 ]
-if triton.knobs.runtime.interpret:  # nothing to time, and several columns blocks even in small tests
+if triton.knobs.runtime.interpret:  # no timing, and several column blocks even in small tests
     _CONFIGS = [triton.Config({"BLOCK": 16})]
 
 
 def statistics(
     student: Tensor, teacher: Tensor, spec: DivergenceSpec, masked: bool = False, entropy: bool = False
 ) -> Tensor:
-    """Local softmax statistics of both blocks -> [5 or 7, rows], as `torch_kernels.statistics`."""
+    """Local softmax statistics of both blocks -> [5 or 7, rows], like `torch_kernels.statistics`."""
     rows, columns = student.shape
     result = torch.zeros(
         7 if entropy else 5, rows, dtype=statistics_dtype(student.dtype), device=student.device
@@ -66,7 +67,7 @@ def statistics(
 def mean_score(
     student: Tensor, teacher: Tensor, moments: Moments, spec: DivergenceSpec, masked: bool = False
 ) -> Tensor:
-    """Local part of JSD's E_p[-l] -> [rows], as `torch_kernels.mean_score`."""
+    """Local part of JSD's E_p[-l] -> [rows], like `torch_kernels.mean_score`."""
     rows, columns = student.shape
     result = torch.zeros(rows, dtype=statistics_dtype(student.dtype), device=student.device)
     if rows == 0 or columns == 0:
@@ -98,7 +99,8 @@ def divergence(
     out: Tensor | None = None,
     masked: bool = False,
 ) -> Tensor:
-    """Local part of the rows' divergence -> [rows], as `torch_kernels.divergence`; `out` may be `student`."""
+    """Local part of each row's divergence -> [rows], like `torch_kernels.divergence`; `out` may be
+    `student`."""
     rows, columns = student.shape
     value = torch.zeros(rows, dtype=statistics_dtype(student.dtype), device=student.device)
     if rows == 0 or columns == 0:
@@ -160,7 +162,7 @@ def _statistics_kernel(
         z_decay, u_decay = tl.exp(z_max - new_z_max), tl.exp(u_max - new_u_max)
         z_shifted, u_shifted = z - new_z_max, u - new_u_max
         z_exp, u_exp = tl.exp(z_shifted), tl.exp(u_shifted)
-        if WITH_CROSS:  # its reference z_max - u_max moves with the maxima
+        if WITH_CROSS:  # relative to z_max - u_max, so it shifts with the maxima
             moved = (z_max - u_max) - (new_z_max - new_u_max)
             terms = tl.where(inside, z_exp * (z_shifted - u_shifted), 0)
             cross = (cross + moved * z_sum) * z_decay + tl.sum(terms, 0)
@@ -280,7 +282,7 @@ def _load(pointer, inside, dtype: tl.constexpr, INVERSE_TEMPERATURE: tl.constexp
     """logits / temperature in `dtype`; LOGIT_FLOOR beyond the row and, with MASKED, for -inf."""
     logits = tl.load(pointer, mask=inside, other=0.0).to(dtype) * INVERSE_TEMPERATURE
     if MASKED:
-        logits = tl.where(logits < _FLOOR, _FLOOR, logits)  # a comparison, unlike maximum, lets NaN through
+        logits = tl.where(logits < _FLOOR, _FLOOR, logits)  # unlike maximum, a comparison propagates NaN
     return tl.where(inside, logits, _FLOOR)
 
 
@@ -300,9 +302,9 @@ def _generalised_kl(w, r, d, LIMIT: tl.constexpr):
 
 @triton.jit
 def _log_mixture_term(d, BETA: tl.constexpr, LIMIT: tl.constexpr):
-    """log(m / max(p, q)) = log1p(y), y = g expm1(-|d|), g = BETA where d <= 0 else 1 - BETA.
+    """log(m / max(p, q)) = log1p(y) with y = g expm1(-|d|), g = BETA if d <= 0 else 1 - BETA.
 
-    expm1 and log1p are spelled out for small arguments: log1p(y) = 2 atanh(y / (2 + y)).
+    expm1 and log1p are implemented here for small arguments: log1p(y) = 2 atanh(y / (2 + y)).
     """
     x = -tl.abs(d)
     expm1 = tl.where(x < -LIMIT, tl.exp(x) - 1, x + x * x * _series(x))

@@ -1,11 +1,12 @@
-"""Checks of arguments shared by the objectives: each raises ValueError naming expected and actual."""
+"""Argument checks shared by the objectives; each raises ValueError with the expected and the actual value."""
 
 import torch
 from torch import Tensor
 
 
 def check_pair(what: str, student: Tensor, teacher: Tensor) -> None:
-    """Floating point, of one dtype (a teacher rounded differently gives negative KL) and one device."""
+    """Check for floating point, one dtype (a teacher rounded differently gives negative KL) and one
+    device."""
     for name, side in (("student", student), ("teacher", teacher)):
         if not side.is_floating_point():
             raise ValueError(f"{name} {what} must be floating point, got {side.dtype}")
@@ -14,12 +15,12 @@ def check_pair(what: str, student: Tensor, teacher: Tensor) -> None:
         if expected != actual:
             raise ValueError(
                 f"teacher {what} must have the student's {attribute}, {expected}, got {actual}: "
-                "both models must take the same precision path"
+                "both models must use the same precision"
             )
 
 
 def check_head(name: str, hidden: Tensor, weight: Tensor) -> None:
-    """hidden [T, h] and weight [V/tp, h], of one floating dtype and device."""
+    """Check hidden [T, h] and weight [V/tp, h] for one floating-point dtype and device."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{name} hidden and weight must be [T, h] and [V/tp, h], "
@@ -38,7 +39,7 @@ def check_chunk_size(chunk_size: int) -> None:
 
 
 def check_per_token(name: str, values: Tensor, hidden: Tensor) -> None:
-    """values [T] on the device of hidden [T, h]."""
+    """Check that values are [T] and on the device of hidden [T, h]."""
     if values.shape != hidden.shape[:1] or values.device != hidden.device:
         raise ValueError(
             f"{name} must be [T] = {[hidden.shape[0]]} on {hidden.device}, "
@@ -47,7 +48,7 @@ def check_per_token(name: str, values: Tensor, hidden: Tensor) -> None:
 
 
 def check_token_weight(token_weight: Tensor, hidden: Tensor, finite: bool = True) -> None:
-    """Weights [T]; `finite` ones, unless the caller looks after that."""
+    """Check weights [T]; with `finite`, also that they are finite."""
     check_per_token("token_weight", token_weight, hidden)
     if finite and not bool(torch.isfinite(token_weight).all()):
         token = int(torch.isfinite(token_weight).logical_not().nonzero()[0])
@@ -55,7 +56,7 @@ def check_token_weight(token_weight: Tensor, hidden: Tensor, finite: bool = True
 
 
 def check_token_ids(name: str, token_ids: Tensor, in_use: Tensor | None, vocab_size: int) -> None:
-    """Integer ids in [0, vocab_size) wherever `in_use` [T] (None: everywhere)."""
+    """Check for integer ids in [0, vocab_size) where `in_use` [T] is true (None: everywhere)."""
     if token_ids.is_floating_point() or token_ids.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, got {token_ids.dtype}")
     outside = (token_ids < 0) | (token_ids >= vocab_size)
@@ -70,5 +71,5 @@ def check_main_grad(weight: Tensor, accumulate_into_main_grad: bool) -> None:
     if accumulate_into_main_grad and getattr(weight, "main_grad", None) is None:
         raise ValueError(
             "accumulate_into_main_grad=True needs a weight with a main_grad buffer, "
-            "which megatron-core's DistributedDataParallel makes"
+            "which megatron-core's DistributedDataParallel creates"
         )

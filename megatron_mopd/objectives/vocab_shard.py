@@ -1,9 +1,8 @@
-"""One rank's share of a vocab-parallel head: which columns are real, and how ranks talk about them.
+"""One rank's shard of a vocab-parallel head: its real columns, and collectives over the shards.
 
-Megatron pads the vocabulary so that it divides by the tensor-parallel size and gives rank r the contiguous
-block [r * V/tp, (r + 1) * V/tp). Columns at or beyond `vocab_size` are padding: every function of this
-package cuts them off (`[:valid]`) before any arithmetic, so they cannot take part in a softmax, a mean or a
-metric.
+Megatron pads the vocabulary to a multiple of the tensor-parallel size and gives rank r the contiguous block
+[r * V/tp, (r + 1) * V/tp). Columns at or beyond `vocab_size` are padding: every function of this package
+removes them (`[:valid]`) before any arithmetic, so they cannot affect a softmax, a mean or a metric.
 """
 
 import zlib
@@ -28,7 +27,7 @@ class VocabShard:
 
     @classmethod
     def of(cls, columns: int, group: dist.ProcessGroup | None, vocab_size: int | None) -> "VocabShard":
-        """The shard of this rank; `group=None` means that the vocabulary is not sharded at all.
+        """The shard of this rank; `group=None` means that the vocabulary is not sharded.
 
         Raises:
             ValueError: `vocab_size` is below 1 or larger than all shards together, or this process is not in
@@ -73,7 +72,7 @@ class VocabShard:
         return gathered
 
     def local_ids(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Global ids [T] -> (local column [T], clamped into the shard; whether the id lives here [T])."""
+        """Global ids [T] -> (local column [T], clamped to the shard; whether the id is in this shard [T])."""
         local = token_ids - self.offset
         is_here = (local >= 0) & (local < self.valid)
         return local.clamp(0, max(self.valid - 1, 0)), is_here
@@ -82,7 +81,7 @@ class VocabShard:
 def merge_log_sum_exp(local: torch.Tensor, shard: VocabShard) -> torch.Tensor:
     """Each rank's (maximum, sum of exponentials relative to it) [2, ...] -> log-sum-exp of all shards [...].
 
-    Collective: all-gather of [2, ...] a rank.
+    Collective: all-gather of [2, ...] per rank.
     """
     gathered = shard.all_gather(local)
     maximum = gathered[:, 0].amax(0)
@@ -92,30 +91,31 @@ def merge_log_sum_exp(local: torch.Tensor, shard: VocabShard) -> torch.Tensor:
 def agree(
     group: dist.ProcessGroup | None, check: Callable[[], dict[str, float | str]]
 ) -> dict[str, float | str]:
-    """Run `check` on this rank and make every rank of `group` raise if any rank's check fails or differs.
+    """Run `check` on every rank of `group`, and raise on all of them if a check fails or the results differ.
 
     `check` raises ValueError on bad input or returns named facts (token count, shard width, temperature, ...)
-    that must be the same on all ranks. A rank that raised alone would leave its peers waiting in their
-    next collective; here the message of the failing rank is the one every rank raises.
+    that must be equal on all ranks. If only one rank raised, its peers would hang in their next collective;
+    here every rank raises the failing rank's message.
 
-    Collectives: one all-reduce (MAX) of [2, 16] fp64, 256 bytes a call whatever the token count. Only when
-    something is wrong, one gather of the reports.
+    Collectives: one all-reduce (MAX) of [2, 16] fp64, 256 bytes per call whatever the token count. Only on
+    failure, one gather of the reports.
     """
     problem, facts = None, {}
     try:
         facts = check()
     except ValueError as error:
         problem = str(error)
-    if group is None or dist.get_world_size(group) < 2:  # -1 in a process outside the group
+    if group is None or dist.get_world_size(group) < 2:  # the world size is -1 in a process outside the group
         if problem is not None:
             raise ValueError(problem)
         return facts
 
-    # A fixed number of slots lets a rank without facts join; a value and its negative give both extremes.
+    # A fixed number of slots lets a rank without facts take part; a value and its negative give both
+    # extremes.
     values = [problem is not None, len(facts), *map(_as_number, facts.values())]
     assert len(values) <= _FACT_SLOTS, "raise _FACT_SLOTS"
     values += [0] * (_FACT_SLOTS - len(values))
-    # The group's own device: a tensor on a wrong one is among the mistakes to report.
+    # The group's device, because a tensor on the wrong device is one of the mistakes to report.
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     extremes = torch.tensor([values, [-value for value in values]], dtype=torch.float64, device=device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
@@ -135,7 +135,8 @@ def _as_number(fact: float | str) -> float:
 
 
 def _describe_disagreement(reports: list[tuple[str | None, dict[str, float | str]]]) -> str:
-    """One sentence from all ranks' reports: the problems if there are any, else the facts that differ."""
+    """Summarize all ranks' reports in a sentence: the problems if there are any, else the facts that
+    differ."""
     problems = [f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(reports) if problem is not None]
     if problems:
         alike = len({problem for problem, _ in reports}) == 1
@@ -150,7 +151,7 @@ def _describe_disagreement(reports: list[tuple[str | None, dict[str, float | str
 
 @dataclass(frozen=True)
 class NotFinite:
-    """A token whose divergence or log-probability is NaN or infinite, and the logits to blame."""
+    """A token whose divergence or log-probability is NaN or infinite, and the logits that cause it."""
 
     what: str
     """Name of the quantity."""
@@ -158,20 +159,20 @@ class NotFinite:
     """Row of the hidden states."""
     value: float
     logits: tuple[tuple[int, str, int, float], ...]
-    """Of each rank of the tensor-parallel group and each model that has any, the first logit that is not
-    finite: (rank, model, vocabulary id, value)."""
+    """The first non-finite logit of each tensor-parallel rank and model that has one: (rank, model,
+    vocabulary id, value)."""
 
     def __str__(self) -> str:
         lines = [
             f"rank {rank}: {model} logit of vocabulary id {column} is {value}"
             for rank, model, column, value in self.logits
         ]
-        cause = "; ".join(lines) or f"it is {self.value}, and no single logit is to blame"
+        cause = "; ".join(lines) or f"it is {self.value}, and no single logit is the cause"
         return f"{self.what} is not finite at token {self.token} ({cause})"
 
 
 Report = Callable[[NotFinite], None]
-"""Is told, on every rank of the tensor-parallel group alike, instead of a `ValueError`."""
+"""Called on every rank of the tensor-parallel group instead of raising a `ValueError`."""
 
 
 def require_finite(
@@ -182,10 +183,10 @@ def require_finite(
     report: Report | None = None,
 ) -> None:
     """Raise ValueError naming token and rank if `per_token` [T], equal on all ranks, has a NaN or infinity;
-    with `report`, tell it about the first such token and return.
+    with `report`, call it with the first such token and return.
 
-    `token_logits(t)` rebuilds one token's local logits by model name ({"student": [V/tp], ...}). It is called
-    only on failure, to find the rank whose logits are to blame (one gather of a short list a rank).
+    `token_logits(t)` recomputes one token's local logits by model name ({"student": [V/tp], ...}). It is
+    called only on failure, to find the rank with non-finite logits (one gather of a short list per rank).
     """
     if bool(torch.isfinite(per_token).all()):
         return

@@ -1,1 +1,1 @@
-"""Teachers in the pipeline's bubbles: planning, simulating, drawing and executing one optimizer step."""
+"""Teacher forwards in pipeline bubbles: plan, simulate, draw and execute one optimizer step."""

@@ -1,11 +1,11 @@
-"""Finds out whether a plan can be executed at all, before a single tensor moves. Pure Python, no torch.
+"""Checks that a plan can be executed, before any tensor moves. Pure Python, no torch.
 
-A mismatch between stages is a hang on a cluster, not an error, so it is looked for here: every message must
-be sent and received, in the same order at both ends of its channel; every stage must run every computation;
-no stage may exceed a limit. What is left is then executed by `simulate.py`, where a message is delivered only
-when it was sent *and* its receive was posted, and a stage waits for nothing else. Such an execution gets
-stuck exactly when program order and messages form a circle, whatever the speed of the stages: so passing it
-proves that the plan cannot deadlock.
+On a cluster a mismatch between stages causes a hang, not an error, so this module checks for it: every
+message must be sent and received, in the same order at both ends of its channel; every stage must run every
+computation; no stage may exceed a limit. A plan without such problems is then executed by `simulate.py`,
+where a message is delivered only after it has been sent *and* its receive has been posted, and a stage waits
+for nothing else. Such an execution gets stuck if and only if program order and messages form a cycle,
+whatever the speed of the stages, so passing it proves that the plan cannot deadlock.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_mopd.pipeline.simulate import PlanError, simulate
 
 
 def check_plan(plan: Plan) -> None:
-    """Raises PlanError when the plan cannot be executed; the message names stage, instruction and peer."""
+    """Raises PlanError if the plan cannot be executed; the message names stage, instruction and peer."""
     problems = find_problems(plan)
     if problems:
         raise PlanError(problems)
@@ -41,7 +41,7 @@ def check_plan(plan: Plan) -> None:
 
 
 def check_same_plan(digests: Sequence[str]) -> None:
-    """Raises PlanError when the ranks do not hold the same plan; `digests[rank]` is that rank's
+    """Raises PlanError if the ranks do not hold the same plan; `digests[rank]` is that rank's
     `Plan.digest()`.
     """
     if len(set(digests)) <= 1:
@@ -50,14 +50,14 @@ def check_same_plan(digests: Sequence[str]) -> None:
     others = [rank for rank, digest in enumerate(digests) if digest != common]
     raise PlanError(
         [
-            f"ranks {others} hold another plan than the other {len(digests) - len(others)}: their "
+            f"ranks {others} hold a different plan from the other {len(digests) - len(others)}: their "
             "micro-batch counts, scoring tasks, costs or limits differ"
         ]
     )
 
 
 def find_problems(plan: Plan) -> list[str]:
-    """Everything wrong with the plan that can be seen without executing it."""
+    """All problems of the plan that can be found without executing it."""
     request = plan.request
     p, v = request.stages, request.virtual_stages
     if len(plan.stages) != p:
@@ -81,8 +81,8 @@ def find_problems(plan: Plan) -> list[str]:
             )
         if walk.collectives != walks[0].collectives:
             problems.append(
-                f"stage {walk.stage} meets the other stages at {walk.collectives or 'nothing'}, stage 0 at "
-                f"{walks[0].collectives or 'nothing'}"
+                f"stage {walk.stage} has the collectives {walk.collectives or 'none'}, stage 0 has "
+                f"{walks[0].collectives or 'none'}"
             )
     problems += _channel_problems(walks)
     return problems
@@ -124,8 +124,8 @@ def _channel_problems(walks: list[_Walk]) -> list[str]:
 
 
 class _Walk:
-    """One stage's list read from top to bottom: what it runs, sends and receives, and the local rules it
-    breaks.
+    """Reads one stage's list from top to bottom and collects what it runs, sends and receives, and the local
+    rules that it breaks.
     """
 
     def __init__(self, plan: Plan, stage: int):
@@ -179,7 +179,7 @@ class _Walk:
             key = (entry.channel.lane, entry.consumer)
             if self.unsent.pop(key, None) is None:
                 self.report(
-                    position, entry, f"stage {entry.channel.destination} does not need it, or not from here"
+                    position, entry, f"stage {entry.channel.destination} does not expect it from this stage"
                 )
         elif isinstance(entry, LoadTeacher | LoadHead):
             self.load(position, entry)
@@ -224,7 +224,7 @@ class _Walk:
                 self.report(position, entry, "its forward has not run on this stage")
 
     def source(self, entry: Compute) -> int | None:
-        """The stage this computation's input is sent from, or None when it is not sent at all."""
+        """The stage that sends this computation's input, or None if the input is not received."""
         if isinstance(entry, StudentBackward):
             if not self.is_last:
                 return self.stage + 1

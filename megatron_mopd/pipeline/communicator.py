@@ -1,17 +1,17 @@
-"""Messages between neighbouring pipeline stages that never wait for one another.
+"""Point-to-point messages between neighboring pipeline stages; channels never block each other.
 
-Every channel of a plan (lane, source stage, destination stage) gets a communicator of its own. Channels of
-one lane whose sources are an even number of stages apart share no rank, so a process group over the whole
-pipeline serves all of them: a group per lane and parity, and one per lane for the way back from the last
-stage to the first that virtual stages need. Each rank then uses each group in one direction and with one peer
-only, so a receive that was posted early can hold back nothing but later receives of the same channel.
+Every channel of a plan (lane, source stage, destination stage) needs its own communicator. Channels of one
+lane whose sources are an even number of stages apart share no rank, so a process group over the whole
+pipeline serves all of them: one group per lane and parity, and one per lane for the wrap-around between the
+last and the first stage that virtual stages need. Each rank then uses each group in one direction and with
+one peer only, so a receive that is posted early can delay only later receives of the same channel.
 
-NCCL: point-to-point operations of one group run in order on that group's own stream, beside the computation.
-A send starts when the work enqueued before it is done; a receive's buffer is safe once
-`PendingMessage.wait` has made the compute stream wait for it. The host waits in neither.
+NCCL: point-to-point operations of one group run in order on that group's own stream, concurrently with the
+computation. A send starts when the work enqueued before it has finished; a receive's buffer is safe to use
+after `PendingMessage.wait` has made the compute stream wait for it. Neither blocks the host.
 
-gloo: messages with different tags pass each other, so one group and a tag a message are enough (every gloo
-group has threads that poll). The host waits in `PendingMessage.wait`, with a timeout.
+gloo: messages with different tags can overtake each other, so one group with a tag per message is enough (and
+every gloo group has polling threads). The host waits in `PendingMessage.wait`, with a timeout.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ from torch import Tensor
 from megatron_mopd.pipeline.instructions import Channel, Lane
 
 _TAGS_PER_KIND = 1 << 20
-"""More messages than are ever under way on one channel."""
+"""More messages than are ever in flight on one channel."""
 
 
 class StageTimeout(RuntimeError):
-    """A stage waited for a message that did not come: its peer has stopped, died, or runs another plan."""
+    """An expected message did not arrive: the peer has hung, exited, or runs a different plan."""
 
 
 def is_way_back(channel: Channel) -> bool:
-    """True between last and first stage, where a model chunk hands over to the next one (virtual stages)."""
+    """True between the last and the first stage, where one model chunk passes its output to the next (virtual
+    stages)."""
     step = -1 if channel.lane is Lane.STUDENT_BACKWARD else 1
     return channel.destination != channel.source + step
 
 
 def channel_kind(channel: Channel) -> int:
-    """Which process group serves a channel: one of nine, by lane and by its source's parity (or the way
-    back).
+    """The index of the process group that serves a channel: one of nine, by lane and by source parity (or
+    wrap-around).
     """
     return 3 * list(Lane).index(channel.lane) + (2 if is_way_back(channel) else channel.source % 2)
 
 
 def all_channels(stages: int, virtual_stages: int) -> list[Channel]:
-    """Every channel a plan for so many stages can use."""
+    """Every channel that a plan for this many stages can use."""
     channels = []
     for stage in range(stages - 1):
         channels.append(Channel(Lane.TEACHER_FORWARD, stage, stage + 1))
@@ -61,14 +62,15 @@ def all_channels(stages: int, virtual_stages: int) -> list[Channel]:
 
 
 class PendingMessage:
-    """A receive that has been posted: its buffer, and the work to wait for."""
+    """A posted receive: its buffer, and the work to wait for."""
 
     def __init__(self, channel: Channel, peer: int, buffer: Tensor, work: dist.Work, timeout: timedelta):
         self.channel, self.peer = channel, peer
         self._buffer, self._work, self._timeout = buffer, work, timeout
 
     def wait(self) -> Tensor:
-        """The message, once it has arrived. `StageTimeout` names the peer when it has not in time."""
+        """Wait for the message and return it. Raises `StageTimeout`, which names the peer, if it does not
+        arrive in time."""
         try:
             if self._buffer.is_cuda:
                 self._work.wait()
@@ -78,13 +80,13 @@ class PendingMessage:
             cause = str(error).splitlines()[0]
             raise StageTimeout(
                 f"no message from stage {self.channel.source} (rank {self.peer}) on {self.channel} within "
-                f"{self._timeout.total_seconds():g} s ({cause}); that rank stopped answering: look at its log"
+                f"{self._timeout.total_seconds():g} s ({cause}); that rank is not responding: check its log"
             ) from error
         return self._buffer
 
 
 class PipelineCommunicator:
-    """Sends and receives of one rank. Construction is collective over all ranks of the run.
+    """Sends and receives messages for one rank. Construction is collective over all ranks of the run.
 
     pipeline: this rank's pipeline group; its ranks in stage order.
     """
@@ -107,7 +109,7 @@ class PipelineCommunicator:
         kinds = sorted({channel_kind(channel) for channel in all_channels(len(self.ranks), virtual_stages)})
         if device.type == "cpu":
             kinds = kinds[:1]
-        # Groups are made by every rank of the run in the same order, also those that others will use.
+        # Every rank of the run creates all groups in the same order, including those that only others use.
         for ranks in _all_pipelines(self.ranks) if kinds else ():
             for kind in kinds:
                 group = dist.new_group(
@@ -116,12 +118,12 @@ class PipelineCommunicator:
                 if ranks == self.ranks:
                     self._groups[kind] = group
         for group in self._groups.values():
-            # The first use of an NCCL communicator needs all its ranks at once; later ones only the two
-            # involved.
+            # The first use of an NCCL communicator needs all its ranks at once; later uses need only the two
+            # peers.
             dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     def receive(self, channel: Channel, shape: Iterable[int], dtype: torch.dtype) -> PendingMessage:
-        """Post the receive of the next message of `channel`; returns at once."""
+        """Post the receive of the next message of `channel`; returns immediately."""
         buffer = torch.empty(tuple(shape), dtype=dtype, device=self.device)
         peer = self.ranks[channel.source]
         try:
@@ -131,7 +133,7 @@ class PipelineCommunicator:
         return PendingMessage(channel, peer, buffer, work, self.timeout)
 
     def send(self, channel: Channel, message: Tensor) -> None:
-        """Start sending; returns at once. The message must not be changed afterwards."""
+        """Start sending; returns immediately. The message must not be modified afterwards."""
         message = message.detach().contiguous()
         peer = self.ranks[channel.destination]
         try:
@@ -143,20 +145,20 @@ class PipelineCommunicator:
             self._sent = deque(item for item in self._sent if not item[0].is_completed())
 
     def begin_plan(self) -> None:
-        """From here on messages belong to the next plan."""
+        """Messages sent or received from here on belong to the next plan."""
         self.finish_last_plan()
         self._sent_before, self._sent = self._sent, deque()
 
     def finish_last_plan(self) -> None:
-        """Let go of what was sent before `begin_plan`. Call it when all stages have reached this plan's
-        optimizer step: they have received everything that belongs to earlier plans.
+        """Release the messages sent before `begin_plan`. Call it when all stages have reached this plan's
+        optimizer step: they have received all messages of earlier plans.
         """
         while self._sent_before:
             work, _ = self._sent_before.popleft()
             work.wait()
 
     def flush(self) -> None:
-        """Let go of everything. Call it when the peers are known to have received all of it."""
+        """Release all sent messages. Call it when the peers are known to have received them."""
         self.begin_plan()
         self.finish_last_plan()
 
@@ -167,7 +169,8 @@ class PipelineCommunicator:
         return self._groups[channel_kind(channel)]
 
     def _tag(self, channel: Channel) -> int:
-        """Both ends count the messages of a channel alike; NCCL has no tags and keeps the order."""
+        """The message's tag: both ends count the messages of a channel the same way. NCCL has no tags and
+        keeps the order."""
         number = self._numbers.get(channel, 0)
         self._numbers[channel] = (number + 1) % _TAGS_PER_KIND
         return channel_kind(channel) * _TAGS_PER_KIND + number
@@ -175,11 +178,13 @@ class PipelineCommunicator:
 
 def _lost(channel: Channel, stage: int, peer: int, error: Exception) -> StageTimeout:
     cause = str(error).splitlines()[0]
-    return StageTimeout(f"stage {stage} (rank {peer}) on {channel} cannot be reached ({cause}): see its log")
+    return StageTimeout(
+        f"stage {stage} (rank {peer}) on {channel} cannot be reached ({cause}): check its log"
+    )
 
 
 def _all_pipelines(ranks: list[int]) -> list[list[int]]:
-    """The ranks of every pipeline of the run, the same list on all of them. One all-gather of p integers."""
+    """The ranks of every pipeline of the run, the same list on all ranks. One all-gather of p integers."""
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, ranks)
     return [list(pipeline) for pipeline in sorted({tuple(pipeline) for pipeline in gathered})]

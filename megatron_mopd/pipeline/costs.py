@@ -1,7 +1,7 @@
-"""What each instruction of a pipeline plan costs. Pure Python, no torch.
+"""The cost of each instruction of a pipeline plan. Pure Python, no torch.
 
-Frozen and hashable, as a part of what is planned (`problem.py`). Times are in any one unit (seconds when they
-were measured, multiples of a student forward in tables).
+Frozen and hashable, because it is part of a plan request (`problem.py`). Times share one arbitrary unit:
+seconds for measured costs, multiples of a student forward in tables.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 
 def per_position(values: float | Sequence[float], count: int, name: str) -> tuple[float, ...]:
-    """`count` costs, from one for all or one for each. Raises ValueError (with `name`) for another number of
-    them, or one that is negative or not finite.
+    """Expand a single value or a sequence to `count` costs. Raises ValueError (with `name`) if the length
+    differs or a cost is negative or not finite.
     """
     numbers = (float(values),) * count if isinstance(values, int | float) else tuple(map(float, values))
     if len(numbers) != count:
@@ -25,13 +25,13 @@ def per_position(values: float | Sequence[float], count: int, name: str) -> tupl
 
 @dataclass(frozen=True)
 class CostModel:
-    """How long each instruction takes, per stage.
+    """The duration of each instruction, per stage.
 
     Student costs are listed by virtual stage (`chunk * stages + stage`), teacher costs by stage.
     `teacher_load` is the time of one stage's asynchronous copy of that teacher's layers, `head_load` that of
-    its output head on the last stage. `message` is the time a stage-to-stage message is under way,
-    `optimizer` the optimizer step itself. Build one with :meth:`build`, which accepts a single number
-    wherever all positions cost the same.
+    its output head on the last stage. `message` is the transfer time of a stage-to-stage message, `optimizer`
+    the time of the optimizer step itself. Build one with :meth:`build`, which accepts a single number if all
+    positions cost the same.
     """
 
     student_forward: tuple[float, ...]
@@ -56,9 +56,10 @@ class CostModel:
         message: float = 0.0,
         optimizer: float = 0.0,
     ) -> CostModel:
-        """Costs of a whole model stage: a single student number is divided evenly over the stage's chunks.
+        """Build from the costs of a whole model stage: a single student cost is divided evenly over the
+        stage's chunks.
 
-        Raises ValueError when a sequence has the wrong length or a cost is negative or not finite.
+        Raises ValueError if a sequence has the wrong length or a cost is negative or not finite.
         """
 
         def student(values: float | Sequence[float], name: str) -> tuple[float, ...]:
@@ -83,7 +84,7 @@ class CostModel:
         )
 
     def teacher(self, name: str) -> tuple[float, ...]:
-        """Forward time of teacher `name` on each stage; ValueError when its cost is unknown."""
+        """Forward time of teacher `name` on each stage; ValueError if its cost is unknown."""
         for teacher, costs in self.teacher_forward:
             if teacher == name:
                 return costs
@@ -91,9 +92,9 @@ class CostModel:
         raise ValueError(f"costs: no teacher_forward for teacher {name!r} (known: {known})")
 
     def load(self, name: str, stage: int) -> float:
-        """Time to bring teacher `name`'s layers onto `stage`; 0 when not given."""
+        """Time to load teacher `name`'s layers onto `stage`; 0 if not given."""
         return next((costs[stage] for teacher, costs in self.teacher_load if teacher == name), 0.0)
 
     def head(self, name: str) -> float:
-        """Time to bring teacher `name`'s output head onto the last stage; 0 when not given."""
+        """Time to load teacher `name`'s output head onto the last stage; 0 if not given."""
         return next((cost for teacher, cost in self.head_load if teacher == name), 0.0)

@@ -1,7 +1,7 @@
-"""Plans and executes one optimizer step after another; one `PipelineDriver` lives as long as the run.
+"""Plans and executes optimizer steps; a run uses a single `PipelineDriver`.
 
-Every rank plans for itself, from the same micro-batch counts and the same measured costs, so nothing is sent;
-before a plan is executed all ranks make sure that they hold the same one and that it can be executed.
+Every rank computes the plan itself, from the same micro-batch counts and the same measured costs, so no plan
+is communicated; before execution all ranks verify that their plans are identical and executable.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from megatron_mopd.pipeline.timeline import draw_timeline, idle_share, without_w
 from megatron_mopd.teachers.hidden_cache import states_within
 
 PLANNING_SHARE = 0.01
-"""Share of a step's time that planning it may take."""
+"""Planning may take this share of a step's time."""
 _PLACEMENTS_PER_SECOND = 150_000
 _MEASURED_EVERY = 10
-"""Optimizer steps between exchanges of measured costs, once the first few have been measured."""
+"""Optimizer steps between exchanges of measured costs, after the first few steps."""
 
 
 @dataclass
 class Measured:
-    """A plan that is being executed, or was, and what this rank recorded of it."""
+    """A plan that is being or has been executed, and this rank's recording of it."""
 
     plan: Plan
     recording: Recording
@@ -58,11 +58,11 @@ class Measured:
 
 @dataclass
 class Started:
-    """The step that is under way: what its plan is for, and what comes after it."""
+    """The step in progress: its plan, the steps that the plan covers, and the steps that follow."""
 
     plan: Plan
     planned: list[StepInput]
-    """The steps that the plan scores samples of; the first is trained on."""
+    """The steps whose samples the plan scores; it trains on the first."""
     following: list[StepInput]
     teachers: TeacherModels | None
 
@@ -70,9 +70,9 @@ class Started:
 class PipelineDriver:
     """Construction is collective over all ranks of the run.
 
-    teachers: name -> forward time relative to the student's, a guess until it has been measured.
+    teachers: name -> forward time relative to the student's; a guess that measurements replace.
     kind: `bubble_fill`, `back_to_back` or `serial`.
-    cache_bytes: most bytes of teacher states that a stage may hold; `None`: no limit but that of `limits`.
+    cache_bytes: maximum bytes of teacher states that a stage may hold; `None`: only `limits` applies.
 
     One step of a run (`training.step.train_step`):
 
@@ -104,18 +104,19 @@ class PipelineDriver:
         self._slots: dict[str, tuple[str, ...]] = {}
         self._checked: set[str] = set()
         self.idle_shares: list[float] = []
-        """Per stage, the share of a step in which it computed nothing, averaged over the steps between two
-        exchanges of measured costs; empty before the first and with a single stage."""
+        """Per stage, the share of a step in which it was idle, averaged over the steps between two exchanges
+        of measured costs; empty before the first exchange and with a single stage."""
         self._started: Started | None = None
         self._agreed: tuple[PlanRequest, Plan] | None = None
         self._scored_ahead: dict[StepInput, tuple[ScoringTask, ...]] = {}
-        """What earlier plans have left to score of steps that they looked ahead to."""
+        """The tasks of the steps that earlier plans looked ahead to, with `scored` set."""
         self._steps = 0
         self._unmeasured: list[Recording] = []
         self.recent: deque[Measured] = deque(maxlen=4)
 
     def look_ahead(self) -> int | None:
-        """How many optimizer steps beyond the current one a plan may score for; `None`: all there are."""
+        """How many optimizer steps beyond the current one a plan may score for; `None`: all available
+        steps."""
         if self.kind == "serial":
             return None
         return 1 if self.kind == "bubble_fill" and self.groups.pp_size > 1 else 0
@@ -127,11 +128,11 @@ class PipelineDriver:
         loss_function: LossFunction,
         teachers: TeacherModels | None,
     ) -> Execution:
-        """Prepare to score and train on `steps[0]`, and to score later steps as far as the kind of schedule
+        """Prepare to score and train on `steps[0]`, and to score later steps as far as the schedule kind
         looks ahead.
 
-        Collectives: those of `agree` and `_exchange_costs`, unless `plan_next` has already done this. Raises
-        `LimitError` on every rank when no plan keeps to the limits.
+        Collectives: those of `agree` and `_exchange_costs`, unless `plan_next` has already run them for this
+        step. Raises `LimitError` on every rank if no plan satisfies the limits.
         """
         steps = list(steps)
         planned = self._within_reach(steps)
@@ -144,8 +145,8 @@ class PipelineDriver:
         return execution
 
     def plan_next(self) -> None:
-        """Plan the step after the one that has just updated the weights, where all stages meet anyway:
-        teacher forwards that come after the update then run into the next plan without another meeting.
+        """Plan the next step right after the weight update, where all stages synchronize anyway: teacher
+        forwards after the update then overlap the next plan without another synchronization.
 
         Collectives: see `agree` and `_exchange_costs`.
         """
@@ -154,7 +155,7 @@ class PipelineDriver:
         self._take_over(started.plan, started.planned)
         if started.following:
             self._exchange_costs()
-            # Limits that the next step cannot keep to are reported when it begins: this one is done.
+            # A next step that cannot satisfy the limits raises when it starts; this step is complete.
             with contextlib.suppress(LimitError, ConfigError):
                 steps = self._within_reach(started.following)
                 request = self._request(steps, started.teachers)
@@ -169,32 +170,32 @@ class PipelineDriver:
         shape: BatchShape,
         on_hidden: Callable[[MicroBatch, Tensor], None],
     ) -> None:
-        """Forward passes of the student without gradients; between two steps.
+        """Run forward passes of the student without gradients, between two steps.
 
-        on_hidden: takes what it needs of the last stage's hidden states [s/cp(/tp), b, h].
-        Collectives: the model's, and one all-reduce of a number over the pipeline.
+        on_hidden: called with the last stage's hidden states [s/cp(/tp), b, h] of each micro-batch.
+        Collectives: the model's, and one scalar all-reduce over the pipeline.
         """
         lists = forward_lists(self.groups.pp_size, self.groups.vpp_size, len(micro_batches))
         work = ForwardWork(chunks, micro_batches, shape, self.groups, on_hidden)
         self._execution(lists[self.groups.pp.rank()], work).run_rest()
         if self.groups.pp_size > 1:
-            work.synchronize()  # what was sent may be let go of
+            work.synchronize()  # after this, send buffers may be freed
             self.communicator.flush()
 
     def _execution(self, instructions: Sequence[Instruction], work: StageWork) -> Execution:
         return Execution(instructions, self.groups.pp.rank(), work, self.communicator, self._stopwatch)
 
     def last_events(self) -> list[Event]:
-        """What this rank did in the last step, and when; waits for the device."""
+        """This rank's events in the last step; waits for the device."""
         return self.recent[-1].recording.events()
 
     def _scoring(self, step: StepInput) -> tuple[ScoringTask, ...]:
-        """A step's tasks, with what earlier plans have scored of them."""
+        """A step's tasks, including how much earlier plans have scored."""
         return self._scored_ahead.get(step, step.scoring)
 
     def _within_reach(self, steps: Sequence[StepInput]) -> list[StepInput]:
-        """The steps that one plan is for: as many as this kind of schedule looks ahead, but none whose states
-        are so large that the room for them is too small for the first step's own.
+        """The steps that one plan covers: as many as this schedule kind looks ahead, except steps whose
+        states are so large that the resulting limit would be too small for the first step.
         """
         reach = self.look_ahead()
         steps = list(steps[: None if reach is None else 1 + reach])
@@ -206,17 +207,17 @@ class PipelineDriver:
         return steps
 
     def _cached_states(self, steps: Sequence[StepInput]) -> int | None:
-        """How many scored micro-batches of these steps a stage may hold."""
+        """How many scored micro-batches a stage may hold if it plans for these steps."""
         if self.cache_bytes is None:
             return self.limits.cached_states
-        # Those of the first step must fit, or there is no plan at all.
+        # Without room for those of the first step there is no plan.
         states = states_within(self.cache_bytes, steps[0].state_bytes)
         states = min(states, *(self.cache_bytes // max(1, step.state_bytes) for step in steps))
         return states if self.limits.cached_states is None else min(states, self.limits.cached_states)
 
     def _agreed_plan(self, steps: Sequence[StepInput], teachers: TeacherModels | None) -> Plan:
-        """The plan agreed on during the last step, unless the request has changed since (samples have
-        arrived, limits are others).
+        """The plan agreed on during the last step, unless the request has changed since (new samples or
+        limits).
         """
         agreed, self._agreed = self._agreed, None
         if agreed is not None and agreed[0] == self._request(steps, teachers):
@@ -225,7 +226,8 @@ class PipelineDriver:
         return self.plan(steps, teachers)
 
     def _take_over(self, plan: Plan, steps: Sequence[StepInput]) -> None:
-        """What the plan leaves to the next one: occupied slots, and what is scored of later steps."""
+        """Record the state that the plan leaves to the next one: occupied slots, and scores of later
+        steps."""
         self._slots = {"resident": plan.resident, "resident_heads": plan.resident_heads}
         ahead: dict[StepInput, list[ScoringTask]] = {step: [] for step in steps[1:]}
         for task in plan.next_scoring():
@@ -233,8 +235,8 @@ class PipelineDriver:
         self._scored_ahead = {step: tuple(tasks) for step, tasks in ahead.items()}
 
     def plan(self, steps: Sequence[StepInput], teachers: TeacherModels | None = None) -> Plan:
-        """The plan that every rank will execute. Raises on all ranks alike (`PlanError`, or `LimitError` for
-        limits that cannot be met) when it cannot be executed or the ranks disagree.
+        """The plan that every rank will execute. Raises on all ranks (`PlanError`, or `LimitError` for limits
+        that cannot be met) if it cannot be executed or the ranks disagree.
         """
         plan, problem = None, None
         try:
@@ -252,7 +254,7 @@ class PipelineDriver:
         return plan
 
     def _bare_request(self, steps: Sequence[StepInput]) -> PlanRequest:
-        """What is asked for, without what the last plan left behind."""
+        """The request without the state that the last plan left."""
         return PlanRequest(
             stages=self.groups.pp_size,
             microbatches=len(steps[0].student),
@@ -269,23 +271,24 @@ class PipelineDriver:
 
     def _request(self, steps: Sequence[StepInput], teachers: TeacherModels | None) -> PlanRequest:
         request = self._bare_request(steps)
-        # Head slots that a step has needed stay.
+        # The number of head slots never shrinks.
         heads = max(request.head_slots(), len(self._slots.get("resident_heads", ())))
         if teachers is not None and self.groups.is_last_stage:
             teachers.reserve_heads(heads)
         return replace(request, limits=replace(request.limits, resident_heads=heads), **self._slots)
 
     def _effort(self, request: PlanRequest) -> int:
-        """Placements the planner may try: a small share of the time that the step itself will take."""
+        """Number of placements the planner may try, so that planning takes a small share of the step's
+        time."""
         if not self._costs.is_measured:
             return 0
         seconds = bubble_free_time(request)
         return min(_PLACEMENTS_PER_SECOND, int(PLANNING_SHARE * seconds * _PLACEMENTS_PER_SECOND))
 
     def _exchange_costs(self) -> None:
-        """Average what all ranks measured since the last time. One all-reduce over all ranks (their hosts) of
-        two float64 per stage and kind of instruction, every few steps; none with a single stage, whose plans
-        need no costs.
+        """Average the costs that all ranks measured since the last exchange. Every few steps, one all-reduce
+        over all ranks (on the CPU) of two float64 per stage and kind of instruction; none with a single
+        stage, whose plans need no costs.
         """
         if self.groups.pp_size == 1 or not self._unmeasured:
             self._unmeasured.clear()
@@ -337,8 +340,8 @@ class PipelineDriver:
 
     def draw(self, directory: Path, steps: int) -> None:
         """Write `timeline.png` and `timeline.json` (for Perfetto) of the last `steps` optimizer steps,
-        planned and measured. Collective over the pipeline; nothing with a single stage or before the first
-        step.
+        planned and measured. Collective over the pipeline; does nothing with a single stage or before the
+        first step.
         """
         if self.groups.pp_size == 1 or not self.recent:
             return
@@ -349,10 +352,9 @@ class PipelineDriver:
 
 
 def agree(plan: Plan | None, problem: Exception | None, shapes: object) -> None:
-    """Raise on every rank when any rank has found a problem or holds another plan (or batch shape) than the
-    rest.
+    """Raise on every rank if any rank has found a problem or holds a different plan (or batch shape).
 
-    Collectives over all ranks, of the hosts (gloo), so that no device waits: an all-reduce of 8 integers; if
+    Collectives over all ranks, on the CPU (gloo) so that no device waits: an all-reduce of 8 integers; if
     they differ, an all-gather of a line of text.
     """
     mine = f"{problem}" if plan is None else plan.digest()

@@ -1,7 +1,7 @@
-"""The vocabulary of a pipeline plan: what one stage is told to do, one instruction after another. No torch.
+"""The instructions of a pipeline plan. No torch.
 
-A stage executes its list from top to bottom. Only computation and the two collectives occupy it: a load or a
-message is started when its instruction is reached and proceeds on its own.
+A stage executes its list from top to bottom. Only computations and the two collectives block it: a load or a
+message starts when its instruction is reached and proceeds asynchronously.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_mopd.pipeline.problem import PlanRequest, ScoringTask, TeacherJob
 
 
 class Lane(enum.StrEnum):
-    """One kind of traffic between stages. Lanes never wait for each other."""
+    """A kind of message between stages. Lanes never wait for each other."""
 
     TEACHER_FORWARD = "teacher_forward"
     STUDENT_FORWARD = "student_forward"
@@ -23,7 +23,7 @@ class Lane(enum.StrEnum):
 
 
 class Channel(NamedTuple):
-    """A one-way road between two stages on one lane. Messages arrive in the order they were sent."""
+    """A one-way channel between two stages on one lane. Messages arrive in the order they were sent."""
 
     lane: Lane
     source: int
@@ -35,9 +35,7 @@ class Channel(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TeacherForward:
-    """Run this stage's share of the teacher's layers. On the last stage the hidden state goes into the
-    cache.
-    """
+    """Run this stage's layers of the teacher. On the last stage the hidden state goes into the cache."""
 
     job: TeacherJob
 
@@ -48,8 +46,8 @@ class TeacherForward:
 
 @dataclass(frozen=True, slots=True)
 class StudentForward:
-    """Run one model chunk forward. On the last stage's last chunk this includes the loss against the cached
-    states.
+    """Run the forward pass of one model chunk. For the last chunk of the last stage this includes the loss
+    against the cached states.
     """
 
     microbatch: int
@@ -61,7 +59,7 @@ class StudentForward:
 
 @dataclass(frozen=True, slots=True)
 class StudentBackward:
-    """Run one model chunk backward and free its activations."""
+    """Run the backward pass of one model chunk and free its activations."""
 
     microbatch: int
     chunk: int = 0
@@ -74,7 +72,7 @@ Compute = TeacherForward | StudentForward | StudentBackward
 
 
 def next_place(compute: Compute, stage: int, p: int, v: int) -> tuple[Lane, int, Compute] | None:
-    """Where the output of `compute` on `stage` goes: lane, stage, and the computation that takes it. None:
+    """Where the output of `compute` on `stage` goes: lane, stage, and the computation that consumes it. None:
     nowhere.
     """
     last = p - 1
@@ -106,7 +104,7 @@ class Receive:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Start sending what was just computed to the stage where `consumer` will need it; never waits."""
+    """Start sending the last computation's output to the stage that runs `consumer`; never waits."""
 
     channel: Channel
     consumer: Compute
@@ -117,7 +115,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class LoadTeacher:
-    """Start copying a teacher's layers into a slot. The slot's last occupant is no longer needed by then."""
+    """Start copying a teacher's layers into a slot, whose previous occupant is no longer needed."""
 
     teacher: str
     slot: int
@@ -147,8 +145,8 @@ class Synchronize:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerStep:
-    """All gradients of this step are complete on this stage: reduce, clip and update. All stages wait for
-    each other.
+    """Reduce gradients, clip and update: all gradients of this step are complete on this stage. All stages
+    wait for each other.
 
     Teacher forwards may follow it: they belong to later steps and fill the time until the next plan's first
     student forward arrives.
@@ -163,9 +161,9 @@ Instruction = Compute | Receive | Send | LoadTeacher | LoadHead | Synchronize | 
 
 @dataclass(frozen=True)
 class Plan:
-    """One instruction list per stage, and what the next request has to know about how this plan ends.
+    """One instruction list per stage, and the final state that the next request needs to know.
 
-    deferred: look-ahead jobs that were asked for and left out, because the cache could not have held them.
+    deferred: requested look-ahead jobs that were left out because the cache has no room for their results.
     resident, resident_heads: the occupants of the slots at the end, slot by slot.
     """
 
@@ -177,11 +175,11 @@ class Plan:
     _digest: list[str] = field(default_factory=list, compare=False, repr=False)
 
     def next_scoring(self) -> tuple[ScoringTask, ...]:
-        """The tasks of the request's look-ahead as the next request must list them."""
+        """The look-ahead tasks of the request as the next request must list them."""
         return self.request.next_scoring(self.deferred)
 
     def digest(self) -> str:
-        """A fingerprint of all lists. Ranks whose digests differ would wait for each other for ever."""
+        """A hash of all instruction lists. Ranks whose digests differ would deadlock."""
         if not self._digest:
             text = "\n".join(
                 f"{stage}: {entry}" for stage, entries in enumerate(self.stages) for entry in entries

@@ -1,10 +1,10 @@
-"""Decides who computes what when: a discrete-event simulation in which every idle stage picks its next job.
-No torch.
+"""List scheduling: a discrete-event simulation in which every idle stage picks its next computation. No
+torch.
 
-The student's forwards and backwards keep one fixed order on every stage (Megatron's interleaved order, which
-for one chunk per stage is 1F1B); what is decided is how they and the teacher forwards interleave. The order
-cannot get stuck: the oldest unfinished backward can always be reached with the activations that are allowed
-(see `forward_group`).
+The student's forwards run in one fixed order on every stage, and so do its backwards (Megatron's interleaved
+order, which for one chunk per stage is 1F1B); the simulation decides how they interleave with each other and
+with the teacher forwards. It cannot deadlock: within the activation limit the oldest unfinished backward can
+always be reached (see `forward_group`).
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ from megatron_mopd.pipeline.slots import slot_loads
 
 
 class PriorityRule(NamedTuple):
-    """How an idle stage chooses. The planner tries several rules and keeps the fastest schedule.
+    """How an idle stage picks its next computation. The planner tries several rules and keeps the fastest
+    schedule.
 
-    fixed_order: keep to Megatron's order of forwards and backwards on every stage; else a backward goes first
-        whenever one is there, and a forward whenever the activation cap allows.
-    extra_activations: forwards a stage may run ahead of 1F1B, within the limit.
-    patience: a teacher forward is not started when student work is known to arrive before this share of it is
-        over.
-    teachers_first: run every teacher forward before the first student forward (back-to-back, serial).
-    head: teacher forwards the first stage runs before its first student forward. A teacher slower than the
-        student's forward needs this lead, or its first results reach the middle stages after their first gap.
-    pace: the student's forwards fall due one by one, this many forward-and-backward times apart; until then a
-        teacher forward goes first. 0: as soon as possible.
-    lateness: how far, as a share of the teacher forward, it may push a student forward past its due time.
+    fixed_order: follow Megatron's order of forwards and backwards on every stage; otherwise run a backward as
+        soon as one is ready, and a forward whenever the activation cap allows it.
+    extra_activations: forwards that a stage may run ahead of 1F1B, within the limit.
+    patience: do not start a teacher forward if student work is known to arrive before this fraction of it has
+        run.
+    teachers_first: run all teacher forwards before the first student forward (back-to-back, serial).
+    head: teacher forwards that the first stage runs before its first student forward. A teacher slower than
+        the student's forward needs this lead, or its first results reach the middle stages after their first
+        gap.
+    pace: interval at which the student's forwards become due, in forward-plus-backward times; before a
+        forward is due, a teacher forward takes precedence. 0: as soon as possible.
+    lateness: how far a teacher forward may delay a student forward past its due time, as a fraction of the
+        teacher forward.
     """
 
     fixed_order: bool = False
@@ -51,7 +54,8 @@ class PriorityRule(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """One computation with its planned start and end on its stage; `index` counts within its kind."""
+    """One computation with its planned start and end on its stage; `index` counts computations of its
+    kind."""
 
     start: float
     end: float
@@ -60,7 +64,7 @@ class Placed(NamedTuple):
 
 
 class Schedule:
-    """The outcome: per stage the placed computations, with the orders and loads they refer to."""
+    """The computations placed on each stage, with the orders and loads they refer to."""
 
     def __init__(self, request: PlanRequest, jobs: tuple[TeacherJob, ...], rule: PriorityRule):
         self.request, self.jobs, self.rule = request, jobs, rule
@@ -93,16 +97,17 @@ class Schedule:
                 self.last_job[job.microbatch] = number
         self.placed: list[list[Placed]] = [[] for _ in range(p)]
         _Simulation(self).run()
-        # Heads are read by losses and by forwards that keep log-probs, in the order that has come out.
+        # Losses, and forwards that store log-probs, read heads in the order of the schedule.
         uses = [(item, heads) for item in self.placed[-1] if (heads := self._heads_read(item))]
         self.head_uses = [(item.kind, item.index) for item, _ in uses]
-        """What reads a head on the last stage: (kind, index) in order; `SlotLoad.after` counts these."""
+        """The computations that read a head on the last stage: (kind, index) in order; `SlotLoad.after`
+        counts these."""
         self.head_loads, self.resident_heads = slot_loads(
             [heads for _, heads in uses], request.head_slots(), request.resident_heads, request.next_head()
         )
 
     def _heads_read(self, item: Placed) -> tuple[str, ...]:
-        """The teachers whose output heads a computation of the last stage reads."""
+        """The teachers whose output heads a computation on the last stage reads."""
         if item.kind == TEACHER:
             job = self.jobs[item.index]
             return (job.teacher,) if job in self._scoring_heads else ()
@@ -113,22 +118,22 @@ class Schedule:
 
 
 class _Stage:
-    """A pipeline stage on the simulated clock: when its inputs arrive, and what it has started."""
+    """A pipeline stage in simulated time: when its inputs arrive, and what it has started."""
 
     def __init__(self, schedule: Schedule, number: int):
         forwards, jobs = len(schedule.forward), len(schedule.jobs)
         self.number = number
         self.forward_in = [math.inf] * forwards
-        """When the input of each forward is there; infinite until that is known."""
+        """When the input of each forward arrives; infinite until known."""
         self.backward_in = [math.inf] * forwards
         self.teacher_in = [math.inf if number else 0.0] * jobs
         self.loaded_at = {load.before: math.inf for load in schedule.teacher_loads}
-        """When the teacher that a job waits for is loaded."""
+        """When the teacher that a job needs is loaded."""
         self.next_forward = self.next_backward = self.next_job = 0
         self.first_forward = math.inf
         self.free_at = 0.0
         self.loads_end = 0.0
-        """When the loads that have been started are over: they are made one after another."""
+        """When the loads started so far finish; loads run one after another."""
         self.cached_states = 0
         self.activation_cap = schedule.activation_caps[number]
         self.order = schedule.orders[number] if schedule.orders else None
@@ -136,7 +141,7 @@ class _Stage:
 
 
 class _Simulation:
-    """Fills `schedule.placed`: whenever a stage is idle, it starts what `schedule.rule` prefers."""
+    """Fills `schedule.placed`: an idle stage starts the computation that `schedule.rule` prefers."""
 
     def __init__(self, schedule: Schedule):
         request, self.schedule, self.rule = schedule.request, schedule, schedule.rule
@@ -193,7 +198,7 @@ class _Simulation:
     # --- which computation comes next -------------------------------------------------------------
 
     def _choice(self, stage: _Stage, now: float) -> int | None:
-        """What the stage starts now; None when it is better, or necessary, to wait."""
+        """The kind of computation the stage starts now; None if it is better, or necessary, to wait."""
         may_forward, may_backward = self._allowed(stage)
         backward_time = stage.backward_in[stage.next_backward] if may_backward else math.inf
         has_room = self._has_room(stage)
@@ -211,7 +216,8 @@ class _Simulation:
         return FORWARD if forward_time <= now else None
 
     def _allowed(self, stage: _Stage) -> tuple[bool, bool]:
-        """Whether the order of the student, or else the cap on activations, allows a forward; a backward."""
+        """Whether the student's fixed order (or, without one, the activation cap) allows a forward, and a
+        backward."""
         forwards, backwards = stage.next_forward, stage.next_backward
         if stage.order is not None and forwards + backwards < 2 * self.n_forwards:
             is_backward = stage.order[forwards + backwards] == BACKWARD
@@ -220,7 +226,7 @@ class _Simulation:
         return forwards < self.n_forwards and within_cap, backwards < self.n_forwards
 
     def _has_room(self, stage: _Stage) -> bool:
-        """Whether the result of one more teacher forward can be kept where it goes."""
+        """Whether the destination's cache has room for the result of one more teacher forward."""
         if self.cache_limit == math.inf:
             return True
         if stage.number < self.last:
@@ -228,7 +234,7 @@ class _Simulation:
         return self.last > 0 or stage.cached_states < self.cache_limit
 
     def _forward_time(self, stage: _Stage, has_room: bool) -> tuple[float, bool]:
-        """When the next forward may start, and whether a teacher forward has to come before it."""
+        """When the next forward may start, and whether a teacher forward must run before it."""
         number, job = stage.next_forward, stage.next_job
         microbatch, chunk = self.schedule.forward[number]
         if chunk == self.chunks - 1 and job <= self.schedule.last_job[microbatch]:
@@ -243,15 +249,15 @@ class _Simulation:
         return stage.forward_in[number], False
 
     def _teacher_time(self, stage: _Stage) -> float:
-        """When the next teacher forward has its input and its weights."""
+        """When both the input and the weights of the next teacher forward are available."""
         job = stage.next_job
         if job == self.n_jobs:
             return math.inf
         return max(stage.teacher_in[job], stage.loaded_at.get(job, 0.0))
 
     def _fits(self, stage: _Stage, now: float, forward_time: float, backward_time: float) -> bool:
-        """Whether a teacher forward ends before the student's next work arrives or, for a forward that is
-        already there, before that falls due.
+        """Whether a teacher forward ends before the student's next work arrives or, if a student forward is
+        already waiting, before it is due.
         """
         cost = self.job_cost[stage.next_job][stage.number]
         waited_for = now + self.rule.patience * cost
@@ -262,7 +268,7 @@ class _Simulation:
         due = stage.first_forward + stage.next_forward * self.pace
         return waited_for <= backward_time and now + (1 - self.rule.lateness) * cost <= due
 
-    # --- what follows from starting it: each returns when it ends ---------------------------------
+    # --- starting a computation: each method returns its end time ---------------------------------
 
     def _start_forward(self, stage: _Stage, now: float) -> float:
         number = stage.next_forward

@@ -1,9 +1,9 @@
-"""Keeps the planner's costs in step with what the run measures. Pure Python, no torch.
+"""Updates the planner's costs with measured durations. Pure Python, no torch.
 
-Every rank summarises its own events, the summaries are gathered over all ranks (a few hundred bytes each),
-and every rank folds the same summaries in: so all ranks hold the same costs and plan the same plan. The cost
-model that is handed out only changes when some cost has moved by more than `tolerance`, so plans stay cached
-and measurement noise does not reshuffle them.
+Every rank summarizes its own events, the summaries are gathered over all ranks (a few hundred bytes each),
+and every rank folds in the same summaries, so all ranks hold the same costs and make the same plan. The cost
+model returned to the planner changes only when some cost has changed by more than `tolerance`, so plans stay
+cached and measurement noise does not reorder them.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def _key(event: Event) -> tuple[str, int, int | str] | None:
         return "teacher_load", stage, entry.teacher
     if isinstance(entry, LoadHead):
         return "head_load", 0, entry.teacher
-    # The other stages' optimizer steps include waiting for stage 0, whose last backward pass comes last.
+    # On other stages the optimizer step includes waiting for stage 0, which finishes its last backward last.
     return ("optimizer", 0, 0) if isinstance(entry, OptimizerStep) and stage == 0 else None
 
 
 def summarize(events: Iterable[Event]) -> tuple[Mean, ...]:
-    """One rank's averages of one optimizer step."""
+    """One rank's average durations in one optimizer step."""
     totals: dict[tuple[str, int, int | str], list[float]] = {}
     for event in events:
         key = _key(event)
@@ -63,7 +63,7 @@ def summarize(events: Iterable[Event]) -> tuple[Mean, ...]:
 
 
 def cost_keys(costs: CostModel, stages: int) -> list[tuple[str, int, int | str]]:
-    """Every key that measurements of this cost model can have, in an order that all ranks share."""
+    """Every key that measurements for this cost model can have, in the same order on all ranks."""
     keys: list[tuple[str, int, int | str]] = [("optimizer", 0, 0)]
     for place in range(len(costs.student_forward)):
         chunk, stage = divmod(place, stages)
@@ -75,10 +75,10 @@ def cost_keys(costs: CostModel, stages: int) -> list[tuple[str, int, int | str]]
 
 
 class MeasuredCosts:
-    """A running average of measured costs, starting from a guess.
+    """A running average of measured costs, starting from an initial guess.
 
-    momentum: the weight of the past in the running average of each step.
-    tolerance: the relative change of any cost that makes `model()` hand out new numbers.
+    momentum: the weight of earlier steps in the running average.
+    tolerance: the relative change of any cost above which `model()` returns new costs.
     """
 
     def __init__(self, initial: CostModel, stages: int, *, momentum: float = 0.8, tolerance: float = 0.1):
@@ -88,9 +88,7 @@ class MeasuredCosts:
         self._in_seconds = False
 
     def fold(self, summaries: Iterable[Sequence[Mean]]) -> None:
-        """Take in one step's summaries of all ranks, in rank order. A first measurement replaces the
-        guess.
-        """
+        """Fold in one step's summaries of all ranks, in rank order. First measurements replace the guess."""
         totals: dict[tuple[str, int, int | str], list[float]] = {}
         for summary in summaries:
             for key, seconds, count in summary:
@@ -112,13 +110,13 @@ class MeasuredCosts:
 
     @property
     def is_measured(self) -> bool:
-        """The costs are seconds, not guesses."""
+        """Whether the costs are measured seconds rather than guesses."""
         return bool(self._averages)
 
     def _build(self) -> CostModel:
         base = self._handed_out
         if self._averages and not self._in_seconds:
-            # What has not been measured yet keeps its proportion to what has.
+            # Scale the costs that have not been measured yet along with those that have.
             base = self._scaled(base)
             self._in_seconds = True
 

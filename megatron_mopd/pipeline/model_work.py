@@ -1,8 +1,8 @@
-"""A plan's computations on real models, with megatron-core's own building blocks.
+"""Runs a plan's computations on real models, using megatron-core's building blocks.
 
-The student's forward and backward passes are megatron-core's `forward_step` and `backward_step` with the
-same arguments its schedules give them, so auxiliary-loss scaling, activation recompute, output deallocation
-and gradient hooks behave as they do there. Teachers bypass `forward_step`: it would set the auxiliary loss's
+The student's forward and backward passes are megatron-core's `forward_step` and `backward_step` with the same
+arguments as in its schedules, so auxiliary-loss scaling, activation recompute, output deallocation and
+gradient hooks behave as they do there. Teachers bypass `forward_step`, which would set the auxiliary loss's
 global scale between a student's forward and its backward.
 """
 
@@ -42,15 +42,16 @@ from megatron_mopd.pipeline.instructions import (
 from megatron_mopd.pipeline.problem import ScoringTask
 
 LossFunction = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
-"""(micro-batch, last-stage hidden states [s/cp(/tp), b, h]) -> (summed loss, number of tokens, things to
+"""(micro-batch, last-stage hidden states [s/cp(/tp), b, h]) -> (summed loss, number of tokens, values to
 report)."""
 
 
 class ScoreSink(Protocol):
-    """Where a step's scores go; `losses.teacher_scores.TeacherScores`."""
+    """Receives a step's scores; `losses.teacher_scores.TeacherScores`."""
 
     def keep(self, teacher: str, micro_batch: MicroBatch, hidden: Tensor) -> None:
-        """Take what the loss needs of a teacher's last-layer hidden states [s/cp(/tp), b, h]; last stage."""
+        """Store what the loss needs of a teacher's last-layer hidden states [s/cp(/tp), b, h]; last stage
+        only."""
 
 
 class StepInput(Protocol):
@@ -60,36 +61,36 @@ class StepInput(Protocol):
     student: Sequence[MicroBatch]
     teachers: Mapping[str, Sequence[MicroBatch]]
     scoring: tuple[ScoringTask, ...]
-    """For each teacher, which student micro-batches need each of its micro-batches; `step` is 0, and nothing
-    is scored yet."""
+    """For each teacher, which student micro-batches need each of its micro-batches; `step` and `scored` are
+    0."""
     scores: ScoreSink
     state_bytes: int
-    """Most bytes that one scored micro-batch leaves in the cache of any rank."""
+    """Maximum number of bytes that one scored micro-batch takes in the cache of any rank."""
 
 
 class TeacherModels(Protocol):
-    """Where teachers' weights come from; `teachers.bank.TeacherBank`."""
+    """The source of the teachers' weights; `teachers.bank.TeacherBank`."""
 
     def config(self, name: str) -> TransformerConfig:
-        """Its transformer configuration, resident or not."""
+        """Transformer configuration of teacher `name`, resident or not."""
 
     def prefetch(self, name: str, slot: int | None = None) -> None:
-        """Start the arrival of its layers."""
+        """Start loading its layers."""
 
     def prefetch_head(self, name: str, slot: int | None = None) -> None:
-        """Start the arrival of its output head; last stage."""
+        """Start loading its output head; last stage only."""
 
     def reserve_heads(self, count: int) -> None:
-        """Have this many slots for output heads."""
+        """Allocate this many slots for output heads."""
 
     def make_resident(self, name: str) -> HiddenStateGPT:
-        """The frozen stage of teacher `name`, with its weights."""
+        """This stage of teacher `name`, frozen, with its weights loaded."""
 
 
 class ModelWork:
     """One optimizer step of one rank; a `StageWork`.
 
-    steps: the step itself and the later ones whose teacher forwards the plan contains.
+    steps: this step, followed by the later steps whose teacher forwards the plan contains.
     """
 
     def __init__(
@@ -114,12 +115,12 @@ class ModelWork:
         self._outputs: dict[tuple[int, int], Tensor] = {}
         self._backwards_left = [len(steps[0].student)] * len(self._chunks)
         self.reports: list[dict[str, Any]] = []
-        """What the loss reported for each micro-batch; empty on all stages but the last."""
+        """The values reported by the loss for each micro-batch; empty on all stages but the last."""
         self._num_tokens = torch.zeros([], dtype=torch.int, device=groups.device)
         self._embedding = clear_embedding_activation_buffer(self._config, self._chunks, groups.is_last_stage)
 
     def message(self, consumer: Compute) -> tuple[tuple[int, ...], torch.dtype]:
-        """[s/cp(/tp), b, h] of the model and the step that the consumer belongs to."""
+        """[s/cp(/tp), b, h] of the consumer's model and step."""
         step, config = self._steps[0], self._config
         if isinstance(consumer, TeacherForward):
             step = self._steps[consumer.job.step]
@@ -127,7 +128,7 @@ class ModelWork:
         return message_shape(config, step.shape, self._groups), config.pipeline_dtype
 
     def load(self, entry: LoadTeacher | LoadHead) -> None:
-        """Start a teacher's arrival in the slot that the plan has kept free for it."""
+        """Start loading a teacher into the slot that the plan has freed for it."""
         arrive = self._teachers.prefetch if isinstance(entry, LoadTeacher) else self._teachers.prefetch_head
         arrive(entry.teacher, entry.slot)
 
@@ -167,8 +168,8 @@ class ModelWork:
         self._inputs[key], self._outputs[key] = hidden, output
         if is_last:
             return None
-        # The message shares the output's memory and keeps it until it has been sent; the graph needs it no
-        # longer.
+        # The message shares the output's memory and keeps it alive until it has been sent; the graph no
+        # longer needs it.
         message = output.detach()
         deallocate_output_tensor(output, self._config.deallocate_pipeline_outputs)
         return message
@@ -179,9 +180,8 @@ class ModelWork:
         self._backwards_left[entry.chunk] -= 1
         is_final = self._backwards_left[entry.chunk] == 0
         overlapped = self._config.no_sync_func is not None
-        # Gradients are reduced bucket by bucket during the last backward pass where nothing else is left to
-        # hide it behind, as megatron-core does; elsewhere right after it, while the other stages still
-        # compute.
+        # Like megatron-core, reduce gradients bucket by bucket during the last backward pass if no later work
+        # can hide the reduction; otherwise right after it, while the other stages still compute.
         in_hooks = self._config.grad_sync_func is None or (self._stage == 0 and len(self._chunks) == 1)
         hold = overlapped and not (is_final and in_hooks)
         with chunk.no_sync() if hold else contextlib.nullcontext():
@@ -195,8 +195,8 @@ class ModelWork:
         synchronize(self._groups)
 
     def finish_gradients(self) -> None:
-        """Reduce the gradients over data-parallel ranks (tied embeddings over the pipeline's ends too) and
-        divide them by the number of tokens.
+        """Reduce the gradients over data-parallel ranks (tied embeddings also over the first and last stage)
+        and divide them by the number of tokens.
         """
         assert not self._outputs, "every forward pass has had its backward pass"
         groups, config = self._groups, self._config
@@ -205,9 +205,9 @@ class ModelWork:
 
 
 class ForwardWork:
-    """Forward passes of the student that no backward pass follows; a `StageWork` of forward-only lists.
+    """Forward passes of the student without backward passes; a `StageWork` for forward-only lists.
 
-    on_hidden: takes what it needs of the last stage's hidden states, micro-batch by micro-batch.
+    on_hidden: called with the last stage's hidden states of each micro-batch.
     """
 
     def __init__(
@@ -240,16 +240,16 @@ class ForwardWork:
 
 
 def synchronize(groups: ParallelGroups) -> None:
-    """Wait for all stages of this rank's pipeline: one all-reduce of a number."""
+    """Wait for all stages of this rank's pipeline, with one scalar all-reduce."""
     token = torch.zeros(1, device=groups.device)
     dist.all_reduce(token, group=groups.pp)
-    token.cpu()  # NCCL orders the device's work only; the host waits here
+    token.cpu()  # NCCL only orders work on the device; this makes the host wait
 
 
 def message_shape(
     config: TransformerConfig, shape: BatchShape, groups: ParallelGroups
 ) -> tuple[int, int, int]:
-    """[s/cp(/tp), b, h]: what one stage of a model with this `config` sends to the next."""
+    """Shape [s/cp(/tp), b, h] of the message between stages of a model with this `config`."""
     length = (shape.max_tokens or shape.seq_length) // groups.cp_size
     if config.sequence_parallel:
         length //= groups.tp_size
@@ -258,7 +258,8 @@ def message_shape(
 
 
 def forward(chunk: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
-    """One model chunk on one micro-batch (on its device): hidden states, or the stage's output."""
+    """Run one model chunk on one micro-batch (on the chunk's device); returns hidden states, or the stage's
+    output."""
     documents = None
     if micro_batch.document_lengths is not None:
         documents = PackedDocuments.from_lengths(
@@ -279,10 +280,10 @@ def forward(chunk: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
 def forward_without_gradients(
     chunk: torch.nn.Module, micro_batch: MicroBatch, hidden: Tensor | None
 ) -> Tensor:
-    """`forward` of a chunk whose input from the stage before it is `hidden`."""
+    """`forward` without gradients of a chunk whose input from the previous stage is `hidden`."""
     model = unwrap(chunk)
     model.set_input_tensor(hidden)
-    # Not `inference_mode`: the rotary tables cached here are used again by passes that need gradients.
+    # Not `inference_mode`: passes that need gradients reuse the rotary tables cached here.
     with torch.no_grad():
         output = forward(chunk, micro_batch)
     model.set_input_tensor(None)

@@ -1,5 +1,5 @@
-"""Orders of the student's forwards and backwards: Megatron's interleaved order, which for one chunk per stage
-is 1F1B. No torch.
+"""The order of the student's forwards and backwards: Megatron's interleaved order, which for one chunk per
+stage is 1F1B. No torch.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ FORWARD, BACKWARD, TEACHER = 0, 1, 2
 
 
 def forward_group(stages: int, chunks: int, limit: int) -> int:
-    """How many micro-batches advance together through the chunks: Megatron's p, or fewer under a tight limit.
+    """How many micro-batches move through the chunks together: Megatron's p, or fewer under a tight limit.
 
-    A stage must hold (chunks - 1) * group forwards before the first backward can come back to it, plus one.
+    A stage must hold (chunks - 1) * group + 1 forwards before the first backward can reach it.
     """
     if chunks == 1:
         return stages
@@ -29,10 +29,10 @@ def student_order(microbatches: int, chunks: int, group: int) -> tuple[list, lis
 
 
 def one_forward_one_backward(microbatches: int, chunks: int, group: int, warmup: int) -> list[int]:
-    """One stage's student order: FORWARD or BACKWARD, `warmup` forwards first, then in turns.
+    """One stage's student order: FORWARD or BACKWARD, `warmup` forwards first, then alternating.
 
-    A last group that is not full is planned as if it were, and the missing micro-batches are then left out:
-    leaving out whole micro-batches cannot make an order get stuck.
+    An incomplete last group is planned as if it were full, and the missing micro-batches are then removed:
+    removing whole micro-batches cannot make an order deadlock.
     """
     full = -(-microbatches // group) * group
     forward, backward = student_order(full, chunks, group)

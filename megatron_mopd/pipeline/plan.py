@@ -1,11 +1,11 @@
-"""From a request to a plan: who runs what, in which order, on every pipeline stage. Pure Python, no torch.
+"""Turns a request into a plan: what every pipeline stage runs, in which order. Pure Python, no torch.
 
     plan = Planner().plan(PlanRequest(stages=8, microbatches=32, costs=costs, scoring=scoring))
     plan.stages[3]          # the instruction list of stage 3, the same for every rank of that stage
 
 The planner builds several candidate schedules (`list_scheduling.py`), keeps the fastest, places the optimizer
-step, and writes one instruction list per stage with the loads, sends and receives it implies. It is
-deterministic: every rank that plans the same request gets the same plan.
+step, and writes one instruction list per stage, including the loads, sends and receives that the schedule
+implies. It is deterministic: every rank that plans the same request gets the same plan.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from megatron_mopd.pipeline.problem import PlanRequest, TeacherJob
 
 
 class Planner:
-    """Plans requests and remembers the plans of the last `capacity` distinct ones.
+    """Plans requests and caches the plans of the last `capacity` distinct ones.
 
-    `effort` is how many computations may be placed while looking for a better schedule; a few candidates are
-    always tried. 150,000 takes about a second on one core.
+    `effort` is the number of computations that may be placed while searching for a better schedule; a few
+    candidates are always tried. 150,000 takes about a second on one core.
     """
 
     def __init__(self, capacity: int = 32, effort: int = 150_000):
@@ -50,7 +50,7 @@ class Planner:
         self._plans: OrderedDict[PlanRequest, Plan] = OrderedDict()
 
     def plan(self, request: PlanRequest) -> Plan:
-        """The plan for `request`; raises ValueError when no plan can satisfy it."""
+        """The plan for `request`; raises ValueError if no plan can satisfy it."""
         if request in self._plans:
             self._plans.move_to_end(request)
             return self._plans[request]
@@ -62,7 +62,7 @@ class Planner:
 
 
 def make_plan(request: PlanRequest, *, effort: int = 150_000) -> Plan:
-    """Plan one optimizer step without remembering it; see :class:`Planner`."""
+    """Plan one optimizer step without caching the plan; see :class:`Planner`."""
     request.validate()
     jobs, deferred = _jobs_that_fit(request)
     if request.kind == "bubble_fill":
@@ -79,7 +79,7 @@ def make_plan(request: PlanRequest, *, effort: int = 150_000) -> Plan:
 
 
 def forward_lists(stages: int, virtual_stages: int, microbatches: int) -> tuple[tuple[Instruction, ...], ...]:
-    """Instruction lists for forward passes of the student alone, in the order of its training forwards."""
+    """Instruction lists for forward passes of the student only, in the order of its training forwards."""
     order, _ = student_order(microbatches, virtual_stages, stages)
     lists: list[list[Instruction]] = [[] for _ in range(stages)]
     senders: dict[tuple[int, Compute], Channel] = {}
@@ -101,14 +101,14 @@ def forward_lists(stages: int, virtual_stages: int, microbatches: int) -> tuple[
 
 
 def bubble_free_time(request: PlanRequest) -> float:
-    """The work of the busiest stage: no schedule of this request can take less time in a steady state."""
+    """The work of the busiest stage; in a steady state no schedule for this request can be faster."""
     return max(_work(request, request.pending_jobs()))
 
 
 def lower_bound(request: PlanRequest) -> float:
-    """A time per optimizer step no schedule beats: the busiest stage, or the student's own fill and drain.
+    """A lower bound on the time per optimizer step: the busiest stage, or the student's own fill and drain.
 
-    Between two optimizer steps a stage can begin only when the first forward has passed the stages before it,
+    Between two optimizer steps a stage can start only after the first forward has passed all earlier stages,
     and its last backward must still pass back through them.
     """
     return max(bubble_free_time(request), _student_time(request))
@@ -134,8 +134,8 @@ def _work(request: PlanRequest, jobs: tuple[TeacherJob, ...]) -> list[float]:
 
 
 def _jobs_that_fit(request: PlanRequest) -> tuple[tuple[TeacherJob, ...], tuple[TeacherJob, ...]]:
-    """The jobs to run, and the look-ahead jobs whose results the cache could not hold, or would hold where
-    the next step needs the room for what it uses first."""
+    """The jobs to run, and the look-ahead jobs to defer: the cache has no room for their results, or the next
+    step needs that room for results that it uses first."""
     jobs = request.pending_jobs()
     budget = request.limits.cached_states
     if budget is None:
@@ -146,7 +146,7 @@ def _jobs_that_fit(request: PlanRequest) -> tuple[tuple[TeacherJob, ...], tuple[
     else:
         room = budget - sum(task.scored for task in request.scoring if task.step > 0)
     counts = range(own, min(len(jobs), own + max(0, room)) + 1)
-    # What is scored already only takes room from what has yet to be.
+    # Results that are scored early only take room from those that are scored later.
     feasible = bisect_left(counts, True, key=lambda n: request.next_smallest_cache(jobs[n:]) > budget)
     keep = counts[max(0, feasible - 1)]
     return jobs[:keep], jobs[keep:]
@@ -156,9 +156,7 @@ def _jobs_that_fit(request: PlanRequest) -> tuple[tuple[TeacherJob, ...], tuple[
 
 
 def _candidates(request: PlanRequest, jobs: tuple[TeacherJob, ...]):
-    """Rules in the order they are worth trying. The first few do well on even stages; the rest are a
-    grid.
-    """
+    """Rules to try, the most promising first. The first few do well on even stages; the rest are a grid."""
     p, deep = request.stages, request.virtual_stages > 1
     heads = sorted({0, p // 4, p // 2, 3 * p // 4, p})
     if not jobs:
@@ -203,10 +201,10 @@ def _best_schedule(request: PlanRequest, jobs: tuple[TeacherJob, ...], effort: i
 
 
 def _effective_time(schedule: Schedule) -> float:
-    """How long a stage is taken up by the plan, given what may run before and after it on that stage.
+    """How long the plan occupies a stage, given what may run before and after it on that stage.
 
-    Look-ahead left over at the end overlaps the time in which the next plan's first forward is still on its
-    way. With everything scored beforehand the plan before this one is assumed to do the same for this one.
+    Look-ahead at the end overlaps the time until the next plan's first forward arrives. If all of this step's
+    micro-batches are already scored, the previous plan is assumed to overlap with this one in the same way.
     """
     request = schedule.request
     p = request.stages
@@ -226,11 +224,11 @@ def _effective_time(schedule: Schedule) -> float:
 
 
 def _optimizer_cuts(schedule: Schedule) -> tuple[list[int], float]:
-    """Where each stage's list is cut by the optimizer step, and when the last stage arrives there.
+    """Where the optimizer step splits each stage's list, and when the last stage arrives there.
 
-    Every stage waits for all at that point. A stage that is done early runs look-ahead meanwhile, but a
-    teacher forward cannot be interrupted: of a few moments for the cut the one is taken that leaves the least
-    time unused.
+    All stages wait for each other at that point. A stage that finishes early runs look-ahead meanwhile, but a
+    teacher forward cannot be interrupted: of several candidate moments, the one that leaves the least idle
+    time is taken.
     """
     placed = schedule.placed
     after_student = [1 + max(i for i, item in enumerate(items) if item.kind == BACKWARD) for items in placed]
@@ -246,7 +244,7 @@ def _optimizer_cuts(schedule: Schedule) -> tuple[list[int], float]:
     )
     best: tuple[float, list[int], float] = (math.inf, after_student, earliest)
     for moment in [earliest, *moments[:: max(1, len(moments) // 16)]]:
-        # Rounding must not leave out a forward that ends at the very moment of the cut.
+        # Rounding must not exclude a forward that ends exactly at the cut.
         cuts = [max(cut, bisect_right(row, moment * (1 + 1e-12))) for cut, row in zip(after_student, ends)]
         barrier = max(row[cut - 1] for row, cut in zip(ends, cuts))
         unused = max(
@@ -322,8 +320,9 @@ def _messages(schedule: Schedule, table: _Table) -> tuple[_PerPosition, _PerPosi
     place = [{table[item]: position for position, item in enumerate(items)} for items in schedule.placed]
     is_cache_limited = request.limits.cached_states is not None
     for destination, channel, consumer, departure in crossings:
-        # Posted while the sender still computes, before whatever runs here then; but where the cache is
-        # limited, a state's buffer must not be claimed before a running forward has released its own.
+        # Post the receive while the sender still computes, before the computation that runs here at that
+        # time. If the cache is limited, however, the buffer of a state must not be allocated before a running
+        # forward has freed its own.
         row = starts[destination]
         if is_cache_limited and channel.lane is Lane.TEACHER_FORWARD:
             position = min(bisect_right(row, departure), place[destination][consumer])

@@ -1,7 +1,7 @@
-"""What a pipeline plan is asked to do: micro-batches, teachers and limits. Pure Python, no torch.
+"""The planner's input: micro-batches, teachers and limits. Pure Python, no torch.
 
-Everything here is frozen and hashable, so that a request is its own key in the planner's cache.
-Times are in any one unit (seconds when they were measured, multiples of a student forward in tables).
+All classes are frozen and hashable, so a request is its own key in the planner's cache. Times share one
+arbitrary unit: seconds for measured costs, multiples of a student forward in tables.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KINDS = get_args(ScheduleKind)
 
 
 class UnmetLimit(NamedTuple):
-    """A field of `Limits` that no plan of a request can keep to."""
+    """A field of `Limits` that no plan for the request can satisfy."""
 
     name: str
     value: int
@@ -27,7 +27,7 @@ class UnmetLimit(NamedTuple):
 
 
 class LimitError(ValueError):
-    """No plan of a request keeps to its limits."""
+    """No plan for a request can satisfy its limits."""
 
     def __init__(self, unmet: Sequence[UnmetLimit]):
         super().__init__(
@@ -40,9 +40,10 @@ class LimitError(ValueError):
 
 
 class TeacherJob(NamedTuple):
-    """One forward of one teacher. `microbatch` is the first student micro-batch whose loss needs its result.
+    """One forward pass of one teacher. `microbatch` is the first student micro-batch whose loss needs its
+    result.
 
-    `step` is 0 for the optimizer step being planned, 1 for the one after it, and so on.
+    `step` counts optimizer steps from the one being planned (0).
     """
 
     teacher: str
@@ -52,16 +53,16 @@ class TeacherJob(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoringTask:
-    """The forwards of one teacher for one optimizer step, in the order it runs them.
+    """The forward passes of one teacher for one optimizer step, in execution order.
 
-    Each is named by the first student micro-batch that needs its result. When a teacher's micro-batches are
-    cut differently from the student's, `last_uses` says, for each of them, which student micro-batch is the
-    last to need it; empty stands for the first. `scored` is how many, counted from the front, an earlier plan
-    has already put in the cache. An empty task is allowed and costs nothing.
+    Each forward is identified by the first student micro-batch that needs its result. If a teacher's
+    micro-batches are split differently from the student's, `last_uses` gives the last student micro-batch
+    that needs each result; empty means that it is also the first. An earlier plan has already cached the
+    results of the first `scored` forwards. An empty task is allowed and costs nothing.
 
-    The teacher's output head is read by the loss of the student micro-batches `loss_heads` (None: of all that
-    need its results), and on the last stage by the forwards in `scoring_heads`, which keep log-probs of
-    sampled tokens instead of hidden states.
+    Two kinds of computation on the last stage read the teacher's output head: the losses of the student
+    micro-batches in `loss_heads` (None: all that need a result), and the forwards in `scoring_heads`, which
+    store log-probs of the sampled tokens instead of hidden states.
     """
 
     teacher: str
@@ -103,11 +104,11 @@ class ScoringTask:
         return tuple(zip(self.microbatches, self.last_uses or self.microbatches))
 
     def needed_by(self) -> tuple[int, ...]:
-        """The student micro-batches that need some result, in order."""
+        """The student micro-batches that need at least one result, in order."""
         return tuple(sorted({i for first, last in self.uses() for i in range(first, last + 1)}))
 
     def pending(self) -> tuple[TeacherJob, ...]:
-        """The jobs still to be run."""
+        """The jobs that have not run yet."""
         return tuple(TeacherJob(self.teacher, i, self.step) for i in self.microbatches[self.scored :])
 
 
@@ -130,16 +131,16 @@ def one_f_one_b_activations(stages: int, virtual_stages: int) -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """Memory limits of one stage, as counts; None stands for the default named here.
+    """Memory limits of one stage, as counts; None selects the default described here.
 
-    activations: student forwards whose backward is still to come, in chunks. None: as many as the first stage
-        holds in Megatron's 1F1B, so that no stage needs more memory than it would there. Teachers much slower
-        than the student are hidden completely when this is half as much again.
-    resident_teachers: slots for teacher layers. Two let one teacher arrive while another computes.
+    activations: student forwards whose backward has not run yet, in chunks. None: as many as the first stage
+        holds in Megatron's 1F1B, so no stage needs more memory than it would there. Teachers much slower than
+        the student are hidden completely if this is 1.5 times that number.
+    resident_teachers: slots for teacher layers. With two, one teacher loads while another computes.
     resident_heads: slots for teacher output heads on the last stage. None: two, or as many as one micro-batch
         needs.
-    cached_states: teacher hidden states, in micro-batches: inputs waiting for a teacher forward and, on the
-        last stage, scored micro-batches waiting for the student's loss. None: no limit.
+    cached_states: teacher hidden states, in micro-batches: received inputs of teacher forwards and, on the
+        last stage, scored micro-batches that the student's loss has not used yet. None: no limit.
     """
 
     activations: int | None = None
@@ -150,13 +151,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One optimizer step to plan: the student's micro-batches, every scoring task that concerns it, and the
-    limits.
+    """One optimizer step to plan: the student's micro-batches, the scoring tasks and the limits.
 
-    Tasks with step 0 score this step's micro-batches (those that an earlier plan has scored are still listed,
-    with `scored` set, because their states are in the cache and their heads are needed); tasks with a later
-    step are look-ahead. `resident` and `resident_heads` name what is in the slots when the plan starts, slot
-    by slot ("" for an empty one).
+    Tasks with step 0 score this step's micro-batches; those that an earlier plan has scored are still listed,
+    with `scored` set, because their states occupy the cache and their heads are needed. Tasks with a later
+    step are look-ahead. `resident` and `resident_heads` give the contents of the slots when the plan starts,
+    slot by slot ("" for an empty one).
     """
 
     stages: int
@@ -170,8 +170,8 @@ class PlanRequest:
     resident_heads: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        """Raises ValueError for anything that no plan could serve, and says what to change (`LimitError` for
-        limits that are too small)."""
+        """Raises ValueError if no plan can serve the request (`LimitError` if its limits are too small); the
+        message says what to change."""
         if self.stages < 1 or self.virtual_stages < 1 or self.microbatches < 1:
             raise ValueError(
                 f"stages={self.stages}, virtual_stages={self.virtual_stages}, "
@@ -221,7 +221,7 @@ class PlanRequest:
             raise LimitError(unmet)
 
     def activation_limit(self) -> int:
-        """How many student forwards a stage may hold whose backward is still to come, in chunks."""
+        """How many student forwards a stage may hold whose backward has not run yet, in chunks."""
         if self.limits.activations is not None:
             return self.limits.activations
         return one_f_one_b_activations(self.stages, self.virtual_stages)
@@ -254,7 +254,7 @@ class PlanRequest:
         )
 
     def releases(self) -> tuple[int, ...]:
-        """For each student micro-batch, how many cached states nobody needs any more after its loss."""
+        """For each student micro-batch, how many cached states can be freed after its loss."""
         counts = [0] * self.microbatches
         for task in self.scoring:
             if task.step == 0:
@@ -269,16 +269,16 @@ class PlanRequest:
         return max(2, max(map(len, self.heads_needed()), default=0))
 
     def scored_at_start(self) -> int:
-        """Teacher hidden states the cache holds before the plan starts, in micro-batches."""
+        """Teacher hidden states in the cache when the plan starts, in micro-batches."""
         return sum(task.scored for task in self.scoring)
 
     def pending_jobs(self) -> tuple[TeacherJob, ...]:
-        """Every job still to run, teacher by teacher, so that each teacher is loaded once per step.
+        """Every job that has not run yet, grouped by teacher, so that each teacher is loaded once per step.
 
-        The tasks of this step come first, in the order their first micro-batch is needed. Where the cache
-        cannot hold what that order keeps waiting, its jobs come in the order of the micro-batches that need
-        them, and teachers are loaded more than once. Among the look-ahead tasks of one step the teacher that
-        was used last goes first, because it is resident.
+        The tasks of this step come first, ordered by the first micro-batch that needs them. If the cache is
+        too small for the states that this order keeps waiting, the jobs are ordered by the micro-batches that
+        need them instead, and teachers are loaded more than once. Among the look-ahead tasks of one step the
+        teacher used last goes first, because it is resident.
         """
         jobs = self._jobs_by_teacher()
         limit = self.limits.cached_states
@@ -294,8 +294,8 @@ class PlanRequest:
         return tuple(jobs)
 
     def next_teacher(self) -> str:
-        """The teacher with which the next step will begin, as far as this one tells: the first of this step,
-        because batches are ordered by teacher. "" when the next step's own jobs are here, or nothing is.
+        """The teacher that the next step probably starts with: the first of this step, because batches are
+        ordered by teacher. "" if the next step's own jobs are in this request, or if there are no jobs.
         """
         scoring = [task for task in self.scoring if task.microbatches]
         if not scoring or any(task.step for task in scoring) or not self.limits.resident_teachers:
@@ -303,33 +303,33 @@ class PlanRequest:
         return min(scoring, key=lambda task: task.microbatches[0]).teacher
 
     def _jobs_by_teacher(self) -> list[TeacherJob]:
-        """This step's jobs still to run, teacher by teacher."""
+        """This step's jobs that have not run yet, grouped by teacher."""
         own = [task for task in self.scoring if task.step == 0 and task.pending()]
         own.sort(key=lambda task: min(job.microbatch for job in task.pending()))
         return [job for task in own for job in task.pending()]
 
     def next_head(self) -> str:
-        """The head that the next step's first teacher forward reads; "" when it reads none, or is unknown."""
+        """The head that the next step's first teacher forward reads; "" if it reads none or is unknown."""
         teacher = self.next_teacher()
         return teacher if any(g.teacher == teacher and g.scoring_heads for g in self.scoring) else ""
 
     def smallest_cache(self) -> int:
-        """The fewest cached states with which this step (without any look-ahead) can be completed."""
+        """The fewest cached states with which this step can be completed (without any look-ahead)."""
         own = self._jobs_by_teacher()
         if self.kind == "serial":
             return self.scored_at_start() + len(own)
-        return self._peak_of_cache(_by_need(own))  # no order keeps less waiting
+        return self._peak_of_cache(_by_need(own))  # no order keeps fewer states waiting
 
     def next_smallest_cache(self, deferred: Sequence[TeacherJob]) -> int:
-        """`smallest_cache` of the next request, after a plan that has left out the look-ahead jobs
+        """`smallest_cache` of the next request, after a plan that leaves out the look-ahead jobs
         `deferred`."""
         scoring = self.next_scoring(deferred)
         last = max((last for task in scoring if task.step == 0 for _, last in task.uses()), default=0)
         return replace(self, microbatches=last + 1, scoring=scoring).smallest_cache()
 
     def next_scoring(self, deferred: Sequence[TeacherJob]) -> tuple[ScoringTask, ...]:
-        """The look-ahead tasks as the next request must list them, after a plan that has left out the jobs
-        `deferred`: one step nearer, and scored.
+        """The look-ahead tasks as the next request must list them, after a plan that leaves out the jobs
+        `deferred`: `step` is one lower, and `scored` is set.
         """
         left = Counter((job.teacher, job.step) for job in deferred)
         return tuple(
@@ -339,8 +339,8 @@ class PlanRequest:
         )
 
     def _peak_of_cache(self, own: Sequence[TeacherJob]) -> int:
-        """Most states waiting for their loss when this step's jobs run in this order, each micro-batch of the
-        student as soon as it can."""
+        """Peak number of states waiting for their loss if this step's jobs run in this order and each student
+        micro-batch runs as soon as it can."""
         last_job = [-1] * self.microbatches
         for number, job in enumerate(own):
             last_job[job.microbatch] = number

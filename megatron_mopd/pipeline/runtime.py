@@ -1,8 +1,8 @@
-"""Executes a plan: one stage's instruction list, from top to bottom, on whatever does the computing.
+"""Executes a plan: runs one stage's instruction list from top to bottom.
 
-An `Execution` knows nothing about models. It posts receives, waits for the input of each computation, hands
-it to a `StageWork`, sends the result on, and records when everything began and ended. `model_work.py`
-computes with megatron-core; the stages of the benchmark sleep.
+An `Execution` is independent of models. It posts receives, waits for the input of each computation, passes it
+to a `StageWork`, sends the result, and records start and end times. `model_work.py` computes with
+megatron-core; the stages of the benchmark sleep.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from megatron_mopd.pipeline.simulate import Event
 
 
 class StageWork(Protocol):
-    """What one stage can do. `None` is the input of the first stage and the output of the last."""
+    """The operations of one stage. `None` is the input of the first stage and the output of the last."""
 
     def message(self, consumer: Compute) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and type of the input of `consumer`."""
+        """Shape and dtype of the input of `consumer`."""
 
     def teacher_forward(self, entry: TeacherForward, hidden: Tensor | None) -> Tensor | None:
-        """This stage's layers of a teacher; the last stage keeps the result."""
+        """Run this stage's layers of a teacher; the last stage stores the result."""
 
     def student_forward(self, entry: StudentForward, hidden: Tensor | None) -> Tensor | None:
-        """One model chunk forward; the last one ends in the loss."""
+        """Run one model chunk's forward; the last chunk includes the loss."""
 
     def student_backward(self, entry: Compute, gradient: Tensor | None) -> Tensor | None:
-        """One model chunk backward; returns the gradient of its input."""
+        """Run one model chunk's backward; returns the gradient of its input."""
 
     def load(self, entry: LoadTeacher | LoadHead) -> None:
-        """Start a copy of weights."""
+        """Start copying weights."""
 
     def synchronize(self) -> None:
         """Wait for all stages."""
 
     def finish_gradients(self) -> None:
-        """Every backward pass of the step is done: reduce the gradients, so that weights can be updated."""
+        """Reduce the gradients after the step's last backward pass, so that weights can be updated."""
 
 
 class Stopwatch:
-    """Marks on the computing device's own clock, read out later so that the host never waits for the device.
+    """Takes timestamps on the device and reads them later, so that the host never waits for the device.
 
     Seconds count from `zero`, a host time (`time.perf_counter`) that all ranks noted at the same moment.
     """
@@ -71,7 +71,7 @@ class Stopwatch:
         self._start = time.perf_counter()
 
     def mark(self):
-        """Now, as the device reaches this point of its work."""
+        """A timestamp of when the device reaches this point of its work."""
         if self._base is None:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -79,7 +79,7 @@ class Stopwatch:
         return event
 
     def seconds(self, mark) -> float:
-        """A mark in seconds; waits for the device to get there."""
+        """A mark in seconds; waits for the device to reach it."""
         if self._base is None:
             return mark - self._zero
         mark.synchronize()
@@ -87,7 +87,7 @@ class Stopwatch:
 
 
 class Recording:
-    """What a stage did when. Reading `events` waits for the device."""
+    """The timed instructions of a stage. Reading `events` waits for the device."""
 
     def __init__(self, stage: int, stopwatch: Stopwatch):
         self.stage, self._stopwatch = stage, stopwatch
@@ -117,8 +117,8 @@ class Execution:
         ...                            # the optimizer step
         execution.run_rest()           # teachers score samples of later steps
 
-    An exception of any instruction carries a note that names stage and instruction; a message that does not
-    arrive is a `StageTimeout` that names the peer as well.
+    An exception raised by an instruction carries a note that names stage and instruction; a message that does
+    not arrive raises a `StageTimeout`, which also names the peer.
     """
 
     def __init__(
@@ -135,17 +135,17 @@ class Execution:
         self._messages: dict[Compute, PendingMessage] = {}
         self._output: Tensor | None = None
         self._update: tuple[OptimizerStep, Any] | None = None
-        """The instruction to update, once it has been reached, and when that was."""
+        """The optimizer-step instruction, once reached, and its start mark."""
 
     def run_to_update(self) -> None:
-        """Everything before the optimizer step; gradients are complete afterwards."""
+        """Execute everything before the optimizer step; gradients are complete afterwards."""
         for position, entry in self._instructions:
             self._execute_instruction(position, entry)
             if isinstance(entry, OptimizerStep):
                 return
 
     def run_rest(self) -> None:
-        """Everything after the optimizer step, which the recording ends here."""
+        """Record the end of the optimizer step and execute everything after it."""
         if self._update is not None:
             self.recording.add(*self._update, self._stopwatch.mark())
         for position, entry in self._instructions:

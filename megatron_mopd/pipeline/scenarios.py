@@ -1,9 +1,8 @@
-"""What a schedule costs over many optimizer steps: plans chained the way a training run chains them. No
-torch.
+"""The cost of a schedule over many optimizer steps, with plans chained as in a training run. No torch.
 
-All times are divided by a bubble-free step: the work of the busiest stage, teachers included. A rollout batch
-feeds `steps_per_rollout` optimizer steps; look-ahead reaches from one to the next of the same batch, and into
-the next batch only when the rollout engine runs ahead.
+All times are relative to a bubble-free step: the work of the busiest stage, teachers included. A rollout
+batch feeds `steps_per_rollout` optimizer steps; look-ahead reaches from one step to the next of the same
+batch, and into the next batch only if the rollout engine runs ahead.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ from megatron_mopd.pipeline.simulate import Simulation, simulate
 
 @dataclass(frozen=True)
 class Workload:
-    """One optimizer step as it repeats: the student's micro-batches and how many of them each teacher
-    scores.
-    """
+    """A repeated optimizer step: the student's micro-batches and how many of them each teacher scores."""
 
     stages: int
     microbatches: int
@@ -45,7 +42,7 @@ class Workload:
         )
 
     def bubble_free(self) -> float:
-        """Time of one optimizer step without any bubble."""
+        """Time of one optimizer step without bubbles."""
         return bubble_free_time(self.request(split_scoring(self.teachers)))
 
     def bound(self) -> float:
@@ -56,9 +53,9 @@ class Workload:
 def chain(
     planner: Planner, work: Workload, kind: str, steps: int, *, reach: int, first: int = 1
 ) -> list[Plan]:
-    """Plans of `steps` successive optimizer steps. Step i is offered the scoring of the next `reach` steps.
+    """Plans of `steps` successive optimizer steps. Step i may score for the next `reach` steps.
 
-    Look-ahead stops at the last step; a `first` above 1 offers the first step that many instead (the serial
+    Look-ahead stops at the last step. The first step may score for the next `first` steps instead (the serial
     kind scores a whole rollout batch at its start).
     """
     plans: list[Plan] = []
@@ -78,7 +75,7 @@ def chain(
 
 
 def rollout_batch(planner: Planner, work: Workload, kind: str, steps: int) -> tuple[list[Plan], Simulation]:
-    """The optimizer steps of one rollout batch, the first of which finds nothing scored."""
+    """The optimizer steps of one rollout batch; when the first starts, nothing is scored."""
     reach = {"bubble_fill": 1, "back_to_back": 0, "serial": 0}[kind]
     plans = chain(planner, work, kind, steps, reach=reach, first=steps - 1 if kind == "serial" else reach)
     return plans, simulate(plans)
@@ -91,11 +88,10 @@ def rollout_batch_ratio(planner: Planner, work: Workload, kind: str, steps: int 
 
 
 def steady_state_ratio(planner: Planner, work: Workload, *, steps: int = 4) -> float:
-    """Time per optimizer step relative to a bubble-free one, when the next step's samples are always there
-    already.
+    """Time per optimizer step relative to a bubble-free one if the next step's samples are always available.
 
-    Measured over `steps` steps in the middle of a longer run: the first steps still differ, and the last has
-    no look-ahead.
+    Measured over `steps` steps in the middle of a longer run: the first steps are not in the steady state
+    yet, and the last has no look-ahead.
     """
     plans = chain(planner, work, "bubble_fill", steps + 4, reach=1)[:-1]
     times = simulate(plans).optimizer_steps
@@ -103,7 +99,7 @@ def steady_state_ratio(planner: Planner, work: Workload, *, steps: int = 4) -> f
 
 
 def packed_ratio(planner: Planner, work: Workload) -> float:
-    """Time per optimizer step when teachers run inside the student's forward slot, relative to a bubble-free
+    """Time per optimizer step if teachers run inside the student's forward slot, relative to a bubble-free
     step.
     """
     p, costs = work.stages, work.costs

@@ -1,10 +1,9 @@
-"""Runs plans on a clock instead of on devices: step time, idle shares, memory peaks, deadlocks. Pure Python,
-no torch.
+"""Simulates plans: step time, idle shares, memory peaks, deadlocks. Pure Python, no torch.
 
-Every stage works through its list. Computation and the two collectives take its time; a message is delivered
-once it has been sent *and* its receive has been posted, plus the time it is under way; loads share one copy
-engine per stage. Stages are advanced until they block, not moment by moment, so the cost is linear in the
-number of instructions.
+Every stage executes its list. Computations and the two collectives occupy the stage; a message is delivered
+one transfer time after it has been sent *and* its receive has been posted; loads share one copy engine per
+stage. Each stage is advanced until it blocks, not in time steps, so the cost is linear in the number of
+instructions.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from megatron_mopd.pipeline.instructions import (
 
 
 class Event(NamedTuple):
-    """One instruction that took time on a stage (or, for a load, on its copy engine). Times in the cost
+    """One instruction that took time on a stage (or, for a load, on its copy engine). Times are in the cost
     model's unit.
     """
 
@@ -43,9 +42,7 @@ class Event(NamedTuple):
 
 
 class PlanError(ValueError):
-    """A plan that cannot be executed. `problems` lists everything found, each naming stage, instruction and
-    peer.
-    """
+    """A plan that cannot be executed. Each entry of `problems` names stage, instruction and peer."""
 
     def __init__(self, problems: Sequence[str]):
         self.problems = tuple(problems)
@@ -56,14 +53,13 @@ class PlanError(ValueError):
 
 @dataclass
 class Simulation:
-    """What executing one plan, or several in a row, would take.
+    """The simulated execution of one plan, or of several in sequence.
 
     finish: when each stage reaches the end of its last list.
-    busy: how long each stage computes.
+    busy: compute time of each stage.
     optimizer_steps: when each optimizer step is complete.
-    peak_activations, peak_cached_states: per stage, in program order, so they hold
-        whatever the timing.
-    events: what happened when, if asked for.
+    peak_activations, peak_cached_states: per stage, in program order, so they do not depend on timing.
+    events: the timeline, if requested.
     """
 
     finish: list[float]
@@ -75,12 +71,12 @@ class Simulation:
 
     @property
     def total(self) -> float:
-        """When the last stage is done."""
+        """When the last stage finishes."""
         return max(self.finish)
 
     @property
     def idle_share(self) -> list[float]:
-        """Per stage, the share of the total time it does not compute."""
+        """Per stage, the share of the total time in which it does not compute."""
         return [1 - busy / self.total if self.total else 0.0 for busy in self.busy]
 
 
@@ -94,10 +90,11 @@ class _Road:
 
 
 def simulate(plans: Plan | Sequence[Plan], *, record: bool = False) -> Simulation:
-    """Execute plans one after another; a stage starts its next list as soon as it has finished the last one.
+    """Execute plans one after another; a stage starts its next list as soon as it has finished the previous
+    one.
 
-    Each plan runs at its own request's costs. Raises PlanError when the stages end up waiting for each other;
-    the message says what every blocked stage waits for.
+    Each plan runs with its own request's costs. Raises PlanError if the stages deadlock; the message says
+    what every blocked stage waits for.
     """
     plans = [plans] if isinstance(plans, Plan) else list(plans)
     if not plans:
@@ -168,7 +165,7 @@ class _Machine:
         )
 
     def advance(self, stage: int) -> None:
-        """Execute instructions of one stage until it must wait or is done."""
+        """Execute instructions of one stage until it must wait or finishes."""
         while self.plan_number[stage] < len(self.plans):
             number = self.plan_number[stage]
             entries = self.plans[number].stages[stage]
@@ -182,7 +179,7 @@ class _Machine:
             self.position[stage] = 0
 
     def execute(self, stage: int, number: int, entry: Instruction) -> bool:
-        """Execute one instruction; False when it has to wait."""
+        """Execute one instruction; False if it must wait."""
         kind = type(entry)
         if kind is Receive:
             road = self.roads.setdefault(entry.channel, _Road())
@@ -262,7 +259,7 @@ class _Machine:
         return True
 
     def has_local_input(self, stage: int, entry: Instruction, last_chunk: int) -> bool:
-        """True when `entry` starts a chain on this stage or its input was computed here."""
+        """True if `entry` needs no input or its input was computed on this stage."""
         first_forward = isinstance(entry, StudentForward) and entry.chunk == 0
         if stage == 0 and (first_forward or isinstance(entry, TeacherForward)):
             return True
@@ -292,7 +289,7 @@ class _Machine:
             self.events.append(Event(stage, entry, start, start + cost))
 
     def meet(self, stage: int, number: int, entry: Synchronize | OptimizerStep) -> bool:
-        """Arrive at a collective of all stages; True once everybody has arrived."""
+        """Arrive at a collective of all stages; True once all of them have arrived."""
         meeting = self.meeting_number[stage]
         if meeting == len(self.meetings):
             self.meetings.append([entry, 0.0, set()])

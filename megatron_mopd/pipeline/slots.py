@@ -1,4 +1,4 @@
-"""Which teachers, or output heads, are loaded into which slot, and when. No torch."""
+"""Assigns teachers, or output heads, to slots and schedules their loads. No torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 
 class SlotLoad(NamedTuple):
-    """Load `teacher` into `slot` once use number `after` (-1: at once) is over; use number `before` needs it
-    (one more than there are: the next plan does).
+    """Load `teacher` into `slot` after use number `after` (-1: immediately); use number `before` needs it
+    (the number of uses: the next plan needs it).
     """
 
     teacher: str
@@ -18,12 +18,12 @@ class SlotLoad(NamedTuple):
 
 
 def slot_loads(uses: list[tuple[str, ...]], slots: int, resident: tuple[str, ...], following: str = ""):
-    """Which loads serve a sequence of uses with so many slots, each at the earliest moment.
+    """The loads that serve a sequence of uses with this many slots, each as early as possible.
 
-    A load takes the slot whose occupant is needed last, but not the one in use just before while another can
-    give way: it could only begin when that use is over, and nothing would hide it. `following` is what the
-    next plan begins with; it is brought in as soon as a slot is free for good. Returns the loads in the order
-    they are started and the occupants at the end.
+    A load takes the slot whose occupant is needed furthest in the future. It avoids the slot that the
+    preceding use reads if another is available: the load could start only after that use, and nothing would
+    hide it. `following` is the teacher that the next plan starts with; it is loaded as soon as a slot is no
+    longer needed. Returns the loads in the order they start, and the final occupants.
     """
     occupant = list(resident) + [""] * (slots - len(resident))
     positions: dict[str, list[int]] = {}

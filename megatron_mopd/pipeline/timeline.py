@@ -1,8 +1,8 @@
-"""Draws what every pipeline stage did when: as a picture, and as a trace for Perfetto or chrome://tracing. No
+"""Draws pipeline timelines as a picture, and writes them as a trace for Perfetto or chrome://tracing. No
 torch.
 
 A timeline is a list of `Event`s, planned (from `simulate(..., record=True)`) or measured (recorded by the
-runtime), so that both can stand in one picture.
+runtime); one picture can show both.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from megatron_mopd.pipeline.simulate import Event
 
 
 def is_load(event: Event) -> bool:
-    """True for copies, which run beside the computation and do not make a stage busy."""
+    """True for copies, which overlap computation and do not make a stage busy."""
     return isinstance(event.instruction, LoadTeacher | LoadHead)
 
 
 def idle_shares(events: Sequence[Event], stages: int) -> list[float]:
-    """Per stage, the share of the whole timeline in which it computed nothing (empty timeline: all zero)."""
+    """Per stage, the idle share of the whole timeline (empty timeline: all zero)."""
     return traces.idle_shares(((e.stage, e.start, e.end) for e in events if not is_load(e)), stages)
 
 
 def idle_share(events: Sequence[Event]) -> float:
-    """The share of one stage's measured step in which it computed nothing, the optimizer step left out: how
-    much of that is waiting for other stages, one stage alone cannot tell.
+    """The idle share of one stage's measured step. The optimizer step is excluded, because a single stage
+    cannot tell how much of it is waiting for other stages.
     """
     timed = [event for event in events if not is_load(event)]
     if not timed:
@@ -47,8 +47,8 @@ def idle_share(events: Sequence[Event]) -> float:
 
 
 def without_waiting(events: Sequence[Event]) -> list[Event]:
-    """The measured events of one optimizer step on all stages, with the optimizer step beginning when the
-    last stage has arrived at it.
+    """The measured events of one optimizer step on all stages; the optimizer step starts when the last stage
+    has arrived at it.
     """
     arrival = max((e.start for e in events if isinstance(e.instruction, OptimizerStep)), default=0.0)
     return [
@@ -67,7 +67,7 @@ def draw_timeline(
     share.
 
     Panels share the time axis, so a planned and a measured timeline can be compared by eye. Raises ValueError
-    when there is nothing to draw.
+    if there are no events.
     """
     drawn, legend = traces.read_panels(chrome_events(panels))
     if not drawn:
@@ -97,8 +97,8 @@ def write_chrome_trace(
 def chrome_events(
     panels: Mapping[str, Sequence[Event]], seconds_per_unit: float = 1.0
 ) -> list[dict[str, Any]]:
-    """The timelines as events of a Chrome trace, times in microseconds: one process per panel, one thread per
-    stage and per copy engine.
+    """The timelines as Chrome trace events, in microseconds: one process per panel, one thread per stage and
+    per copy engine.
     """
     entries: list[dict[str, Any]] = []
     for process, (title, events) in enumerate(panels.items()):

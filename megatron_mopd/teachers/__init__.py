@@ -1,2 +1,1 @@
-"""Frozen domain experts: which one scores which sample, where their weights rest, what is kept of their
-forward pass."""
+"""Frozen teachers: routing of samples, storage of weights, and cache of forward results."""

@@ -1,34 +1,33 @@
-"""How weights arrive while the caller computes: on a stream of their own on CUDA, on a thread on the CPU.
+"""Loads weights while the caller computes: on a separate stream on CUDA, on a thread on the CPU.
 
-    arrival = arrivals.start(beginnings, finish, free)     # returns at once
-    ...                                                    # the resident teacher goes on computing
+    arrival = arrivals.start(beginnings, finish, free)     # returns immediately
+    ...                                                    # the resident teacher keeps computing
     arrival.wait()                                         # the caller's next work sees the weights
 
-Who may touch a buffer, and when. An arrival writes into its slot, and encoded weights first into a staging
-buffer that all arrivals of a segment share.
+Buffer ownership. An arrival writes into its slot; encoded weights first go into a staging buffer that all
+arrivals of a segment share.
 
-    source    host memory or a file: written at start-up, only read from then on
-    staging   the arrival's, from its first beginning until `finish` is over; then the next arrival's
-    slot      the caller's, until the work before the mark `free`; then the arrival's; the caller's again
-              after `wait`
+    source    host memory or a file: written at start-up, read-only afterwards
+    staging   owned by the arrival from its first beginning until `finish` returns; then by the next arrival
+    slot      owned by the caller up to the mark `free`; then by the arrival; after `wait` by the caller again
 
-The staging buffer has no mark and no lock: arrivals are strictly one after another, a beginning included. So
-everything an arrival does runs in one order, in which the whole of the one before it precedes it:
+The staging buffer has no mark and no lock, because arrivals, including their beginnings, are strictly
+sequential: every operation of an arrival runs after all operations of the previous one.
 
-    CPU             one worker thread runs begin, rest and finish of an arrival before it takes the next.
-                    Collectives too are issued there: `start` is called in the same order on all replicas, and
-                    nothing else uses their groups.
+    CPU             one worker thread runs begin, rest and finish of an arrival before it takes the next. It
+                    also issues collectives: `start` is called in the same order on all replicas, and nothing
+                    else uses their groups.
     CUDA            one stream. A collective runs on NCCL's stream, which waits for what the arrival stream
-                    holds when it is issued (the decoding of the arrival before), and the arrival stream waits
+                    holds when it is issued (decoding of the previous arrival), and the arrival stream waits
                     for it in `rest`.
-    CUDA, blocking  the same stream, fed by one worker thread, which never leaves an arrival half fed.
+    CUDA, blocking  the same stream, fed by one worker thread, which enqueues each arrival completely.
 
-Between caller and arrival there are two hand-overs. The slot goes over with `free`: on CUDA the arrival
-stream waits for that event; on the CPU the caller's work is done when `start` is called. It comes back with
-`wait`: the caller's stream waits for the event after `finish`, the caller's thread for the worker. Memory
-from torch's allocator is ordered on the stream that allocated it: slots and staging buffers are allocated on
-the caller's and live as long as the bank, so they need no `record_stream`, but a mark after their allocation;
-what decoding allocates comes from the arrival stream's own pool.
+Ownership of the slot changes twice. `free` passes it to the arrival: on CUDA the arrival stream waits for
+that event; on the CPU the caller's work is complete when `start` is called. `wait` returns it: the caller's
+stream waits for the event after `finish`, or the caller's thread for the worker. Memory from torch's
+allocator is ordered on the stream that allocated it: slots and staging buffers are allocated on the caller's
+stream and live as long as the bank, so they need a mark after their allocation but no `record_stream`;
+decoding allocates from the arrival stream's own pool.
 """
 
 from __future__ import annotations
@@ -42,41 +41,42 @@ from dataclasses import dataclass
 import torch
 
 Beginning = Callable[[], Callable[[], None]]
-"""Issues a copy or a collective, and returns what waits for it (or does it, where it cannot be issued)."""
+"""Issues a copy or a collective and returns a callable that waits for it (or performs it, if it cannot be
+issued asynchronously)."""
 
 
 @dataclass
 class Traffic:
-    """What one teacher's arrivals (body and head) cost this rank since the last `take_traffic`."""
+    """Cost of one teacher's arrivals (body and head) on this rank since the last `take_traffic`."""
 
     loads: int = 0
     num_bytes: int = 0
     load_seconds: float = 0.0
     wait_seconds: float = 0.0
-    """Part of `load_seconds`, or of the queue before it, in which work stood still."""
+    """Part of `load_seconds`, or of the queueing time before it, in which work was blocked."""
 
 
 class Arrival(ABC):
-    """Weights on their way into a slot."""
+    """An asynchronous load of weights into a slot."""
 
     @abstractmethod
     def wait(self) -> None:
-        """Make the caller's further work wait for the weights; raises what went wrong on the way."""
+        """Make the caller's further work wait for the weights; re-raises errors of the load."""
 
     @abstractmethod
     def seconds(self) -> tuple[float, float]:
-        """(how long the arrival took, how long work stood still for it); valid after `wait`."""
+        """(duration of the arrival, time that work was blocked on it); valid after `wait`."""
 
 
 class Arrivals(ABC):
-    """Where arrivals proceed while the caller goes on."""
+    """Runs arrivals in the background."""
 
     @abstractmethod
     def start(self, beginnings: Sequence[Beginning], finish: Callable[[], None], free: object) -> Arrival:
-        """Run every beginning, what they return, and then `finish`, in the background.
+        """Run every beginning, the callables they return, and then `finish`, in the background.
 
-        Nothing is written before the work marked by `free` (from `mark`; `None`: nothing) is done, nor before
-        the last `start`'s arrival is complete. Called from one thread, on all replicas in the same order.
+        Nothing is written before the work marked by `free` (from `mark`; `None`: no work) and the previous
+        arrival are complete. Called from one thread, on all replicas in the same order.
         """
 
     @abstractmethod
@@ -85,23 +85,24 @@ class Arrivals(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let what is under way arrive; nothing can start any more."""
+        """Wait for pending arrivals; no arrival can be started afterwards."""
 
 
 def open_arrivals(device: torch.device, blocking: bool) -> Arrivals:
-    """The arrivals of a device; `blocking`: what beginnings return occupies a thread (reading files)."""
+    """The arrivals of a device; `blocking`: the callables that beginnings return block a thread (reading
+    files)."""
     return CudaArrivals(device, blocking) if device.type == "cuda" else ThreadArrivals()
 
 
 class ThreadArrivals(Arrivals):
-    """CPU: a worker thread copies, the caller computes."""
+    """CPU: a worker thread copies while the caller computes."""
 
     def __init__(self):
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="teacher-arrival")
 
     def start(self, beginnings, finish, free):
         def work() -> float:
-            begun = time.perf_counter()  # time in the queue behind an earlier arrival is not this one's
+            begun = time.perf_counter()  # excludes time in the queue behind an earlier arrival
             _run(beginnings, finish)
             return time.perf_counter() - begun
 
@@ -115,7 +116,7 @@ class ThreadArrivals(Arrivals):
 
 
 def _run(beginnings: Sequence[Beginning], finish: Callable[[], None]) -> None:
-    """All beginnings first, so that the segments of a teacher travel together."""
+    """Issue all beginnings first, so that the segments of a teacher are transferred concurrently."""
     for rest in [begin() for begin in beginnings]:
         rest()
     finish()
@@ -137,7 +138,7 @@ class _ThreadArrival(Arrival):
 
 
 class CudaArrivals(Arrivals):
-    """CUDA: a stream of its own. The host never waits, except for a thread that still reads files."""
+    """CUDA: a separate stream. The host never waits, except for a thread that is still reading files."""
 
     def __init__(self, device: torch.device, blocking: bool):
         self._device = device

@@ -1,20 +1,20 @@
-"""All teachers of a run: where they rest, and how one of them becomes resident while the next arrives.
+"""Stores all teachers of a run, and makes one of them resident while the next is loaded.
 
-Weights rest in a store (`storage.py`); on the device there are two teacher slots and a few head slots, raw
-bytes as large as the largest teacher's stage and head. One module skeleton per architecture is pointed into
-the slot that holds its teacher. So device memory depends neither on the number of teachers nor on the number
-of architectures, and the twelfth teacher costs what the second did.
+Weights are kept in a store (`storage.py`). The device holds two teacher slots and a few head slots: byte
+buffers as large as the largest teacher's stage and head. One module skeleton per architecture is bound to the
+slot that holds its teacher. Device memory therefore depends neither on the number of teachers nor on the
+number of architectures: the twelfth teacher costs no more than the second.
 
-    bank.prefetch("code")               # returns at once; arrives in the slot that is not in use
-    chunk = bank.make_resident("math")  # waits only if "math" is not there yet
-    ...                                 # forward passes of "math", while "code" arrives
+    bank.prefetch("code")               # returns immediately; loads into the slot that is not in use
+    chunk = bank.make_resident("math")  # waits only if "math" is not loaded yet
+    ...                                 # forward passes of "math", while "code" loads
     (head,) = bank.heads(["math"])      # the last stage's loss
 
-Slots. `make_resident` makes a teacher the current one; an arrival goes into the slot that is not current,
-unless the caller names one. Heads: as many slots as are read together (by a divergence of distributions,
-those of the largest mixture of one sample; where log-probs of sampled tokens are taken, one), plus one in
-which the next may arrive. Heads returned by `heads` stay until the next call. Everything is called from one
-thread, on all ranks of a stage in the same order: arrivals of `host_sharded` are collectives.
+Slots: `make_resident` makes a teacher the current one; a load goes into the slot that is not current, unless
+the caller names one. Heads: as many slots as are read together (for a divergence between distributions, the
+heads of the largest mixture of one sample; for log-probs of sampled tokens, one), plus one to load the next
+head. Heads returned by `heads` stay valid until the next call. All methods are called from one thread, on all
+ranks of a stage in the same order, because loads of `host_sharded` are collectives.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from megatron_mopd.teachers.storage import FileStore, HostStore, ShardedHostStor
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """A teacher as the bank loads it: its name, its architecture, and where its weights are."""
+    """A teacher as the bank loads it: name, architecture, and location of its weights."""
 
     name: str
     model: ModelConfig
-    """Architecture with the vocabulary size resolved; `load` names the checkpoint, `None` draws from `seed`.
-    """
+    """Architecture with the vocabulary size resolved; `load` names the checkpoint; `None` initializes from
+    `seed`."""
     seed: int
     fingerprint: str = ""
-    """SHA-256 of the weights; tells whether files of an earlier start (`mmap`) still hold them."""
+    """SHA-256 of the weights; determines whether files from an earlier start (`mmap`) still match."""
 
 
 @dataclass(eq=False)
@@ -62,18 +62,18 @@ class _Slot:
     buffer: Tensor
     occupant: str | None = None
     arrival: Arrival | None = None
-    """Not yet waited for."""
+    """The load in progress, until it has been waited for."""
     free: object = None
-    """Mark after the last work that used the occupant."""
+    """Mark after the last work that uses the occupant."""
     last_used: int = 0
 
 
 class TeacherBank:
-    """Building it is collective over all ranks: every teacher's checkpoint is read, each rank its own
-    slices.
+    """All teachers of a run. Construction is collective over all ranks: each rank reads its own slices of
+    every teacher's checkpoint.
 
-    Raises `ConfigError` for checkpoints that do not load and for hosts without the memory that the storage
-    mode needs. Collectives when teachers arrive: only those of `ShardedHostStore`.
+    Raises `ConfigError` for checkpoints that cannot be loaded and for hosts without enough memory for the
+    storage mode. Collectives when teachers are loaded: only those of `ShardedHostStore`.
     """
 
     def __init__(
@@ -86,8 +86,9 @@ class TeacherBank:
         directory: str | Path = "teachers",
         max_mixture: int = 1,
     ):
-        """`directory`: where `mmap` keeps its files when `storage` names none; `max_mixture`: most heads
-        that `heads` is asked for (by a full-vocabulary divergence as many as a sample has teachers)."""
+        """`directory`: where `mmap` stores its files if `storage` names no directory; `max_mixture`: maximum
+        number of heads requested from `heads` at once (for a full-vocabulary divergence, the number of a
+        sample's teachers)."""
         storage = storage or TeacherStorageConfig()
         sources = list(sources)
         self._groups, self._storage = groups, storage
@@ -149,14 +150,14 @@ class TeacherBank:
 
     def _new_slot(self, num_bytes: int) -> _Slot:
         buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=self._groups.device)
-        # On CUDA the zeros, and whatever had this memory before, may still be ahead in the caller's stream.
+        # On CUDA the zero fill, and earlier work on this memory, may still be pending in the caller's stream.
         return _Slot(buffer, free=self._arrivals.mark())
 
     def _new_staging(self) -> dict[str, Tensor]:
-        """Where encoded bytes of a segment land before they are decoded into a slot: one buffer a segment.
+        """Buffers for encoded bytes before they are decoded into a slot, one per segment.
 
-        Arrivals use it one after another (see `arrivals.py`); the first waits for its slot's mark, taken
-        later than these allocations.
+        Successive arrivals reuse them (see `arrivals.py`); the first arrival waits for its slot's mark, which
+        is taken after these allocations.
         """
         sizes: dict[str, int] = {}
         for (_, segment), encoding in self._encodings.items():
@@ -221,9 +222,9 @@ class TeacherBank:
         return list(self._skeleton_of)
 
     def prefetch(self, name: str, slot: int | None = None) -> None:
-        """Start teacher `name`'s arrival and return at once; nothing happens when it is there or on its way.
+        """Start loading teacher `name` and return immediately; does nothing if it is loaded or loading.
 
-        It goes into `slot` (a plan's number: the caller no longer needs that slot's occupant), or into the
+        It goes into `slot` (the plan's slot number, whose occupant the caller no longer needs), or into the
         slot that is not current.
         """
         if self._find(self._slots, name) is None:
@@ -238,8 +239,8 @@ class TeacherBank:
         """The frozen model (this rank's stage) with the weights of teacher `name`, which becomes the current
         one.
 
-        Waits for its arrival if that is still under way (on CUDA the stream does), and starts it if it is
-        not. Raises `TeacherFileError` when its file is gone or changed (`mmap`).
+        Starts the load if necessary and waits for it (on CUDA, the stream waits). Raises `TeacherFileError`
+        if its file is missing or has changed (`mmap`).
         """
         self.prefetch(name)
         slot = self._find(self._slots, name)
@@ -256,23 +257,22 @@ class TeacherBank:
     # Heads
 
     def reserve_heads(self, count: int) -> None:
-        """Have at least `count` head slots (last stage only); they never become fewer."""
+        """Ensure that there are at least `count` head slots (last stage only); the number never decreases."""
         while self._head_bytes and len(self._head_slots) < count:
             self._head_slots.append(self._new_slot(self._head_bytes))
 
     def prefetch_head(self, name: str, slot: int | None = None) -> None:
-        """Start the arrival of teacher `name`'s output head and return at once; only on the last stage.
+        """Start loading teacher `name`'s output head and return immediately; last stage only.
 
-        It goes into `slot` (a plan's number), or into the slot whose head was used longest ago.
+        It goes into `slot` (the plan's slot number), or into the least recently used slot.
         """
         if self._find(self._head_slots, name) is None:
             self._start_head(name, slot, keep=())
 
     def heads(self, names: Sequence[str]) -> list[Tensor]:
-        """The output heads of one mixture's teachers, [padded vocabulary / tp, h_k] each; only on the last
-        stage.
+        """The output heads of one mixture's teachers, [padded vocabulary / tp, h_k] each; last stage only.
 
-        They stay valid until the next call. Arrivals that are not there yet are started and waited for.
+        They stay valid until the next call. Starts loads if necessary and waits for them.
         """
         self.reserve_heads(len(names))
         self._release_heads()
@@ -305,10 +305,10 @@ class TeacherBank:
         else:
             free = [slot for slot in self._head_slots if slot not in self._current_heads]
             candidates = [slot for slot in free if slot.occupant not in keep]
-            if not candidates:  # every slot is in use, and none of them by what is asked for
+            if not candidates:  # every slot is in use
                 return
             target = min(candidates, key=lambda s: s.last_used)
-        if target in self._current_heads:  # the caller says that it has done with them
+        if target in self._current_heads:  # the caller no longer needs them
             self._release_heads()
         skeleton = self._skeleton_of[name]
         self._start(target, name, {skeleton.head.name: target.buffer[: skeleton.head_bytes]})
@@ -319,7 +319,7 @@ class TeacherBank:
         return next((slot for slot in slots if slot.occupant == name), None)
 
     def _start(self, slot: _Slot, name: str, parts: dict[str, Tensor]) -> None:
-        if slot.arrival is not None:  # replaced before it was ever used; its bytes must land first
+        if slot.arrival is not None:  # replaced before it was used; its transfer must finish first
             slot.arrival.wait()
         if slot is self._current:
             slot.free, self._current = self._arrivals.mark(), None
@@ -336,7 +336,7 @@ class TeacherBank:
             for decoder in decoders:
                 decoder()
 
-        slot.occupant = None  # until it is on its way, whatever happens
+        slot.occupant = None  # in case starting the load raises
         slot.arrival = self._arrivals.start(beginnings, decode, slot.free)
         slot.occupant = name
         self._unmeasured.append((name, num_bytes, slot.arrival))
@@ -351,17 +351,18 @@ class TeacherBank:
             slot.arrival = None
 
     def close(self) -> None:
-        """Let the arrivals that are under way land, so that the groups of their collectives can be destroyed;
-        every rank calls it at the end, and nothing can arrive any more."""
+        """Wait for pending loads, so that the groups of their collectives can be destroyed. Every rank calls
+        it at the end; no load can be started afterwards."""
         self._arrivals.close()
 
     # Watching
 
     def check_files(self, names: Iterable[str]) -> None:
-        """Raise `TeacherFileError` on every rank when, on any, a file of these teachers is gone or changed.
+        """Raise `TeacherFileError` on every rank if on any rank a file of these teachers is missing or has
+        changed.
 
-        Only `mmap` has files. One all-gather of a short text over all ranks; call it before each batch, so
-        that no rank is left waiting for one that cannot read.
+        Only `mmap` has files. One all-gather of a short text over all ranks. Call it before each batch, so
+        that no rank waits for one that cannot read.
         """
         if not isinstance(self.store, FileStore):
             return
@@ -372,11 +373,11 @@ class TeacherBank:
         if found:
             raise TeacherFileError(
                 f"{found[0]} ({len(found)} of {len(problems)} ranks are affected). The run's last checkpoint "
-                "is complete: resume from it, and what is missing is made again from the teacher's checkpoint"
+                "is complete: resume from it, and missing files are rebuilt from the teacher's checkpoint"
             )
 
     def take_traffic(self) -> dict[str, Traffic]:
-        """What arrivals cost since the last call, by teacher; arrivals still on their way count next time."""
+        """The cost of loads since the last call, by teacher; pending loads are counted next time."""
         pending = {id(slot.arrival) for slot in (*self._slots, *self._head_slots) if slot.arrival is not None}
         left = []
         for name, num_bytes, arrival in self._unmeasured:
@@ -395,7 +396,7 @@ class TeacherBank:
         return taken
 
     def device_bytes(self) -> int:
-        """Device memory of all slots (and of the landing place of encoded weights) on this rank."""
+        """Device memory of all slots (and of the staging buffers for encoded weights) on this rank."""
         slots = [slot.buffer for slot in (*self._slots, *self._head_slots)]
         return sum(buffer.numel() for buffer in (*slots, *self._staging.values()))
 
@@ -404,8 +405,8 @@ class TeacherBank:
         return self.store.host_bytes()
 
     def host_bytes_by_mode(self) -> dict[str, int]:
-        """What `host_bytes` is, or would be, in each storage mode (on the CPU; CUDA adds a landing place of
-        128 MiB for `mmap`)."""
+        """The value of `host_bytes` in each storage mode (on the CPU; CUDA adds staging buffers of 128 MiB
+        for `mmap`)."""
         return placement.bytes_per_mode(self._payload_bytes(), self._parts)
 
     def disk_bytes(self) -> int:

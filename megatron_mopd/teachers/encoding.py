@@ -1,9 +1,9 @@
-"""How weights rest: as they are, or as 8-bit numbers with a scale for every block of a row.
+"""Storage format of weights: unchanged, or as 8-bit numbers with a scale for every block of a row.
 
-A block is 128 neighbouring weights of one row of a matrix; its scale is the largest magnitude divided by the
-format's largest number (127 for int8, 448 for fp8 e4m3). Rows are never mixed and blocks start at column 0,
-so a layout that splits columns into multiples of 128 quantises exactly as a single rank would. Vectors,
-biases and routers, which are small and sensitive, rest as they are.
+A block is 128 adjacent weights of one row of a matrix; its scale is the largest magnitude divided by the
+format's largest number (127 for int8, 448 for fp8 e4m3). Blocks never span rows and start at column 0, so a
+layout that splits columns into multiples of 128 quantizes exactly as a single rank would. Vectors, biases and
+routers, which are small and sensitive, are stored unchanged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK = 128
 _FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
 _ROWS_BYTES = 16 << 20
-"""Matrices are converted a few rows at a time, so that their float32 form never exists as a whole."""
+"""Bytes of float32 rows per conversion step; a matrix is never converted to float32 as a whole."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Matrix:
 
 
 class Encoding:
-    """The resting form of one segment; `dtype` is `None` (as it is), `int8` or `fp8`."""
+    """The stored form of one segment; `dtype` is `None` (unchanged), `int8` or `fp8`."""
 
     def __init__(self, segment: Segment, dtype: str | None, parts: int):
         self.segment = segment
@@ -75,7 +75,7 @@ class Encoding:
         self.num_bytes = round_up(offset, ALIGNMENT * parts)
 
     def encode(self, segment: Tensor, payload: Tensor) -> None:
-        """Write the resting form of `segment` [segment bytes] into `payload` [encoded bytes], on any device.
+        """Write the stored form of `segment` [segment bytes] into `payload` [encoded bytes], on any device.
 
         No collectives.
         """
@@ -91,7 +91,7 @@ class Encoding:
                 for block, (first, last) in enumerate(_column_groups(matrix.columns)):
                     part = weights[:, first:last].float()
                     largest = part.abs().unflatten(1, (-1, min(BLOCK, last - first))).amax(2)
-                    # A block of zeros keeps a scale of one, so that nothing is divided by zero.
+                    # A block of zeros gets scale 1 to avoid a division by zero.
                     scale = torch.where(largest > 0, largest / self._largest, torch.ones_like(largest))
                     part = part / scale.repeat_interleave(min(BLOCK, last - first), 1)
                     if self._dtype is torch.int8:
@@ -102,8 +102,7 @@ class Encoding:
                     scales[:, _scale_columns(matrix, block)].copy_(scale)
 
     def decode(self, payload: Tensor, segment: Tensor) -> None:
-        """Write the weights that `payload` stands for into `segment`, on the device of both. No
-        collectives."""
+        """Decode `payload` into `segment`, on the device of both. No collectives."""
         if self.is_plain:
             segment.copy_(payload)
             return
@@ -134,7 +133,7 @@ class Encoding:
 
 
 def _column_groups(columns: int) -> list[tuple[int, int]]:
-    """Columns in whole blocks, then the shorter block that is left."""
+    """The columns in whole blocks, then the shorter remaining block."""
     whole = columns // BLOCK * BLOCK
     groups = [(0, whole)] if whole else []
     return groups + ([(whole, columns)] if whole < columns else [])

@@ -12,10 +12,10 @@ from megatron_mopd.model.checksums import CHECKSUM_FILE
 
 _BLOCK = 1 << 20
 _WHOLE = 64
-"""Files of at most this many mebibytes are read whole, of larger ones as many blocks, spread evenly."""
+"""Files up to this many MiB are read whole; of larger files this many evenly spaced blocks are read."""
 
 _END = 4096
-"""Bytes at the end of a file: its last tensor."""
+"""Bytes read at the end of a file, which belong to its last tensor."""
 
 _WEIGHTS = ("*.distcp", "*.safetensors")
 _DESCRIPTIONS = ("model.json", "config.json", "*.index.json")
@@ -24,8 +24,8 @@ _DESCRIPTIONS = ("model.json", "config.json", "*.index.json")
 def file_fingerprint(path: Path) -> str:
     """SHA-256 of a file's size and content.
 
-    Of a file above 64 MiB, 64 blocks of 1 MiB that are spread evenly over it, the first and the last among
-    them: another training run changes every one of them, a flipped bit between them goes unseen.
+    Of a file larger than 64 MiB, only 64 evenly spaced blocks of 1 MiB are hashed, including the first and
+    the last: further training changes every block, but a flipped bit between them is not detected.
     """
     with open(path, "rb") as stream:
         return _fingerprint(stream)
@@ -47,7 +47,8 @@ def _fingerprint(stream: IO[bytes]) -> str:
 def checkpoint_fingerprints(path: Path) -> dict[str, str]:
     """`architecture` and `weights` of a checkpoint directory (torch_dist or Hugging Face), as SHA-256.
 
-    Raises `ConfigError` for a link out of the directory and for what is not a regular file.
+    Raises `ConfigError` for a link that leads out of the directory and for anything that is not a regular
+    file.
     """
     architecture = hashlib.sha256()
     for file in _files(path, _DESCRIPTIONS):
@@ -60,10 +61,10 @@ def checkpoint_fingerprints(path: Path) -> dict[str, str]:
 
 
 def quick_fingerprint(path: Path) -> str:
-    """SHA-256 over names, sizes and ends of a checkpoint's files, and over their list of checksums.
+    """SHA-256 of the names, sizes and last bytes of a checkpoint's files, and of their checksum list.
 
-    Cheap enough for every rank; tells apart copies of different checkpoints, and not a flipped bit. Raises
-    `ConfigError` as `checkpoint_fingerprints` does.
+    Cheap enough for every rank; distinguishes different checkpoints but does not detect a flipped bit. Raises
+    `ConfigError` like `checkpoint_fingerprints`.
     """
     digest = hashlib.sha256()
     for file in _files(path, (*_WEIGHTS, *_DESCRIPTIONS, CHECKSUM_FILE)):

@@ -1,4 +1,4 @@
-"""What is kept of the teachers' forward passes until the loss: last-layer hidden states or log-probs."""
+"""Caches the results of teacher forward passes until the loss: last-layer hidden states or log-probs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class HiddenCache:
     """Teacher hidden states [response tokens of this CP rank, h_teacher], keyed by (trajectory index, teacher
     name), on the last pipeline stage.
 
-    They wait in page-locked host memory (`placement` "host") or on the device, each until the loss has used
-    it. Kept in the precision of the model unless `dtype` says otherwise: in bfloat16 for a bfloat16 model,
-    and rounding to fewer bits is something the user asks for. Where they wait changes no result.
+    Each is held in page-locked host memory (`placement` "host") or on the device until the loss has used it,
+    in the precision of the model unless `dtype` is given: the cache rounds to fewer bits only on request. The
+    placement does not affect results.
 
-    `budget`: most bytes held at once; more is an error here, because the plan of a step keeps to it by
-    scoring and learning in parts (`states_within`).
+    `budget`: maximum number of bytes held at once; exceeding it is an error, because a step's plan stays
+    within it by alternating scoring and training (`states_within`).
 
-    Of trajectories whose objective compares sampled tokens only, `put_log_probs` keeps the log-probs [n], a
-    few bytes a token, instead of the states.
+    For trajectories whose objective compares sampled tokens only, `put_log_probs` stores the log-probs [n], a
+    few bytes per token, instead of the states.
     """
 
     def __init__(
@@ -46,23 +46,24 @@ class HiddenCache:
         self.peak_bytes = 0
 
     def itemsize(self, params_dtype: torch.dtype) -> int:
-        """Bytes of one number of a model that computes in `params_dtype`."""
+        """Bytes per element for a model that computes in `params_dtype`."""
         return (self._dtype or params_dtype).itemsize
 
     def put(self, index: int, teacher: str, hidden: Tensor) -> None:
-        """Keep a detached copy of `hidden` [n, h]; the original is free to go."""
+        """Store a detached copy of `hidden` [n, h]; the original may be freed."""
         self._keep(("hidden", index, teacher), hidden, self._dtype or hidden.dtype)
 
     def pop(self, index: int, teacher: str) -> Tensor:
-        """The states of one trajectory on the run's device in their original precision, released here."""
+        """Remove and return the states of one trajectory, on the run's device and in their original
+        precision."""
         return self._release(("hidden", index, teacher))
 
     def put_log_probs(self, index: int, teacher: str, log_probs: Tensor) -> None:
-        """Keep a teacher's log-probs [n] of a trajectory's sampled tokens, in their own precision."""
+        """Store a teacher's log-probs [n] of a trajectory's sampled tokens, in their original precision."""
         self._keep(("log_probs", index, teacher), log_probs, log_probs.dtype)
 
     def pop_log_probs(self, index: int, teacher: str) -> Tensor:
-        """The log-probs of one trajectory on the run's device, released here."""
+        """Remove and return the log-probs of one trajectory, on the run's device."""
         return self._release(("log_probs", index, teacher))
 
     def _keep(self, key: tuple[str, int, str], values: Tensor, dtype: torch.dtype) -> None:
@@ -92,7 +93,7 @@ class HiddenCache:
 def states_within(budget: int, largest: int) -> int:
     """How many scored micro-batches of at most `largest` bytes each fit into `budget` bytes.
 
-    `ConfigError` when not even one does.
+    Raises `ConfigError` if not even one fits.
     """
     if largest > budget:
         raise ConfigError(

@@ -1,13 +1,13 @@
-"""One architecture's weights as flat bytes: where every tensor of this rank's stage lies.
+"""Lays out one architecture's weights as flat bytes: the position of every tensor of this rank's stage.
 
-The weights fall into segments that travel as a whole and have the same replicas:
+The weights are grouped into segments, which are transferred as a whole and have the same replicas:
 
-    dense    everything that all data-parallel (and context-parallel) ranks hold alike
-    expert   the experts, which expert-data-parallel ranks hold alike
+    dense    everything that is replicated over data-parallel (and context-parallel) ranks
+    expert   the experts, which are replicated over expert-data-parallel ranks
     head     the output head (last stage): the loss needs it, the forward pass does not
 
-so a *body* (dense, expert) goes into a teacher slot and a *head* into a head slot. Where the head is also the
-input embedding of the same stage (tied weights without a pipeline), it belongs to both.
+A *body* (dense, expert) goes into a teacher slot and a *head* into a head slot. If the head is also the input
+embedding of the same stage (tied weights without pipeline parallelism), it belongs to both.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from megatron_mopd.model.gpt import HiddenStateGPT, is_expert
 DENSE, EXPERT, HEAD = "dense", "expert", "head"
 
 ALIGNMENT = 256
-"""Every tensor starts at a multiple of this many bytes, as from an allocator of its own: vectorised kernels
-count on it."""
+"""Every tensor starts at a multiple of this many bytes, as if allocated separately: vectorized kernels rely
+on it."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor lies inside its segment."""
+    """The position of one tensor in its segment."""
 
     name: str
     dtype: torch.dtype
@@ -49,15 +49,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Segment:
-    """Tensors that travel together."""
+    """Tensors that are transferred together."""
 
     name: str
     places: tuple[Place, ...]
     num_bytes: int
-    """Rounded up, so that it splits into aligned parts of equal size (`host_sharded`)."""
+    """Rounded up so that the segment splits into aligned parts of equal size (`host_sharded`)."""
 
     def digest(self) -> str:
-        """SHA-256 of names, types, shapes and offsets: equal digests read each other's bytes."""
+        """SHA-256 of names, dtypes, shapes and offsets: segments with equal digests have compatible bytes."""
         return hashlib.sha256(repr((self.name, self.places, self.num_bytes)).encode()).hexdigest()
 
 
@@ -67,14 +67,15 @@ def round_up(number: int, multiple: int) -> int:
 
 
 class Skeleton:
-    """The one frozen module of an architecture on this rank: it owns no weights, it is bound to a slot's.
+    """The single frozen module of an architecture on this rank; it owns no weights but is bound to those in a
+    slot.
 
-    `chunk` is left without storage: `bind` points its parameters and persistent buffers into a slot before
-    each use, so teachers of one architecture share modules and all teachers share the slots.
+    `chunk` has no storage: `bind` points its parameters and persistent buffers into a slot before each use,
+    so teachers of one architecture share a module and all teachers share the slots.
     """
 
     def __init__(self, chunk: HiddenStateGPT, is_last_stage: bool, parts: Mapping[str, int]):
-        """`parts`: number of equal parts that a segment must split into, segment by segment."""
+        """`parts`: for each segment, the number of equal parts into which it must split."""
         self.chunk = chunk
         head = chunk.head_weight() if is_last_stage else None
         members: dict[str, list[tuple[str, Tensor]]] = {DENSE: [], EXPERT: [], HEAD: []}
@@ -88,7 +89,7 @@ class Skeleton:
                 self._members[segment] = [tensor for _, tensor in tensors]
         self._head_in_body = head is not None and chunk.pre_process and head is _embedding(chunk)
         self.body = [s for s in self.segments.values() if s.name != HEAD or self._head_in_body]
-        """Segments that the forward pass needs, in the order in which a slot holds them."""
+        """Segments that the forward pass needs, in slot order."""
         self.body_bytes = sum(segment.num_bytes for segment in self.body)
         self.head = self.segments.get(HEAD)
         self.head_bytes = self.head.num_bytes if self.head else 0
@@ -96,7 +97,7 @@ class Skeleton:
         self.release()
 
     def parts(self, slot: Tensor) -> dict[str, Tensor]:
-        """The bytes of every body segment inside a teacher slot."""
+        """The bytes of every body segment in a teacher slot."""
         result, start = {}, 0
         for segment in self.body:
             result[segment.name] = slot[start : start + segment.num_bytes]
@@ -113,19 +114,19 @@ class Skeleton:
         return self.chunk
 
     def bind_head(self, head_slot: Tensor) -> None:
-        """Point the module's own head parameter into a head slot; only needed while weights are loaded."""
+        """Point the module's head parameter into a head slot; only needed while loading weights."""
         if self.head is not None and not self._head_in_body:
             self._point(HEAD, head_slot[: self.head_bytes])
 
     def release(self) -> None:
-        """Leave the module without any storage."""
+        """Release the module's reference to any storage."""
         for tensors in self._members.values():
             for tensor in tensors:
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         self._bound = None
 
     def head_view(self, head_slot: Tensor) -> Tensor:
-        """The output head [padded vocabulary / tp, h] inside a head slot."""
+        """The output head [padded vocabulary / tp, h] in a head slot."""
         return self.head.places[0].view(head_slot)
 
     def _point(self, segment: str, part: Tensor) -> None:
@@ -134,7 +135,7 @@ class Skeleton:
 
 
 def _weights(chunk: HiddenStateGPT) -> dict[str, Tensor]:
-    """Everything a checkpoint fills: parameters and persistent buffers, each once, by name."""
+    """All tensors that a checkpoint contains: parameters and persistent buffers, each once, by name."""
     temporary = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in chunk.named_modules()

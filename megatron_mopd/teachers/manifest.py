@@ -1,4 +1,4 @@
-"""What a run is made of, in a form that a resumed run can compare; and checks that need only fingerprints."""
+"""Fingerprints of a run's inputs, which a resumed run compares, and checks that need only fingerprints."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from megatron_mopd.teachers.fingerprint import checkpoint_fingerprints
 from megatron_mopd.teachers.routing import SELF
 
 Fingerprints = dict[str, str]
-"""`architecture`, `tokenizer` (with its chat template) and `weights`, each a SHA-256 or, without a
-checkpoint, a text that says where the weights come from."""
+"""`architecture`, `tokenizer` (with its chat template) and `weights`: each a SHA-256 or, without a
+checkpoint, a text that describes the origin of the weights."""
 
 
 def model_fingerprints(
     load: str | None, teachers: Sequence[TeacherConfig], student: ModelConfig, tokenizer: str, seed: int
 ) -> dict[str, Fingerprints]:
-    """Fingerprints of the student as it starts ("") and of every teacher, by name.
+    """Fingerprints of the initial student ("") and of every teacher, by name.
 
-    load: `student.load`. student: its resolved architecture. tokenizer: fingerprint of the run's.
-    Rank 0 reads, all ranks get the same answer: one broadcast of a few hundred bytes a teacher. Raises
-    `ConfigError` on all ranks alike.
+    load: `student.load`. student: its resolved architecture. tokenizer: fingerprint of the run's tokenizer.
+    Rank 0 reads and broadcasts a few hundred bytes per teacher. Raises `ConfigError` on all ranks.
     """
     result: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -76,8 +75,8 @@ def _fingerprints_of(path: Path, where: str) -> Fingerprints:
 
 
 def run_manifest(tokenizer: str, prompts: PromptSet, fingerprints: dict[str, Fingerprints]) -> dict[str, Any]:
-    """Fingerprints of a run's tokenizer, prompts (source by source), student as it started and teachers;
-    stored in its checkpoints.
+    """Fingerprints of a run's tokenizer, prompts (by source), initial student and teachers; stored in its
+    checkpoints.
     """
     return {
         "tokenizer": tokenizer,
@@ -88,8 +87,8 @@ def run_manifest(tokenizer: str, prompts: PromptSet, fingerprints: dict[str, Fin
 
 
 def with_tokenizer(manifest: dict[str, Any], tokenizer: str) -> dict[str, Any]:
-    """A saved manifest with another fingerprint of the tokenizer: of one that was found to be the same, or
-    whose change is allowed."""
+    """A saved manifest with the tokenizer fingerprint replaced, for a tokenizer that is equivalent or whose
+    change is allowed."""
     teachers = {
         name: prints | {"tokenizer": tokenizer} for name, prints in manifest.get("teachers", {}).items()
     }
@@ -97,13 +96,13 @@ def with_tokenizer(manifest: dict[str, Any], tokenizer: str) -> dict[str, Any]:
 
 
 def changed_teachers(saved: dict[str, Fingerprints], current: dict[str, Fingerprints]) -> list[str]:
-    """One phrase for every teacher that is not what the saved run had: `math (weights)`, `code (new)`."""
+    """One phrase for every teacher that differs from the saved run: `math (weights)`, `code (new)`."""
     phrases = []
     for name in sorted(saved.keys() | current.keys()):
         if name not in saved:
             phrases.append(f"{name} (new)")
         elif name not in current:
-            phrases.append(f"{name} (no longer there)")
+            phrases.append(f"{name} (removed)")
         else:
             before, now = saved[name], current[name]
             parts = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
@@ -113,9 +112,9 @@ def changed_teachers(saved: dict[str, Fingerprints], current: dict[str, Fingerpr
 
 
 def start_alarms(fingerprints: dict[str, Fingerprints]) -> list[str]:
-    """Messages about teachers whose checkpoint is the student's, or another teacher's.
+    """Alarm messages about teachers whose checkpoint is the same as the student's or another teacher's.
 
-    `self` is meant to be the student.
+    `self` is excluded, because it is the student by definition.
     """
     alarms, seen = [], {}
     student = fingerprints.get("", {}).get("weights")

@@ -1,4 +1,5 @@
-"""Which ranks hold the same teacher bytes, whether a host has room for them, and who writes which file."""
+"""Determines the replicas of teacher weights, whether a host has enough memory, and which rank writes each
+file."""
 
 from __future__ import annotations
 
@@ -20,23 +21,23 @@ _SHARE_OF_FREE_MEMORY = 0.95
 
 
 def replica_groups(groups: ParallelGroups) -> dict[str, dist.ProcessGroup]:
-    """For every segment the ranks that hold it alike."""
+    """The ranks that replicate each segment."""
     dense, expert = groups.collection.dp_cp, groups.collection.expt_dp
     return {DENSE: dense, EXPERT: expert, HEAD: dense}
 
 
 def gather_groups(groups: ParallelGroups) -> dict[str, dist.ProcessGroup]:
-    """For every body segment its replicas as a new group. Collective over all ranks."""
+    """A new group over the replicas of each body segment. Collective over all ranks."""
     return {DENSE: _duplicate(groups.collection.dp_cp), EXPERT: _duplicate(groups.collection.expt_dp)}
 
 
 def sharding(groups: ParallelGroups) -> dict[str, int]:
-    """Parts into which `host_sharded` divides a segment."""
+    """Number of parts into which `host_sharded` splits each segment."""
     return {DENSE: groups.collection.dp_cp.size(), EXPERT: groups.collection.expt_dp.size(), HEAD: 1}
 
 
 def _duplicate(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group over the same ranks with communicators of its own."""
+    """A group over the same ranks with separate communicators."""
     members: list[tuple[int, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(members, tuple(dist.get_process_group_ranks(group)))
     created = {ranks: dist.new_group(list(ranks)) for ranks in sorted(set(members))}
@@ -44,10 +45,10 @@ def _duplicate(group: dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 def are_kept(store: Store, sizes: Mapping[tuple[str, str], int]) -> bool:
-    """Whether files of an earlier start hold these payloads on every rank; `ConfigError` on all for damaged
-    ones.
+    """Whether files from an earlier start hold these payloads on every rank; raises `ConfigError` on all
+    ranks for damaged files.
 
-    Collectives only for files: one all-gather of a short text over all ranks.
+    Collectives: for files, one all-gather of a short text over all ranks.
     """
     if not isinstance(store, FileStore):
         return False
@@ -63,7 +64,8 @@ def are_kept(store: Store, sizes: Mapping[tuple[str, str], int]) -> bool:
 
 
 def bytes_per_mode(payload: Mapping[str, int], parts: Mapping[str, int]) -> dict[str, int]:
-    """Host memory that one rank needs for payloads of so many bytes (by segment), in each storage mode."""
+    """Host memory that one rank needs for payloads of these sizes (bytes by segment), in each storage
+    mode."""
     return {
         "host": sum(payload.values()),
         "host_sharded": sum(size // parts[name] for name, size in payload.items()),
@@ -74,7 +76,7 @@ def bytes_per_mode(payload: Mapping[str, int], parts: Mapping[str, int]) -> dict
 def check_host_memory(
     mode: str, payload: Mapping[str, int], parts: Mapping[str, int], groups: ParallelGroups
 ) -> None:
-    """`ConfigError` on every rank when a host has less free memory than the teachers of its ranks need.
+    """Raise `ConfigError` on every rank if a host has less free memory than the teachers of its ranks need.
 
     One all-gather of a few numbers over all ranks.
     """
@@ -104,10 +106,10 @@ def file_paths(
     layouts: Mapping[tuple[str, str], tuple[str, str | None]],
     groups: ParallelGroups,
 ) -> dict[tuple[str, str], Path]:
-    """The file of every (teacher, segment) on this rank, the same for all its replicas.
+    """The file of every (teacher, segment) on this rank, the same for all replicas.
 
-    The name carries the weights' fingerprint and the layout, so another checkpoint, another parallel layout
-    or another encoding is another file.
+    The name depends on the weights' fingerprint and the layout, so a different checkpoint, parallel layout or
+    encoding uses a different file.
     """
     collection = groups.collection
     stage = f"pp{collection.pp.rank()}of{collection.pp.size()}"
@@ -129,10 +131,10 @@ def store_once(
     payloads: Mapping[tuple[str, str], Callable[[], Tensor]],
     groups: ParallelGroups,
 ) -> None:
-    """Put the payloads into the store. Files that several ranks read are written by one of them.
+    """Put the payloads into the store. One rank writes each file that several ranks read.
 
-    The first replica writes; where its file is not visible (a disk of each host's own), the first replica on
-    that host does. Two barriers over all ranks and an all-gather of host names for files, else no collective.
+    The first replica writes; on hosts that cannot see its file (local disks), the first replica on that host
+    does. For files, two barriers over all ranks and an all-gather of host names; otherwise no collective.
     """
     if not isinstance(store, FileStore):
         for key, payload in payloads.items():

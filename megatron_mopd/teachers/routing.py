@@ -1,13 +1,14 @@
-"""Domain -> weighted teachers.
+"""Maps each domain to weighted teachers.
 
     routing:
       math: math_expert                                  # one teacher
       code/python: {code_expert: 0.8, self: 0.2}         # several, weighted
-      code/*: {code_expert: 1}                           # every other domain that begins with code/
+      code/*: {code_expert: 1}                           # every other domain that starts with code/
       chat: {chat_expert: {0: 1.0, 200: 0.5}, self: {0: 0.0, 200: 0.5}}   # changing with the iteration
       default: self                                      # every domain not listed
 
-A domain takes its own entry, else the wildcard entry with the most literal characters, else `default`.
+A domain uses its own entry, else the matching wildcard entry with the most literal characters, else
+`default`.
 """
 
 from __future__ import annotations
@@ -20,40 +21,40 @@ from typing import Any
 
 from megatron_mopd.config import ConfigError, TeacherConfig, nearest
 
-# A sample's teachers with their weights, sorted by name: hashable, so that batches can be ordered by it.
+# A sample's teachers and their weights, sorted by name. Hashable, so that batches can be ordered by it.
 Mixture = tuple[tuple[str, float], ...]
 
 SELF = "self"
 DEFAULT = "default"
 
 _Schedule = tuple[tuple[int, float], ...]
-"""(iteration, weight), iterations increasing: linear between them, constant before and after."""
+"""(iteration, weight) with increasing iterations: linear between them, constant before and after."""
 
 
 class Routing:
-    """Which teachers score a domain, and with which weights, at one iteration (`at`; 0 to begin with).
+    """The teachers that score each domain, and their weights, at one iteration (initially 0; see `at`).
 
-    The loss of a sample is sum_k w_k KL(student || teacher_k) (DeepSeek-V4, 5.1.2); weights are used as
-    given. Weights depend on the iteration and on nothing else, so a resumed run continues exactly. A teacher
-    of weight 0 does not score.
+    The loss of a sample is sum_k w_k KL(student || teacher_k) (DeepSeek-V4, 5.1.2); weights are not
+    normalized. Weights depend only on the iteration, so a resumed run continues exactly. A teacher with
+    weight 0 does not score.
     """
 
     def __init__(self, routing: Mapping[str, Any], teachers: Iterable[TeacherConfig]):
         self.teacher_names = [teacher.name for teacher in teachers]
         self._entries = {str(domain): self._parse(str(domain), entry) for domain, entry in routing.items()}
-        # Most literal characters first; of equal ones the first in the configuration.
+        # Most literal characters first; ties keep the order of the configuration.
         patterns = [name for name in self._entries if _is_pattern(name)]
         self._patterns = sorted(patterns, key=lambda name: -sum(char not in "*?" for char in name))
         self._iteration = 0
 
     def at(self, iteration: int) -> Routing:
-        """The same routing with the weights of `iteration` (optimizer steps done)."""
+        """The same routing with the weights of `iteration` (the number of completed optimizer steps)."""
         other = copy.copy(self)
         other._iteration = iteration
         return other
 
     def mixture(self, domain: str) -> Mixture:
-        """The teachers of `domain` with their weights; `ConfigError` when it has no entry."""
+        """The teachers of `domain` with their weights; `ConfigError` if it has no entry."""
         entry = self._entry_of(domain)
         if entry is None:
             raise ConfigError(f"routing: domain {domain!r} has no teacher and there is no routing.{DEFAULT}")
@@ -62,12 +63,12 @@ class Routing:
 
     @property
     def max_teachers(self) -> int:
-        """Most teachers of one sample, at any iteration."""
+        """Maximum number of teachers of one sample, at any iteration."""
         return max(map(len, self._entries.values()), default=1)
 
     def check(self, domains: Iterable[str], scored: Iterable[str] | None = None) -> None:
-        """Every domain that teachers score (default: all) has one and every entry serves a domain that
-        exists; else `ConfigError`."""
+        """Raise `ConfigError` unless every domain in `scored` (default: all) has a teacher and every entry
+        matches an existing domain."""
         domains = set(domains)
         for domain in sorted(domains if scored is None else scored):
             self.mixture(domain)
@@ -104,7 +105,8 @@ class Routing:
             schedules[name] = _parse_schedule(weight, f"{where}.{name}")
         used = {name: schedule for name, schedule in schedules.items() if any(w > 0 for _, w in schedule)}
         for iteration in sorted({i for schedule in schedules.values() for i, _ in schedule}):
-            # Weights are linear in between, so their sum can only vanish where it does at a given iteration.
+            # Weights are piecewise linear and not negative, so their sum can only vanish at one of these
+            # iterations.
             if not any(_weight_at(schedule, iteration) > 0 for schedule in used.values()):
                 when = f" at iteration {iteration}" if used else ""
                 raise ConfigError(
@@ -147,7 +149,8 @@ def _is_pattern(name: str) -> bool:
 
 
 def check_teachers(teachers: list[TeacherConfig]) -> None:
-    """Names are there and unique; every teacher but `self` names a checkpoint."""
+    """Raise `ConfigError` unless names are present and unique, and every teacher but `self` has a
+    checkpoint."""
     seen: set[str] = set()
     for number, teacher in enumerate(teachers):
         if not teacher.name:

@@ -1,7 +1,7 @@
-"""Where teacher weights rest: in host memory, divided over data-parallel replicas, or in files.
+"""Storage of teacher weights: in host memory, sharded over data-parallel replicas, or in files.
 
-A store keeps the resting form (see `encoding.py`) of every segment of every teacher of this rank, and brings
-one into a destination on the device when it is asked to.
+A store holds the stored form (see `encoding.py`) of every segment of every teacher on this rank, and copies
+one into a destination on the device on request.
 """
 
 from __future__ import annotations
@@ -21,47 +21,49 @@ from megatron_mopd.config import ConfigError
 from megatron_mopd.teachers.fingerprint import file_fingerprint
 
 _CHUNK = 64 << 20
-"""Bytes read from a file at a time on the way to a CUDA device."""
+"""Bytes per read when loading a file to a CUDA device."""
 
 
 class TeacherFileError(RuntimeError):
-    """A file with teacher weights is gone or is not the one that the run began with."""
+    """A file with teacher weights is missing or has changed since the run started."""
 
 
 class Store(ABC):
-    """Interface of the storage modes. Segments are known by a key (teacher, segment name)."""
+    """Interface of the storage modes. A segment's key is (teacher, segment name)."""
 
     blocking = False
-    """What `begin` returns occupies a thread."""
+    """Whether the callable that `begin` returns blocks its thread."""
 
     @abstractmethod
     def put(self, key: tuple[str, str], payload: Tensor) -> None:
-        """Keep `payload` [bytes] (on the device). Only at start-up."""
+        """Store `payload` [bytes] (on the device). Called only at start-up."""
 
     @abstractmethod
     def begin(self, key: tuple[str, str], destination: Tensor) -> Callable[[], None]:
-        """Start bringing a payload into `destination` [bytes], which nobody else touches until what this
-        returns has run. Both run where arrivals run: on their thread, on CUDA with their stream current."""
+        """Start copying a payload into `destination` [bytes], and return a callable that completes the copy.
+        Nothing else may touch `destination` until it has run. Both run on the channel: on its thread, and on
+        CUDA with its stream current."""
 
     def has(self, key: tuple[str, str], num_bytes: int) -> bool:
-        """Whether the payload is already kept, from an earlier start of the run."""
+        """Whether the payload is already stored, from an earlier start of the run."""
         return False
 
     def problem(self, keys: list[tuple[str, str]]) -> str | None:
-        """What is wrong with the resting place of `keys` as far as a cheap look can tell; `None`: nothing."""
+        """A problem with the stored payloads of `keys` that a cheap check can find; `None` if there is
+        none."""
         return None
 
     @abstractmethod
     def host_bytes(self) -> int:
-        """Host memory that this rank keeps for all teachers."""
+        """Host memory that this rank uses for all teachers."""
 
     def disk_bytes(self) -> int:
-        """File space that this rank reads its teachers from."""
+        """Size of the files from which this rank reads its teachers."""
         return 0
 
 
 class HostStore(Store):
-    """`host`: each rank keeps its own shard of every teacher, page-locked on CUDA machines."""
+    """`host`: each rank stores its own shard of every teacher, page-locked on CUDA machines."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -80,19 +82,19 @@ class HostStore(Store):
 
 
 class ShardedHostStore(Store):
-    """`host_sharded`: each replica of a body segment keeps 1/n of it, and an all-gather puts it together.
+    """`host_sharded`: each replica of a body segment stores 1/n of it; an all-gather assembles it.
 
-    The all-gather (`begin`: n x part bytes over the segment's replicas) is issued by one arrival
-    after another. All replicas run the same teachers' forwards, so they issue the same all-gathers in the
-    same order. Its groups are its own: the caller's thread has collectives under way at the same time, and on
-    CUDA it must not wait behind gradients in their communicators.
+    The channel issues the all-gather (`begin`: n x part bytes over the segment's replicas), one arrival after
+    another. All replicas run the same teachers' forwards, so they issue the same all-gathers in the same
+    order. It uses separate process groups: the caller's thread issues collectives at the same time, and on
+    CUDA the all-gather must not queue behind gradients in their communicators.
 
-    Heads, a hundredth of a large model, stay whole on every rank: which heads a loss needs, and when, depends
-    on the samples of a rank, so their arrival cannot be a collective.
+    Heads, about one percent of a large model, stay whole on every rank: which heads a loss needs, and when,
+    depends on a rank's samples, so loading them cannot be a collective.
     """
 
     def __init__(self, device: torch.device, replicas: dict[str, dist.ProcessGroup]):
-        """`replicas`: the groups by segment; a segment without one stays whole."""
+        """`replicas`: the groups by segment; a segment without a group stays whole."""
         self._device = device
         self._groups = replicas
         self._parts: dict[tuple[str, str], Tensor] = {}
@@ -109,7 +111,7 @@ class ShardedHostStore(Store):
         if group is None or group.size() == 1:
             return lambda: destination.copy_(part, non_blocking=True)
         if self._device.type == "cuda":
-            # In place: this replica's part goes where it belongs, the others arrive around it.
+            # In place: this replica's part is copied to its position, and the gather fills in the others.
             size = part.numel()
             own = destination[group.rank() * size : (group.rank() + 1) * size]
             own.copy_(part, non_blocking=True)
@@ -121,11 +123,11 @@ class ShardedHostStore(Store):
 
 
 class FileStore(Store):
-    """`mmap`: payloads rest in files, written once, and are read when a teacher arrives.
+    """`mmap`: payloads are stored in files, written once and read when a teacher is loaded.
 
-    The files are read with ordinary reads into their destination, not through a mapping: a file truncated
-    under a mapping ends the process with SIGBUS, a read can say what happened. Pages stay in the kernel's
-    cache as long as memory allows, as for a mapping, and are shared by the ranks of a host.
+    The files are read into their destination with ordinary reads, not through a mapping: truncating a mapped
+    file kills the process with SIGBUS, whereas a read can report the error. As with a mapping, pages stay in
+    the kernel's page cache as long as memory allows and are shared by the ranks of a host.
     """
 
     blocking = True
@@ -149,7 +151,7 @@ class FileStore(Store):
         if size != num_bytes or file_fingerprint(path) != recorded:
             raise ConfigError(
                 f"teacher_storage.mmap_directory: {path} was changed since it was written; delete it and it "
-                "will be made again"
+                "will be rebuilt"
             )
         self._remember(key)
         return True
@@ -166,10 +168,10 @@ class FileStore(Store):
         seal = _seal(partial)
         seal.write_text(file_fingerprint(partial))
         partial.replace(path)
-        seal.replace(_seal(path))  # last: a file without a seal is not complete
+        seal.replace(_seal(path))  # last: a file without a seal is incomplete
 
     def adopt(self, key: tuple[str, str]) -> None:
-        """Remember the file as it is now; from here on it must not change."""
+        """Record the file's current identity; from here on it must not change."""
         try:
             self._remember(key)
         except FileNotFoundError:
@@ -242,5 +244,5 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 def _seal(path: Path) -> Path:
-    """The small file beside a complete one that says what is in it."""
+    """The small file next to a complete one that contains its fingerprint."""
     return path.with_name(f"{path.name}.sha256")

@@ -132,7 +132,7 @@ def test_full_disk(directory, reference):
     assert job.statuses == [1] * RANKS, job.printed
     (error,) = [text for text in job.stderr if text]
     assert re.fullmatch(
-        "error: iteration 4 could not be saved, the checkpoint before it is still there: "
+        "error: iteration 4 could not be saved; the previous checkpoint is intact: "
         r"rank 0: \S+/checkpoints/.iter_0000004.incomplete\S*: the file may not grow any further\n",
         error,
     )

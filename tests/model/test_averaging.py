@@ -63,7 +63,7 @@ def tokenizer_directory(tmp_path):
 
 def test_average_and_refusals(tokenizer_directory):
     (messages,) = run_ranks(1, average, tokenizer_directory, {}, True)
-    assert "another architecture or tokenizer" in messages[0]
+    assert "different architecture or tokenizer" in messages[0]
     assert all("as many weights" in message for message in messages[1:4])
     assert "not found" in messages[4]
 

@@ -114,7 +114,7 @@ def test_index_that_does_not_match_its_files(model):
     other = next(file for file in index["weight_map"].values() if file != index["weight_map"][PROJECTION])
     index["weight_map"][PROJECTION] = other
     path.write_text(json.dumps(index))
-    refused(model, f"promises {PROJECTION} in {other}")
+    refused(model, f"lists {PROJECTION} in {other}")
 
 
 def test_pickled_weights(model):
@@ -208,7 +208,7 @@ def test_output_directory(tmp_path):
     require_empty(tmp_path, overwrite=True)
     require_empty(tmp_path / "new", overwrite=False)
     for source in (tmp_path, tmp_path / "checkpoints" / "iter_0000001", tmp_path / "new" / ".."):
-        with pytest.raises(ConfigError, match="--output: .* holds the model that is read"):
+        with pytest.raises(ConfigError, match="--output: .* contains the model to be read"):
             require_empty(tmp_path, overwrite=True, source=source)
     require_empty(tmp_path / "new", overwrite=True, source=tmp_path)
     with pytest.raises(ConfigError, match="is a file"):
@@ -296,7 +296,7 @@ def test_every_tool_leaves_what_is_in_the_output_alone(original, tmp_path, capfd
             run_ranks(1, tool, name, *arguments, *others.split())
         message = capfd.readouterr().err.strip().splitlines()[-1]
         assert message.startswith("error: --output: "), message
-        assert ("is not empty" if "--overwrite" not in arguments else "that is read") in message
+        assert ("is not empty" if "--overwrite" not in arguments else "to be read") in message
     same_files(original, output)
 
 

@@ -52,22 +52,22 @@ KINDS = {
     ),
     "tracker of nothing": (
         {"latest_checkpointed_iteration.txt": "20"},
-        ["latest_checkpointed_iteration.txt names iter_0000020, which is not there"],
+        ["latest_checkpointed_iteration.txt names iter_0000020, which does not exist"],
     ),
-    "tracker of noise": ({"latest_checkpointed_iteration.txt": "../x\x1b"}, ["names ../x", "not there"]),
-    "unfinished": ({"__0_0.distcp": ""}, ["was not written to the end", ".metadata"]),
+    "tracker of noise": ({"latest_checkpointed_iteration.txt": "../x\x1b"}, ["names ../x", "does not exist"]),
+    "unfinished": ({"__0_0.distcp": ""}, ["it is incomplete", ".metadata"]),
     "DeepSpeed": ({"latest": "global_step5", "global_step5/x": ""}, ["a DeepSpeed checkpoint"]),
     "NeMo": ({"qwen.nemo": ""}, ["a NeMo checkpoint (qwen.nemo)"]),
     "diffusers": ({"model_index.json": "{}"}, ["diffusers"]),
     "pickled": ({"consolidated.00.pth": ""}, ["holds pickled weights"]),
-    "Flax": ({"flax_model.msgpack": ""}, ["flax_model.msgpack is not a PyTorch model's"]),
+    "Flax": ({"flax_model.msgpack": ""}, ["flax_model.msgpack is not a PyTorch file"]),
     "shards without index": ({"model-00001-of-00002.safetensors": ""}, ["nor named by an index"]),
-    "cache of the Hub": ({"snapshots/0a1b/config.json": "{}", "blobs/x": ""}, ["name snapshots/0a1b in it"]),
+    "cache of the Hub": ({"snapshots/0a1b/config.json": "{}", "blobs/x": ""}, ["use snapshots/0a1b in it"]),
     "above a model": ({"checkpoint-500/config.json": "{}"}, ["did you mean", "checkpoint-500"]),
     "a run": ({"checkpoints/latest_checkpointed_iteration.txt": "1"}, ["did you mean", "checkpoints"]),
     "anything": ({"notes.txt": ""}, ["no config.json"]),
     "damaged": ({"config.json": "{", "model.safetensors": ""}, ["config.json is not readable"]),
-    "no model_type": ({"config.json": "{}", "model.safetensors": ""}, ["names no model_type"]),
+    "no model_type": ({"config.json": "{}", "model.safetensors": ""}, ["has no model_type"]),
 }
 
 
@@ -89,10 +89,10 @@ def test_directories_are_told_apart(tmp_path, kind):
 @pytest.mark.parametrize(
     "files, part",
     [
-        ({}, "the weights are not"),
+        ({}, "but no weights"),
         ({"adapter_model.safetensors": ""}, "it is a LoRA adapter"),
         ({"Qwen3.gguf": ""}, "is a GGUF file"),
-        ({"tf_model.h5": ""}, "tf_model.h5 is not a PyTorch model's"),
+        ({"tf_model.h5": ""}, "tf_model.h5 is not a PyTorch file"),
         ({"pytorch_model.bin": ""}, "pytorch_model.bin holds pickled weights"),
         ({"model-00001-of-00002.safetensors": ""}, "nor named by an index"),
     ],

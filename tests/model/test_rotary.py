@@ -79,5 +79,5 @@ def test_keys_that_change_nothing_are_accepted(rope, extra):
     ],
 )
 def test_keys_that_may_change_the_result_are_refused_by_name(rope, extra):
-    with pytest.raises(ConfigError, match=f"does not know {next(iter(extra))}"):
+    with pytest.raises(ConfigError, match=f"does not accept {next(iter(extra))}"):
         _read(rope | extra)

@@ -138,8 +138,8 @@ def test_a_single_file_that_equals_the_shards_beside_it(copy, originals, tmp_pat
 @pytest.mark.parametrize(
     "edit, problem",
     [
-        (lambda t: t[NORM][-1].add_(1e-6), f"{NORM} has other values"),
-        (lambda t: t.update({NORM: t[NORM].double()}), f"{NORM} has another shape or dtype"),
+        (lambda t: t[NORM][-1].add_(1e-6), f"{NORM} has different values"),
+        (lambda t: t.update({NORM: t[NORM].double()}), f"{NORM} has a different shape or dtype"),
         (lambda t: t.pop(NORM), f"only the shards have {NORM}"),
         (lambda t: t.update(more=torch.ones(1)), "only the single file has more"),
     ],
@@ -156,7 +156,7 @@ def test_a_single_file_beside_an_index_without_its_shards(copy, originals):
     shards = sorted(model.glob("model-*.safetensors"))
     put_single_file(model, originals)
     shards[0].unlink()
-    refused(model, f"{shards[0]} is missing", f"{SINGLE} is there too", f"remove {INDEX}")
+    refused(model, f"{shards[0]} is missing", f"{SINGLE} exists too", f"remove {INDEX}")
     (model / SINGLE).unlink()
     refused(model, f"{shards[0]} is missing", f"{INDEX} names it")
 
@@ -198,7 +198,7 @@ def test_an_index_that_names_another_shard(copy):
     index = weight_map(model)
     other = next(file for file in index.values() if file != index[NORM])
     (model / INDEX).write_text(json.dumps({"weight_map": index | {NORM: other}}))
-    refused(model, f"promises {NORM} in {other}, which does not have it; {index[NORM]} has it")
+    refused(model, f"lists {NORM} in {other}, which does not have it; {index[NORM]} has it")
 
 
 def test_shards_in_a_subfolder(copy):
@@ -207,10 +207,10 @@ def test_shards_in_a_subfolder(copy):
     (model / "sub").mkdir()
     for file in set(index.values()):
         shutil.move(model / file, model / "sub" / file)
-    refused(model, f"{sorted(index.values())[0]} is missing; there is one in sub/", "beside")
+    refused(model, f"{sorted(index.values())[0]} is missing; there is one in sub/", "next to")
     inside = {name: f"sub/{file}" for name, file in index.items()}
     (model / INDEX).write_text(json.dumps({"weight_map": inside}))
-    refused(model, "names 'sub/model-0000", "a file in a subfolder", "move all shards beside the index")
+    refused(model, "names 'sub/model-0000", "a file in a subfolder", "move all shards next to the index")
 
 
 # A configuration that leaves tensors unused.
@@ -235,8 +235,8 @@ def test_tensors_that_the_configured_model_leaves_unused(originals, pools, chang
     """Keys of the section `student` change a loaded architecture; they must not drop weights."""
     said = pools(2).run(load_changed, originals / "single", changes)
     adds = "add_qkv_bias" in changes
-    assert ("has nothing for" if adds else "does not hold the configured model") in said[0], said
+    assert ("has nothing for" if adds else "does not match the configured model") in said[0], said
     pools(1).run(to_megatron, originals / "single", originals / "converted")
     said = pools(2).run(load_changed, originals / "converted", changes)
-    assert said[0] == said[1] and "does not hold the configured model" in said[0], said
+    assert said[0] == said[1] and "does not match the configured model" in said[0], said
     assert pools(2).run(load_changed, originals / "converted", {}) == [None, None]

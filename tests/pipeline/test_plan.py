@@ -203,7 +203,7 @@ def test_plans_are_cached_and_deterministic():
     assert Planner().plan(request()).digest() == one.digest()
     other = make_plan(request(counts={"math": 3, "code": 5}))
     check_same_plan([one.digest()] * 4)
-    with pytest.raises(PlanError, match=r"ranks \[2\] hold another plan"):
+    with pytest.raises(PlanError, match=r"ranks \[2\] hold a different plan"):
         check_same_plan([one.digest(), one.digest(), other.digest(), one.digest()])
 
 

@@ -261,9 +261,9 @@ def test_readers_of_a_long_run(tmp_path, monkeypatch):
     found = [line["iteration"] for line in lines]
     assert len(found) < 100 and found[0] == 1 and found[-1] == 299
     assert set(range(10, 300, 10)) <= set(found)
-    from megatron_mopd.observe import recorded_run
+    from megatron_mopd.observe import pictures, recorded_run
 
-    for reader in (report, recorded_run):
+    for reader in (pictures, recorded_run):
         monkeypatch.setattr(reader, "MOST_LINES", 50)
     draw_report(tmp_path)
     record = recorded_run.read_run(tmp_path)

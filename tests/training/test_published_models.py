@@ -190,11 +190,13 @@ def test_another_tokenizer_is_refused_with_what_differs_unless_allowed(models, t
         in capsys.readouterr().out
     )
     (expert / "chat_template.jinja").write_text(TEMPLATE.replace("assistant|>", "assistant|> "))
-    message = r"teachers\.expert\.load: .* has another tokenizer than data\.tokenizer: line 1 of its chat "
-    with pytest.raises(ConfigError, match=f"{message}.*go on with --allow-tokenizer-change"):
+    message = (
+        r"teachers\.expert\.load: .* has a different tokenizer from data\.tokenizer: line 1 of its chat "
+    )
+    with pytest.raises(ConfigError, match=f"{message}.*continue with --allow-tokenizer-change"):
         check()
     check(allow_tokenizer_change=True)
-    assert f"warning: teachers.expert.load: {expert} has another tokenizer" in capsys.readouterr().out
+    assert f"warning: teachers.expert.load: {expert} has a different tokenizer" in capsys.readouterr().out
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (expert / name).unlink()
     with pytest.raises(ConfigError, match="holds no tokenizer"):

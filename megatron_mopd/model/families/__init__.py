@@ -1,4 +1,4 @@
-"""Hugging Face architectures: one file each, one table for both directions."""
+"""Hugging Face architectures, one file each, with one table for both conversion directions."""
 
 from __future__ import annotations
 
@@ -37,21 +37,22 @@ def family_named(model_type: str | None, where: str) -> Family:
 
 
 def matching_family(model: ModelConfig, where: str) -> Family:
-    """The first family that can express this architecture; `ConfigError` (prefix `where`) when none can."""
+    """The first family that can express this architecture; `ConfigError` (prefix `where`) if none can."""
     for family in FAMILIES.values():
         try:
             config = AutoConfig.for_model(**family.hugging_face_config(model))
             if computes(family.model_config(config, where)) == computes(model):
                 return family
         except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError):
-            continue  # this family has no words for such a model
+            continue  # this family cannot express such a model
     raise ConfigError(
         f"{where}: no supported Hugging Face architecture computes this model (tried {', '.join(FAMILIES)})"
     )
 
 
 def computes(model: ModelConfig) -> dict[str, Any]:
-    """What decides the function that a model computes, defaults filled in: equal for equal functions."""
+    """Everything that determines the function that a model computes, with defaults filled in: equal for equal
+    functions."""
     get, pattern, sizes = model.transformer.get, moe_layers(model), Sizes.of(model)
     rope = (model.rotary_base, model.rotary_percent, effective_scaling(model.rope_scaling))
     result = {

@@ -1,4 +1,5 @@
-"""DeepSeek-V3 and R1: latent attention, sigmoid routing with a bias and groups, shared experts, YaRN."""
+"""DeepSeek-V3 and R1: latent attention, sigmoid routing with a selection bias and groups, shared experts,
+YaRN."""
 
 from megatron_mopd.model.families import parts
 from megatron_mopd.model.families.table import Family, refuse
@@ -8,7 +9,7 @@ def _to_megatron(config):
     refuse(config.attention_bias, "attention_bias=true is not supported with latent attention")
     refuse(not config.rope_interleave, "rope_interleave=false is not supported")
     basics = parts.basics_to_megatron(config)
-    del basics["kv_channels"]  # heads are given by the latent dimensions
+    del basics["kv_channels"]  # the latent dimensions determine the head size
     return basics | parts.sigmoid_router_to_megatron(config) | dict(num_query_groups=None)
 
 

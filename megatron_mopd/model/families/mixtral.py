@@ -1,4 +1,4 @@
-"""Mixtral: Llama's attention, every layer a mixture of experts, chosen probabilities normalised."""
+"""Mixtral: Llama's attention, every layer a mixture of experts, chosen probabilities normalized."""
 
 from megatron_mopd.model.families import parts
 from megatron_mopd.model.families.table import Family, Sizes
@@ -29,5 +29,5 @@ MIXTRAL = Family(
     rules=_rules,
     to_megatron=_to_megatron,
     to_hugging_face=_to_hugging_face,
-    other_names=((".mlp.", ".block_sparse_moe."),),  # what the module is called since transformers 5
+    other_names=((".mlp.", ".block_sparse_moe."),),  # the module's name since transformers 5
 )

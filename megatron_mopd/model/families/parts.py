@@ -1,4 +1,4 @@
-"""Pieces that several families share: groups of rules, and configuration values that change on the way."""
+"""Parts shared by several families: groups of rules, and conversions of configuration values."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LAYER, _HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
 
 
 def embeddings(model: ModelConfig) -> tuple[Rule, ...]:
-    """Token embedding, final norm, and the output head unless it is the embedding."""
+    """Token embedding, final norm, and the output head unless it is tied to the embedding."""
     sizes = Sizes.of(model)
     rules = (
         vocabulary(
@@ -106,7 +106,8 @@ def experts(
 ) -> tuple[Rule, ...]:
     """Router, experts and shared experts of mixture-of-experts layers, and the norm before them.
 
-    `block` and `names` are what the family calls the module and each expert's gate, up and down projection.
+    `block` and `names` are the family's names of the module and of each expert's gate, up and down
+    projection.
     """
     sizes, get = Sizes.of(model), model.transformer.get
     ours, theirs = _LAYER + "mlp.", f"{_HF_LAYER}{block}."
@@ -177,7 +178,7 @@ def latent_attention(model: ModelConfig) -> tuple[Rule, ...]:
 
 
 def basics_to_megatron(config: PretrainedConfig) -> dict[str, Any]:
-    """Rotary embedding and head size; refuses what no family here computes."""
+    """Rotary embedding and head size; refuses configurations that no supported family computes."""
     activation = getattr(config, "hidden_act", "silu")
     refuse(activation != "silu", f"hidden_act={activation!r} is not supported, only 'silu' is")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -219,18 +220,18 @@ def basics_to_hugging_face(model: ModelConfig) -> dict[str, Any]:
 
 
 def leading_dense_layers(config: PretrainedConfig) -> list[int] | None:
-    """`first_k_dense_replace` as a pattern of layers; `None` when all are mixtures of experts."""
+    """`first_k_dense_replace` as a pattern of layers; `None` if all are mixture-of-experts layers."""
     dense, count = config.first_k_dense_replace, config.num_hidden_layers
     return [0] * dense + [1] * (count - dense) if dense else None
 
 
 def sigmoid_router_to_megatron(config: PretrainedConfig) -> dict[str, Any]:
-    """DeepSeek-V3's router (arXiv 2412.19437, 2.1.2): sigmoid scores, a bias for choosing, groups."""
+    """DeepSeek-V3's router (arXiv 2412.19437, 2.1.2): sigmoid scores, a selection bias, groups."""
     refuse(not config.norm_topk_prob, "norm_topk_prob=false is not supported with a sigmoid router")
     refuse(config.num_experts_per_tok < 2, "num_experts_per_tok must be at least 2 with a sigmoid router")
     groups, chosen, topk = config.n_group, config.topk_group, config.num_experts_per_tok
     limited = groups > 1 and chosen < groups
-    # A group's score is the sum of its best two experts there, of its best topk / topk_group here.
+    # A group's score is the sum of its best two experts in DeepSeek-V3, of its best topk / topk_group here.
     problem = f"num_experts_per_tok={topk} must be twice topk_group={chosen} when groups limit the choice"
     refuse(limited and topk != 2 * chosen, problem)
     shared = config.n_shared_experts * config.moe_intermediate_size if config.n_shared_experts else None
@@ -247,7 +248,7 @@ def sigmoid_router_to_hugging_face(model: ModelConfig) -> dict[str, Any]:
     get, sizes, pattern = model.transformer.get, Sizes.of(model), moe_layers(model)
     dense = pattern.index(True) if any(pattern) else len(pattern)
     refuse(not all(pattern[dense:]), "dense layers must come before all mixture-of-experts layers")
-    refuse(sizes.shared_ffn % sizes.expert_ffn, "shared experts must have a whole number of experts' width")
+    refuse(sizes.shared_ffn % sizes.expert_ffn, "the shared experts' width must be a multiple of an expert's")
     return dict(
         norm_topk_prob=True,
         n_group=get("moe_router_num_groups") or 1,
@@ -272,7 +273,7 @@ SIGMOID_ROUTER_FIELDS = {
 
 
 def softmax_router_to_megatron(config: PretrainedConfig) -> dict[str, Any]:
-    """Qwen's layout of mixture-of-experts layers, and whether the chosen probabilities are normalised."""
+    """Qwen's layout of mixture-of-experts layers, and whether the chosen probabilities are normalized."""
     sparse = [
         layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
         for layer in range(config.num_hidden_layers)

@@ -1,9 +1,8 @@
-"""What a family's table is made of: fields of its configuration and rules for its weights, each for both
-directions.
+"""The parts of a family's table: configuration fields and weight rules, both for either direction.
 
-A rule says which Hugging Face tensors one Megatron tensor consists of. Every kind comes down to rows: rows
-`target ...` of the Megatron tensor are rows `source ...` of a Hugging Face tensor. Reading any slice of
-either side follows from that list, so conversion, its way back, and loading one rank's shard share it.
+A rule lists the Hugging Face tensors of which one Megatron tensor consists. Every kind reduces to a list of
+row ranges: rows `target ...` of the Megatron tensor are rows `source ...` of a Hugging Face tensor. Reading a
+slice of either side follows from that list, so both conversions and loading one rank's shard share it.
 
 Kinds: `replicated` (every tensor-parallel rank has all of it), `vocabulary` (rows are token ids), `column`
 (split by output rows), `row` (split by input columns), `fused_qkv` (query, key and value interleaved by query
@@ -26,24 +25,25 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron tensor and the Hugging Face tensors that it consists of."""
+    """One Megatron tensor and the Hugging Face tensors of which it consists."""
 
     kind: str
     megatron: str
-    """Name with `{layer}` and `{expert}` where there are many."""
+    """Name, with `{layer}` and `{expert}` placeholders."""
     hugging_face: tuple[str, ...]
     shapes: tuple[Shape, ...]
-    """Of each Hugging Face tensor."""
+    """Shape of each Hugging Face tensor."""
     layers: str = "all"
-    """`all`, `dense` or `moe`: which layers have it (for a name with `{layer}`)."""
+    """The layers that have it: `all`, `dense` or `moe` (for a name with `{layer}`)."""
     groups: int = 1
     """`fused_qkv`: number of query groups."""
     fused: str = ""
-    """For a name with `{expert}`: the one tensor that transformers 5 keeps for all experts of a layer. It is
-    the Megatron tensors of all experts, stacked."""
+    """For a name with `{expert}`: the tensor that transformers 5 stores for all experts of a layer, which
+    stacks the Megatron tensors of all experts."""
 
     def pieces(self) -> list[tuple[int, int, int, int]]:
-        """(which Hugging Face tensor, its first row, the Megatron tensor's first row, how many rows)."""
+        """(index of the Hugging Face tensor, its first row, the Megatron tensor's first row, number of
+        rows)."""
         rows = [shape[0] // self.groups for shape in self.shapes]
         result, target = [], 0
         for group in range(self.groups):
@@ -54,7 +54,7 @@ class Rule:
 
     @property
     def shape(self) -> Shape:
-        """Of the whole Megatron tensor, without layer and expert axes."""
+        """Shape of the whole Megatron tensor, without layer and expert axes."""
         return sum(shape[0] for shape in self.shapes), *self.shapes[0][1:]
 
 
@@ -75,7 +75,7 @@ def row(megatron: str, hugging_face: str, *shape: int, layers: str = "all", fuse
 
 
 def fused_qkv(megatron: str, hugging_face: str, sizes: Sizes, *columns: int) -> Rule:
-    """`hugging_face` has `{}` where q, k and v go."""
+    """`hugging_face` contains `{}` as a placeholder for q, k and v."""
     names = tuple(hugging_face.replace("{}", letter) for letter in "qkv")
     shapes = tuple((rows, *columns) for rows in (sizes.query, sizes.key_value, sizes.key_value))
     return Rule("fused_qkv", megatron, names, shapes, groups=sizes.groups)
@@ -87,7 +87,7 @@ def gated_mlp(megatron: str, gate: str, up: str, *shape: int, layers: str = "all
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths that shapes are written in."""
+    """The sizes of which weight shapes are composed."""
 
     hidden: int
     vocab: int
@@ -129,13 +129,12 @@ class Weight:
     key: str
     """Canonical key in a distributed checkpoint."""
     offsets: Shape
-    """Position along the axes that the key's tensor has before this one's own: layer and expert, as they
-    occur."""
+    """Index along the leading axes of the key's tensor: layer and expert, if present."""
     axes: Shape
     """Length of those axes."""
     hugging_face: tuple[str, ...]
     fused: str = ""
-    """Of an expert: the tensor that may hold it together with the layer's other experts."""
+    """For an expert: the tensor that may contain it together with the layer's other experts."""
 
     @property
     def shape(self) -> Shape:
@@ -154,10 +153,10 @@ def moe_layers(model: ModelConfig) -> list[bool]:
 
 
 def expand(rules: tuple[Rule, ...], model: ModelConfig) -> Iterator[Weight]:
-    """Every tensor of the model, in the order of its layers.
+    """Every tensor of the model, in layer order.
 
-    Canonical keys as megatron-core makes them: models whose layers are all alike have one tensor over all
-    layers, others one key a layer; experts are always one tensor over all experts.
+    Keys are megatron-core's canonical keys: models whose layers are all alike have one tensor over all
+    layers, others one key per layer; experts are always one tensor over all experts.
     """
     pattern = moe_layers(model)
     frequency = model.transformer.get("moe_layer_freq", 1)
@@ -201,27 +200,27 @@ class Family:
     fields: Mapping[str, str]
     """Hugging Face configuration key -> field of `ModelConfig` or `TransformerConfig`, value unchanged."""
     constants: Mapping[str, Any]
-    """Fields that all models of the family share."""
+    """Fields with the same value in all models of the family."""
     rules: Callable[[ModelConfig], tuple[Rule, ...]]
     to_megatron: Callable[[PretrainedConfig], dict[str, Any]]
-    """The fields whose values change on the way; `ConfigError` (via `refuse`) for what cannot be computed."""
+    """The fields whose values are converted; `ConfigError` (via `refuse`) for unsupported configurations."""
     to_hugging_face: Callable[[ModelConfig], dict[str, Any]]
     """The inverse."""
     other_names: tuple[tuple[str, str], ...] = ()
-    """Parts of tensor names that files may have, and what the rules have in their place."""
+    """Alternative parts of tensor names in files -> the parts that the rules use."""
 
     def model_config(self, config: PretrainedConfig, where: str) -> ModelConfig:
-        """The architecture of a Hugging Face configuration; `ConfigError` (prefix `where`) for what we cannot
-        compute."""
+        """The architecture of a Hugging Face configuration; `ConfigError` (prefix `where`) if it is not
+        supported."""
         try:
             changed = self.to_megatron(config)
             values = {ours: getattr(config, theirs) for theirs, ours in self.fields.items()}
         except Unsupported as problem:
             raise ConfigError(f"{where}: {problem}") from None
         except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            # transformers checks few types and ranges: a list where a number belongs, no attention heads.
+            # transformers checks few types and ranges: a list instead of a number, zero attention heads.
             raise ConfigError(
-                f"{where}: config.json has a value that makes no sense: {type(error).__name__}: {error}"
+                f"{where}: config.json has an invalid value: {type(error).__name__}: {error}"
             ) from None
         values = {**self.constants, **values, **changed}
         for name in [name for name, value in changed.items() if value is None]:
@@ -248,7 +247,7 @@ class Family:
 
 
 class Unsupported(ValueError):
-    """A configuration asks for something that this package does not compute."""
+    """A configuration that this package does not support."""
 
 
 def refuse(condition: Any, problem: str) -> None:
