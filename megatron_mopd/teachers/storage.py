@@ -41,8 +41,8 @@ class Store(ABC):
     @abstractmethod
     def begin(self, key: tuple[str, str], destination: Tensor) -> Callable[[], None]:
         """Start copying a payload into `destination` [bytes], and return a callable that completes the copy.
-        Nothing else may touch `destination` until it has run. Both run on the channel: on its thread, and on
-        CUDA with its stream current."""
+        Nothing else may touch `destination` until it has run. Both run where arrivals run: on their thread,
+        and on CUDA with their stream current."""
 
     def has(self, key: tuple[str, str], num_bytes: int) -> bool:
         """Whether the payload is already stored, from an earlier start of the run."""
@@ -84,7 +84,7 @@ class HostStore(Store):
 class ShardedHostStore(Store):
     """`host_sharded`: each replica of a body segment stores 1/n of it; an all-gather assembles it.
 
-    The channel issues the all-gather (`begin`: n x part bytes over the segment's replicas), one arrival after
+    An arrival issues the all-gather (`begin`: n x part bytes over the segment's replicas), one arrival after
     another. All replicas run the same teachers' forwards, so they issue the same all-gathers in the same
     order. It uses separate process groups: the caller's thread issues collectives at the same time, and on
     CUDA the all-gather must not queue behind gradients in their communicators.
