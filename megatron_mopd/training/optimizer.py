@@ -22,9 +22,9 @@ from megatron_mopd.model.gpt import HiddenStateGPT, is_expert
 
 
 def freeze_routing(chunks: list[HiddenStateGPT], config: Config) -> None:
-    """Take the routers out of training, before gradient buffers are made, as the configuration asks.
+    """Freeze the routers or their expert biases if configured; must precede the gradient buffers.
 
-    A frozen router gets no auxiliary or z-loss either: it could only push the hidden states around. Raises
+    A frozen router gets no auxiliary or z-loss either, which could only change the hidden states. Raises
     `ConfigError` for a student without experts.
     """
     settings = config.optimizer
@@ -47,15 +47,15 @@ def freeze_routing(chunks: list[HiddenStateGPT], config: Config) -> None:
 
 
 def mark_experts(chunks: list[HiddenStateGPT], groups: ParallelGroups) -> None:
-    """Mark the experts' parameters as reduced over expert-data-parallel ranks, before gradient buffers are
-    made.
+    """Mark the experts' parameters as reduced over expert-data-parallel ranks; must precede the gradient
+    buffers.
 
-    megatron-core marks them (`allreduce=False`) only where experts are divided over ranks. Experts that are
-    cut into another number of tensor-parallel shards than the rest have other replicas as well: without the
-    mark, gradients of different shards would be summed, or those of replicas left apart. No collectives.
+    megatron-core marks them (`allreduce=False`) only under expert parallelism. Experts whose
+    tensor-parallel size differs from that of the other layers also have different replicas: without the mark,
+    gradients of different shards would be summed, or those of replicas not reduced. No collectives.
     """
     if groups.collection.expt_tp.size() == groups.tp_size:
-        return  # the same ranks either way, or marked already
+        return  # the same replicas either way, or already marked
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if is_expert(name):
@@ -65,13 +65,13 @@ def mark_experts(chunks: list[HiddenStateGPT], groups: ParallelGroups) -> None:
 def wrap_data_parallel(
     chunks: list[HiddenStateGPT], config: Config, groups: ParallelGroups
 ) -> list[DistributedDataParallel]:
-    """Student chunks with gradient buffers; gradients are summed over data-parallel ranks, then divided by
-    tokens.
+    """Wrap the student's chunks with gradient buffers. Gradients are summed over data-parallel ranks, then
+    divided by the number of tokens.
     """
     freeze_routing(chunks, config)
     mark_experts(chunks, groups)
     settings = DistributedDataParallelConfig(
-        # bf16 gradients lose small contributions when they are summed over many ranks and micro-batches.
+        # bf16 gradients lose small contributions when summed over many ranks and micro-batches.
         grad_reduce_in_fp32=config.params_dtype == "bfloat16",
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
@@ -84,8 +84,8 @@ def wrap_data_parallel(
             model_config,
             settings,
             chunk,
-            # Later chunks start reducing while earlier ones still compute; the first has nothing left to hide
-            # behind.
+            # Later chunks' reductions overlap with the compute of earlier ones anyway; only the first, whose
+            # backward comes last, needs buckets.
             disable_bucketing=number > 0,
             pg_collection=groups.collection,
         )
@@ -105,7 +105,7 @@ def wrap_data_parallel(
 def build_optimizer(
     chunks: list[DistributedDataParallel], config: Config, groups: ParallelGroups
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW over the chunks' parameters (state sharded over DP when asked for), and its schedule in
+    """AdamW over the chunks' parameters (state sharded over DP if configured), and its schedule in
     iterations.
     """
     settings = config.optimizer
@@ -148,10 +148,10 @@ def build_optimizer(
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:
-    """The optimizer's state as it is before its first step, so that a checkpoint can be loaded into it.
+    """Allocate the optimizer's state as before its first step, so that a checkpoint can be loaded into it.
 
-    megatron-core allocates the moments itself, but with torch's Adam it also asks for the step of a state
-    that is not there yet.
+    megatron-core allocates the moments itself, but with torch's Adam it also reads the `step` of a state that
+    does not exist yet.
     """
     for part, adam in _torch_adams(optimizer):
         part.init_state_fn(adam, part.config)
@@ -160,12 +160,11 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
 
 
 def regroup_state(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, Any]:
-    """A distributed optimizer's state, loaded from any layout, in the parts that `optimizer` has here.
+    """A distributed optimizer's state, loaded from any layout, regrouped into the parts of `optimizer`.
 
-    megatron-core keeps experts in an optimizer of their own where expert parallelism gives them other ranks
-    than the rest, and saves the settings of parameter groups part by part as rank 0 had them. The tensors are
-    filed by parameter and arrive in the right part; the groups are matched here: by all that tells them apart
-    but whose ranks they are on.
+    megatron-core puts experts into a separate optimizer if expert parallelism gives them different ranks, and
+    saves the settings of parameter groups per part, as on rank 0. Tensors are stored by parameter and end up
+    in the right part; the groups are matched here by everything that distinguishes them except their ranks.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     places = [loaded] if len(parts) == 1 else [loaded[number] for number in range(len(parts))]
@@ -185,17 +184,17 @@ def regroup_state(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[
 
 
 def keep_settings(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> None:
-    """Give the parameter groups of an optimizer's loaded state the settings that `optimizer` has now.
+    """Overwrite the parameter groups' settings in a loaded optimizer state with those of `optimizer`.
 
-    Learning rates, weight decay, betas, epsilon; only the step, which some optimizers count there, stays.
+    Learning rates, weight decay, betas, epsilon; only the step, which some optimizers store there, is kept.
 
-    megatron-core restores the saved settings, which the schedule then reads (0.16), or looks for groups that
-    had the present ones and finds none (0.19).
+    Otherwise megatron-core restores the saved settings, which the schedule then reads (0.16), or looks for
+    groups with the current settings and finds none (0.19).
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     places = [loaded] if len(parts) == 1 else [loaded[number] for number in range(len(parts))]
     for part, place in zip(parts, places):
-        groups = place.get("optimizer", place)["param_groups"]  # torch's own state where nothing wraps it
+        groups = place.get("optimizer", place)["param_groups"]  # torch's state dict if not wrapped
         for saved in groups:
             alike = [group for group in part.optimizer.param_groups if _is_alike(group, saved)]
             assert alike, "parameter groups follow from the configuration, which is the same"
@@ -203,7 +202,7 @@ def keep_settings(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> None:
 
 
 def _is_alike(group: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two groups of one optimizer are the same one, whatever their settings."""
+    """Whether two groups of one optimizer are the same group, regardless of their settings."""
     identity = ("wd_mult", "lr_mult", "is_decoupled_lr", "is_expert_parallel")
     return all(group[key] == other[key] for key in identity)
 
@@ -220,9 +219,9 @@ def _as_saved(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, A
 
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter a step count of its own after loading.
+    """Give every parameter its own step count after loading.
 
-    megatron-core hands one tensor to all of them, which torch's Adam then increments once per parameter.
+    megatron-core shares one tensor among all parameters, which torch's Adam then increments once for each.
     """
     for _, adam in _torch_adams(optimizer):
         for state in adam.state.values():
