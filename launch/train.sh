@@ -21,7 +21,7 @@
 #   STOP_TIMEOUT    seconds that ranks get to finish their step and save once the launcher was asked to stop (870)
 #   MOPD_JOB_SECRET secret with which the ranks recognise each other: the same random text on every node, such as
 #                   `openssl rand -hex 32` prints; one node needs none. Not an argument, which every user of a
-#                   node can read. Without it, whoever reaches the rendezvous can end the job (docs/cluster.md)
+#                   node can read. Without it, any process that reaches the rendezvous can end the job (docs/cluster.md)
 #   MODULE          what every rank runs (megatron_mopd.train); megatron_mopd.commands.doctor examines the hosts
 #                   and measures the network instead, with the very same launch
 #   PYTHON          the interpreter (python)

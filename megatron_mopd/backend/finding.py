@@ -1,4 +1,4 @@
-"""What an examination of the machine found: one line each, with what to do where something is to be done."""
+"""Findings of an examination of the machine: one line each, with advice if action is needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import IntEnum
 
 
 class Level(IntEnum):
-    """How much a finding matters; only a problem stops training."""
+    """Severity of a finding; only a problem prevents training."""
 
     OK = 0
     NOTE = 1
@@ -23,9 +23,9 @@ class Finding:
     subject: str
     text: str
     advice: str = ""
-    """What to do; empty where nothing is to be done."""
+    """What to do; empty if nothing."""
 
 
 def worst(findings: list[Finding]) -> Level:
-    """The level of the gravest finding."""
+    """The highest level among the findings."""
     return max((finding.level for finding in findings), default=Level.OK)
