@@ -46,7 +46,7 @@ _THE_FAILING_SPEAK = 6.0
 """Seconds in which failing ranks can report the reason, before this rank exits without an error message."""
 _RANK_0_SPEAKS = 1.0
 LIFELINE_NOTICES = 1.0
-"""Seconds within which a death is detected here, after it has made a collective fail."""
+"""Seconds within which this rank detects a death that has made a collective fail."""
 
 
 class Lifeline:

@@ -65,7 +65,7 @@ def show(config: Config, world_size: int, ranks_per_host: int) -> None:
     for name in components:
         print(f"{name:20}" + "".join(f"{_gib(memory[rank].device.get(name, 0)):12.3f}" for rank in ranks))
     print(f"{'total':20}" + "".join(f"{_gib(sum(memory[rank].device.values())):12.3f}" for rank in ranks))
-    print(f"per host of {ranks_per_host} ranks, GiB: the host with the most")
+    print(f"per host of {ranks_per_host} ranks, GiB: the host that needs the most")
     largest = fullest_host(memory, world_size, ranks_per_host)
     for name, size in largest.items():
         print(f"{name:20}{_gib(size):12.3f}")

@@ -128,7 +128,7 @@ def _leaves(
         elif inner is not None:
             yield from _leaves(inner, values.get(name, {}), f"{key}.", own)
         else:
-            assert own is not None, f"the docstring of {key} does not say what becomes of it on resume"
+            assert own is not None, f"the docstring of {key} does not say what happens on resume"
             if cls is ModelConfig and name == "transformer":
                 for field in sorted(values.keys() - known.keys()):
                     may = field in EXECUTION_FIELDS
@@ -149,6 +149,6 @@ def _section(hint: Any) -> type | None:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message. A long one is cut to its end, where paths differ."""
+    """A value in a message. Of a long one only the end is shown, where paths differ."""
     text = "not set" if value is None else visible(repr(value))
     return text if len(text) <= _LONGEST_SHOWN else f"...{text[-_LONGEST_SHOWN:]}"

@@ -187,7 +187,7 @@ class Alarms:
         return self._once(
             f"cut {domain}",
             cut > ALWAYS_CUT * total,
-            f"{cut / total:.0%} of the responses of domain {domain!r} run into rollout.max_new_tokens",
+            f"{cut / total:.0%} of the responses of domain {domain!r} reach rollout.max_new_tokens",
         )
 
     def _divergence(self, domain: str) -> list[str]:

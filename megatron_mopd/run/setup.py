@@ -1,4 +1,4 @@
-"""Checks a run's inputs and builds everything that it needs before the first step.
+"""Checks a run's inputs and builds everything that the first step needs.
 
 Every rank runs the same checks on the same inputs, so an error ends all of them with the same message.
 """
