@@ -23,7 +23,7 @@ INTERRUPTED_STATUS = 130
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-_STOPPING = b"\nCtrl-C: stopping after this step, with a checkpoint; press it again to stop at once without one\n"
+_STOPPING = b"\nCtrl-C: stopping after this step, with a checkpoint; press again to stop at once\n"
 
 
 class Preempted(Exception):
