@@ -235,7 +235,7 @@ def test_mistakes_name_the_key(section, message):
         ("routing: {1.10: e}", (), 'YAML reads the key 1.10 as a number; quote it: "1.10"'),
         ("routing: {0x10: e}", (), 'quote it: "0x10"'),
         ("objective: {per_domain: {off: sft}}", (), 'YAML reads the key off as false; quote it: "off"'),
-        ("routing: {[a, b]: e}", (), "column 11: a list or a section as a key"),
+        ("routing: {[a, b]: e}", (), "column 11: the key is a list or a section"),
         ("seed: " + 5000 * "1", (), "a number of thousands of digits"),
         ("seed: " + 3000 * "[", (), "c.yaml: not readable as YAML"),
         ("run_dir: x", ("seed",), "'seed' is not of the form section.key=value"),

@@ -91,7 +91,7 @@ def test_a_healthy_run(inputs, tmp_path):
     for part in (
         "ok       megatron-core: ",
         "note     Transformer Engine: not installed",
-        "used on cpu: layers: megatron-core's and this package's own",
+        "used on cpu: layers: PyTorch layers of megatron-core and this package",
         "24 prompts in add, copy; teachers self",
         "layout: 2 ranks = TP 1 x PP 1 x CP 1 x DP 2, experts over EP 2",
         "start: from the beginning, 2 iterations",
