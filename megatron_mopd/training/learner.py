@@ -49,7 +49,7 @@ class Learner:
     distribution, neither the student's nor a teacher's."""
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
     sampled_from: dict[int, int] = field(default_factory=dict)
-    """Rollout batch -> identity of the weights that it is sampled from (`rollout_log`)."""
+    """Rollout batch -> identity of the weights that it is sampled from (`run.rollout_logs`)."""
     position: DataPosition = field(init=False)
     """How iterations correspond to rollout batches and prompts."""
     pipeline: PipelineDriver = field(init=False)
