@@ -3,10 +3,10 @@
 #
 #     launch/iterated_mopd.sh [START] [OUTPUT] [ROUNDS]     # after: make demo
 #
-# Every stage is an ordinary run with its own directory. Stop it anywhere and start it again: a stage that is
-# complete only repeats its evaluation, one that was interrupted goes on from its newest checkpoint.
+# Every stage is an ordinary run with its own directory. The script can be stopped and restarted at any time: a
+# complete stage is skipped, an interrupted one resumes from its newest checkpoint.
 set -euo pipefail
-umask o= # as the runs do: prompts and samples are closed to others
+umask o= # as the runs do: prompts and samples are not accessible to others
 start=${1:-runs/demo/base/checkpoints}
 output=${2:-runs/iterated}
 rounds=${3:-2}
@@ -27,7 +27,7 @@ for ((round = 1; round <= rounds; round++)); do
       "data.prompts=[{task: $task, params: ${tasks[$task]}, size: 12000, seed: $((20 + round))}]"
   done
   echo "== round $round: distillation into $student"
-  mkdir -p "$directory/mopd" # the paths of its teachers lead through it
+  mkdir -p "$directory/mopd" # the paths of its teachers go through this directory
   python -m megatron_mopd.train --config "$recipes/iterated_mopd.yaml" \
     "run_dir=$directory/mopd" "student.load=$student"
   student=$directory/mopd/checkpoints

@@ -1,14 +1,14 @@
-"""The values of configuration keys that several packages know by name, each set defined once.
+"""Allowed values of the configuration keys that several packages refer to, each set defined once.
 
-Outside `config/`, which imports megatron-core: the pipeline planner runs without torch.
+Not part of `config/`, which imports megatron-core, because the pipeline planner runs without torch.
 """
 
 from typing import Literal
 
 VocabularyKind = Literal["full_vocab_kl", "top_k_kl", "forward_kl", "jsd"]
-"""`objective.kind`: divergences of whole distributions, which are back-propagated."""
+"""`objective.kind`: divergences between whole distributions, which are back-propagated."""
 PolicyKind = Literal["sampled_token", "grpo"]
-"""`objective.kind`: advantages of sampled tokens, detached, in front of log theta."""
+"""`objective.kind`: detached advantages of sampled tokens, multiplied by log theta."""
 ObjectiveKind = Literal[VocabularyKind, PolicyKind, "sft"]
 Reduction = Literal["token_mean", "sequence_mean", "domain_mean"]
 ScheduleKind = Literal["bubble_fill", "back_to_back", "serial"]

@@ -35,10 +35,10 @@ from megatron_mopd.training.step_batch import StepBatch, plan_steps
 
 @closed_to_others()
 def train(config: Config) -> dict[str, float]:
-    """The whole run: build, resume, iterate. Returns the last metrics; none where the run was finished
-    already, of which nothing is touched then.
+    """Run training: build, resume, iterate. Returns the last metrics, or none if the run had already
+    finished; a finished run is left untouched.
 
-    Raises `Preempted` on every rank when the run was asked to stop and has saved.
+    Raises `Preempted` on every rank if the run was asked to stop and has saved.
     """
     try:
         run = build_run(config)
@@ -56,9 +56,9 @@ def train(config: Config) -> dict[str, float]:
 
 
 def iterate(run: Run, life: Lifecycle, alarms: Alarms) -> dict[str, float]:
-    """Every iteration that is left: sample, score and learn, evaluate, save. Returns the last metrics."""
+    """Run the remaining iterations: sample, score and learn, evaluate, save. Returns the last metrics."""
     sampler = PromptSampler(run.prompts, run.config.seed)
-    batches: deque[StepBatch] = deque()  # optimizer steps whose samples are there
+    batches: deque[StepBatch] = deque()  # optimizer steps whose samples are available
     metrics: dict[str, float] = {}
     for iteration in life.iterations():
         done = iteration + 1
@@ -83,14 +83,14 @@ def iterate(run: Run, life: Lifecycle, alarms: Alarms) -> dict[str, float]:
 def sample(
     run: Run, sampler: PromptSampler, iteration: int
 ) -> tuple[list[Trajectory], RoutingRecords | None]:
-    """The trajectories of the next `steps_per_rollout` iterations, the same list on every rank: the student's
-    own, or the data's answers; with routing replay also the experts that their tokens went to.
+    """Sample the trajectories of the next `steps_per_rollout` iterations, the same list on every rank: the
+    student's own, or the data's answers. With routing replay, also returns the experts their tokens went to.
     """
     position = run.learner.position
     assert iteration % position.steps_per_rollout == 0, "a rollout batch starts where the last one ended"
     number = position.batch(iteration)
     prompts = sampler.after(position.prompts_before(number), position.prompts_per_rollout)
-    seed = run.config.seed * 1_000_003 + number  # every rollout has its own stream, whatever was drawn before
+    seed = run.config.seed * 1_000_003 + number  # one random stream per rollout, independent of earlier draws
     with phase("sampling", often=True):
         return collect_trajectories(
             run.engine,

@@ -1,4 +1,4 @@
-"""The mean of several checkpoints' weights: python tools/average_checkpoints.py --help"""
+"""Average the weights of several checkpoints: python tools/average_checkpoints.py --help"""
 
 from megatron_mopd.commands.average_checkpoints import main
 

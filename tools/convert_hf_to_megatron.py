@@ -1,4 +1,4 @@
-"""A Hugging Face model becomes a Megatron checkpoint: python tools/convert_hf_to_megatron.py --help"""
+"""Convert a Hugging Face model to a Megatron checkpoint: python tools/convert_hf_to_megatron.py --help"""
 
 from megatron_mopd.commands.convert_hf_to_megatron import main
 

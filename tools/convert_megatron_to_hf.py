@@ -1,4 +1,4 @@
-"""A Megatron checkpoint becomes a Hugging Face model: python tools/convert_megatron_to_hf.py --help"""
+"""Convert a Megatron checkpoint to a Hugging Face model: python tools/convert_megatron_to_hf.py --help"""
 
 from megatron_mopd.commands.convert_megatron_to_hf import main
 

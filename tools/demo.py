@@ -1,19 +1,19 @@
-"""Twelve experts become one mixture-of-experts student, on this machine: the whole method in miniature.
+"""Merge twelve experts into one mixture-of-experts student on this machine: the whole method in miniature.
 
     python tools/demo.py                    # or: make demo
     python tools/demo.py --seed 2 --run-dir runs/demo2
 
-Six stages, each an ordinary command that it prints, each skipped when its result is already there:
+Runs six stages, each an ordinary command that it prints, and skips stages whose result already exists:
 
-    tokenizer   a SentencePiece model from the tasks' own prompts
-    base        a small mixture of experts, taught a little of thirteen reasoning-gym tasks (supervised)
-    experts     twelve continuations of the base, one task each: each gains at home and loses elsewhere
+    tokenizer   a SentencePiece model trained on the tasks' own prompts
+    base        a small mixture of experts, briefly trained on thirteen reasoning-gym tasks (supervised)
+    experts     twelve continuations of the base, one task each: each improves on its task, worsens on others
     average     the mean of the twelve experts' weights, for comparison
     mopd        the base samples, the experts score, it is pulled towards them (on-policy distillation)
-    report      who is good at what: a table here, the picture `seesaw.png`, and the page `mopd/report.html`
+    report      accuracy by model and task: a table, the picture `seesaw.png`, and the page `mopd/report.html`
 
-The thirteenth task has no expert. Its teacher is `self`, the student as it was at the start, which keeps it
-there. Everything is scored on prompts that no stage was trained on.
+The thirteenth task has no expert. Its teacher is `self`, the initial student, which preserves that skill.
+All scores are on prompts that no stage was trained on.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "syllogism": dict(),
     "aiw": dict(),
 }
-# No expert for this one: its teacher is `self`.
+# This task has no expert: its teacher is `self`.
 GENERAL: dict[str, dict[str, Any]] = {"gcd": dict(max_value=40)}
-# Shares of the prompts, 1 where none is given. The base sees little of what is learned quickly, so that every
-# expert has something to add; merging takes more samples where answers are long or hard.
+# Weights of the prompt sources, 1 by default. The base sees few prompts of tasks that are learned quickly, so
+# that every expert has something to add; merging uses more samples where answers are long or hard.
 BASE_WEIGHT = dict(spiral_matrix=0.4, string_insertion=0.4, calendar_arithmetic=0.2, syllogism=0.1, aiw=0.15)
 MOPD_WEIGHT = dict(
     calendar_arithmetic=1.5,
@@ -111,7 +111,7 @@ HELD_OUT_SEED, TOKENIZER_SEED, BASE_SEED, EXPERT_SEED, MOPD_SEED = range(5)
 def sources(
     tasks: Iterable[str], seed: int, size: int, weights: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Entries of `data.prompts`, `size` prompts a task."""
+    """Entries of `data.prompts`, `size` prompts per task."""
     weights = weights or {}
     return [
         dict(task=task, params=TASKS[task], seed=seed, size=size, weight=weights.get(task, 1.0))
@@ -120,7 +120,7 @@ def sources(
 
 
 class Demo:
-    """The stages, their configurations and where they write."""
+    """The stages' configurations and output directories."""
 
     def __init__(self, run_dir: Path, seed: int, processes: int):
         self.run_dir, self.seed, self.processes = run_dir, seed, processes
@@ -132,7 +132,7 @@ class Demo:
         return sources(tasks, 10 * self.seed + stage_seed, size, weights)
 
     def common(self, name: str, prompts: list[dict[str, Any]]) -> dict[str, Any]:
-        """What every training stage shares. Stages draw different prompts, and none that is held out."""
+        """Settings shared by all training stages. Stages draw different prompts, never held-out ones."""
         return dict(
             run_dir=str(self.run_dir / name),
             seed=self.seed,
@@ -171,9 +171,9 @@ class Demo:
             student=dict(load=str(self.run_dir / "base/checkpoints")),
             teachers=[*teachers, dict(name="self")],
             routing={task: task for task in EXPERTS} | dict(default="self"),
-            # Where the student is sure of a wrong answer, p near 0 or 1, the reverse KL has no gradient. With
-            # it alone the student answers "no" to every date after twenty steps and needs hundreds to
-            # recover; some forward KL beside it keeps the way out open.
+            # Where the student is confident of a wrong answer, p near 0 or 1, reverse KL has no gradient.
+            # With it alone, the student answers "no" to every date after twenty steps and needs hundreds to
+            # recover; adding some forward KL provides a gradient there.
             objective=dict(kind="full_vocab_kl", add=dict(forward_kl=1.0)),
             optimizer=optimizer(1.2e-3, warmup=10),
             schedule=dict(
@@ -202,20 +202,20 @@ def optimizer(lr: float, warmup: int) -> dict[str, Any]:
 
 
 class Stages:
-    """Runs stages as commands, and knows which of them are done."""
+    """Runs stages as commands, and checks which of them are done."""
 
     def __init__(self, run_dir: Path):
         self.configs, self.logs = run_dir / "configs", run_dir / "logs"
         for directory in (self.configs, self.logs):
             directory.mkdir(parents=True, exist_ok=True)
-        # One thread a process: there are as many processes as cores. Libraries' deprecations are not the
-        # reader's concern.
+        # One thread per process, as there are as many processes as cores. Hide the deprecation warnings of
+        # libraries.
         quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
         self.environment = os.environ | {"OMP_NUM_THREADS": "1"} | quiet
 
     def prepare(self, config: dict[str, Any]) -> Path | None:
-        """Write a stage's configuration; `None` when its run is complete. What another configuration left
-        goes.
+        """Write a stage's configuration; `None` if its run is complete. Removes the results of a different
+        configuration.
         """
         run_dir = Path(config["run_dir"])
         path = self.configs / f"{run_dir.name}.yaml"
@@ -233,7 +233,7 @@ class Stages:
             self.command("-m", "megatron_mopd.train", "--config", str(path), processes=processes)
 
     def train_side_by_side(self, configs: list[dict[str, Any]], at_once: int, what: str) -> None:
-        """Several single-process runs, `at_once` at a time, each with a log of its own."""
+        """Several single-process runs, `at_once` at a time, each with its own log."""
         paths = [path for path in map(self.prepare, configs) if path]
         if not paths:
             return
@@ -255,7 +255,7 @@ class Stages:
                 pass
 
     def command(self, *arguments: str, processes: int = 1) -> None:
-        """Print a command and run it; the demo ends when it fails."""
+        """Print a command and run it; the demo ends if it fails."""
         if processes > 1:
             start = ["torchrun", "--nproc-per-node", str(processes)]
             command = [sys.executable, "-m", "torch.distributed.run", *start[1:], *arguments]
@@ -265,19 +265,19 @@ class Stages:
         print("$", *start, *arguments, flush=True)
         if status := subprocess.run(command, env=self.environment).returncode:
             raise SystemExit(
-                f"this command ended with status {status}; run the demo again to go on from here"
+                f"this command ended with status {status}; run the demo again to continue from here"
             )
 
 
 def accuracies(run_dir: str | Path) -> dict[str, Any] | None:
-    """The last line of a run's metrics that has held-out accuracies."""
+    """The last line of a run's metrics with held-out accuracies."""
     if not (Path(run_dir) / "metrics.jsonl").exists():
         return None
     return next((line for line in reversed(read_metrics(run_dir)) if "accuracy" in line), None)
 
 
 def train_tokenizer(path: Path) -> None:
-    """A tokenizer from a few hundred prompts and answers of each task; fixed instructions become single
+    """Train a tokenizer on a few hundred prompts and answers of each task; fixed instructions become single
     tokens.
     """
     texts, phrases = [], []
@@ -292,7 +292,7 @@ def train_tokenizer(path: Path) -> None:
 
 
 def report(demo: Demo) -> dict[str, float]:
-    """Table, `seesaw.png` and `results.json`; returns the headroom recovered per domain and its mean."""
+    """Write a table, `seesaw.png` and `results.json`; returns headroom recovered per domain and its mean."""
     rows = {"base": "base"} | {task: f"experts/{task}" for task in EXPERTS}
     rows |= {"weight average": "average", "MOPD student": "mopd"}
     lines = {name: accuracies(demo.run_dir / directory) for name, directory in rows.items()}
@@ -316,10 +316,10 @@ def report(demo: Demo) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="everything goes here")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="directory for all output")
     parser.add_argument("--seed", type=int, default=1, help="seed of weights, prompts and sampling")
     parser.add_argument(
-        "--processes", type=int, default=2, help="ranks of a run, and experts trained at once"
+        "--processes", type=int, default=2, help="ranks of a run, and experts trained in parallel"
     )
     arguments = parser.parse_args()
     demo = Demo(arguments.run_dir, arguments.seed, arguments.processes)
@@ -332,7 +332,7 @@ def main() -> None:
     stage(f"tokenizer: {VOCABULARY} pieces, from the prompts of {len(TASKS)} tasks")
     if not demo.tokenizer.exists():
         train_tokenizer(demo.tokenizer)
-    stage("base: a little of every task")
+    stage("base: a short run on all tasks")
     stages.train(demo.base(), demo.processes)
     stage(f"experts: {len(EXPERTS)} continuations of the base, one task each")
     stages.train_side_by_side([demo.expert(task) for task in EXPERTS], demo.processes, "experts")
@@ -355,4 +355,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted: the same command goes on where this one stopped")
+        sys.exit("\ninterrupted: the same command continues where this one stopped")

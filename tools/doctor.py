@@ -1,4 +1,4 @@
-"""What is installed, what will be used, what is missing: python tools/doctor.py --help"""
+"""Examine this machine and a run's configuration before training: python tools/doctor.py --help"""
 
 from megatron_mopd.commands.doctor import main
 

@@ -1,9 +1,9 @@
-"""Draw the packages and what each imports, for docs/architecture.md.
+"""Draw the packages and their imports, for docs/architecture.md.
 
     python tools/draw_architecture.py            # writes docs/images/architecture.png
-    python tools/draw_architecture.py --check    # only: does every import go down?
+    python tools/draw_architecture.py --check    # only checks that every import goes down
 
-The arrows are read from the source; the order of the layers is `LAYERS`, and an import that goes up is an
+The arrows are read from the source; `LAYERS` is the order of the layers, and an import that goes up is an
 error.
 """
 
@@ -34,30 +34,30 @@ LAYERS = (
     ("backend", "config", "confinement"),
     ("choices",),
 )
-"""From the top down. A package imports from the layers below it, and from its own."""
+"""From top to bottom. A package may import from the layers below it, and from its own."""
 PURPOSE = {
     "commands": "command lines, one module each",
     "train": "the algorithm on one page",
     "run": "the life of a run: set-up, checkpoints, alarms, evaluation",
     "estimate": "memory and FLOPs of a layout",
     "training": "one optimizer step",
-    "losses": "hidden states to the loss of a micro-batch",
-    "pipeline": "plans, and what executes them",
-    "teachers": "where teachers' weights are, how they arrive",
+    "losses": "loss of a micro-batch from hidden states",
+    "pipeline": "plans and their execution",
+    "teachers": "teacher weights: storage and loading",
     "rollout": "the student samples",
     "objectives": "divergences and policy gradients",
     "model": "models, families, checkpoints, conversion",
     "data": "prompts, verifiers, micro-batches",
     "observe": "metrics, progress, report",
-    "backend": "megatron-core meets the machine",
+    "backend": "process groups, CPU backend, failures",
     "config": "every key, typed",
-    "confinement": "processes without rights",
-    "choices": "names that keys choose from",
+    "confinement": "sandboxed processes",
+    "choices": "allowed values of keys",
 }
 
 
 def imports() -> Counter[tuple[str, str]]:
-    """(importing package, imported package) -> how many import statements."""
+    """(importing package, imported package) -> number of import statements."""
     found: Counter[tuple[str, str]] = Counter()
     for path in PACKAGE.rglob("*.py"):
         importer = path.relative_to(PACKAGE).with_suffix("").parts[0]
@@ -77,7 +77,7 @@ def _imported(tree: ast.AST) -> Iterator[str]:
 
 
 def imports_that_go_up() -> list[str]:
-    """`model imports training` for each import from a higher layer, or from a package that has no layer."""
+    """`model imports training` for each import from a higher layer; also packages without a layer."""
     depth = {name: number for number, names in enumerate(LAYERS) for name in names}
     unknown = {name for pair in imports() for name in pair} - depth.keys()
     problems = [f"{name} has no layer" for name in sorted(unknown)]
@@ -89,7 +89,7 @@ def imports_that_go_up() -> list[str]:
 
 
 def direct_imports() -> list[tuple[str, str]]:
-    """The pairs across layers that do not follow from others: without `a -> c` where `a -> b -> c`."""
+    """The pairs across layers, transitively reduced: without `a -> c` if `a -> b -> c`."""
     depth = {name: number for number, names in enumerate(LAYERS) for name in names}
     pairs = {pair for pair in imports() if depth[pair[0]] < depth[pair[1]]}
 
@@ -102,7 +102,7 @@ def direct_imports() -> list[tuple[str, str]]:
 
 
 def draw(path: Path) -> None:
-    """The layers from the top down, with the arrows of `direct_imports`."""
+    """Draw the layers from top to bottom, with the arrows of `direct_imports`."""
     figure = Figure(figsize=(11, 0.92 * len(LAYERS)), layout="constrained")
     axes = figure.subplots()
     axes.set_axis_off()
@@ -139,7 +139,7 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="draw nothing; status 1 if an import goes up")
+    parser.add_argument("--check", action="store_true", help="draw nothing; status 1 if any import goes up")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images" / "architecture.png")
     options = parser.parse_args()
     if problems := imports_that_go_up():

@@ -1,9 +1,9 @@
-"""Draw the pictures of docs/: what reverse KL does, the terminal and the report of a run.
+"""Draw the pictures of docs/: the effect of reverse KL, and the terminal output and report of a run.
 
     python tools/draw_documentation.py                      # the pictures that need no run
     python tools/draw_documentation.py --run runs/demo/mopd # also the terminal and, with Chromium, the report
 
-The report's picture is taken by a headless Chromium (`--browser`), which also checks that the page loads
+The report's picture is a screenshot by headless Chromium (`--browser`), which also checks that the page loads
 nothing and reports no error.
 """
 
@@ -30,7 +30,7 @@ IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 
 def draw_divergences(path: Path) -> None:
-    """A narrow student under a teacher with two modes, fitted by forward and by reverse KL on a grid."""
+    """A narrow student fitted to a teacher with two modes by forward and by reverse KL, on a grid."""
     x = np.linspace(-6, 6, 1201)
 
     def normal(mean: float, width: float) -> np.ndarray:
@@ -49,7 +49,7 @@ def draw_divergences(path: Path) -> None:
     axes = figure.subplots()
     axes.fill_between(x, teacher, color="#c9d3dc", label="teacher")
     axes.plot(x, forward, color="#e76f51", label="best by forward KL: covers everything")
-    axes.plot(x, reverse, color="#1769aa", linewidth=2.2, label="best by reverse KL: stays with what it does")
+    axes.plot(x, reverse, color="#1769aa", linewidth=2.2, label="best by reverse KL: stays with one mode")
     axes.set_yticks([])
     axes.set_xticks([])
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -58,10 +58,10 @@ def draw_divergences(path: Path) -> None:
 
 
 def draw_terminal(run: Path, path: Path, lines: int = 12) -> None:
-    """The last lines that a run printed, from its metrics."""
+    """The last lines that a run printed, reconstructed from its metrics."""
     metrics = read_journal(run / "metrics.jsonl")
     total = metrics[-1]["iteration"]
-    every = max(1, len(metrics) // 40) | 1  # odd: not always the same step of a rollout batch
+    every = max(1, len(metrics) // 40) | 1  # odd, so as not to hit the same step of every rollout batch
     console = Console(record=True, width=218, file=io.StringIO(), force_terminal=True, highlight=False)
     step_line = StepLine(total)
     elapsed = 0.0
@@ -72,13 +72,13 @@ def draw_terminal(run: Path, path: Path, lines: int = 12) -> None:
         if number % every == 0 and number > len(metrics) - lines * every:
             console.print(step_line.render(line["iteration"], line), soft_wrap=True)
     text = console.export_svg(title="python -m megatron_mopd.train --config my_run.yaml")
-    # Fonts from a network, and a comment with an address.
+    # Remove fonts loaded from the network, and a comment with a URL.
     text = re.sub(r"@font-face \{.*?\}|<!--.*?-->", "", text, flags=re.DOTALL)
     path.write_text(text, encoding="utf-8")
 
 
 def draw_page(run: Path, browser: str, path: Path) -> None:
-    """A picture of the report; raises `SystemExit` when the browser says that something is wrong."""
+    """A screenshot of the report; raises `SystemExit` if the browser reports a problem."""
     with tempfile.TemporaryDirectory() as directory:
         page = write_page(run, Path(directory) / "report.html")
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
@@ -86,13 +86,13 @@ def draw_page(run: Path, browser: str, path: Path) -> None:
         outcome = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=300)
     problems = [line for line in outcome.stderr.splitlines() if "CONSOLE" in line or "net_error" in line]
     if outcome.returncode or problems or not path.exists():
-        raise SystemExit("the browser found fault with the page:\n" + "\n".join(problems or [outcome.stderr]))
+        raise SystemExit("the browser reports problems:\n" + "\n".join(problems or [outcome.stderr]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, help="run directory for the terminal and the report")
-    parser.add_argument("--browser", help="Chromium's program; default: the first one on PATH")
+    parser.add_argument("--browser", help="Chromium executable; default: the first one on PATH")
     parser.add_argument("--output", type=Path, default=IMAGES)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def main() -> None:
     names = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
     browser = options.browser or next((found for name in names if (found := shutil.which(name))), None)
     if browser is None:
-        raise SystemExit("no Chromium on PATH: the report's picture is not drawn; name one with --browser")
+        raise SystemExit("no Chromium on PATH: the report's picture was not drawn; pass one with --browser")
     draw_page(options.run, browser, options.output / "report_page.png")
 
 

@@ -1,4 +1,4 @@
-"""Memory of a run before it is launched: python tools/estimate.py --help"""
+"""Estimate a run's memory before launch: python tools/estimate.py --help"""
 
 from megatron_mopd.commands.estimate import main
 

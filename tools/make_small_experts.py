@@ -1,10 +1,10 @@
-"""Three small Hugging Face models to try the whole way with: a base, and two experts trained from it.
+"""Create three small Hugging Face models to try the whole workflow: a base, and two experts trained from it.
 
     python tools/make_small_experts.py --output runs/own
 
-Writes `base`, `add-expert` and `reverse-expert` (Qwen3-MoE of 0.2 million weights with a tokenizer, as
-`transformers` saves them), prompts to train on (`prompts.jsonl`) and prompts held out (`held_out.jsonl`) of
-the domains `add` and `reverse`. The base has seen a little of both, each expert more of one.
+Writes `base`, `add-expert` and `reverse-expert` (Qwen3-MoE with 0.2 million weights and a tokenizer, as saved
+by `transformers`), and prompts of the domains `add` and `reverse`: for training (`prompts.jsonl`) and held
+out (`held_out.jsonl`). The base is trained briefly on both domains, each expert longer on one of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _END = "<end>"
 
 
 def examples(seed: int) -> dict[str, list[Example]]:
-    """Every example of each domain, in random order."""
+    """All examples of each domain, in random order."""
     words = ["".join(letters) for letters in itertools.product("abcdef", repeat=3)]
     found = {
         "add": [(f"{a}+{b}=", str(a + b)) for a in range(20) for b in range(20)],
@@ -40,7 +40,7 @@ def examples(seed: int) -> dict[str, list[Example]]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, and one that ends a response."""
+    """One token per character, and one that ends a response."""
     vocabulary = {token: number for number, token in enumerate([_END, *_CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_END))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -78,7 +78,7 @@ def fine_tune(
     steps: int,
     seed: int,
 ) -> float:
-    """Cross-entropy on the answers; returns the last step's."""
+    """Train with cross-entropy on the answers; returns the last step's loss."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     loss = torch.zeros(())
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="directory for models and prompts")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=400, help="training steps of each expert")
+    parser.add_argument("--steps", type=int, default=400, help="training steps per expert")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     domains, tokenizer = examples(options.seed), make_tokenizer()

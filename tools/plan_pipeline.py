@@ -1,4 +1,4 @@
-"""What a pipeline plan costs, and its timeline: python tools/plan_pipeline.py --help"""
+"""Estimate the cost of a pipeline plan and draw its timeline: python tools/plan_pipeline.py --help"""
 
 import sys
 

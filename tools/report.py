@@ -1,4 +1,4 @@
-"""A run's report, one HTML page: python tools/report.py --help"""
+"""Write a run's report as one HTML page: python tools/report.py --help"""
 
 from megatron_mopd.commands.report import main
 

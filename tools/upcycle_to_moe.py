@@ -1,4 +1,4 @@
-"""A dense model becomes a mixture of experts: python tools/upcycle_to_moe.py --help"""
+"""Upcycle a dense model to a mixture of experts: python tools/upcycle_to_moe.py --help"""
 
 from megatron_mopd.commands.upcycle_to_moe import main
 

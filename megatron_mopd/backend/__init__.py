@@ -1,1 +1,1 @@
-"""Where megatron-core meets the machine: process groups, the CPU backend, version differences."""
+"""Adapts megatron-core to the machine: process groups, CPU backend, version differences, failures, files."""

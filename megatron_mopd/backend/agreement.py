@@ -1,7 +1,7 @@
-"""Whether all ranks start from the same software, settings and files; if not, which ranks differ in what.
+"""Checks that all ranks start from the same software, settings and files, and reports which ranks differ.
 
-Ranks on several hosts may read copies of their own. A rank with other prompts, or with another learning rate,
-trains without an error, and differently from the others.
+Ranks on several hosts may read their own copies. A rank with different prompts or a different learning rate
+would train without an error, but differently from the others.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ _LONGEST_SHOWN = 60
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that has to be the same on every rank."""
+    """Something that must be the same on every rank."""
 
     name: str
     """A key of the configuration, a package, a file."""
     value: str
-    """What is compared."""
+    """The value to compare."""
     shown: str
-    """How a message tells one value from another; need not be the same on ranks that agree."""
+    """The value as shown in a message; may differ between ranks that agree."""
     remedy: str = ""
-    """What to do when ranks disagree."""
+    """How to fix a disagreement."""
 
 
 def require_agreement(facts: Sequence[Fact], error: ConfigError | None = None) -> None:
-    """`ConfigError`, the same on every rank, unless all ranks pass the same facts and none an error.
+    """Raise the same `ConfigError` on every rank unless all ranks pass the same facts and none an error.
 
-    facts: in order of importance; the first that differs is named, with both values and with the ranks that
-    have them. error: what this rank found wrong with its inputs before it knew all of its facts; it counts
-    after the facts that are known.
+    facts: in order of importance; the error names the first that differs, both values, and the ranks that
+    have them. error: an error in this rank's inputs, found before all of its facts were known; it ranks after
+    the known facts.
 
-    Collectives, over all ranks, on the CPU: one all-reduce of 16 bytes. Only when ranks disagree: two
-    all-gathers of 8 bytes a rank and two broadcasts of one rank's facts (some kilobytes).
+    Collectives, over all ranks, on the CPU: one all-reduce of 16 bytes. Only if ranks disagree: two
+    all-gathers of 8 bytes per rank and two broadcasts of one rank's facts (a few kilobytes).
     """
     known = [*facts, Fact(_ERROR, str(error), str(error))] if error is not None else [*facts]
     if not _is_common(_digest([(fact.name, fact.value) for fact in known])):
@@ -55,12 +55,12 @@ def require_agreement(facts: Sequence[Fact], error: ConfigError | None = None) -
 
 
 def _digest(value: object) -> int:
-    """63 bits of SHA-256: fits an int64, and so does its negative."""
+    """63 bits of SHA-256, so that both the number and its negative fit an int64."""
     return int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:8], "big") >> 1
 
 
 def _is_common(digest: int) -> bool:
-    """Whether every rank has the same number: its maximum is its minimum."""
+    """Whether every rank has the same number, i.e. the maximum equals the minimum."""
     extremes = torch.tensor([digest, -digest])
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
     return extremes[0].item() == -extremes[1].item()
@@ -73,7 +73,7 @@ def _gathered(digest: int) -> list[int]:
 
 
 def _disagreement(facts: dict[str, Fact]) -> str:
-    """The message about the first fact that rank 0 and another rank do not share."""
+    """The message about the first fact in which rank 0 and another rank differ."""
     digests = _gathered(_digest([(fact.name, fact.value) for fact in facts.values()]))
     other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
     (first, host_of_first), (second, host_of_second) = _told_by(0, facts), _told_by(other, facts)
@@ -89,7 +89,7 @@ def _disagreement(facts: dict[str, Fact]) -> str:
     hosts = ["", ""] if host_of_first == host_of_second else [f" ({host_of_first})", f" ({host_of_second})"]
     sides = list(zip((first, second), groups, hosts))
     if name == _ERROR:
-        # Whoever has no error of its own could read what another could not.
+        # A rank without an error could read what another could not.
         told, ranks, host = next(side for side in sides if name in side[0])
         return f"{told[name].shown} (on {ranks_text(ranks)}{host})"
     described = [f"{_shown(told, name)} on {ranks_text(ranks)}{host}" for told, ranks, host in sides]
@@ -105,7 +105,7 @@ def _told_by(rank: int, facts: dict[str, Fact]) -> tuple[dict[str, Fact], str]:
 
 
 def _place(name: str, *sides: dict[str, Fact]) -> tuple[bool, int]:
-    """Facts in their order; errors before what is only known without one."""
+    """Sort key: facts in their order, errors before facts that one side lacks."""
     missing = any(name not in side for side in sides) and name != _ERROR
     return missing, min(list(side).index(name) for side in sides if name in side)
 

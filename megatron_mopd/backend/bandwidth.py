@@ -1,4 +1,4 @@
-"""How fast the groups of a layout are: all-reduce, all-to-all and point-to-point, with their results checked.
+"""Measures the bandwidth of a layout's groups: all-reduce, all-to-all and point-to-point. Checks the results.
 
 Groups of one kind are measured at the same time, as training uses them. Bandwidths are bus bandwidths, which
 do not depend on the group's size on ideal hardware: bytes moved per rank and second, 2 (n - 1) / n of the
@@ -22,20 +22,20 @@ from megatron_mopd.backend.parallel import ParallelGroups
 
 @dataclass(frozen=True)
 class GroupBandwidth:
-    """One group's bus bandwidths in bytes a second, that of its slowest rank."""
+    """One group's bus bandwidths in bytes per second, as measured on its slowest rank."""
 
     kind: str
     ranks: tuple[int, ...]
     hosts: tuple[str, ...]
-    """The hosts that the group is on, each once."""
+    """The hosts that the group is on, without duplicates."""
     bandwidth: dict[str, float]
-    """Operation -> bytes a second."""
+    """Operation -> bytes per second."""
     wrong: tuple[str, ...]
-    """Operations whose results were not what was sent."""
+    """Operations with incorrect results."""
 
 
 def kinds(groups: ParallelGroups) -> dict[str, dist.ProcessGroup]:
-    """This rank's group of each kind that has more than one rank; gradients are summed over DP with CP."""
+    """This rank's groups with more than one rank, by kind; gradients are summed over DP x CP."""
     collection = groups.collection
     found = {
         "TP": collection.tp,
@@ -51,9 +51,8 @@ def kinds(groups: ParallelGroups) -> dict[str, dist.ProcessGroup]:
 def measure(groups: ParallelGroups, num_bytes: int, repeats: int = 5) -> list[GroupBandwidth]:
     """Every group of the layout, the same list on every rank. Collective over all ranks.
 
-    Each operation moves a float32 buffer of about `num_bytes` a rank; the fastest of `repeats` counts, since
-    a slow one says something about another job. One all-gather of about 200 bytes a rank and group at the
-    end.
+    Each operation moves a float32 buffer of about `num_bytes` per rank; the fastest of `repeats` counts,
+    since other jobs may slow one down. Finally one all-gather of about 200 bytes per rank and group.
     """
     mine = []
     for kind, group in kinds(groups).items():
@@ -79,7 +78,7 @@ def measure(groups: ParallelGroups, num_bytes: int, repeats: int = 5) -> list[Gr
 
 
 def slow_groups(measured: list[GroupBandwidth], share: float = 0.5) -> list[tuple[GroupBandwidth, str]]:
-    """Groups that reach less than `share` of their kind's median in an operation, with that operation."""
+    """Groups that reach less than `share` of their kind's median in an operation, and that operation."""
     slow = []
     for kind in dict.fromkeys(group.kind for group in measured):
         same = [group for group in measured if group.kind == kind]
@@ -109,7 +108,7 @@ def _all_to_all(group, device: torch.device, num_bytes: int, repeats: int) -> tu
 
 
 def _ring(group, device: torch.device, num_bytes: int, repeats: int) -> tuple[float, bool, float]:
-    """Everybody sends to the next rank and receives from the one before, as pipeline stages do."""
+    """Every rank sends to the next and receives from the previous one, as pipeline stages do."""
     size, rank = group.size(), dist.get_rank(group)
     ranks = dist.get_process_group_ranks(group)
     sent = torch.full((max(1, num_bytes // 4),), float(rank), device=device)
@@ -146,7 +145,7 @@ def _fastest(
     repeats: int,
     prepare: Callable[[], object] = lambda: None,
 ) -> float:
-    """Seconds of the fastest of `repeats` runs; one more before them connects the ranks."""
+    """Seconds of the fastest of `repeats` runs, after a warm-up run that connects the ranks."""
     times = []
     for _ in range(1 + repeats):
         prepare()

@@ -1,9 +1,9 @@
-"""Loading a distributed checkpoint from a description that was checked before, instead of from the files that
-describe it.
+"""Loads a distributed checkpoint according to metadata that was already checked, instead of the checkpoint's
+own metadata files.
 
-torch unpickles `.metadata`, and its planners unpickle objects, without a restriction; megatron-core chooses
-the readers itself. Here it gets ones that open nothing but the files of tensors and objects, and take from
-these only tensors as they are listed and plain values.
+torch unpickles `.metadata`, and its planners unpickle objects, without restriction, and megatron-core chooses
+the readers itself. Here it is given readers that open only the files of tensors and objects, and accept only
+tensors that match the metadata and plain values.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from megatron_mopd.backend.plain_values import load_plain, require_tensor
 
 
 class CheckedReader(FileSystemReader):
-    """Reads what a checked `Metadata` lists. The file `.metadata` is not opened."""
+    """Reads the entries of a checked `Metadata`. Does not open the file `.metadata`."""
 
     def __init__(self, directory: Path, metadata: Metadata):
         super().__init__(str(directory))
@@ -44,13 +44,14 @@ class CheckedReader(FileSystemReader):
         self.storage_data = metadata.storage_data
 
     def read_metadata(self) -> Metadata:
-        """The checked one. Without keyword arguments: torch then has no other file to turn to."""
+        """The checked metadata. Takes no keyword arguments, so that torch cannot request another file."""
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Every item of `plan`, one file after the other.
+        """Read every item of `plan`, one file after another.
 
-        Raises `ValueError` for a tensor that is not the one listed, and for an object that is not plain.
+        Raises `ValueError` for a tensor that does not match the metadata, and for an object that is not
+        plain.
         """
         per_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
@@ -67,7 +68,7 @@ class CheckedReader(FileSystemReader):
                     )
                     target = planner.resolve_tensor(item).detach()
                     if target.size() != part.size():
-                        raise ValueError(f"{item.storage_index.fqn} does not fit where it is wanted")
+                        raise ValueError(f"{item.storage_index.fqn} does not fit its target")
                     target.copy_(part)
                     planner.commit_tensor(item, target)
         done: Future = Future()
@@ -82,7 +83,7 @@ class CheckedReader(FileSystemReader):
 
 
 class _Planner(MCoreLoadPlanner):
-    """megatron-core's, which unpickles no object but plain values."""
+    """megatron-core's planner, restricted to unpickling plain values."""
 
     def load_bytes(self, read_item: ReadItem, value: IO[bytes]) -> None:
         name, loaded = read_item.dest_index.fqn, load_plain(value)
@@ -121,10 +122,10 @@ class _Strategy(TorchDistLoadShardedStrategy):
 def load_checked(
     state: dict[str, Any], directory: Path, metadata: Metadata, common: dict[str, Any]
 ) -> dict[str, Any]:
-    """`dist_checkpointing.load` of a sharded state dict, with the list of tensors and the common state given.
+    """`dist_checkpointing.load` of a sharded state dict, with the given metadata and common state.
 
-    Of `directory` only the files that `metadata` names are opened. Collective over all ranks. Raises what
-    megatron-core raises, and `RuntimeError` where torch raises its `CheckpointException`.
+    Opens only those files in `directory` that `metadata` names. Collective over all ranks. Raises whatever
+    megatron-core raises, and `RuntimeError` in place of torch's `CheckpointException`.
     """
     strategy = _Strategy(metadata)
     own = {
@@ -139,13 +140,13 @@ def load_checked(
         raise _unknown_release("load")
     try:
         return _bound(dist_checkpointing.load, **used)(state, str(directory), strategy)
-    except CheckpointException as error:  # derives from BaseException, so that no handler would see it
+    except CheckpointException as error:  # derives from BaseException, so `except Exception` would miss it
         problem = next(iter(error.failures.values()))[0]
         raise RuntimeError(" ".join(str(problem).split()) or type(problem).__name__) from None
 
 
 class _Common:
-    """Stands in for megatron-core 0.16's reader of `common.pt`."""
+    """Replaces megatron-core 0.16's reader of `common.pt`."""
 
     def __init__(self, common: dict[str, Any]):
         self._common = common
@@ -155,8 +156,8 @@ class _Common:
 
 
 def _bound(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
-    """`function` with some of the names that it looks up in its module bound to something else, for this call
-    alone. `RuntimeError` when it does not use one of them: a release that reads in another way.
+    """A copy of `function` with some of the global names it uses bound to other values. `RuntimeError` if it
+    does not use one of them, as in an unsupported release.
     """
     if function.__closure__ or not names.keys() <= set(function.__code__.co_names):
         raise _unknown_release(function.__qualname__)
@@ -168,6 +169,6 @@ def _bound(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
 
 def _unknown_release(function: str) -> RuntimeError:
     return RuntimeError(
-        f"megatron-core {megatron.core.__version__} reads checkpoints in a way that is not known here "
+        f"megatron-core {megatron.core.__version__} reads checkpoints in an unknown way "
         f"({function}); install a supported release"
     )

@@ -1,9 +1,9 @@
 """megatron-core on CPU and gloo.
 
 megatron-core assumes CUDA in a few dozen places: device arguments, streams, the CUDA random generator, tensor
-type names. `install()` gives each of them its CPU meaning, once per process; on CUDA machines it is never
-called and nothing is patched. This file, `gloo.py` and `versions.py` are the only places of this package
-that change another library's behaviour; `overrides.py` changes attributes of a model for a while.
+type names. `install()` replaces each of them with its CPU equivalent, once per process; on CUDA machines it
+is never called and nothing is patched. This file, `gloo.py` and `versions.py` are the only places in this
+package that patch another library; `overrides.py` changes attributes of a model temporarily.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch.utils._device import _device_constructors
 from megatron_mopd.backend.gloo import share_device
 
 _CPU = torch.device("cpu")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 _installed = False
 
 
 class _Stream:
-    """A CUDA stream's interface where everything already runs in order."""
+    """The interface of a CUDA stream on a device where everything runs in order."""
 
     def __init__(self, *args, **kwargs):
         self.device = _CPU
@@ -49,7 +49,7 @@ class _Stream:
 
 
 class _Event:
-    """A CUDA event that has always happened."""
+    """A CUDA event that has always completed."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -75,9 +75,7 @@ def _names_cuda(device) -> bool:
 
 
 def _on_cpu(factory):
-    """`torch.zeros(..., device="cuda")` and its relatives make CPU tensors; pinning host memory means nothing
-    here.
-    """
+    """Make `torch.zeros(..., device="cuda")` and similar factories create CPU tensors, without pinning."""
 
     @functools.wraps(factory)
     def wrapper(*args, **kwargs):
@@ -91,7 +89,7 @@ def _on_cpu(factory):
 
 
 def _all_to_all_single(original):
-    """gloo wants lists of int split sizes where the MoE token dispatcher passes tensors."""
+    """gloo needs split sizes as lists of int, but the MoE token dispatcher passes tensors."""
 
     @functools.wraps(original)
     def wrapper(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
@@ -111,7 +109,7 @@ def _all_to_all_single(original):
 
 
 def _all_gather(original):
-    """gloo wants equal shapes; experts split over tensor-parallel ranks gather as many as each has."""
+    """gloo needs equal shapes, but experts sharded over tensor-parallel ranks gather unequal row counts."""
 
     @functools.wraps(original)
     def wrapper(tensor_list, tensor, group=None, async_op=False):
@@ -129,7 +127,7 @@ def _all_gather(original):
 
 
 def _reduce_scatter(original):
-    """gloo has no reduce-scatter of unequal parts: reduce everything, keep our own part."""
+    """gloo has no reduce-scatter of unequal parts: all-reduce everything and keep this rank's part."""
 
     @functools.wraps(original)
     def wrapper(output, input_list, op=torch.distributed.ReduceOp.SUM, group=None, async_op=False):
@@ -144,9 +142,7 @@ def _reduce_scatter(original):
 
 
 def _tensor_type(original):
-    """Optimizers compare `param.type()` with CUDA type names; float64 parameters are treated like float32
-    ones.
-    """
+    """Optimizers compare `param.type()` with CUDA type names; treat float64 parameters like float32."""
 
     @functools.wraps(original)
     def wrapper(self, dtype=None, non_blocking=False, **kwargs):
@@ -167,21 +163,22 @@ def _set_rng_state(state, *args, **kwargs):
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library keep what large temporary tensors free for the next ones, up to 1 GB.
+    """Let the C library keep up to 1 GB of memory freed by large temporary tensors for the next ones.
 
-    Given back to the system, it returns as zeroed pages, one fault per 4 KB: a few percent of the time of a
-    model of 100 million parameters. Only glibc is asked; `MALLOC_*` variables in the environment win.
+    Memory returned to the system comes back as zeroed pages with one page fault per 4 KB, which costs a few
+    percent of the time for a model of 100 million parameters. Affects only glibc; `MALLOC_*` environment
+    variables take precedence.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that it takes
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the maximum it accepts
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def install() -> None:
-    """Give megatron-core's CUDA calls their CPU meaning in this process. Idempotent."""
+    """Replace megatron-core's CUDA calls with CPU equivalents in this process. Idempotent."""
     global _installed
     if _installed:
         return
@@ -189,9 +186,9 @@ def install() -> None:
     _keep_freed_memory()
     share_device()
 
-    # `with torch.device("meta")` recognizes factories by identity, and looks them up when it is first used:
-    # it has to find the originals, which the wrappers below call. (`transformers` loads models under it; with
-    # wrappers in its list, its rotary tables were left uninitialized.)
+    # `with torch.device("meta")` recognizes factories by identity, and looks them up on first use: it must
+    # find the originals, which the wrappers below call. (`transformers` loads models under it; with wrappers
+    # in its list, its rotary tables were left uninitialized.)
     _device_constructors()
     for name in (
         "zeros",
@@ -227,7 +224,7 @@ def install() -> None:
     cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed) and None
     cuda.get_rng_state = cuda.random.get_rng_state = _get_rng_state
     cuda.set_rng_state = cuda.random.set_rng_state = _set_rng_state
-    # Dropout on the CPU moves the CPU's generator, which on CUDA would be a mistake to warn about.
+    # Dropout on the CPU advances the CPU generator, about which megatron-core would warn.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
@@ -235,6 +232,6 @@ def install() -> None:
     torch.distributed.all_to_all_single = _all_to_all_single(torch.distributed.all_to_all_single)
     torch.distributed.all_gather = _all_gather(torch.distributed.all_gather)
     torch.distributed.reduce_scatter = _reduce_scatter(torch.distributed.reduce_scatter)
-    # megatron-core decorates small functions with torch.compile, which on CPU costs minutes and saves
+    # megatron-core decorates small functions with torch.compile, which costs minutes on the CPU and saves
     # nothing.
     torch.compiler.set_stance("force_eager")

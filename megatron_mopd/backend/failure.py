@@ -1,4 +1,4 @@
-"""How a failing rank takes the job down: its message is told once, and last."""
+"""How a failing rank ends the job: its error message is printed once, and last."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 import torch.distributed as dist
 
 FIRST_FAILURE = "megatron_mopd/first_failure"
-"""Key of the store under which the first failing rank puts its number."""
+"""Store key under which the first failing rank records its number."""
 _LET_THE_FIRST_SPEAK = 1.0
-"""Seconds that other ranks wait before they end too: the launcher stops the whole job at the first exit."""
+"""Seconds that other ranks wait before they exit too: the launcher stops the whole job at the first exit."""
 
 
 def is_first_to_fail(message: str, store: dist.Store | None = None) -> bool:
-    """Whether this rank is the one to say why the job ends; the others' errors are consequences or copies.
+    """Whether this rank should report why the job ends; the other ranks' errors are consequences or copies.
 
-    The first rank to ask is. Where ranks are not connected yet, rank 0 is. Under torchrun the message also
-    goes into torchrun's closing report, under "Root Cause". Other ranks wait a moment before they get their
-    answer, so that the first one's message is out before the launcher ends the job. store: where to ask;
-    default, that of torch.distributed. Collectives: none.
+    True on the first rank to call this, or on rank 0 if the ranks are not connected yet. Under torchrun the
+    message also appears in torchrun's final report, under "Root Cause". On other ranks the call returns after
+    a delay, so that the first rank's message is printed before the launcher ends the job. store: defaults to
+    that of torch.distributed. Collectives: none.
     """
     rank = os.environ.get("RANK", "0")
     first = rank == "0"
@@ -30,7 +30,7 @@ def is_first_to_fail(message: str, store: dist.Store | None = None) -> bool:
             store = store or dist.distributed_c10d._get_default_store()
             first = store.compare_set(FIRST_FAILURE, "", rank).decode() == rank
         except (dist.DistError, RuntimeError):
-            first = True  # whoever kept the store is gone: better told twice than not at all
+            first = True  # the store's owner has exited: better two reports than none
     if not first:
         time.sleep(_LET_THE_FIRST_SPEAK)
     elif report := os.environ.get("TORCHELASTIC_ERROR_FILE"):

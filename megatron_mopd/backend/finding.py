@@ -1,4 +1,4 @@
-"""What an examination of the machine found: one line each, with what to do where something is to be done."""
+"""Findings of an examination of the machine: one line each, with advice if action is needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_mopd.backend.messages import visible
 
 
 class Level(IntEnum):
-    """How much a finding matters; only a problem stops training."""
+    """Severity of a finding; only a problem prevents training."""
 
     OK = 0
     NOTE = 1
@@ -26,11 +26,11 @@ class Finding:
     subject: str
     text: str
     advice: str = ""
-    """What to do; empty where nothing is to be done."""
+    """What to do; empty if nothing."""
 
 
 def worst(findings: list[Finding]) -> Level:
-    """The level of the gravest finding."""
+    """The highest level among the findings."""
     return max((finding.level for finding in findings), default=Level.OK)
 
 
@@ -38,7 +38,7 @@ _MARKS = {Level.OK: "ok", Level.NOTE: "note", Level.WARNING: "WARNING", Level.PR
 
 
 def show(section: str, findings: list[Finding]) -> None:
-    """Print the findings of one section, with what to do under those that ask for something."""
+    """Print the findings of one section, each followed by its advice, if any."""
     print(f"\n{section}")
     for finding in findings:
         print(f"  {_MARKS[finding.level]:8} {visible(finding.subject)}: {visible(finding.text)}")

@@ -1,16 +1,16 @@
-"""How rank 0 and another rank prove to each other that they belong to one job, and what they say afterwards.
+"""The protocol by which rank 0 and another rank authenticate each other as members of one job.
 
-    rank 0: nonce                       32 bytes, to whoever connects
+    rank 0: nonce                       32 bytes, to every connection
     rank k: rank, world size, nonce, HELLO
-    rank 0: WELCOME                     only to a rank that is missing and whose HELLO is right
-    rank k: JOINED                      from now on, the end of the connection is the death of a rank
+    rank 0: WELCOME                     only to a missing rank with a valid HELLO
+    rank k: JOINED                      from now on, a closed connection means that a rank died
     either: GOODBYE; rank 0: DIED
 
-Every word is an HMAC-SHA256 (RFC 2104) under a key of its connection, which is derived from the job's key,
-both nonces, rank, world size, and rank 0's address as each end sees it. So a word cannot be used on another
-connection, in the other direction, or for another rank. Somebody who passes messages on between two ranks is
-refused, because rank k has then connected to another address than rank 0's. Somebody who controls the network
-between them can still cut the connection, which looks like a death.
+Every word is an HMAC-SHA256 (RFC 2104) under a per-connection key, which is derived from the job's key, both
+nonces, rank, world size, and rank 0's address as seen from each end. A word is therefore invalid on another
+connection, in the other direction, or for another rank. A relay between two ranks is refused, because rank k
+has then connected to an address other than rank 0's. An attacker who controls the network between them can
+still cut the connection, which looks like a death.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HELLO = struct.Struct(f"!II{_NONCE_BYTES}s{_WORD_BYTES}s")
 
 
 class Word(enum.Enum):
-    """Who says what."""
+    """The messages of the protocol, each with its sender."""
 
     HELLO = b"rank k: hello"
     WELCOME = b"rank 0: welcome"
@@ -43,12 +43,12 @@ class Word(enum.Enum):
 
 
 class Session:
-    """The words of one connection."""
+    """Creates and recognizes the words of one connection."""
 
     def __init__(
         self, key: bytes, address: tuple, rank: int, world_size: int, nonce_of_rank_0: bytes, nonce: bytes
     ):
-        """address: host and port of rank 0's end, as the socket says."""
+        """address: host and port of rank 0's end, as reported by the socket."""
         facts = struct.pack("!II", rank, world_size) + nonce_of_rank_0 + nonce
         facts += f"{address[0]} {address[1]}".encode()
         self._key = hmac.digest(key, _PURPOSE + facts, "sha256")
@@ -57,31 +57,31 @@ class Session:
         return hmac.digest(self._key, word.value, "sha256")
 
     def hear(self, said: bytes, words: Collection[Word]) -> Word | None:
-        """Which of `words` was said; `None`: something else."""
+        """Which of `words` was received; `None` for anything else."""
         return next((word for word in words if hmac.compare_digest(self.say(word), said)), None)
 
 
 class Visitor:
-    """Rank 0's end of a connection, from its acceptance on. Never waits."""
+    """Rank 0's end of an accepted connection. Never blocks."""
 
     def __init__(
         self, connection: socket.socket, key: bytes, world_size: int, missing: Collection[int], seconds: float
     ):
-        """missing: the ranks that may still join, kept up to date by the caller. seconds: to join within."""
+        """missing: the ranks that may still join, updated by the caller. seconds: time limit for joining."""
         self.connection, self.rank, self.deadline = connection, None, time.monotonic() + seconds
         self._key, self._world_size, self._missing = key, world_size, missing
         self._nonce, self._session = secrets.token_bytes(_NONCE_BYTES), None
         self._received, self._has_joined = b"", False
         connection.setblocking(False)
-        connection.sendall(self._nonce)  # fits into the empty buffer of a new connection, as words do
+        connection.sendall(self._nonce)  # fits into a new connection's empty buffer, as all words do
 
     def say(self, word: Word) -> None:
         self.connection.sendall(self._session.say(word))
 
     def hear(self) -> Word | None:
-        """`JOINED` or `GOODBYE`, once all of it is there; afterwards, anything else is ignored.
+        """`JOINED` or `GOODBYE` once completely received, else `None`. After `JOINED`, other data is ignored.
 
-        Raises `OSError` when the connection has ended, or is to be closed because its other end is no rank.
+        Raises `OSError` if the connection has ended, or must be closed because its other end is not a rank.
         """
         size = _HELLO.size if self._session is None else _WORD_BYTES
         try:
@@ -115,10 +115,10 @@ class Visitor:
 
 
 def introduce(connection: socket.socket, key: bytes, rank: int, world_size: int, seconds: float) -> Session:
-    """Rank `rank`'s end: be recognised, and recognise rank 0. The caller then says `JOINED`.
+    """Rank `rank`'s end: authenticate to rank 0, and authenticate rank 0. The caller then sends `JOINED`.
 
-    Raises `OSError` for a connection whose other end is not rank 0 of this job, or did not answer within
-    `seconds`, all of its bytes together.
+    Raises `OSError` if the other end is not rank 0 of this job, or did not send all of its bytes within
+    `seconds`.
     """
     deadline, address = time.monotonic() + seconds, connection.getpeername()
     nonce, nonce_of_rank_0 = secrets.token_bytes(_NONCE_BYTES), _receive(connection, _NONCE_BYTES, deadline)
@@ -134,7 +134,7 @@ def introduce(connection: socket.socket, key: bytes, rank: int, world_size: int,
 
 
 def hear(connection: socket.socket, session: Session) -> Word | None:
-    """Rank k's end, once it has joined: wait for rank 0's next word; `None`: the connection has ended."""
+    """Rank k's end, after joining: wait for rank 0's next word; `None` if the connection has ended."""
     with contextlib.suppress(OSError):
         while said := _receive(connection, _WORD_BYTES):
             if word := session.hear(said, [Word.GOODBYE_OF_RANK_0, Word.DIED]):
@@ -143,7 +143,7 @@ def hear(connection: socket.socket, session: Session) -> Word | None:
 
 
 def _receive(connection: socket.socket, size: int, deadline: float | None = None) -> bytes:
-    """The next `size` bytes, or none when the connection ends before. Raises `TimeoutError` at `deadline`."""
+    """The next `size` bytes, or none if the connection ends first. Raises `TimeoutError` at `deadline`."""
     received = b""
     while len(received) < size:
         if deadline is not None:

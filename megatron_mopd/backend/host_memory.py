@@ -1,5 +1,5 @@
-"""Host memory: page-locked buffers of exactly the size asked for, how much a job may still take, and what
-Python's garbage collector need not look at.
+"""Host memory: page-locked buffers of exact size, available memory, and objects that Python's garbage
+collector can ignore.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
-    """[num_bytes] uint8 in host memory, page-locked where `device` is a CUDA device.
+    """[num_bytes] uint8 in host memory, page-locked if `device` is a CUDA device.
 
-    torch's own pinned allocations are rounded up to a power of two, which for hundreds of gigabytes of
-    weights may be as much again; ordinary memory is registered with the driver instead.
+    torch rounds its pinned allocations up to a power of two, which may double hundreds of gigabytes of
+    weights, so ordinary memory is registered with the driver instead.
     """
     buffer = torch.empty(num_bytes, dtype=torch.uint8)
     if device.type == "cuda" and num_bytes:
@@ -31,10 +31,10 @@ def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
 
 @contextlib.contextmanager
 def long_lived_objects() -> Iterator[None]:
-    """Within, Python's garbage collector leaves alone what is there at the start: modules, models, the run.
+    """Inside the context, Python's garbage collector ignores all objects that exist at its start.
 
-    Hundreds of thousands of objects that live as long as the run; a full collection over them takes a quarter
-    of a second, and megatron-core asks for one in every save.
+    Modules, models and the run are hundreds of thousands of objects that live as long as the run; a full
+    collection over them takes a quarter of a second, and megatron-core triggers one in every save.
     """
     gc.collect()
     gc.freeze()
@@ -45,9 +45,10 @@ def long_lived_objects() -> Iterator[None]:
 
 
 def available_host_bytes() -> int:
-    """Memory that processes on this host may still take: the kernel's estimate, or the control group's rest.
+    """Memory available to processes on this host: the smaller of the kernel's estimate and what is left of
+    the cgroup's limit.
 
-    The smaller of the two; file caches count as available, because the kernel gives them up.
+    File caches count as available, because the kernel can reclaim them.
     """
     available = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
@@ -60,5 +61,5 @@ def available_host_bytes() -> int:
             if line.split()[0] in ("inactive_file", "active_file")
         )
     except (OSError, ValueError):
-        return available  # no control group of version 2, or not ours to read
+        return available  # no cgroup v2, or not readable
     return available if limit == "max" else min(available, int(limit) - used + cached)

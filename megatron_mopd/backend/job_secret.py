@@ -1,7 +1,7 @@
-"""What the ranks of one job know and nobody else does: the key with which they recognise each other.
+"""The secret key with which the ranks of one job authenticate each other.
 
-It never goes to a command line, a log, the configuration or, where that can be avoided, the rendezvous store,
-which everybody who reaches its port can read and write.
+It never appears in a command line, a log, the configuration or, if avoidable, the rendezvous store, which any
+process that reaches its port can read and write.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from collections.abc import MutableMapping
 from megatron_mopd.config import ConfigError
 
 JOB_SECRET = "MOPD_JOB_SECRET"
-"""Variable with the secret of a job on several nodes, the same on each. One node needs none."""
+"""Environment variable with the secret of a multi-node job, the same on each node. One node needs none."""
 _FEWEST_CHARACTERS = 16
 _KEY_BYTES = 32
 _FILE_BEGINS = b"megatron_mopd job secret "
-"""So that no other private file of the user, whose text somebody may know, is taken for a key."""
+"""Prevents another private file of the user, whose text may be known, from being used as a key."""
 
 
 def take_job_secret(environment: MutableMapping[str, str]) -> bytes | None:
-    """The secret that the launcher set, removed from `environment`: processes that this one starts lack it.
+    """The secret set by the launcher, removed from `environment` so that child processes do not inherit it.
 
-    Raises `ConfigError` for one that can be guessed.
+    Raises `ConfigError` for a secret that could be guessed.
     """
     text = environment.pop(JOB_SECRET, "").strip()
     if text and len(text) < _FEWEST_CHARACTERS:
         raise ConfigError(
             f"{JOB_SECRET} has {len(text)} characters; it needs at least {_FEWEST_CHARACTERS} random ones, "
-            "such as `openssl rand -hex 32` prints"
+            "for example from `openssl rand -hex 32`"
         )
     return os.fsencode(text) or None
 
@@ -41,7 +41,7 @@ def new_key() -> bytes:
 
 
 def write_private_file(key: bytes) -> str:
-    """Put `key` into a new file that only this user can read, in memory where possible; returns its path."""
+    """Write `key` to a new file that only this user can read, in memory if possible; returns its path."""
     directory = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
     descriptor, path = tempfile.mkstemp(prefix="megatron_mopd_", dir=directory)  # mode 0600
     with open(descriptor, "wb") as file:
@@ -50,9 +50,9 @@ def write_private_file(key: bytes) -> str:
 
 
 def read_private_file(path: str) -> bytes:
-    """The key in a file of `write_private_file`. The path may come from anybody.
+    """The key in a file written by `write_private_file`. The path is not trusted.
 
-    Raises `OSError` for a file that others can read or could have written, `ValueError` for another text.
+    Raises `OSError` for a file that others can read or could have written, `ValueError` for other contents.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:

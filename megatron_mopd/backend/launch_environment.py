@@ -1,4 +1,4 @@
-"""What the launcher told this process: its rank and how to find the others."""
+"""Reads the launcher's environment variables: this process's rank and the rendezvous."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from megatron_mopd.config import ConfigError
 
 _START = "start with torchrun (or launch/train.sh), which sets it"
 _OTHER_LAUNCHERS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE"}
-"""Launchers that start several processes without torchrun's variables -> where each says how many."""
+"""Launchers that start several processes without torchrun's variables -> their variable with the number."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One process of a job; `local_rank` numbers those of a host, and is its GPU."""
+    """One process of a job; `local_rank` is its number on the host and its GPU index."""
 
     rank: int
     world_size: int
     local_rank: int
     master: tuple[str, int] | None
-    """Host and port of the rendezvous; `None` for a job of one process."""
+    """Host and port of the rendezvous; `None` for a single-process job."""
     local_world_size: int | None = None
-    """How many of a job's several processes are on this host, where the launcher says so."""
+    """Number of the job's processes on this host, if there are several and the launcher provides it."""
 
     @property
     def is_on_one_host(self) -> bool:
@@ -31,9 +31,9 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
-    """The job from torchrun's variables; one process alone where there are none.
+    """The job according to torchrun's variables; a single process if there are none.
 
-    Raises `ConfigError` for variables that are missing, no numbers, or do not fit together.
+    Raises `ConfigError` for variables that are missing, not numbers, or inconsistent.
     """
 
     def number(name: str, default: int | None = None) -> int:
@@ -66,11 +66,12 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
 
 
 def _refuse_other_launchers(environment: Mapping[str, str]) -> None:
-    """Several processes that each take themselves for the whole job would write over each other's run_dir."""
+    """Refuse several processes that each consider themselves the whole job and would overwrite each other's
+    run_dir."""
     for launcher, variable in _OTHER_LAUNCHERS.items():
         count = environment.get(variable, "1")
         if count.isdecimal() and int(count) > 1:
             raise ConfigError(
-                f"{launcher} started {count} processes, and none knows of the others (no RANK is set); "
-                f"let {launcher} start launch/train.sh once a node, as launch/slurm.sbatch does"
+                f"{launcher} started {count} processes that do not know about each other (RANK is not set); "
+                f"let {launcher} start launch/train.sh once per node, as launch/slurm.sbatch does"
             )

@@ -1,12 +1,12 @@
-"""Noticing that another rank's process is gone: `kill -9`, the kernel's out-of-memory killer, a lost machine.
+"""Detects the death of another rank's process: `kill -9`, the kernel's out-of-memory killer, a lost machine.
 
-Every rank holds a TCP connection to rank 0. The kernel closes it with the process, however that ends, and a
-keep-alive probe closes it when the machine is gone; nothing has to be sent while all is well, and a rank that
-is merely slow, stopped or inside one long call is not taken for dead. Without this the others would wait in a
-collective or for the rendezvous until its timeout.
+Every rank holds a TCP connection to rank 0. The kernel closes it when the process ends, for whatever reason,
+and a keep-alive probe closes it when the machine is lost. No traffic is needed in normal operation, and a
+rank that is merely slow, stopped or inside a long call does not count as dead. Without this, the others would
+wait in a collective or for the rendezvous until its timeout.
 
-Only ranks count: both ends of a connection prove that they know the job's key (`handshake`). Whatever anybody
-else connects, says or closes has no effect.
+Both ends of a connection prove that they know the job's key (`handshake`), so connections from anything but
+ranks have no effect.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ from megatron_mopd.backend.network import loopback_address, own_address
 from megatron_mopd.backend.reception import HANDSHAKE_SECONDS, Reception, notice_a_lost_machine
 
 _ADDRESS = "megatron_mopd/lifeline"
-"""Key of the store: rank 0's address, its port, and where the job's key is."""
+"""Store key for rank 0's address, its port, and the location of the job's key."""
 _IN_THE_ENVIRONMENT = "environment"
 _JOIN_SECONDS = 60.0
-"""For all of a rank's attempts to join, once rank 0 has announced itself."""
+"""Time limit for all of a rank's attempts to join, once rank 0 has announced its address."""
 _BETWEEN_ATTEMPTS = 1.0
 _THE_FAILING_SPEAK = 6.0
-"""Seconds for ranks that know of a failure to say so themselves, before this one ends without a word."""
+"""Seconds in which failing ranks can report the reason, before this rank exits without an error message."""
 _RANK_0_SPEAKS = 1.0
 LIFELINE_NOTICES = 1.0
-"""Seconds within which a death is noticed here, once a collective has broken because of it."""
+"""Seconds within which this rank detects a death that has made a collective fail."""
 
 
 class Lifeline:
-    """The connections of one rank, from its making to `release`. No collectives; the store carries rank 0's
+    """The connections of one rank, from construction to `release`. No collectives; the store holds rank 0's
     address.
 
-    When a rank ends that has not been released, every other rank ends with status 1, within a second of the
-    kernel's closing the connection; unless that rank had said why, the first to notice prints which one it
-    was. A network that does not let ranks connect is said once and otherwise no fault: then a death is
-    noticed by the launcher or by the collective that waits for it.
+    If a rank ends without having been released, every other rank exits with status 1 within a second of the
+    kernel closing the connection; unless that rank reported the reason, the first to detect it prints which
+    rank died. If the network does not let ranks connect, this is reported once but is not an error: a death
+    is then detected by the launcher or by a collective's timeout.
 
-    Rank 0 listens on one address, loopback when all ranks are on its host, until all have joined. The job's
-    key is `MOPD_JOB_SECRET`; without that, on one host, in a private file of rank 0's; on several, in the
-    store, and rank 0 says so. Raises `ConfigError` for a secret that is too short.
+    Rank 0 listens on one address, loopback if all ranks are on its host, until all have joined. The job's key
+    is `MOPD_JOB_SECRET`; without it, the key is in a private file of rank 0 on a single host, or in the store
+    on several hosts, for which rank 0 prints a warning. Raises `ConfigError` for a secret that is too short.
     """
 
     def __init__(self, store: dist.Store | None = None, rank: int = 0, world_size: int = 1):
@@ -74,7 +74,7 @@ class Lifeline:
         self._store: dist.Store | None = None
         if store is None or world_size == 1:
             return
-        # A connection of its own: a store waits inside its lock.
+        # A separate connection, because a store holds its lock while it waits.
         self._store = store.clone()
         launch = read_launch(os.environ)
         if rank == 0:
@@ -82,18 +82,19 @@ class Lifeline:
         else:
             threading.Thread(target=self._hold, args=(launch,), name="lifeline", daemon=True).start()
         atexit.register(self.release)
-        # A forked helper process would hold the connections open after its parent's death.
+        # A forked helper process would keep the connections open after its parent's death.
         os.register_at_fork(
             before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._close
         )
 
     def connected(self) -> None:
-        """torch.distributed is up: from now on failures are told in its store (`failure.FIRST_FAILURE`)."""
+        """torch.distributed is initialized: failures are now recorded in its store
+        (`failure.FIRST_FAILURE`)."""
         if self._store is not None:
             self._store = dist.distributed_c10d._get_default_store().clone()
 
     def release(self) -> None:
-        """This rank has nothing left to do with the others and may end before them. Safe to call twice."""
+        """Declare that this rank has finished and may exit before the others. Safe to call twice."""
         if self._released.is_set():
             return
         self._released.set()
@@ -106,7 +107,7 @@ class Lifeline:
         self._remove_key_file()
 
     def _close(self) -> None:
-        """In a forked process, which has the lock from before the fork."""
+        """Close all sockets in a forked process, which holds the lock acquired before the fork."""
         self._released.set()
         sockets = self._reception.sockets if self._reception is not None else {self._connection}
         for connection in sockets - {None}:
@@ -114,7 +115,7 @@ class Lifeline:
         self._lock.release()
 
     def _receive(self, launch: Launch) -> None:
-        """Rank 0: announce where the others find it, and let them in."""
+        """Rank 0: publish its address and accept the other ranks."""
         key, place = self._secret or new_key(), _IN_THE_ENVIRONMENT
         try:
             if self._secret is None and launch.is_on_one_host:
@@ -127,8 +128,8 @@ class Lifeline:
         if self._secret is None and not launch.is_on_one_host:
             place = key.hex()
             print(
-                f"warning: {JOB_SECRET} is not set: whoever reaches the rendezvous can imitate a rank and "
-                "end this job; set it to the same random text on every node (docs/cluster.md)",
+                f"warning: {JOB_SECRET} is not set: any process that reaches the rendezvous can impersonate "
+                "a rank and end this job; set it to the same random text on every node (docs/cluster.md)",
                 flush=True,
             )
         host, port = self._reception.address
@@ -137,7 +138,7 @@ class Lifeline:
         threading.Thread(target=self._reception.serve, args=arguments, name="lifeline", daemon=True).start()
 
     def _hold(self, launch: Launch) -> None:
-        """Every other rank: join rank 0 and wait for a word that never comes while all is well."""
+        """Every other rank: join rank 0 and wait for a word that never comes in normal operation."""
         deadline = None
         while self._session is None and not self._released.is_set():
             try:
@@ -162,7 +163,7 @@ class Lifeline:
     def _join(self, announced: str, launch: Launch) -> None:
         host, port, place = announced.split(maxsplit=2)
         if (key := self._secret) is None and place == _IN_THE_ENVIRONMENT:
-            raise ValueError(f"rank 0 has {JOB_SECRET} and this rank has not; set it on every node")
+            raise ValueError(f"rank 0 has {JOB_SECRET} but this rank does not; set it on every node")
         if key is None:
             key = read_private_file(place) if launch.is_on_one_host else bytes.fromhex(place)
         family, kind, _, _, address = socket.getaddrinfo(
@@ -187,7 +188,7 @@ class Lifeline:
 
     def _say_unnoticed(self, why: Exception) -> None:
         if not self._released.is_set():
-            text = f"rank {self._rank}: the death of other ranks will not be noticed: {why}"
+            text = f"rank {self._rank}: failures of other ranks will not be detected: {why}"
             print(visible(text), flush=True)
 
     def _remove_key_file(self) -> None:
@@ -197,14 +198,17 @@ class Lifeline:
                 os.unlink(path)
 
     def _end(self, dead: int | None) -> None:
-        """End this process because another is gone. None: rank 0 knows which, and says so."""
+        """End this process because rank `dead` died; `None` if rank 0 knows which rank and reports it."""
         self._remove_key_file()
-        what = f"rank {dead} is gone (killed, or out of memory), unless it says why itself"
+        what = f"rank {dead} exited (killed, or out of memory), unless it reports another reason itself"
         try:
             is_told = self._store.check([FIRST_FAILURE])
-            what = f"rank {dead} died without a word (killed, or out of memory: see its machine's kernel log)"
+            what = (
+                f"rank {dead} exited without an error message (killed, or out of memory: see its machine's "
+                "kernel log)"
+            )
         except RuntimeError:
-            is_told = False  # whoever kept the store is gone
+            is_told = False  # the store's owner has exited
         if is_told or dead is None:
             if not self._released.wait(_THE_FAILING_SPEAK if is_told else _RANK_0_SPEAKS):
                 _leave()

@@ -1,7 +1,7 @@
-"""The host as training will find it: GPUs and their links, network, shared memory, memory and disk.
+"""Examines the host that training will run on: GPUs and their links, network, shared memory, memory and disk.
 
-Every function returns findings and starts nothing; `environment` and the like are arguments so that a host
-that is not this one can be examined in a test.
+Every function returns findings and starts nothing. `environment` and the like are arguments so that tests can
+examine other hosts.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from megatron_mopd.backend.host_memory import available_host_bytes
 from megatron_mopd.backend.network import GLOO_INTERFACES, NCCL_INTERFACES, interface_problems
 
 _SHARED_MEMORY_FLOOR = 2**30
-"""NCCL's ranks of one host exchange data there; containers often have 64 MB."""
+"""NCCL ranks on one host exchange data through shared memory; containers often have 64 MB."""
 _SLOW_DISK = 50e6
-"""Bytes a second below which a checkpoint of a large model takes longer than what it protects."""
+"""Bytes per second below which saving a large model takes longer than the training it protects."""
 
 
 def query(*command: str) -> str | None:
-    """What a program prints, or `None` where there is no such program or it fails."""
+    """The output of a program, or `None` if it does not exist or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -46,7 +46,7 @@ def gpu_findings() -> list[Finding]:
     drivers = sorted(set(listed.split())) if listed else []
     if not torch.cuda.is_available():
         if not drivers:
-            return [Finding(Level.NOTE, "GPU", "none: training runs on the CPU, ranks talk through gloo")]
+            return [Finding(Level.NOTE, "GPU", "none: training runs on the CPU, ranks communicate by gloo")]
         built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
         return [
             Finding(
@@ -81,7 +81,7 @@ def gpu_findings() -> list[Finding]:
 
 
 def link_findings(status: str | None, gpus: int) -> list[Finding]:
-    """NVLink between the GPUs of this host, from what `nvidia-smi nvlink --status` prints."""
+    """NVLink between the GPUs of this host, from the output of `nvidia-smi nvlink --status`."""
     active = dict.fromkeys(range(gpus), 0)
     speeds, inactive, gpu = set(), 0, None
     for line in (status or "").splitlines():
@@ -108,11 +108,11 @@ def link_findings(status: str | None, gpus: int) -> list[Finding]:
         return [
             Finding(Level.WARNING, "NVLink", f"not all links are up ({text})", "nvidia-smi nvlink --status")
         ]
-    return [Finding(Level.OK, "NVLink", f"{counts[0]} links a GPU, {', '.join(sorted(speeds))} each")]
+    return [Finding(Level.OK, "NVLink", f"{counts[0]} links per GPU, {', '.join(sorted(speeds))} each")]
 
 
 def network_findings(environment: Mapping[str, str]) -> list[Finding]:
-    """Interfaces that are up, those that variables name, and InfiniBand ports."""
+    """Interfaces that are up, those named by environment variables, and InfiniBand ports."""
     stats, addresses = psutil.net_if_stats(), psutil.net_if_addrs()
     up = [name for name, state in stats.items() if state.isup]
     shown = []
@@ -160,7 +160,7 @@ def memory_findings() -> list[Finding]:
     else:
         findings.append(Finding(Level.OK, "shared memory", f"{gib(free)} GiB are free in /dev/shm"))
     if uses_cuda:
-        import resource  # not on every system; CUDA is
+        import resource  # not available on every system, but on those with CUDA
 
         locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         if locked != resource.RLIM_INFINITY:
@@ -168,7 +168,7 @@ def memory_findings() -> list[Finding]:
                 Finding(
                     Level.NOTE,
                     "locked memory",
-                    f"limited to {gib(locked)} GiB, and InfiniBand and pinned buffers need more",
+                    f"limited to {gib(locked)} GiB, but InfiniBand and pinned buffers need more",
                     "ulimit -l unlimited (containers: --ulimit memlock=-1)",
                 )
             )
@@ -176,9 +176,9 @@ def memory_findings() -> list[Finding]:
 
 
 def disk_findings(directory: Path, test_bytes: int, needed_bytes: float = 0) -> list[Finding]:
-    """Room for `needed_bytes` below `directory` (or the nearest parent that exists), and how fast it is.
+    """Free space for `needed_bytes` in `directory` (or its nearest existing parent), and the disk's speed.
 
-    A file of `test_bytes` is written, flushed to the disk, read back and removed.
+    Writes a file of `test_bytes`, flushes it to the disk, reads it back and removes it.
     """
     existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
     subject = f"disk ({directory})"
@@ -186,7 +186,7 @@ def disk_findings(directory: Path, test_bytes: int, needed_bytes: float = 0) -> 
     free, total = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
     room = f"{free / 1e9:.3g} of {total / 1e9:.3g} GB free"
     if status.f_files and not status.f_favail:
-        return [Finding(Level.PROBLEM, subject, "no file can be made: no inodes are left", "remove files")]
+        return [Finding(Level.PROBLEM, subject, "no file can be created: no inodes left", "remove files")]
     if free < max(needed_bytes, 2 * test_bytes):  # the test itself must not fill a disk that others use
         text = f"a checkpoint takes about {needed_bytes / 1e9:.3g} GB" if needed_bytes else "nearly full"
         return [Finding(Level.PROBLEM, subject, f"{room}: {text}", "make room, or choose another run_dir")]
@@ -204,15 +204,15 @@ def disk_findings(directory: Path, test_bytes: int, needed_bytes: float = 0) -> 
     speed = f"{room}, writes {written / 1e6:.0f} MB/s and reads {read / 1e6:.0f} MB/s"
     if needed_bytes:
         speed += (
-            f"; a checkpoint of {needed_bytes / 1e9:.3g} GB takes {needed_bytes / written:.0f} s a writer"
+            f"; a checkpoint of {needed_bytes / 1e9:.3g} GB takes one writer {needed_bytes / written:.0f} s"
         )
     if written < _SLOW_DISK:
-        return [Finding(Level.WARNING, subject, speed, "checkpoints will take long: use a faster disk")]
+        return [Finding(Level.WARNING, subject, speed, "checkpoints will be slow: use a faster disk")]
     return [Finding(Level.OK, subject, speed)]
 
 
 def _disk_speed(directory: Path, size: int) -> tuple[float, float]:
-    """Bytes a second written through to the disk, and read back past the page cache where the system can."""
+    """Bytes per second written through to the disk, and read back bypassing the page cache if possible."""
     block = os.urandom(min(size, 2**22))  # not zeros: file systems compress, and store holes
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".disk_speed_") as file:
         start = time.perf_counter()
@@ -231,5 +231,5 @@ def _disk_speed(directory: Path, size: int) -> tuple[float, float]:
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB with three digits."""
+    """Bytes as GiB with three significant digits."""
     return f"{size / 2**30:.3g}"

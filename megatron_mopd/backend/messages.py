@@ -1,4 +1,4 @@
-"""What messages, terminals and pages may quote of texts that others wrote: files, prompts, names, models."""
+"""Makes untrusted text (files, prompts, names, models) safe to quote in messages, terminals and pages."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _CONTROL_IN_TEXT = re.compile(f"(?![\n\t])[{_CONTROLS}]")
 
 
 def shown(value: Any) -> str:
-    """A value in a message: as it is when it is short, else its kind. A key may hold anything by mistake."""
+    """A value in a message: its `repr` if short, else its kind. A key may hold anything by mistake."""
     if isinstance(value, (dict, list)) and value:
         return "a section" if isinstance(value, dict) else "a list"
-    if isinstance(value, int) and value.bit_length() > 4 * _LONGEST_SHOWN:  # Python refuses to spell some
+    if isinstance(value, int) and value.bit_length() > 4 * _LONGEST_SHOWN:  # Python refuses to print some
         return f"a whole number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"a {type(value).__name__} of {len(text)} characters"
 
 
 def visible(text: Any, keep_lines: bool = False) -> str:
-    r"""`text` with everything escaped that would act instead of being seen: `\x1b`, `\r`, `\u202e`.
+    r"""`text` with all non-printing characters escaped: `\x1b`, `\r`, `\u202e`.
 
-    Control characters (C0, DEL, C1), which move a terminal's cursor, colour it or answer in its user's name;
-    marks and overrides of the writing direction, which show a text in another order than it has; separators
-    of lines; halves of characters. keep_lines: line feeds and tabs stay, for what has several lines.
+    Escapes control characters (C0, DEL, C1), which move a terminal's cursor, set its colors or inject input;
+    bidirectional marks and overrides, which display text in a different order; line separators; and
+    surrogates. keep_lines: keep line feeds and tabs, for text with several lines.
     """
     pattern = _CONTROL_IN_TEXT if keep_lines else _CONTROL
     return pattern.sub(lambda found: _ESCAPES.get(found[0]) or _escape(ord(found[0])), str(text))

@@ -1,5 +1,5 @@
-"""Opening the files of a model or a checkpoint that somebody else prepared: which symbolic links are
-followed, how much is read, and JSON without surprises.
+"""Safely opens files of untrusted models and checkpoints: restricts symbolic links, limits sizes, and parses
+JSON strictly.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import IO, Any
 from megatron_mopd.config import ConfigError
 
 JSON_LIMIT = 100 * 10**6
-"""Bytes of the largest JSON file that is read; the longest index of a published model has about 10 MB."""
+"""Maximum size of a JSON file in bytes; the largest index of a published model has about 10 MB."""
 
 
 def bare_name(name: object, what: str) -> str:
-    """`name` if it is the name of a file and of nothing else: no directory, not hidden, no control character.
+    """`name` if it is a bare file name: no directory, not hidden, no control characters.
 
-    Raises `ConfigError` that begins with `what`.
+    Otherwise raises `ConfigError` that begins with `what`.
     """
     if type(name) is not str or not name or name.startswith(".") or "/" in name or "\\" in name:
         raise ConfigError(
@@ -31,11 +31,11 @@ def bare_name(name: object, what: str) -> str:
 
 
 def real_path(directory: Path, name: str | Path) -> Path:
-    """Where file `name` of a model directory really is, symbolic links followed.
+    """The real path of file `name` of a model directory, after following symbolic links.
 
-    A link may lead to a place in the directory itself. In a snapshot of the Hugging Face Hub's cache
-    (`REPOSITORY/snapshots/REVISION/...`) it may also lead to a file right in `REPOSITORY/blobs`. Raises
-    `ConfigError` for any other one, without opening what it leads to. The file need not exist.
+    A link may point into the directory itself. In a snapshot of the Hugging Face Hub's cache
+    (`REPOSITORY/snapshots/REVISION/...`) it may also point to a file directly in `REPOSITORY/blobs`. Raises
+    `ConfigError` for any other link, without opening its target. The file need not exist.
     """
     root = Path(os.path.realpath(directory))
     try:
@@ -45,7 +45,7 @@ def real_path(directory: Path, name: str | Path) -> Path:
     if real.is_relative_to(root):
         return real
     for parent in (root, *root.parents):
-        # `blobs` is not resolved: it has to be a directory, not a link to another one.
+        # `blobs` is not resolved: it must be a directory, not a link to another one.
         if parent.parent.name == "snapshots" and real.parent == parent.parent.parent / "blobs":
             return real
     raise ConfigError(
@@ -55,10 +55,10 @@ def real_path(directory: Path, name: str | Path) -> Path:
 
 
 def open_file(directory: Path, name: str | Path) -> IO[bytes]:
-    """Open a regular file of a model directory for reading; links as `real_path` allows them.
+    """Open a regular file of a model directory for reading; links are restricted as in `real_path`.
 
-    Raises `ConfigError` for a link that leads out, and for what is not a regular file (a pipe, a device);
-    `OSError` when it cannot be opened.
+    Raises `ConfigError` for a link out of the directory and for anything that is not a regular file (a pipe,
+    a device); `OSError` if the file cannot be opened.
     """
     path = real_path(directory, name)
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -69,13 +69,13 @@ def open_file(directory: Path, name: str | Path) -> IO[bytes]:
 
 
 def read_limited(directory: Path, name: str | Path, limit: int) -> bytes:
-    """All of a regular file of at most `limit` bytes; `ConfigError` for a larger one, before it is read."""
+    """The contents of a regular file of at most `limit` bytes; `ConfigError` for a larger one."""
     with open_file(directory, name) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > limit:
             raise ConfigError(f"{Path(directory) / name} has {size} bytes; the limit is {limit}")
         data = stream.read(limit + 1)
-    if len(data) > limit:  # it grew while it was read
+    if len(data) > limit:  # the file grew while it was read
         raise ConfigError(f"{Path(directory) / name} has more than {limit} bytes")
     return data
 
@@ -83,7 +83,7 @@ def read_limited(directory: Path, name: str | Path, limit: int) -> bytes:
 def read_mapping(directory: Path, name: str, where: str) -> dict[str, Any]:
     """The mapping in a JSON file of a model directory.
 
-    Raises `FileNotFoundError`, and `ConfigError` (prefix `where`) for everything else that is wrong with it.
+    Raises `FileNotFoundError` if it is missing, and `ConfigError` (prefix `where`) for any other problem.
     """
     try:
         return parse_mapping(read_limited(directory, name, JSON_LIMIT))
@@ -94,8 +94,8 @@ def read_mapping(directory: Path, name: str, where: str) -> dict[str, Any]:
 
 
 def parse_mapping(text: str | bytes) -> dict[str, Any]:
-    """The mapping that JSON text holds; `ValueError` for text that is not JSON, for another kind of value, a
-    key given twice, a number that is not one, and nesting without end.
+    """The mapping in a JSON text; `ValueError` for text that is not JSON, another kind of value, a duplicate
+    key, NaN, and excessive nesting.
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
@@ -117,7 +117,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> float:
-    """Python writes what JSON does not have: the `time_step_limit` of Mamba models is infinite."""
+    """Accept Python's non-standard infinities, because the `time_step_limit` of Mamba models is infinite."""
     if name == "NaN":
         raise ValueError("NaN is not a number of JSON")
     return float(name)

@@ -1,4 +1,4 @@
-"""State of megatron-core's optimizers when a checkpoint is loaded: what the supported releases leave out."""
+"""Repairs to the state of megatron-core's optimizers when a checkpoint is loaded."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from megatron.core.optimizer import MegatronOptimizer
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:
-    """The optimizer's state as it is before its first step, so that a checkpoint can be loaded into it.
+    """Allocate the optimizer's state as before its first step, so that a checkpoint can be loaded into it.
 
-    megatron-core allocates the moments itself, but with torch's Adam it also asks for the step of a state
-    that is not there yet.
+    megatron-core allocates the moments itself, but with torch's Adam it also reads the `step` of a state that
+    does not exist yet.
     """
     for part, adam in _torch_adams(optimizer):
         part.init_state_fn(adam, part.config)
@@ -21,12 +21,11 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
 
 
 def regroup_state(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, Any]:
-    """A distributed optimizer's state, loaded from any layout, in the parts that `optimizer` has here.
+    """A distributed optimizer's state, loaded from any layout, regrouped into the parts of `optimizer`.
 
-    megatron-core keeps experts in an optimizer of their own where expert parallelism gives them other ranks
-    than the rest, and saves the settings of parameter groups part by part as rank 0 had them. The tensors are
-    filed by parameter and arrive in the right part; the groups are matched here: by all that tells them apart
-    but whose ranks they are on.
+    megatron-core puts experts into a separate optimizer if expert parallelism gives them different ranks, and
+    saves the settings of parameter groups per part, as on rank 0. Tensors are stored by parameter and end up
+    in the right part; the groups are matched here by everything that distinguishes them except their ranks.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     places = [loaded] if len(parts) == 1 else [loaded[number] for number in range(len(parts))]
@@ -46,17 +45,17 @@ def regroup_state(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[
 
 
 def keep_settings(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> None:
-    """Give the parameter groups of an optimizer's loaded state the settings that `optimizer` has now.
+    """Overwrite the parameter groups' settings in a loaded optimizer state with those of `optimizer`.
 
-    Learning rates, weight decay, betas, epsilon; only the step, which some optimizers count there, stays.
+    Learning rates, weight decay, betas, epsilon; only the step, which some optimizers store there, is kept.
 
-    megatron-core restores the saved settings, which the schedule then reads (0.16), or looks for groups that
-    had the present ones and finds none (0.19).
+    Otherwise megatron-core restores the saved settings, which the schedule then reads (0.16), or looks for
+    groups with the current settings and finds none (0.19).
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     places = [loaded] if len(parts) == 1 else [loaded[number] for number in range(len(parts))]
     for part, place in zip(parts, places):
-        groups = place.get("optimizer", place)["param_groups"]  # torch's own state where nothing wraps it
+        groups = place.get("optimizer", place)["param_groups"]  # torch's state dict if not wrapped
         for saved in groups:
             alike = [group for group in part.optimizer.param_groups if _is_alike(group, saved)]
             assert alike, "parameter groups follow from the configuration, which is the same"
@@ -64,7 +63,7 @@ def keep_settings(loaded: dict[Any, Any], optimizer: MegatronOptimizer) -> None:
 
 
 def _is_alike(group: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two groups of one optimizer are the same one, whatever their settings."""
+    """Whether two groups of one optimizer are the same group, regardless of their settings."""
     identity = ("wd_mult", "lr_mult", "is_decoupled_lr", "is_expert_parallel")
     return all(group[key] == other[key] for key in identity)
 
@@ -81,9 +80,9 @@ def _as_saved(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, A
 
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter a step count of its own after loading.
+    """Give every parameter its own step count after loading.
 
-    megatron-core hands one tensor to all of them, which torch's Adam then increments once per parameter.
+    megatron-core shares one tensor among all parameters, which torch's Adam then increments once for each.
     """
     for _, adam in _torch_adams(optimizer):
         for state in adam.state.values():

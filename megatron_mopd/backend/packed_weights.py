@@ -1,4 +1,4 @@
-"""Matrix products on the CPU with weights that are cut into panels once and then used many times."""
+"""Matrix products on the CPU with weights that are split into panels once and used many times."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PANEL = 320
-"""Most columns of a panel: few enough that the BLAS reads it where it lies instead of copying it first."""
+"""Maximum columns of a panel: few enough that the BLAS reads it in place instead of copying it first."""
 _SMALLEST = 1 << 18
-"""Elements of the smallest weight that is cut: below, the calls cost more than they save."""
+"""Minimum elements of a weight to pack: for smaller ones the calls cost more than they save."""
 _ALIGNMENT = 16
-"""Panels have a multiple of this many columns: a vector register of float32."""
+"""The number of columns of a panel is a multiple of this, a vector register of float32."""
 _ROWS = range(4, 129)
-"""Products with fewer or more rows than these read a plain weight as fast."""
+"""Numbers of rows for which panels are faster than a plain weight."""
 
 
 class PackedWeights:
-    """Copies of weights in panels [in, at most 320], which products with few rows read faster.
+    """Copies of weights in panels [in, at most 320], which speed up products with few rows.
 
-    An ordinary product with a weight [out, in] rearranges it on its way, which for the few rows of a decoding
-    step costs up to half as much again as the product itself. The copies take as much memory as the weights,
-    and do not follow when those change: make them where nothing changes, and drop them afterwards. Small
-    weights, and those of another device or dtype than float32 and float64, are multiplied as they are.
+    An ordinary product with a weight [out, in] repacks it internally, which for the few rows of a decoding
+    step costs up to half as much as the product itself. The copies take as much memory as the weights and do
+    not follow their changes: create them while the weights are constant, and drop them afterwards. Weights
+    that are small, not on the CPU, or neither float32 nor float64 are multiplied directly.
     """
 
     def __init__(self, weights: Iterable[Tensor] = ()):
-        """Copies of those `weights` [out, in] that gain. No collectives."""
-        # By identity of the weight, which is kept alive: the weight and its panels.
+        """Copies those `weights` [out, in] that benefit. No collectives."""
+        # Keyed by the identity of the weight, which is therefore kept alive next to its panels.
         self._packed: dict[int, tuple[Tensor, _Panels]] = {}
         for weight in weights:
             if (
@@ -41,7 +41,7 @@ class PackedWeights:
                 self._packed[id(weight)] = weight, _Panels(weight.detach())
 
     def __len__(self) -> int:
-        """Weights that have a copy."""
+        """Number of weights with a copy."""
         return len(self._packed)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,8 +59,8 @@ class PackedWeights:
 
 
 class _Panels:
-    """A weight [out, in] as [panels, in, columns of one], the last filled up with zeros: all together, and as
-    views of each panel's own columns."""
+    """A weight [out, in] as [panels, in, columns per panel], zero-padded: as one tensor, and as views of each
+    panel without padding."""
 
     def __init__(self, weight: Tensor):
         count = math.ceil(len(weight) / _PANEL)
@@ -74,7 +74,7 @@ class _Panels:
 
     def product(self, rows: Tensor) -> Tensor:
         """[n, in] -> [n, out]."""
-        if torch.get_num_threads() > 1:  # they share the panels, and meet once instead of at every panel
+        if torch.get_num_threads() > 1:  # threads share the panels and synchronize once, not at every panel
             parts = torch.bmm(rows.expand(len(self._together), -1, -1), self._together)
             return torch.cat(parts.unbind(), dim=1)[:, : self._columns]
         output = rows.new_empty((len(rows), self._columns))

@@ -1,8 +1,8 @@
-"""Start-up of the ranks, and the one object that holds every process group.
+"""Start-up of the ranks, and the object that holds every process group.
 
-`start_ranks` brings up torch.distributed with a check-in that names the ranks that are missing;
-`build_parallel_groups` lays TP x CP x EP x DP x PP over them with megatron-core and returns `ParallelGroups`,
-which is passed around.
+`start_ranks` initializes torch.distributed after a check-in that reports missing ranks;
+`build_parallel_groups` creates the TP x CP x EP x DP x PP groups with megatron-core and returns
+`ParallelGroups`, which is passed around.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _LET_OTHERS_READ = 1.0
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """Every process group of the run, with the sizes and ranks that the house asks for."""
+    """Every process group of the run, with the sizes and ranks used throughout the package."""
 
     collection: ProcessGroupCollection
-    """megatron-core's own collection, handed to its models, schedules and optimizers."""
+    """megatron-core's own collection, passed to its models, schedules and optimizers."""
     config: ParallelConfig
     device: torch.device
 
@@ -61,7 +61,7 @@ class ParallelGroups:
 
     @property
     def dp(self) -> dist.ProcessGroup:
-        """Ranks that train on different samples (context parallelism not included)."""
+        """Ranks that train on different samples (without context parallelism)."""
         return self.collection.dp
 
     @property
@@ -94,15 +94,15 @@ class ParallelGroups:
 
     @property
     def last_stage_rank(self) -> int:
-        """Global rank of the last pipeline stage in this rank's pipeline: results come from it."""
+        """Global rank of the last stage in this rank's pipeline, the source of its results."""
         return dist.get_process_group_ranks(self.pp)[-1]
 
 
 def select_device(name: str) -> torch.device:
-    """The device this rank computes on; installs the CPU backend when it is the CPU."""
+    """The device this rank computes on; installs the CPU backend if that is the CPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "device: 'cuda' was asked for but torch sees no CUDA device; use device=auto or device=cpu"
+            "device: 'cuda' was requested but torch sees no CUDA device; use device=auto or device=cpu"
         )
     if name == "cpu" or not torch.cuda.is_available():
         cpu.install()
@@ -121,13 +121,13 @@ def select_device(name: str) -> torch.device:
 
 
 def start_ranks(device: torch.device, timeout_minutes: float) -> Lifeline:
-    """Initialise torch.distributed from torchrun's variables, or a world of one process without them.
+    """Initialize torch.distributed from torchrun's variables, or a world of one process without them.
 
-    Returns the connection over which the ranks notice each other's death; whoever may end before the others
-    do releases it (an ordinary end of the interpreter does, too). Every rank checks in with the store first;
-    when some do not within the timeout, all the others raise `ConfigError` naming the missing ranks; so do
-    variables that do not fit together, or name a network interface that is not there, and ranks on GPUs
-    beside ranks on CPUs. Collectives: none before all ranks are known to be there.
+    Returns the lifeline by which the ranks detect each other's death; a rank that may exit before the others
+    must release it (a normal exit of the interpreter does so, too). Every rank first checks in with the
+    store. Raises `ConfigError` naming the missing ranks if some do not check in within the timeout; also for
+    variables that are inconsistent or name a network interface that does not exist, and for a mix of GPU and
+    CPU ranks. Collectives: none before all ranks have checked in.
     """
     if dist.is_initialized():
         return Lifeline()
@@ -154,9 +154,9 @@ def start_ranks(device: torch.device, timeout_minutes: float) -> Lifeline:
                 f"rank {rank} could not reach the rendezvous at {host}:{port} within {timeout_minutes:g} "
                 f"minutes ({str(error).splitlines()[0]}); check that rank 0 is running and the port is open"
             ) from None
-        # A restarted job must not find the check-ins of the attempt before it in a store that outlives the
-        # ranks. In one that rank 0 has just made there are none, and agents may count differently: one that
-        # replaces a lost node's begins at 0.
+        # A restarted job must not find the check-ins of the previous attempt in a store that outlives the
+        # ranks. A store that rank 0 has just created has none, and there agents may disagree on the count:
+        # one that replaces a lost node's agent starts at 0.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_owns_store else "0"
         store = dist.PrefixStore(f"megatron_mopd/{attempt}", store)
     lifeline = Lifeline(store, rank, world_size)
@@ -176,7 +176,7 @@ def start_ranks(device: torch.device, timeout_minutes: float) -> Lifeline:
 
 
 def end_ranks(lifeline: Lifeline) -> None:
-    """After the last collective of a job that has gone well: this rank may end before the others."""
+    """Call after the last collective of a successful job: this rank may then exit before the others."""
     lifeline.release()
     dist.destroy_process_group()
 
@@ -184,8 +184,8 @@ def end_ranks(lifeline: Lifeline) -> None:
 def _check_in(
     store: dist.Store, rank: int, world_size: int, timeout_minutes: float, device_type: str
 ) -> None:
-    """Wait for all ranks, and make sure that they compute on the same kind of device: process groups of
-    different backends would wait for each other.
+    """Wait for all ranks, and check that they compute on the same kind of device: process groups with
+    different backends would hang.
     """
     store.set(f"arrived/{rank}", device_type)
     deadline = time.monotonic() + 60 * timeout_minutes
@@ -198,7 +198,7 @@ def _check_in(
                 "Look at their logs, or raise parallel.distributed_timeout_minutes"
             )
         time.sleep(0.05)
-    # A few bytes of every rank, in one request.
+    # A few bytes per rank, in one request.
     types = [value.decode() for value in store.multi_get([f"arrived/{one}" for one in range(world_size)])]
     if len(set(types)) > 1:
         if rank == 0:
@@ -211,7 +211,7 @@ def _check_in(
 
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
-    """Raise `ConfigError` when the layout cannot be laid over `world_size` ranks, whatever the model."""
+    """Raise `ConfigError` if the layout does not fit `world_size` ranks, regardless of the model."""
     tp, pp, cp = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -250,7 +250,7 @@ def validate_layout(
     num_query_groups: int | None = None,
 ) -> None:
     """Raise `ConfigError` naming the parallel size that does not fit `world_size` ranks or the model, and the
-    sizes that would. No collectives.
+    valid sizes. No collectives.
     """
     check_world_size(parallel, world_size)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -290,7 +290,7 @@ def validate_layout(
 
 
 def fewest_ranks(parallel: ParallelConfig) -> int:
-    """The smallest number of ranks that the layout can be laid over."""
+    """The smallest number of ranks that the layout fits."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     experts = parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or tp)
     return pp * math.lcm(tp * parallel.context_parallel_size, experts)
@@ -301,7 +301,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def build_parallel_groups(parallel: ParallelConfig, device: torch.device, seed: int) -> ParallelGroups:
-    """Lay the parallel groups over the started ranks and seed megatron-core's random-number tracker.
+    """Create the parallel groups of the started ranks and seed megatron-core's random-number tracker.
 
     Collective over all ranks (group creation). Every rank must call it with the same arguments.
     """
@@ -321,15 +321,15 @@ def build_parallel_groups(parallel: ParallelConfig, device: torch.device, seed: 
 
 
 def seed_model_parallel(seed: int) -> None:
-    """Start megatron-core's random-number streams (dropout, router jitter) anew. No collectives."""
+    """Reseed megatron-core's random-number streams (dropout, router jitter). No collectives."""
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def destroy_parallel_groups(keep_models_working: bool = True) -> None:
-    """Forget the groups (tests build several layouts in one process).
+    """Discard the groups (tests build several layouts in one process).
 
-    Models built on them go on working unless told otherwise: then every group but the world is destroyed,
-    because each gloo group has threads that poll. That is collective over all ranks.
+    By default, models built on them continue to work. Otherwise every group except the world is destroyed,
+    because each gloo group has polling threads; this is collective over all ranks.
     """
     parallel_state.destroy_model_parallel()
     if keep_models_working:

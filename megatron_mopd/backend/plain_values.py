@@ -1,8 +1,8 @@
-"""Tensors and plain values out of files written by `torch.save`, and nothing else.
+"""Loads only tensors and plain values from files written by `torch.save`.
 
-`torch.load(weights_only=True)` calls no function of the file's choice, but what it returns may still carry
-attributes that the file put there (an `OrderedDict` with another `items`, a tensor with another `narrow`).
-Everything is therefore built anew.
+`torch.load(weights_only=True)` calls no function of the file's choice, but its result may still have
+attributes set by the file (an `OrderedDict` with a different `items`, a tensor with a different `narrow`).
+Everything is therefore rebuilt.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _DEEPEST = 100
 
 
 def load_plain(stream: IO[bytes]) -> Any:
-    """What `torch.save` wrote, on the CPU, built anew from exact types; `ValueError` for anything else in it.
+    """The contents of a `torch.save` file, on the CPU, rebuilt from exact types; `ValueError` for others.
 
-    Raises whatever `torch.load` raises for a file that is damaged or asks for other classes.
+    Raises whatever `torch.load` raises for a file that is damaged or contains other classes.
     """
     if stream.read(2) != b"PK":
-        raise ValueError("it is not a file that torch.save has written")
+        raise ValueError("it is not a file written by torch.save")
     stream.seek(0)
     with _no_other_classes():
         loaded = torch.load(stream, map_location="cpu", weights_only=True)
@@ -34,8 +34,8 @@ def load_plain(stream: IO[bytes]) -> Any:
 
 @contextlib.contextmanager
 def _no_other_classes() -> Iterator[None]:
-    """megatron-core registers classes of its own with torch when it is imported (`OptimizerConfig`, numpy's
-    arrays); none of them belongs into a file that we read.
+    """Unregister the classes that megatron-core registers with torch on import (`OptimizerConfig`, numpy's
+    arrays): none of them may be in a file that we read.
     """
     registered = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
@@ -48,7 +48,7 @@ def _no_other_classes() -> Iterator[None]:
 
 
 def require_tensor(value: Any, dtype: torch.dtype, shape: tuple[int, ...], what: str) -> torch.Tensor:
-    """`value` if it is a plain dense tensor of this dtype and shape; `ValueError` that begins with `what`."""
+    """`value` if it is a plain dense tensor of this dtype and shape, else a `ValueError` about `what`."""
     _require_plain(value, what)
     if value.dtype != dtype or tuple(value.shape) != tuple(shape):
         raise ValueError(
@@ -59,16 +59,16 @@ def require_tensor(value: Any, dtype: torch.dtype, shape: tuple[int, ...], what:
 
 def _require_plain(value: Any, what: str) -> None:
     if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_quantized:
-        raise ValueError(f"{what} holds a {type(value).__name__} in place of a dense tensor")
+        raise ValueError(f"{what} holds a {type(value).__name__} instead of a dense tensor")
     if value.__dict__ or value.device.type != "cpu":
-        raise ValueError(f"{what} holds a tensor with attributes of its own")
+        raise ValueError(f"{what} holds a tensor with extra attributes")
 
 
 _UNDER_WAY = object()
 
 
 def _plain(value: Any, built: dict[int, Any], depth: int) -> Any:
-    """`value` built anew. built: what was built already, by identity, so that what is shared stays shared."""
+    """`value` rebuilt. built: rebuilt values by the identity of the original, which preserves sharing."""
     kind = type(value)
     if kind in _ATOMS:
         return value
@@ -84,7 +84,7 @@ def _plain(value: Any, built: dict[int, Any], depth: int) -> Any:
     built[id(value)] = _UNDER_WAY
     if kind in (dict, OrderedDict):
         if kind is OrderedDict and value.__dict__:
-            raise ValueError("it holds an OrderedDict with attributes of its own")
+            raise ValueError("it holds an OrderedDict with extra attributes")
         pairs = dict.items(value)
         new: Any = kind((_plain(k, built, depth + 1), _plain(v, built, depth + 1)) for k, v in pairs)
     elif kind in (list, tuple, set):

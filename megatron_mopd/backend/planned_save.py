@@ -1,5 +1,5 @@
-"""megatron-core's distributed save, cut where training can go on: what is collective comes first, what is
-slow is left to whoever calls `write_part` and `finish`, on any thread.
+"""megatron-core's distributed save, split so that training can continue: the collective part comes first, the
+slow part is done by `write_part` and `finish`, which may be called on any thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 
 class SaveStrategy(TorchDistSaveShardedStrategy):
-    """torch_dist whose plan is kept from one save to the next: a run's checkpoints have one structure."""
+    """torch_dist strategy that reuses its plan between saves: a run's checkpoints all have one structure."""
 
     def __init__(self):
         super().__init__("torch_dist", 1, thread_count=1, cached_metadata=True)
@@ -31,7 +31,7 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
 
 @dataclass
 class PlannedSave:
-    """A checkpoint whose tensors are copied into host memory and not yet on disk."""
+    """A checkpoint whose tensors have been copied into host memory but are not on disk yet."""
 
     writer: FileSystemWriterAsync
     metadata: Any
@@ -45,8 +45,8 @@ class PlannedSave:
         return sum(tensor.nbytes for _, _, (_, tensors) in self.buckets for _, tensor in tensors)
 
     def write_part(self) -> tuple[list[str], list[Any]]:
-        """Write this rank's files and wait until they are on disk; their names, and what `finish` needs of
-        them. No collectives."""
+        """Write this rank's files and wait until they are on disk. Returns their names and the input of
+        `finish`. No collectives."""
         names, written = [], []
         for number, bucket in enumerate(self.buckets):
             results, count = queue.Queue(), queue.Queue()
@@ -67,17 +67,17 @@ class PlannedSave:
         return names, written
 
     def finish(self, written: list[list[Any]]) -> None:
-        """Rank 0: write the list of all tensors. `written`: what `write_part` returned on every rank."""
+        """Rank 0: write the list of all tensors. `written`: the results of `write_part` on all ranks."""
         self.writer.finish(self.metadata, written)
         save_config(CheckpointingConfig("torch_dist", 1), str(self.writer.checkpoint_dir))
 
 
 def plan_save(state: dict[str, Any], directory: Path, strategy: SaveStrategy, is_known: bool) -> PlannedSave:
-    """Decide who writes what of a sharded state dict, and copy it into host memory. Collective over all
-    ranks.
+    """Plan which rank writes which part of a sharded state dict, and copy it into host memory. Collective
+    over all ranks.
 
-    is_known: `strategy` has saved a state of this structure before; its integrity is not checked again.
-    Collectives: megatron-core's, a gather of every rank's list of tensors the first times.
+    is_known: `strategy` has already saved a state of this structure, whose integrity is not checked again.
+    Collectives: megatron-core's, which gather every rank's list of tensors the first times.
     """
     version = {}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
@@ -97,7 +97,7 @@ def plan_save(state: dict[str, Any], directory: Path, strategy: SaveStrategy, is
 
 
 def _host_copies(buckets: list[Any]) -> list[Any]:
-    """The buckets with every tensor copied: training changes the originals as soon as this returns."""
+    """The buckets with every tensor copied, because training changes the originals once this returns."""
     copies = []
     for path, name, (objects, tensors) in buckets:
         copied = []

@@ -1,4 +1,4 @@
-"""Rank 0's end of the lifeline: lets the other ranks in, and nobody else, and notices when one is gone."""
+"""Rank 0's end of the lifeline: accepts the other ranks, rejects everything else, and detects lost ranks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from collections.abc import Callable
 from megatron_mopd.backend.handshake import Visitor, Word
 
 HANDSHAKE_SECONDS = 10.0
-"""For the whole handshake of one connection, at either end."""
+"""Time limit for the whole handshake of one connection, at either end."""
 _STRANGERS = 64
-"""Connections that have not joined may be so many more than ranks; then the oldest is closed."""
+"""Connections that have not joined may outnumber ranks by this many; then the oldest is closed."""
 _ACCEPTED_IN_A_TURN = 64
 
 
 class Reception:
-    """Listens on one address until every rank has joined. One thread serves all, and waits for none."""
+    """Listens on one address until every rank has joined. One thread serves all connections without blocking
+    on any."""
 
     def __init__(self, host: str, key: bytes, world_size: int, lock: threading.Lock):
-        """lock: held while the set of open sockets changes. Raises `OSError` when `host` is another one."""
+        """lock: held while the set of open sockets changes. Raises `OSError` if `host` is not this host."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=world_size + _STRANGERS)
         self._listener.setblocking(False)
@@ -37,13 +38,13 @@ class Reception:
         self._selector.register(self._listener, selectors.EVENT_READ)
 
     def serve(self, all_joined: Callable[[], None], lost: Callable[[int], None]) -> None:
-        """For ever. `all_joined` is called once; `lost` with the number of a rank whose connection has ended
-        although neither it nor rank 0 had finished, after the others were told."""
+        """Runs forever. Calls `all_joined` once; calls `lost` with the number of a rank whose connection
+        ended although neither it nor rank 0 had finished, after notifying the others."""
         while True:
             self.take_turn(all_joined, lost)
 
     def take_turn(self, all_joined: Callable[[], None], lost: Callable[[int], None]) -> None:
-        """Wait for the next thing that happens, and see to it."""
+        """Wait for the next event and handle it."""
         oldest = next(iter(self._strangers.values()), None)
         left = None if oldest is None else max(0.0, oldest.deadline - time.monotonic())
         ready = {key.fileobj for key, _ in self._selector.select(left)}
@@ -61,7 +62,7 @@ class Reception:
             self._drop(oldest.connection)
 
     def leave(self) -> None:
-        """Rank 0 has finished, and may end before the others. Callable from any thread."""
+        """Declare that rank 0 has finished and may exit before the others. Callable from any thread."""
         with self._lock:
             self._has_left = True
             self._tell(Word.GOODBYE_OF_RANK_0)
@@ -106,7 +107,7 @@ class Reception:
                 return
             except ConnectionError:
                 continue
-            except OSError:  # no file descriptor is left
+            except OSError:  # out of file descriptors
                 if not self._strangers:
                     time.sleep(0.1)
                     return
@@ -137,7 +138,7 @@ class Reception:
 
 
 def notice_a_lost_machine(connection: socket.socket) -> None:
-    """Close the connection from this side about 20 seconds after the other machine was last heard of."""
+    """Make the kernel close the connection about 20 seconds after the other machine stops responding."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, option):

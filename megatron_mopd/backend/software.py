@@ -1,6 +1,6 @@
 """Which packages are installed, in which version, and whether they can be imported.
 
-Nothing but the standard library is imported at the top: this has to work where packages are missing.
+The module imports only the standard library at the top, because it must work if packages are missing.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from megatron_mopd.backend.finding import Finding, Level
 
 DISTRIBUTION = "megatron_mopd"
 _MODULES = {"megatron-core": "megatron.core"}
-"""Distributions whose module is not their name with underscores."""
+"""Distributions whose module name differs from their name with underscores."""
 
 
 @dataclass(frozen=True)
 class OptionalPackage:
-    """A package that the run works without: what it is for, and how to get it."""
+    """A package that training does not require, and how to install it."""
 
     distributions: tuple[str, ...]
     module: str
     how: str
 
 
-# The distribution called `apex` on PyPI is another project: NVIDIA's is built from its repository.
+# The distribution called `apex` on PyPI is a different project; NVIDIA's is built from its repository.
 APEX_FROM_SOURCE = (
     "git clone https://github.com/NVIDIA/apex && cd apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v "
     "--no-build-isolation . (the package called apex on PyPI is something else)"
@@ -52,7 +52,7 @@ OPTIONAL = {
 
 @dataclass(frozen=True)
 class Found:
-    """An optional package as it was found: its version, or why it cannot be used."""
+    """The state of an optional package: its version, or why it cannot be used."""
 
     version: str | None
     error: str | None = None
@@ -63,8 +63,8 @@ class Found:
 
 
 def requirements() -> list[str]:
-    """What this package needs, as in its `pyproject.toml`: the one beside it in a source tree, or what was
-    installed.
+    """The requirements of this package, from the `pyproject.toml` of the source tree or from the installed
+    metadata.
     """
     source = Path(__file__).parents[2] / "pyproject.toml"
     if source.exists():
@@ -80,7 +80,7 @@ def _is_for_this_system(requirement: str) -> bool:
 
 
 def required_findings() -> list[Finding]:
-    """Python and every package that training cannot do without, in the order of `pyproject.toml`."""
+    """Python and every required package, in the order of `pyproject.toml`."""
     version = ".".join(map(str, sys.version_info[:3]))
     findings = [Finding(Level.OK, "Python", f"{version} ({sys.executable})")]
     return findings + [_required(text) for text in requirements()]
@@ -102,7 +102,7 @@ def _required(requirement: str) -> Finding:
 
 
 def installed_version(distributions: tuple[str, ...]) -> str | None:
-    """The version of the first of these distributions that is installed."""
+    """The version of the first installed one of these distributions."""
     for name in distributions:
         try:
             return importlib.metadata.version(name)
@@ -114,20 +114,20 @@ def installed_version(distributions: tuple[str, ...]) -> str | None:
 def _is_importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ImportError:  # the package around it is missing
+    except ImportError:  # its parent package is missing
         return False
 
 
 def _is_allowed(requirement: str, version: str) -> bool:
     try:
-        from packaging.requirements import Requirement  # comes with megatron-core, which may be missing
+        from packaging.requirements import Requirement  # a dependency of megatron-core, may be missing
     except ImportError:
         return True
     return Requirement(requirement).specifier.contains(version, prereleases=True)
 
 
 def find_optional(name: str) -> Found:
-    """Look for an optional package and import it: one that is there may have been built for another torch."""
+    """Look for an optional package and import it, because it may have been built for a different torch."""
     package = OPTIONAL[name]
     version = installed_version(package.distributions)
     try:
@@ -137,7 +137,7 @@ def find_optional(name: str) -> Found:
         if version is None and package.module.split(".")[0] == missing.split(".")[0]:
             return Found(None)
         return Found(version or "unknown version", f"cannot be imported: {error}")
-    except Exception as error:  # whatever a broken extension raises
+    except Exception as error:  # a broken extension may raise anything
         return Found(version or "unknown version", f"cannot be imported: {_first_line(error)}")
     version = version or getattr(module, "__version__", "unknown version")
     if name == "Apex" and not _is_importable("apex.multi_tensor_apply"):

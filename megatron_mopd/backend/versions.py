@@ -27,24 +27,22 @@ _installed = False
 
 
 def install() -> None:
-    """Repair what is broken in a supported release. Idempotent; feature-detected, so newer releases are
-    untouched.
-    """
+    """Patch bugs of supported releases. Idempotent; detects features, so newer releases are unchanged."""
     global _installed
     if _installed:
         return
     _installed = True
     if not hasattr(moe_utils, "te_general_gemm"):
-        # 0.16.1 without transformer-engine: the router's GEMM looks the name up before deciding not to use
+        # 0.16.1 without transformer-engine: the router's GEMM looks up the name before deciding not to use
         # it.
         moe_utils.te_general_gemm = None
     if multi_latent_attention.HAVE_TE and not isinstance(multi_latent_attention.TELinear, type):
-        # 0.16.1 without transformer-engine: latent attention tests its layers against a class that is not
-        # there.
+        # 0.16.1 without transformer-engine: latent attention tests its layers against a class that does not
+        # exist.
         multi_latent_attention.HAVE_TE = False
     if getattr(filesystem_async, "_results_queue", 0) is None:
         # The checkpoint writer passes results through a manager process, which imports everything again
-        # (6 s), so that a writer in another process could reach it. Ours runs in this one.
+        # (6 s), to support writers in other processes. Ours runs in this process.
         filesystem_async._results_queue = queue.Queue()
     if hasattr(TopKRouter, "_apply_expert_bias"):
         TopKRouter._apply_expert_bias = _with_column_mask(TopKRouter._apply_expert_bias)
@@ -58,8 +56,8 @@ def install() -> None:
 
 
 def _with_step(original):
-    """Loading copies every entry of a parameter's state from the checkpoint, and the step of torch's Adam is
-    not among them there: it is stored once and was set before.
+    """Loading copies every entry of a parameter's state from the checkpoint, but the step of torch's Adam is
+    not among them: it is stored once and has already been set.
     """
 
     @functools.wraps(original)
@@ -74,7 +72,7 @@ def _with_step(original):
 
 
 def _with_column_mask(original):
-    """Both releases combine the [tokens, experts] routing map with a [tokens] padding mask; it has to be a
+    """Both releases combine the [tokens, experts] routing map with a [tokens] padding mask, which must be a
     column.
     """
 
@@ -88,8 +86,8 @@ def _with_column_mask(original):
 
 
 def _with_padding_mask(original):
-    """0.16.1's `recompute_method: block` calls the layers that are not recomputed without the padding mask,
-    so that their routers count padding in statistics and losses.
+    """0.16.1's `recompute_method: block` calls layers without recomputation without the padding mask, so that
+    their routers count padding in statistics and losses.
     """
 
     @functools.wraps(original)
@@ -110,8 +108,8 @@ def _with_padding_mask(original):
 
 
 def _without_fp8(original):
-    """Recomputing norms or latent attention's projections takes "no fp8" for fp8, and then needs
-    transformer-engine, in both releases.
+    """In both releases, recomputing norms or latent attention's projections mistakes "no fp8" for fp8, and
+    then needs transformer-engine.
     """
 
     @functools.wraps(original)
@@ -151,7 +149,7 @@ def complete_preprocessing(
 
 
 def moe_submodules(layer_spec) -> MoESubmodules:
-    """The submodules in the spec of a mixture-of-experts layer, which from 0.19 on is a partial."""
+    """The submodules in the spec of a mixture-of-experts layer, which is a partial from 0.19 on."""
     if isinstance(layer_spec, functools.partial):
         return layer_spec.keywords["submodules"]
     return layer_spec.submodules

@@ -1,9 +1,9 @@
-"""A thread beside training that notices when this rank stands still, or when another one has given up.
+"""A thread that detects when this rank hangs or another rank has failed.
 
-Standing still: no new phase for the configured time. Every rank then prints its phase, the pipeline
-instruction it is at, and its stack, and the job ends. Another rank's failure: this rank, which may wait for
-that one in a collective, writes its stack into the run directory and ends without a word, so that the
-failing rank's message stays the last.
+A rank hangs if it starts no new phase for the configured time. Every rank then prints its phase, its current
+pipeline instruction and its stack, and the job ends. If another rank failed, this rank may be waiting for it
+in a collective: it writes its stack into the run directory and exits without an error message, so that the
+failing rank's message is the last one.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from megatron_mopd.backend.messages import visible
 
 _HANG = "megatron_mopd/hang"
 _POLL = 1.0
-"""Seconds between looks at the store: one small request a rank."""
+"""Seconds between polls of the store: one small request per rank."""
 _OTHERS_SPEAK = 3.0
-"""Seconds between noticing and ending, in which every other rank notices too, and says where it stands."""
+"""Seconds between detecting a hang and exiting, in which all other ranks detect it and print their stacks."""
 _UNRESPONSIVE = 15.0
-"""Seconds after the timeout when the process ends even if no Python thread gets to run."""
+"""Seconds after the timeout when the process exits even if no Python thread can run."""
 
 
 class Watchdog(contextlib.AbstractContextManager):
-    """Watches the thread that made it, between `__enter__` and `__exit__`.
+    """Watches the thread that created it, between `__enter__` and `__exit__`.
 
-    timeout: seconds a phase may last; 0 watches only for other ranks' failures. directory: where stacks go.
-    No collectives; the store is polled.
+    timeout: seconds a phase may last; 0 watches only for other ranks' failures. directory: where stacks are
+    written. No collectives; polls the store.
     """
 
     def __init__(self, timeout: float, directory: Path):
@@ -48,7 +48,7 @@ class Watchdog(contextlib.AbstractContextManager):
         self._rank, self._store = 0, None
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._rank = dist.get_rank()
-            # A connection of its own: a store waits inside its lock.
+            # A separate connection, because a store holds its lock while it waits.
             self._store = dist.distributed_c10d._get_default_store().clone()
 
     def __enter__(self) -> Watchdog:
@@ -64,9 +64,9 @@ class Watchdog(contextlib.AbstractContextManager):
             self._watcher.join()
 
     def begin(self, phase: str) -> None:
-        """Progress: a new phase starts now."""
+        """Report progress: a new phase starts now."""
         self._phase, self._since = phase, time.monotonic()
-        if self._timeout:  # the last resort, when something holds the interpreter's lock
+        if self._timeout:  # last resort, in case something holds the GIL
             faulthandler.dump_traceback_later(
                 self._timeout + _UNRESPONSIVE, exit=True, file=sys.__stderr__ or sys.stderr
             )
@@ -81,9 +81,9 @@ class Watchdog(contextlib.AbstractContextManager):
             try:
                 hang, failure = self._store.check([_HANG]), self._store.check([FIRST_FAILURE])
             except (dist.DistError, RuntimeError):
-                hang, failure = False, not self._closed.is_set()  # whoever kept the store is gone
+                hang, failure = False, not self._closed.is_set()  # the store's owner has exited
             if hang:
-                self._end_hang("another rank stands still")
+                self._end_hang("another rank is hung")
             if failure:
                 self._end_quietly()
 
@@ -96,7 +96,7 @@ class Watchdog(contextlib.AbstractContextManager):
         print(text, file=sys.stderr, flush=True)
         time.sleep(_OTHERS_SPEAK)
         message = (
-            f"error: the run stood still for guard.hang_timeout_minutes={self._timeout / 60:g} (phase "
+            f"error: the run made no progress for guard.hang_timeout_minutes={self._timeout / 60:g} (phase "
             f"{self._phase!r}): every rank's stack is above and in {self._directory}; a rank that is missing "
             "there is the one that stopped"
         )
@@ -107,7 +107,7 @@ class Watchdog(contextlib.AbstractContextManager):
     def _end_quietly(self) -> None:
         where = self.where()
         if self._closed.wait(_OTHERS_SPEAK):
-            return  # this rank failed as well and says so itself
+            return  # this rank failed as well and reports it itself
         self._write(f"rank {self._rank}: another rank failed; {where}")
         sys.stdout.flush()
         os._exit(1)
@@ -127,7 +127,7 @@ class Watchdog(contextlib.AbstractContextManager):
 
 
 def _instruction(frame: FrameType | None) -> str | None:
-    """What `pipeline.runtime.Execution` is doing, read from the frame that runs an instruction."""
+    """The current instruction of `pipeline.runtime.Execution`, read from the frame that runs it."""
     while frame is not None:
         variables = frame.f_locals if frame.f_code.co_name == "_execute_instruction" else {}
         if {"self", "position", "entry"} <= variables.keys():

@@ -1,4 +1,4 @@
-"""Small files that are there whole or not at all, and what a full disk is called."""
+"""Atomic writes of small files, and messages for full disks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _NO_ROOM = {
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Replace the file `path` in one step: whoever reads it, whenever, finds the old text or the new one.
+    """Replace the file `path` atomically: a reader always sees either the old text or the new one.
 
-    Raises `OSError`, with the file's name; the old text is then still there.
+    Raises `OSError` with the file's name; the old text is then unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -40,7 +40,7 @@ def write_whole(path: str | Path, text: str) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Give an `OSError` that does not name a file, as writing to an open one does not, this file's name."""
+    """Add this file's name to an `OSError` without one, such as those from writing to an open file."""
     try:
         yield
     except OSError as error:
@@ -50,7 +50,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def disk_problem(error: BaseException | None) -> str | None:
-    """One line when `error`, or what it was raised from, is a disk that takes no more; `None` otherwise."""
+    """A one-line message if `error` or one of its causes means that a disk is not writable, else `None`."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

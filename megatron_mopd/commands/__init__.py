@@ -1,1 +1,1 @@
-"""Command lines: one module for each, which `tools/` and the installed `mopd-*` programs start."""
+"""Command-line programs, one module each, run by `tools/` and the installed `mopd-*` scripts."""

@@ -1,10 +1,10 @@
-"""Average the weights of checkpoints of one architecture: the baseline that a merge has to beat.
+"""Average the weights of checkpoints with the same architecture: the baseline that merging must beat.
 
     python tools/average_checkpoints.py --output runs/average runs/math/checkpoints runs/code/checkpoints
-    torchrun --nproc-per-node 8 tools/average_checkpoints.py --output ... ...       # sharded over pipeline
-    stages
+    torchrun --nproc-per-node 8 tools/average_checkpoints.py --output ... ...    # one pipeline stage per rank
 
-Only the weights are averaged; the result has the first checkpoint's tokenizer and can be a `student.load`.
+Only the weights are averaged; the result has the first checkpoint's tokenizer and can be used as
+`student.load`.
 """
 
 from __future__ import annotations

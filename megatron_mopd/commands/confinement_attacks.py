@@ -1,8 +1,8 @@
-"""What hostile code would try in a confined process. `python tools/doctor.py --confinement` runs these
-through the very machinery that scores answers, and prints which of them the machine refuses.
+"""Attacks that hostile code may try in a confined process. `python tools/doctor.py --confinement` runs them
+with the same code that scores answers, and prints which of them the machine refuses.
 
-Every function raises when it is refused, and returns what it got otherwise. Run as a module, this is the
-inside of a confined process.
+Every function raises if it is refused, and otherwise returns what it obtained. Run as a module, this file is
+a confined process.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def read_environment_of(process: int) -> int:
 
 
 def own_environment() -> list[str]:
-    """Not refused: there is nothing in it."""
+    """Reading it is allowed, but it is empty."""
     if not os.environ:
         raise PermissionError("empty")
     return sorted(os.environ)
@@ -135,7 +135,7 @@ def kill_supervisor() -> None:
 
 
 def signal_by_pipe(process: int) -> None:
-    """The kernel sends SIGIO to the owner of a descriptor, which ends a process that does not expect it."""
+    """Make the kernel send SIGIO to a descriptor's owner, which kills a process that does not handle it."""
     reader, writer = os.pipe()
     fcntl.fcntl(reader, fcntl.F_SETOWN, process)
     fcntl.fcntl(reader, fcntl.F_SETFL, os.O_ASYNC)

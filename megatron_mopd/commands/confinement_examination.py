@@ -24,7 +24,7 @@ _SECONDS_OF_A_LOOP = 1.0
 _STOPPED_BY_KILLING = ("use_time", "use_memory", "map_memory")
 
 
-# What the table says, the function in `confinement_attacks`, and what it is aimed at.
+# Title in the table, function in `confinement_attacks`, and kind of target.
 _ATTACKS = (
     ("write a new file", "write_new", "folder"),
     ("overwrite a file", "overwrite", "folder"),
@@ -71,7 +71,7 @@ _ATTACKS = (
 class _Target:
     arguments: tuple[Any, ...]
     victim: subprocess.Popen | None = None
-    """A process that shows by its death that the attack had an effect."""
+    """A process whose death shows that the attack had an effect."""
 
     def is_unharmed(self) -> bool:
         if self.victim is None:
@@ -90,9 +90,9 @@ def confinement_findings() -> list[Finding]:
 
 
 def attack_findings(module: str = _MODULE) -> list[Finding]:
-    """Run the attacks in a confined process: one finding each, a warning where one is possible.
+    """Run the attacks in a confined process: one finding each, a warning if the attack is possible.
 
-    `module`: another inside of it, for tests.
+    `module`: runs in the confined process; tests pass another one.
     """
     process, found = ConfinedProcess(module), []
     try:
@@ -108,7 +108,7 @@ def attack_findings(module: str = _MODULE) -> list[Finding]:
 
 
 def attack_summary(findings: list[Finding]) -> str:
-    """The last line: how many attacks were refused."""
+    """The last line: how many attacks are possible."""
     attacks = findings[1:]
     possible = sum(finding.level != Level.OK for finding in attacks)
     if possible:
@@ -142,7 +142,7 @@ def _finding(confinement: Confinement) -> Finding:
 
 @contextlib.contextmanager
 def _target(kind: str) -> Iterator[_Target]:
-    """A folder, socket or process to be attacked, made for the purpose."""
+    """A new folder, socket or process to attack."""
     with contextlib.ExitStack() as stack:
         folder = tempfile.mkdtemp(prefix="confinement-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)

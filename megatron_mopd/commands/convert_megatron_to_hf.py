@@ -3,9 +3,9 @@
     python tools/convert_megatron_to_hf.py --checkpoint DIR --output DIR [--best]
     torchrun --nproc-per-node N tools/convert_megatron_to_hf.py --checkpoint DIR --output DIR
 
-A model that came from Hugging Face goes back into files of the same names, dtypes and order, with its
+A model converted from Hugging Face is written back to files with the same names, dtypes and order, with its
 configuration, tokenizer, chat template and generation configuration, unless `--dtype` or `--max-shard-size`
-ask for others. Any other model becomes the first supported architecture that can express it.
+request otherwise. Any other model becomes the first supported architecture that can express it.
 """
 
 import argparse
@@ -24,14 +24,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="checkpoint directory, or one iter_* of it")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint directory, or one of its iter_*")
     parser.add_argument(
         "--best", action="store_true", help="the checkpoint that evaluated best (best.json), not the newest"
     )
-    parser.add_argument("--output", required=True, help="Hugging Face directory to make")
-    parser.add_argument("--dtype", help="float32 or bfloat16; default: as they are")
-    parser.add_argument("--max-shard-size", help="largest weight file, for example 5GB or 500MB")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
+    parser.add_argument("--output", required=True, help="Hugging Face directory to create")
+    parser.add_argument("--dtype", help="float32 or bfloat16; default: unchanged")
+    parser.add_argument("--max-shard-size", help="maximum size of a weight file, for example 5GB or 500MB")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output directory's contents")
     arguments = parser.parse_args()
 
     def work() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         if arguments.best:
             path = _best(arguments.checkpoint)
         if is_hugging_face(path):
-            raise ConfigError(f"--checkpoint: {path} is a Hugging Face model already")
+            raise ConfigError(f"--checkpoint: {path} is already a Hugging Face model")
         source = MegatronCheckpoint(path, "--checkpoint")
         write_hugging_face(source, output, dtype=dtype, max_shard_size=size)
         say(f"wrote {output} ({source.family.architecture})")
@@ -54,7 +54,7 @@ def _best(directory: str) -> Path:
     iteration = best_iteration(directory)
     if iteration is None:
         raise ConfigError(
-            f"--best: no checkpoint in {directory} was evaluated; leave --best out for the newest, or train "
+            f"--best: no checkpoint in {directory} was evaluated; omit --best for the newest, or train "
             "with data.eval and checkpoint.save_best=true"
         )
     say(f"iteration {iteration} evaluated best")

@@ -1,13 +1,13 @@
 """Examine this machine, and a run's configuration, before training.
 
     python tools/doctor.py                                               # this host
-    python tools/doctor.py --config FILE.yaml [section.key=value ...]    # and all of a run short of training
+    python tools/doctor.py --config FILE.yaml [section.key=value ...]    # and a whole run, short of training
     python tools/doctor.py --confinement                                 # attacks on the scoring process
     torchrun --nproc-per-node N tools/doctor.py [--config FILE.yaml] [section.key=value ...]
 
 Under torchrun (or with `MODULE=megatron_mopd.commands.doctor launch/train.sh` on every node) every host is
-examined, and the bandwidth of every group of the chosen layout is measured. Exit status 0: nothing found
-that stops training (warnings do not); 1: something will; 2: the command line is wrong.
+examined, and the bandwidth of every group of the chosen layout is measured. Exit status 0: no problem that
+prevents training (warnings do not); 1: at least one problem; 2: the command line is invalid.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", help="YAML file of a run: everything short of training is checked")
+    parser.add_argument("--config", help="YAML file of a run, to check everything short of training")
     parser.add_argument("--directory", help="disk to examine; default: the run's run_dir, or this directory")
     parser.add_argument(
-        "--world-size", type=int, help="ranks of the run, where it is not started by torchrun"
+        "--world-size", type=int, help="number of ranks of the run, if not started by torchrun"
     )
     parser.add_argument("--ranks-per-host", type=int, help="default: torchrun's, or the number of GPUs")
     parser.add_argument(
@@ -41,9 +41,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="only attack the process in which answers are scored, and print what is refused",
     )
-    parser.add_argument("--checksums", action="store_true", help="read all of every checkpoint")
+    parser.add_argument("--checksums", action="store_true", help="read every checkpoint completely")
     parser.add_argument(
-        "--disk-mib", type=int, default=256, help="size of the file that the disk is timed with"
+        "--disk-mib", type=int, default=256, help="size of the file that measures the disk's speed"
     )
     parser.add_argument(
         "--network-mib", type=int, help="buffer of the bandwidth test (64 on GPUs, 4 on CPUs)"
@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; ends with the exit status."""
+    """The command line; exits with the status."""
     options = parse(arguments)
     warnings.filterwarnings("ignore")
     is_speaker = os.environ.get("RANK", "0") == "0"
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"\n{attack_summary(found)}")
             sys.exit(1 if worst(found) == Level.PROBLEM else 0)
         sys.exit(0)
-    # Only now: the doctor has to be able to speak where torch or megatron-core is missing.
+    # Imported late, because the doctor must work without torch or megatron-core up to this point.
     from megatron_mopd.commands.examination import examine
 
     found = examine(options, software)

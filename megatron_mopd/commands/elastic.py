@@ -2,8 +2,8 @@
 
     python -m megatron_mopd.commands.elastic ARGUMENTS      # torchrun's
 
-Asked to stop, torchrun has passed the signal on to its ranks and waited for them; what is left is to say so
-in one line. The exit status is then the shells', 128 and the signal's number.
+When asked to stop, torchrun forwards the signal to its ranks, waits for them, and raises. Here this prints
+one line, and the exit status is 128 plus the signal number, as in shells.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_mopd.backend.messages import visible
 
 
 def main() -> None:
-    """Becomes torchrun."""
+    """Run torchrun."""
     try:
         torchrun()
     except SignalException as stop:

@@ -1,12 +1,12 @@
-"""Memory of a run before it is launched, per GPU and per host, by component.
+"""Estimate a run's memory before launch, per GPU and per host, by component.
 
     python tools/estimate.py --config FILE.yaml [--world-size N] [--ranks-per-host 8] [section.key=value ...]
     torchrun --nproc-per-node N tools/estimate.py --check --config FILE.yaml [section.key=value ...]
 
-The first needs no GPU, no second process and no weights; checkpoints only have to have their descriptions.
-`--check` also builds the run, trains one step on responses of full length, and prints what was allocated
-beside what was estimated, for every stage; it ends with status 1 when a component of any rank differs by
-more than 10%.
+The first form needs no GPU, no second process and no weights; checkpoints only need their model descriptions.
+`--check` also builds the run, trains one step on responses of full length, and prints the allocated next to
+the estimated memory for every stage; it exits with status 1 if a component of any rank differs by more than
+10%.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_mopd.run.setup import build_run
 
 
 def estimate(config: Config, world_size: int, ranks: list[int]) -> dict[int, RankMemory]:
-    """Memory of the given ranks of a world of `world_size`."""
+    """Memory of the given ranks in a world of `world_size`."""
     select_device("cpu")
     tokenizer = load_tokenizer(config.data.tokenizer)
     student = resolve_student(config, tokenizer)
@@ -50,7 +50,7 @@ def estimate(config: Config, world_size: int, ranks: list[int]) -> dict[int, Ran
 
 
 def stage_ranks(config: Config, world_size: int) -> list[int]:
-    """The first rank of every pipeline stage: all others of a stage take as much."""
+    """The first rank of every pipeline stage; all ranks of a stage need the same memory."""
     stages = config.parallel.pipeline_model_parallel_size
     return [stage * (world_size // stages) for stage in range(stages)]
 
@@ -65,7 +65,7 @@ def show(config: Config, world_size: int, ranks_per_host: int) -> None:
     for name in components:
         print(f"{name:20}" + "".join(f"{_gib(memory[rank].device.get(name, 0)):12.3f}" for rank in ranks))
     print(f"{'total':20}" + "".join(f"{_gib(sum(memory[rank].device.values())):12.3f}" for rank in ranks))
-    print(f"per host of {ranks_per_host} ranks, GiB: the host with the most")
+    print(f"per host of {ranks_per_host} ranks, GiB: the host that needs the most")
     largest = fullest_host(memory, world_size, ranks_per_host)
     for name, size in largest.items():
         print(f"{name:20}{_gib(size):12.3f}")
@@ -75,7 +75,7 @@ def show(config: Config, world_size: int, ranks_per_host: int) -> None:
 
 
 def fullest_host(memory: dict[int, RankMemory], world_size: int, ranks_per_host: int) -> dict[str, int]:
-    """Bytes by component on the host that needs most, from one rank of every pipeline stage."""
+    """Bytes by component on the host that needs the most, from one rank of every pipeline stage."""
     firsts = sorted(memory)
     per_stage = world_size // len(firsts)
     totals = []
@@ -94,8 +94,8 @@ def _gib(size: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file of the run")
-    parser.add_argument("--world-size", type=int, default=None, help="ranks of the run; default: the fewest")
-    parser.add_argument("--ranks-per-host", type=int, default=8, help="GPUs of one host")
+    parser.add_argument("--world-size", type=int, default=None, help="ranks of the run; default: the minimum")
+    parser.add_argument("--ranks-per-host", type=int, default=8, help="GPUs per host")
     parser.add_argument("--check", action="store_true", help="compare with one real step on this machine")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
@@ -111,8 +111,9 @@ def main() -> None:
 
 
 def estimate_apart(config: Config, world_size: int, ranks: list[int]) -> dict[int, RankMemory]:
-    """`estimate` in a process of its own, for one that starts real ranks later: the imagined world and the
-    CPU backend are gone with it. Must be called before CUDA is used. Raises `ConfigError` as `estimate` does.
+    """`estimate` in a separate process, for a caller that starts real ranks later: the imagined world and the
+    CPU backend end with that process. Must be called before CUDA is used. Raises `ConfigError` like
+    `estimate`.
     """
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
@@ -128,18 +129,18 @@ def estimate_apart(config: Config, world_size: int, ranks: list[int]) -> dict[in
 def _answer(queue, config: Config, world_size: int, ranks: list[int]) -> None:
     try:
         queue.put(estimate(config, world_size, ranks))
-    except Exception as error:  # told by the parent
+    except Exception as error:  # reported by the parent
         queue.put(error if isinstance(error, ConfigError) else RuntimeError(repr(error)))
 
 
 def check(config: Config) -> int:
-    """One real step on all ranks; prints both numbers of every component of every stage and returns the exit
-    status."""
+    """Run one real step on all ranks, print estimated and allocated bytes of every component of every stage,
+    and return the exit status."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if not torch.cuda.is_available():
         config = replace(config, device="cpu")
     expected = estimate_apart(config, world_size, [rank])[rank]
-    # What the run has done already does not matter to the memory of its next step.
+    # The run's progress does not affect the memory of its next step.
     run = build_run(replace(config, checkpoint=replace(config.checkpoint, resume=False)))
     trajectories = longest_trajectories(run.config, list(run.prompts), run.tokenizer.vocab_size)
     found = measure(run.learner, trajectories)
@@ -152,7 +153,7 @@ def check(config: Config) -> int:
     status, shown = 0, None
     for number, compared in enumerate(rows):
         status |= any(not is_close(size, real) for _, size, real in compared)
-        if rank == 0 and compared != shown:  # ranks of a stage often are alike
+        if rank == 0 and compared != shown:  # ranks of a stage are often the same
             shown = compared
             print(f"{f'bytes on rank {number}':24}{'estimated':>14}{'allocated':>14}{'ratio':>8}")
             for name, size, real in compared:
@@ -164,7 +165,7 @@ def check(config: Config) -> int:
 
 
 def is_close(estimated: int, allocated: int) -> bool:
-    """Whether an estimate is within a tenth of the truth."""
+    """Whether an estimate is within 10% of the allocated size."""
     return abs(estimated - allocated) <= 0.1 * allocated
 
 

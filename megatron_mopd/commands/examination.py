@@ -1,4 +1,4 @@
-"""The doctor's examination of hosts and layout: what will be used, the machine, the network between ranks."""
+"""The doctor's examination of hosts and layout: implementations in use, the machine, the network."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from megatron_mopd.observe.run_log import versions
 
 
 def examine(options: argparse.Namespace, required: list[Finding]) -> list[Finding]:
-    """Everything beyond the required packages; shows sections as they are done and returns all findings.
+    """Examine everything except the required packages; prints each section when done, returns all findings.
 
-    Collective over all ranks when torchrun started them; every rank returns the same gravest level.
+    Collective over all ranks if torchrun started them; the highest level is the same on every rank.
     """
     logging.getLogger("megatron").setLevel(logging.ERROR)
     is_speaker = os.environ.get("RANK", "0") == "0"
@@ -51,7 +51,7 @@ def examine(options: argparse.Namespace, required: list[Finding]) -> list[Findin
         section("Launch", [Finding(Level.PROBLEM, "environment", str(error))])
         return found
     config, mistakes = load(options)
-    if launch.local_rank == 0:  # once a host
+    if launch.local_rank == 0:  # once per host
         section("Optional packages, and what is used", used_findings())
         section("This machine", machine.gpu_findings() + machine.memory_findings())
         section("Answers of the model", confinement_findings())
@@ -67,7 +67,7 @@ def examine(options: argparse.Namespace, required: list[Finding]) -> list[Findin
         return found
     problems = [finding for finding in found if finding.level == Level.PROBLEM]
     if problems and not is_speaker:
-        # Said before the ranks are connected: what is wrong here may be why they cannot be.
+        # Print before connecting the ranks, because a problem on this host may prevent that.
         show(f"On {socket.gethostname()}", problems)
     if not problems and config is not None:
         section(
@@ -77,7 +77,7 @@ def examine(options: argparse.Namespace, required: list[Finding]) -> list[Findin
 
 
 def used_findings() -> list[Finding]:
-    """Optional packages as they are found, and which implementation of each part training will run on."""
+    """Optional packages that were found, and the implementation that training will use for each part."""
     found = {name: software.find_optional(name) for name in software.OPTIONAL}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -85,7 +85,7 @@ def used_findings() -> list[Finding]:
         "Transformer Engine": "layers, grouped expert GEMM and fused Adam on CUDA",
         "Apex": "fused Adam and fused norms on CUDA where Transformer Engine is missing",
         "flash-attn": "not used: attention is torch's scaled_dot_product_attention",
-        "Triton": "the loss's kernels on CUDA",
+        "Triton": "loss kernels on CUDA",
         "wandb": "logging to Weights & Biases",
     }
     findings = []
@@ -103,7 +103,7 @@ def used_findings() -> list[Finding]:
     engine = uses_transformer_engine(device.type)
     adam = megatron.core.optimizer.Adam
     parts = {
-        "layers": "Transformer Engine" if engine else "megatron-core's and this package's own, in PyTorch",
+        "layers": "Transformer Engine" if engine else "PyTorch layers of megatron-core and this package",
         "loss kernels": kernels_for(device).__name__.rsplit(".", 1)[-1],
         "optimizer": f"{adam.__module__}.{adam.__name__}",
         "communication": "NCCL" if on_gpu else "gloo",
@@ -115,7 +115,7 @@ def used_findings() -> list[Finding]:
 def connected_findings(
     config: Config, here: list[Finding], world_size: int, network_mib: int | None
 ) -> list[Finding]:
-    """Start the ranks, compare the hosts, measure the groups of the layout. Collective over all ranks."""
+    """Start the ranks, compare the hosts, and measure the layout's groups. Collective over all ranks."""
     try:
         check_world_size(config.parallel, world_size)
         device = select_device(config.device)
@@ -136,7 +136,7 @@ def connected_findings(
 
 
 def host_findings(gathered: list[tuple[dict[str, str], list[Finding]]]) -> list[Finding]:
-    """What the ranks of other hosts found, and versions that differ; one (facts, findings) per rank."""
+    """Findings of other hosts' ranks, and differing versions. gathered: one (facts, findings) per rank."""
     hosts: dict[str, dict[str, str]] = {}
     findings = []
     speaker = gathered[0][0]["host"]
@@ -150,14 +150,14 @@ def host_findings(gathered: list[tuple[dict[str, str], list[Finding]]]) -> list[
         names = sorted(first.keys() | theirs.keys())
         differing = [n for n in names if first.get(n) != theirs.get(n)]
         for name in differing:
-            text = f"{theirs.get(name, 'not there')} on {host}, {first.get(name, 'not there')} on {speaker}"
+            text = f"{theirs.get(name, 'missing')} on {host}, {first.get(name, 'missing')} on {speaker}"
             findings.append(Finding(Level.PROBLEM, name, text, "install the same version on every host"))
     shown = ", ".join(list(hosts)[:8]) + (", ..." if len(hosts) > 8 else "")
     return [Finding(Level.OK, "ranks", f"{len(gathered)} on {len(hosts)} host(s): {shown}"), *findings]
 
 
 def bandwidth_findings(measured: list[bandwidth.GroupBandwidth]) -> list[Finding]:
-    """One line a kind of group with the median bandwidth, then groups that are slow, wrong or misplaced."""
+    """One line per kind of group with its median bandwidth, then groups that are slow, wrong or misplaced."""
     findings = []
     for kind in dict.fromkeys(group.kind for group in measured):
         same = [group for group in measured if group.kind == kind]
@@ -170,7 +170,7 @@ def bandwidth_findings(measured: list[bandwidth.GroupBandwidth]) -> list[Finding
         apart = [group for group in same if len(group.hosts) > 1]
         if apart and kind == "TP":
             text = f"ranks {_numbers(apart[0])} are on several hosts ({', '.join(apart[0].hosts)})"
-            advice = "choose tensor_model_parallel_size so that it divides the ranks of a host"
+            advice = "choose a tensor_model_parallel_size that divides the number of ranks per host"
             findings.append(Finding(Level.WARNING, kind, text, advice))
         for group in same:
             for operation in group.wrong:
@@ -178,12 +178,12 @@ def bandwidth_findings(measured: list[bandwidth.GroupBandwidth]) -> list[Finding
                     f"{operation} between ranks {_numbers(group)} ({', '.join(group.hosts)}) gave wrong data"
                 )
                 findings.append(
-                    Finding(Level.PROBLEM, kind, text, "take these hosts out and have them tested")
+                    Finding(Level.PROBLEM, kind, text, "exclude these hosts and have them tested")
                 )
     for group, operation in bandwidth.slow_groups(measured):
         speed = group.bandwidth[operation] / 1e9
         text = f"{operation} between ranks {_numbers(group)} reaches only {speed:.3g} GB/s"
-        findings.append(Finding(Level.WARNING, group.kind, text, f"look at {', '.join(group.hosts)}"))
+        findings.append(Finding(Level.WARNING, group.kind, text, f"check {', '.join(group.hosts)}"))
     return findings
 
 

@@ -1,11 +1,12 @@
-"""Answer prompts with a checkpoint, ours or a Hugging Face directory, with the trainer's own rollout engine.
+"""Answer prompts with one of our checkpoints or a Hugging Face directory, using the trainer's rollout engine.
 
     python tools/generate.py --checkpoint DIR --prompt "What is the capital of France?"
     torchrun --nproc-per-node 2 tools/generate.py ... parallel.tensor_model_parallel_size=2
 
-A prompt goes through the tokenizer's chat template, if it has one and `--plain` is not given. A single answer
-appears as it is made; several are printed one after the other. On a terminal, control characters of an answer
-are shown escaped (`\\x1b`), for they would act on it; a file or a pipe gets the answer as the model wrote it.
+Prompts are rendered with the tokenizer's chat template, if it has one and `--plain` is not given. A single
+answer is printed while it is generated; several are printed one after another. On a terminal, control
+characters in an answer are escaped (`\\x1b`), because they would act on it; a file or a pipe gets the
+unchanged answer.
 """
 
 import argparse
@@ -37,9 +38,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="either format")
-    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
     parser.add_argument("--system", help="system message before each prompt")
-    parser.add_argument("--plain", action="store_true", help="continue the text as it stands")
+    parser.add_argument("--plain", action="store_true", help="continue the text without a chat template")
     parser.add_argument("--tokenizer", help="tokenizer directory; default: the checkpoint's own")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -89,13 +90,13 @@ def generate(arguments, config) -> None:
     engine = MegatronEngine(
         chunks,
         groups,
-        vocab_size=min(model.vocab_size, tokenizer.vocab_size),  # rows beyond are no tokens
+        vocab_size=min(model.vocab_size, tokenizer.vocab_size),  # rows beyond are not tokens
         max_sequence_length=longest,
         max_batch_size=max(len(prompts), groups.pp_size),
     )
     stop_ids = read_stop_ids(tokenizer, model_directories(path), config.rollout.stop_token_ids)
     if groups.rank == 0:
-        # Not among the answers, which may go into a file.
+        # On stderr, because the answers may go into a file.
         print(f"answers end with {visible(stop_ids.described(tokenizer))}", file=sys.stderr)
     sampling = SamplingParams.from_config(config.rollout, stop_ids)
     writer = Writer(tokenizer) if len(prompts) == 1 and groups.rank == 0 else None
@@ -111,7 +112,7 @@ def generate(arguments, config) -> None:
 
 
 def encode(text: str, number: int, tokenizer: Tokenizer, arguments) -> Prompt:
-    """The prompt's tokens, through the chat template where there is one."""
+    """The prompt's tokens, rendered with the chat template if there is one."""
     if arguments.plain or not (tokenizer.has_chat_template or arguments.system):
         conversation = text
     else:
@@ -122,12 +123,12 @@ def encode(text: str, number: int, tokenizer: Tokenizer, arguments) -> Prompt:
 
 
 def for_output(text: str) -> str:
-    """What a model wrote, for standard output: harmless on a terminal, as it is anywhere else."""
+    """A model's output for stdout: escaped on a terminal, unchanged otherwise."""
     return visible(text, keep_lines=True) if sys.stdout.isatty() else text
 
 
 class Writer:
-    """Prints an answer while it grows: whatever of its text no later token can change."""
+    """Prints an answer as it grows: the part of its text that later tokens cannot change."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._ids, self._printed = tokenizer, [], 0
@@ -135,7 +136,7 @@ class Writer:
     def take(self, index: int, token: int) -> None:
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
-        if not text.endswith("\ufffd"):  # in the middle of a character
+        if not text.endswith("\ufffd"):  # else in the middle of a character
             self._print(text)
 
     def finish(self) -> None:

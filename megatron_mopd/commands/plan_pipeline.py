@@ -1,12 +1,11 @@
-"""What a pipeline with teachers in its bubbles will cost, and what it will look like.
+"""Estimate the cost of a pipeline with teachers in its bubbles, and draw its timeline.
 
     python tools/plan_pipeline.py --stages 8 --microbatches 32
     python tools/plan_pipeline.py --stages 4 --microbatches 16 --virtual-stages 2 --teacher math=8 \\
         --teacher code=8 --teacher-cost 3 --last-stage-extra 0.5 --picture timeline.png --trace timeline.json
 
-Prints the time of an optimizer step relative to a bubble-free one for every way of running the teachers, and
-draws the chosen schedule over one rollout batch. All costs are in multiples of the student's forward time on
-one stage.
+Prints the time of an optimizer step relative to a bubble-free step for every schedule, and draws the chosen
+schedule over one rollout batch. All costs are multiples of the student's forward time on one stage.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=COUNT",
-        help="a teacher and how many micro-batches it scores; repeat; replaces --teachers",
+        help="a teacher and the number of micro-batches it scores; repeatable; replaces --teachers",
     )
     parser.add_argument("--forward-cost", type=float, default=1.0, help="student forward of one stage")
     parser.add_argument("--backward-cost", type=float, default=2.0, help="student backward of one stage")
@@ -66,7 +65,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="extra student work of the last stage (heads, loss)",
     )
     parser.add_argument(
-        "--message", type=float, default=0.0, help="time a message is under way between two stages"
+        "--message", type=float, default=0.0, help="transfer time of a message between two stages"
     )
     parser.add_argument("--optimizer", type=float, default=0.0, help="the optimizer step itself")
     parser.add_argument(
@@ -101,8 +100,8 @@ def teacher_counts(options: argparse.Namespace) -> dict[str, int]:
 
 
 def build_workload(options: argparse.Namespace) -> Workload:
-    """The workload the options describe. The last stage's extra work is split over forward and backward as
-    usual work is.
+    """The workload described by the options. The last stage's extra work is split between forward and
+    backward in the same ratio as the other work.
     """
     p, v = options.stages, options.virtual_stages
     if p < 1 or v < 1:
@@ -135,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         work, planner, steps = build_workload(options), Planner(), options.steps_per_rollout
         if steps < 1:
             raise ValueError(f"--steps-per-rollout {steps}: must be at least 1")
-        rows = [("bubble_fill", "the next batch already sampled", steady_state_ratio(planner, work))]
+        rows = [("bubble_fill", "next batch already sampled", steady_state_ratio(planner, work))]
         rows += [
             (
                 kind,
@@ -154,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
     free, bound = work.bubble_free(), work.bound()
-    print(f"bubble-free optimizer step: {free:g}; no schedule takes less than {bound / free:.3f} of it\n")
+    print(f"bubble-free optimizer step: {free:g}; lower bound of any schedule: {bound / free:.3f} of it\n")
     print(f"{'schedule':<14}{'time / bubble-free':>19}   when")
     for kind, note, ratio in rows:
         print(f"{kind:<14}{ratio:>19.3f}   {note}")

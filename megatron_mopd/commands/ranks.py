@@ -1,4 +1,4 @@
-"""What command lines that run alone or under torchrun share."""
+"""Shared code of command-line programs that run alone or under torchrun."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def run_on_ranks(
     device: Callable[[], torch.device] = lambda: torch.device("cpu"),
     reads: Sequence[str] = (),
 ) -> None:
-    """Start torch.distributed for `device` (one rank without torchrun) and do `work` on every rank.
+    """Start torch.distributed for `device` (one rank without torchrun) and run `work` on every rank.
 
-    reads: the model directories on the command line, of which every host may have a copy. A user's mistake,
-    and ranks that disagree, are one line and exit status 2; any other failure ends the job at once, so that
-    no rank waits for one that is gone.
+    reads: the model directories on the command line, of which every host may have its own copy. User errors
+    and disagreement between ranks print one line and exit with status 2; any other failure ends the job at
+    once, so that no rank waits for one that has exited.
     """
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()

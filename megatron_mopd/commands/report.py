@@ -1,12 +1,12 @@
-"""Write a run's report: one HTML page that needs no network, also while the run is going.
+"""Write a run's report: one HTML page that needs no network, even while the run is in progress.
 
     python tools/report.py runs/demo                  # a demo's directory: its mopd run, with the see-saw
     python tools/report.py runs/my_run --base runs/base --expert math=runs/math --expert code=runs/code
 
-The page has who is good at what, headroom recovered, curves of every domain and teacher, where the time went,
-the pipeline planned and measured, samples with the tokens on which student and teacher disagree, alarms, the
-resolved configuration, the teachers' manifest and the versions of packages. Exit status 2, with one line on
-what to do, when there is nothing to report.
+The page shows accuracy per model and task, headroom recovered, curves of every domain and teacher, where the
+time went, the pipeline as planned and as measured, samples with the tokens on which student and teacher
+disagree, alarms, the resolved configuration, the teachers' manifest and package versions. If there is nothing
+to report, prints one line of advice and exits with status 2.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="run directory, or the directory of a demo")
     parser.add_argument("--output", type=Path, help="default: report.html in the run directory")
-    parser.add_argument("--base", type=Path, help="run whose last evaluation is the base's, for the see-saw")
+    parser.add_argument("--base", type=Path, help="run with the base's last evaluation, for the see-saw")
     parser.add_argument(
         "--expert",
         action="append",
         default=[],
         metavar="DOMAIN=RUN",
-        help="run whose last evaluation is this domain's expert's; may be given several times",
+        help="run with the last evaluation of this domain's expert; may be repeated",
     )
     options = parser.parse_args(arguments)
     experts = {}

@@ -1,4 +1,4 @@
-"""The doctor's examination of a run: everything that its configuration names, short of training."""
+"""The doctor's examination of a run: everything in its configuration, short of training."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from megatron_mopd.run.inputs import Inputs, check_inputs
 from megatron_mopd.run.resumable import checkpoints_directory
 
 _COMFORTABLE = 0.9
-"""Share of a device's memory beyond which an estimate is too close: NCCL's buffers, CUDA's own, fragments."""
+"""Fraction of a device's memory above which an estimate is too close, because of NCCL buffers, CUDA's own
+memory and fragmentation."""
 
 
 def load(options: argparse.Namespace) -> tuple[Config | None, list[Finding]]:
-    """The run's configuration, or the layout that overrides describe; `None` with the mistake in it."""
+    """The configuration of the run, or of the layout given by overrides; `None` and the error if invalid."""
     try:
         overrides = list(options.overrides) if options.config else ["run_dir=.", *options.overrides]
         return load_config(options.config, overrides), []
@@ -36,21 +37,22 @@ def load(options: argparse.Namespace) -> tuple[Config | None, list[Finding]]:
 
 
 def examine_run(config: Config, options: argparse.Namespace) -> tuple[list[Finding], float]:
-    """Inputs, checkpoints, layout and memory of a run, and a checkpoint's size in bytes (0 when it is not
-    known). For torchrun's world, `--world-size`, or as few ranks as the layout needs. Collectives: none.
+    """Examine inputs, checkpoints, layout and memory of a run. Also returns a checkpoint's size in bytes (0
+    if unknown). The number of ranks is torchrun's, `--world-size`, or the minimum of the layout. Collectives:
+    none.
     """
     started = int(os.environ.get("WORLD_SIZE", "0")) or options.world_size
     world_size = started or fewest_ranks(config.parallel)
     if config.device == "cuda" and not torch.cuda.is_available():
         advice = "device=auto or device=cpu runs without; see `GPU` above"
-        return [Finding(Level.PROBLEM, "device", "'cuda' was asked for and is not there", advice)], 0.0
+        return [Finding(Level.PROBLEM, "device", "'cuda' was requested but is not available", advice)], 0.0
     try:
         inputs = check_inputs(config, world_size)
     except ConfigError as error:
         return [Finding(Level.PROBLEM, "configuration", str(error))], 0.0
     findings = [Finding(Level.OK, "inputs", _described(inputs))]
     if not started and world_size > 1:
-        text = f"checked for {world_size}, the fewest that the layout needs, because torchrun started none"
+        text = f"checked for {world_size}, the minimum for the layout, because torchrun started none"
         findings.append(
             Finding(Level.NOTE, "ranks", text, "--world-size N, or torchrun: also for the network")
         )
@@ -58,7 +60,7 @@ def examine_run(config: Config, options: argparse.Namespace) -> tuple[list[Findi
     findings += checkpoint_findings(config, inputs, options.checksums)
     findings += resume_findings(config)
     if os.environ.get("RANK", "0") != "0":
-        return findings, 0.0  # one rank's estimate is enough, and each takes a model's worth of modules
+        return findings, 0.0  # one rank's estimate is enough, and each needs the memory of a model
     ranks = stage_ranks(config, world_size)
     try:
         memory = estimate_apart(config, world_size, ranks)
@@ -77,12 +79,12 @@ def _described(inputs: Inputs) -> str:
     if inputs.eval_prompts is not None:
         text += f", {len(inputs.eval_prompts)} held out"
     if inputs.teachers:
-        text += f"; teachers {', '.join(source.name for source in inputs.teachers)}, every domain has its own"
+        text += f"; teachers {', '.join(source.name for source in inputs.teachers)} cover every domain"
     return text
 
 
 def layout_findings(config: Config, world_size: int) -> list[Finding]:
-    """The layout, which fits (`check_inputs` refuses others), and what is unwise about it."""
+    """The layout, which is valid (`check_inputs` refuses others), and warnings about it."""
     parallel = config.parallel
     sizes = {
         "TP": parallel.tensor_model_parallel_size,
@@ -100,7 +102,7 @@ def layout_findings(config: Config, world_size: int) -> list[Finding]:
             f"global_batch_size={config.schedule.global_batch_size} leaves some of {replicas} replicas idle"
         )
         findings.append(
-            Finding(Level.WARNING, "schedule", text, "take a larger batch or a larger model layout")
+            Finding(Level.WARNING, "schedule", text, "use a larger batch or a larger model layout")
         )
     return findings
 
@@ -119,22 +121,22 @@ def checkpoint_findings(config: Config, inputs: Inputs, read_all: bool) -> list[
         except ConfigError as error:
             findings.append(Finding(Level.PROBLEM, where, str(error)))
         else:
-            how = "and every byte is as it was written" if read_all else "sizes compared"
+            how = "all checksums match" if read_all else "sizes compared"
             findings.append(Finding(Level.OK, where, f"{path} is complete ({size / 1e9:.3g} GB, {how})"))
     return findings
 
 
 def check_files(path: Path, where: str, read_all: bool) -> int:
-    """Bytes of a complete checkpoint; `ConfigError` says what is missing or of another size.
+    """Bytes of a complete checkpoint; `ConfigError` if a file is missing or has a different size.
 
-    Headers and sizes only, unless `read_all`: then one of ours is compared with its checksums.
+    Reads only headers and sizes, unless `read_all`, which verifies the checksums of our own checkpoints.
     """
     if is_hugging_face(path):
-        HuggingFaceCheckpoint.open(path, where)  # reads every header, compares every shape with the model
+        HuggingFaceCheckpoint.open(path, where)  # reads every header and compares all shapes with the model
         return sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if read_all:
         verify_checksums(path, where)
-    if (listed := read_sums(path, where)) is None:  # of another program
+    if (listed := read_sums(path, where)) is None:  # written by another program
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     for name, (expected, _) in listed.items():
         if not (path / name).is_file():
@@ -147,7 +149,7 @@ def check_files(path: Path, where: str, read_all: bool) -> int:
 
 
 def resume_findings(config: Config) -> list[Finding]:
-    """Where the run will start: at its newest checkpoint, or at the beginning."""
+    """Where the run will start: from its newest checkpoint, or from the beginning."""
     done = complete_iterations(checkpoints_directory(config.run_dir)) if config.checkpoint.resume else []
     total = config.schedule.train_iters
     if not done:
@@ -162,7 +164,8 @@ def memory_findings(
     gpu_bytes: int | None,
     host_bytes: int,
 ) -> list[Finding]:
-    """The estimate beside what is there: `gpu_bytes` of the smallest GPU (`None`: ranks share the host's)."""
+    """Compare the estimate with the available memory. gpu_bytes: the smallest GPU's; `None`: ranks use host
+    memory."""
     on_device = max(sum(item.device.values()) for item in memory.values())
     on_host = sum(fullest_host(memory, world_size, ranks_per_host).values())
     advice = "python tools/estimate.py shows what takes it; docs/cluster.md says which size to raise"
@@ -185,7 +188,7 @@ def _compared(subject: str, needed: float, there: float, whose: str, advice: str
 
 
 def checkpoint_bytes(config: Config, memory: dict[int, RankMemory]) -> float:
-    """About what one checkpoint takes: every stage's weights and, when it is saved, their optimizer state."""
+    """Approximate size of one checkpoint: every stage's weights and, if saved, their optimizer state."""
     parallel = config.parallel
     tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     expert_shards = ep * (parallel.expert_tensor_parallel_size or tp)
@@ -193,5 +196,5 @@ def checkpoint_bytes(config: Config, memory: dict[int, RankMemory]) -> float:
         experts * expert_shards + others * tp for experts, others in (m.parameters for m in memory.values())
     )
     width = DTYPES[config.params_dtype].itemsize
-    state = (2 + (width < 4)) * max(4, width)  # two moments, and a copy in float32 of shorter weights
+    state = (2 + (width < 4)) * max(4, width)  # two moments, plus a float32 copy of narrower weights
     return count * (width + state * config.checkpoint.save_optimizer)

@@ -1,11 +1,11 @@
-"""Make a mixture-of-experts student of a dense checkpoint; it computes the same function at first.
+"""Upcycle a dense checkpoint to a mixture-of-experts student, which initially computes the same function.
 
     python tools/upcycle_to_moe.py --checkpoint DIR --output DIR --num-experts 8 --topk 2 --router-noise 0.01
     torchrun --nproc-per-node N tools/upcycle_to_moe.py ...
 
-`--checkpoint` is a Hugging Face directory or a checkpoint of ours, and `--format` says which of them to
-write. `--granularity G` cuts the MLP into G finer experts, and `--shared-experts S` takes S of these out of
-the router: a copy of the MLP then consists of G - S routed experts, and `--num-experts` and `--topk` are
+`--checkpoint` is a Hugging Face directory or one of our checkpoints, and `--format` is the format to write.
+`--granularity G` splits the MLP into G finer experts, and `--shared-experts S` makes S of them shared instead
+of routed: a copy of the MLP then consists of G - S routed experts, and `--num-experts` and `--topk` are
 multiples of that.
 """
 
@@ -23,17 +23,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="dense model, either format")
-    parser.add_argument("--output", required=True, help="directory to make")
-    parser.add_argument("--num-experts", type=int, required=True, help="routed experts in each layer")
-    parser.add_argument("--topk", type=int, required=True, help="routed experts for each token")
-    parser.add_argument("--granularity", type=int, default=1, help="slices of the MLP, one an expert")
-    parser.add_argument("--shared-experts", type=int, default=0, help="slices that every token passes")
+    parser.add_argument("--output", required=True, help="directory to create")
+    parser.add_argument("--num-experts", type=int, required=True, help="routed experts per layer")
+    parser.add_argument("--topk", type=int, required=True, help="routed experts per token")
+    parser.add_argument("--granularity", type=int, default=1, help="slices of the MLP, one per expert")
+    parser.add_argument("--shared-experts", type=int, default=0, help="slices used by every token")
     parser.add_argument("--router-noise", type=float, default=0.0, help="standard deviation of its weights")
-    parser.add_argument("--seed", type=int, default=0, help="of the router's noise")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the router's noise")
     parser.add_argument("--format", choices=("megatron", "hf"), default="megatron")
-    parser.add_argument("--dtype", help="float32 or bfloat16; default: as they are")
-    parser.add_argument("--max-shard-size", help="largest weight file of --format hf, for example 5GB")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
+    parser.add_argument("--dtype", help="float32 or bfloat16; default: unchanged")
+    parser.add_argument("--max-shard-size", help="maximum weight file of --format hf, for example 5GB")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output directory's contents")
     arguments = parser.parse_args()
 
     def work() -> None:

@@ -1,6 +1,6 @@
 """Typed configuration: dataclasses, YAML files and ``a.b=c`` overrides.
 
-``load_config(path, overrides)`` is the only way a run is configured. The objects are frozen after start-up.
+``load_config(path, overrides)`` is the only way to configure a run. The objects are frozen.
 """
 
 from megatron_mopd.config.errors import ConfigError, closest, nearest

@@ -1,4 +1,4 @@
-"""The strings that document the fields of the configuration's dataclasses, read from their source."""
+"""Reads the field docstrings of the configuration's dataclasses from their source."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 
 @cache
 def field_documentation(cls: type) -> dict[str, str]:
-    """Field -> the string that follows it in the source, on one line ("" for a field without one)."""
+    """Field -> the string after it in the source, joined into one line ("" for a field without one)."""
     (node,) = ast.parse(inspect.getsource(cls)).body
     documented = {}
     for statement, following in zip(node.body, [*node.body[1:], None]):

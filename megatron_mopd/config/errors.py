@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one line; the known name that is nearest to an unknown one."""
+"""One-line configuration errors, and suggestions for unknown names."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-    """A user's mistake, found before training starts: what is wrong, where, and what to do, in one line."""
+    """A user error, found before training starts: what is wrong, where, and how to fix it, in one line."""
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The known name that `name` may be a misspelling of. cutoff: least similarity, from 0 to 1."""
+    """The known name that `name` is likely a misspelling of. cutoff: minimum similarity, from 0 to 1."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest known name, or the list of known ones when nothing is close."""
+    """`; did you mean 'x'?` for the closest known name, or the list of known names if none is close."""
     known = sorted(known)
     if (close := closest(name, known)) is not None:
         return f"; did you mean {close!r}?"

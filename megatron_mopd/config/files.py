@@ -1,7 +1,7 @@
-"""Configuration files as YAML, with what they include.
+"""Reads YAML configuration files and the files they include.
 
-A file may be named by mistake (`include: ~/.netrc`) or hold what is no configuration: messages say where it
-went wrong and never quote it.
+A file may be named by mistake (`include: ~/.netrc`) or not be a configuration at all: messages give the
+position of an error and never quote the file.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _SECTIONS = {item.name for item in dataclasses.fields(Config)} | {"include"}
 
 
 def read_tree(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """Nested dictionaries from the bottom up: files that are included, the file, `a.b=c` overrides.
+    """Nested dictionaries, merged in this order: included files, the file, `a.b=c` overrides.
 
-    `${...}` is left as it stands. Raises `ConfigError` naming the file and the place in it.
+    `${...}` is left unresolved. Raises `ConfigError` naming the file and the position in it.
     """
     for override in overrides:
         if "=" not in override:
@@ -63,22 +63,23 @@ def _read(path: Path) -> DictConfig:
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {_problem(error)}") from None
     if not isinstance(raw, DictConfig):
-        raise ConfigError(f"{path}: no configuration: expected sections with keys")
+        raise ConfigError(f"{path}: not a configuration: expected sections with keys")
     if raw and not _SECTIONS & set(raw):
         raise ConfigError(
-            f"{path}: no configuration: none of its keys is a section; known: {', '.join(sorted(_SECTIONS))}"
+            f"{path}: not a configuration: none of its keys is a section; known: "
+            f"{', '.join(sorted(_SECTIONS))}"
         )
     return raw
 
 
 def _check_keys(node: yaml.Node | None, path: Path) -> None:
-    """Refuse keys that YAML takes for something else than text: `no`, `on`, `null`, `1e3`, `1.10`.
+    """Refuse keys that YAML does not read as strings: `no`, `on`, `null`, `1e3`, `1.10`.
 
-    As a domain's name they would silently be another name. Whole numbers are names like others (`1:`) unless
-    they are written in another way than they are read (`0x10`, `1_000`).
+    As a domain's name, such a key would silently become a different name. Integers are valid names (`1:`)
+    unless YAML normalizes their spelling (`0x10`, `1_000`).
     """
     if not isinstance(node, yaml.MappingNode) or not _SECTIONS & {str(key.value) for key, _ in node.value}:
-        return  # no configuration: what it holds is not quoted
+        return  # not a configuration, so do not quote its contents
     open_nodes, seen = [node], set()
     while open_nodes:
         current = open_nodes.pop()
@@ -94,10 +95,10 @@ def _check_keys(node: yaml.Node | None, path: Path) -> None:
 
 def _check_key(key: yaml.Node, where: str) -> None:
     if not isinstance(key, yaml.ScalarNode):
-        raise ConfigError(f"{where}: a list or a section as a key; keys are names")
+        raise ConfigError(f"{where}: the key is a list or a section; keys must be names")
     if key.style is not None or key.value == "<<":
         return
-    # As OmegaConf reads it, whose rules are not quite YAML's.
+    # Parse with OmegaConf, whose rules differ slightly from YAML's.
     (read,) = OmegaConf.to_container(OmegaConf.create(f"- {key.value}"), resolve=False)
     if isinstance(read, str) or str(read) == key.value and type(read) is int:
         return
@@ -108,7 +109,7 @@ def _check_key(key: yaml.Node, where: str) -> None:
 
 
 def _with_included(raw: DictConfig, directory: Path) -> DictConfig:
-    """`include: FILE` (relative to the including file) puts that file's keys underneath."""
+    """`include: FILE` (relative to the including file) merges this file over that one."""
     seen: set[Path] = set()
     while OmegaConf.to_container(raw, resolve=False).get("include") is not None:
         name = resolve_key(OmegaConf.to_container(raw, resolve=False), "include")
@@ -124,13 +125,13 @@ def _with_included(raw: DictConfig, directory: Path) -> DictConfig:
 
 
 def _problem(error: Exception) -> str:
-    """What is wrong and where, without a word of the file: parsers quote lines, keys and characters."""
+    """The error and its position without the parsers' quotations of lines, keys and characters."""
     if isinstance(error, ReaderError):
-        return f"a character that is none at position {error.position}"
+        return f"an invalid character at position {error.position}"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text at byte {error.start}"
     if isinstance(error, yaml.MarkedYAMLError):
-        # Quoted are the file's own texts, except for the parser's names of tokens, `'<block end>'`.
+        # Quotations are the file's own text, except for the parser's token names, `'<block end>'`.
         text = re.sub(r"'(?!<[a-z ]+>')[^']*'|\"[^\"]*\"", "...", error.problem or "")
         text = re.sub(r"(duplicate key) .*", r"\1", " ".join(text.split()))
         mark = error.problem_mark or error.context_mark

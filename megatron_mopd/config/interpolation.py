@@ -1,9 +1,9 @@
 """`${...}` in a configuration: other keys, and environment variables where a path or a name is expected.
 
-Two forms are known: `${section.key}` (`${.key}`: of the same section) and `${oc.env:NAME}`, with a default
-`${oc.env:NAME,DEFAULT}`. OmegaConf's other resolvers are refused: they could turn what the environment holds
-into any other value. What came from the environment is an `EnvironmentText`: the run uses its value, and
-everything that writes the configuration down (`to_dict`) gets it as the user wrote it.
+Two forms are supported: `${section.key}` (`${.key}`: in the same section) and `${oc.env:NAME}`, with a
+default `${oc.env:NAME,DEFAULT}`. OmegaConf's other resolvers are refused: they could transform environment
+variables into arbitrary values. Text from the environment is an `EnvironmentText`: the run uses its value,
+and everything that writes the configuration (`to_dict`) gets it as the user wrote it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAY_NAME_VARIABLES = (
     "log.wandb_project",
     "log.wandb_name",
 )
-"""Keys whose value may come from the environment, besides `include`, which is used up when a file is read."""
+"""Keys that may use environment variables, besides `include`, which is consumed when a file is read."""
 _SECRET = re.compile(
     r"(?:^|_)(?:API_?)?(?:KEYS?|TOKENS?|SECRETS?|PASS(?:WORD|WD|PHRASE)?|CREDENTIALS?|AUTH)\d*(?:_|$)"
 )
@@ -37,7 +37,7 @@ Path = tuple[str | int, ...]
 
 
 class EnvironmentText(str):
-    """A text with an environment variable in it; `written` is how the configuration says so."""
+    """A string that contains an environment variable; `written` is its spelling in the configuration."""
 
     written: str
 
@@ -63,11 +63,11 @@ class _Reference(NamedTuple):
 
 
 def resolve(tree: dict[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries and lists with every `${...}` replaced; `ConfigError` names the key, and never
-    quotes what a variable holds.
+    """Nested dictionaries and lists with every `${...}` replaced.
 
-    Raises for unknown keys and variables, for resolvers other than `oc.env`, and where a variable ends up in
-    a key that is not among `MAY_NAME_VARIABLES`.
+    Raises `ConfigError` for unknown keys and variables, for resolvers other than `oc.env`, and if a variable
+    ends up in a key that is not among `MAY_NAME_VARIABLES`. The error names the key and never quotes the
+    value of a variable.
     """
     resolved = _Resolver(tree).value(tree, ())
     for path, _ in _environment_texts(resolved, ()):
@@ -80,12 +80,12 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve_key(tree: dict[str, Any], key: str) -> Any:
-    """The value of one key of the top level alone."""
+    """The value of a single top-level key."""
     return _Resolver(tree).value(tree[key], (key,))
 
 
 def as_written(value: str) -> str:
-    """How a configuration says `value`: with its variables, and `${` that is meant literally as `\\${`."""
+    """The spelling of `value` in a configuration: with its variables, and a literal `${` as `\\${`."""
     if isinstance(value, EnvironmentText):
         return value.written
     return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", value)
@@ -123,7 +123,7 @@ class _Resolver:
         if len(values) == 1:
             return values[0]
         if any(isinstance(value, (dict, list)) for value in values):
-            raise ConfigError(f"{_dotted(path)}: a section or a list cannot be a part of a text")
+            raise ConfigError(f"{_dotted(path)}: a section or a list cannot be part of a string")
         text = "".join(map(str, values))
         if any(isinstance(value, EnvironmentText) for value in values):
             return EnvironmentText(text, "".join(as_written(_text(value)) for value in values))
@@ -138,8 +138,8 @@ class _Resolver:
         name, where = variable.name, _dotted(path)
         if _SECRET.search(name.upper()):
             raise ConfigError(
-                f"{where}: {name} is the name of a secret, which no key takes; programs that need it (wandb) "
-                "read their environment themselves"
+                f"{where}: {name} is the name of a secret, which no key accepts; programs that need it "
+                "(wandb) read the environment themselves"
             )
         written, found = f"${{oc.env:{name}}}", os.environ.get(name)
         if variable.default is not None:
@@ -177,12 +177,12 @@ class _Resolver:
 
 
 def _text(value: Any) -> str:
-    """`value` as a part of a text; an `EnvironmentText` stays one."""
+    """`value` as a string; an `EnvironmentText` is returned unchanged."""
     return value if isinstance(value, str) else str(value)
 
 
 def _parts(text: str, path: Path) -> list[str | _Variable | _Reference]:
-    """Literal texts, variables and references in order."""
+    """Literal strings, variables and references in order."""
     parts: list[str | _Variable | _Reference] = []
     literal, at = "", 0
     while (found := _OPENING.search(text, at)) is not None:
@@ -206,7 +206,7 @@ def _closing(text: str, start: int, path: Path) -> int:
         depth += (text[at] == "{") - (text[at] == "}")
         if not depth:
             return at
-    raise ConfigError(f"{_dotted(path)}: `${{` without its `}}`; a literal one is written \\${{")
+    raise ConfigError(f"{_dotted(path)}: `${{` without a closing `}}`; a literal one is written \\${{")
 
 
 def _interpolation(inner: str, path: Path) -> _Variable | _Reference:
@@ -214,11 +214,11 @@ def _interpolation(inner: str, path: Path) -> _Variable | _Reference:
         return _Variable(variable[1], variable[2])
     if resolver := _RESOLVER.match(inner):
         raise ConfigError(
-            f"{_dotted(path)}: ${{{resolver[1]}:...}} is not understood; write ${{section.key}} or "
+            f"{_dotted(path)}: ${{{resolver[1]}:...}} is not supported; write ${{section.key}} or "
             "${oc.env:NAME} or ${oc.env:NAME,DEFAULT}"
         )
     if not inner.strip() or re.search(r"[:${}]", inner):
-        raise ConfigError(f"{_dotted(path)}: an interpolation whose name is computed is not understood")
+        raise ConfigError(f"{_dotted(path)}: an interpolation with a computed name is not supported")
     return _Reference(inner.strip())
 
 

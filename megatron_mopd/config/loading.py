@@ -1,7 +1,7 @@
-"""From YAML and ``a.b=c`` overrides to a checked `Config`, and back.
+"""Converts YAML and ``a.b=c`` overrides to a checked `Config`, and back.
 
-Pydantic checks what the schema's annotations say; the first thing that it finds becomes one line, a
-`ConfigError` with the key, what was expected and what was found.
+Pydantic checks the schema's annotations; the first error becomes a one-line `ConfigError` with the key, what
+was expected and what was found.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_mopd.config.value_types import allowed_range, without_null
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``a.b=c`` overrides and return the checked configuration.
 
-    From the bottom up: the `recipe`, files that it includes (`include: FILE`), the file, the overrides.
+    In increasing precedence: the `recipe`, included files (`include: FILE`), the file, the overrides.
 
     Raises `ConfigError` naming the file and the key for anything that is not a known key of the right type.
     """
@@ -47,7 +47,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     """
     values = resolve(values)
     sections = {item.name for item in dataclasses.fields(Config)}
-    for key, value in values.items():  # a misspelled section is that, whatever is in it
+    for key, value in values.items():  # a misspelled section is reported as such, whatever it contains
         if key in sections:
             _refuse_unwritable(value, str(key))
     config = _build(Config, with_recipe(values), "")
@@ -56,14 +56,14 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 
 
 def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
-    """Build a `ModelConfig` from the dictionary kept with a checkpoint; `where` names the file in errors."""
+    """Build a `ModelConfig` from the dictionary in a checkpoint; `where` names the file in errors."""
     _refuse_unwritable(values, where)
     return _build(ModelConfig, values, where)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested dictionaries as a user writes them: TransformerConfig fields back in their section,
-    environment variables by their names. For `config_from_dict` they are the same configuration.
+    """Plain nested dictionaries as a user writes them: TransformerConfig fields directly in their section,
+    environment variables by name. `config_from_dict` turns them into the same configuration.
     """
     if isinstance(config, (list, tuple)):
         return [to_dict(item) for item in config]
@@ -80,7 +80,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the configuration as YAML: complete, with environment variables by their names; in one step."""
+    """Write the complete configuration as YAML, atomically, with environment variables by name."""
     write_whole(path, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
 
 
@@ -98,19 +98,19 @@ def _adapter(cls: type) -> TypeAdapter:
 
 
 def _refuse_unwritable(value: Any, where: str) -> None:
-    """Text that is no Unicode, and whole numbers beyond 64 bits, which Python may not even print."""
+    """Refuse strings that are not valid Unicode, and integers beyond 64 bits, which Python may not print."""
     if isinstance(value, (dict, list)):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             _refuse_unwritable(key, where)
             _refuse_unwritable(item, f"{where}[{key}]" if isinstance(value, list) else _joined(where, key))
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ConfigError(f"{where or 'config'}: {shown(value)} is out of range; at most 63 bits are of use")
+        raise ConfigError(f"{where or 'config'}: {shown(value)} is out of range; integers must fit 64 bits")
     elif isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(
-                f"{where or 'config'}: no Unicode text: half a character at position {error.start} (a lone "
+                f"{where or 'config'}: not valid Unicode: half a character at position {error.start} (a lone "
                 "surrogate)"
             ) from None
 
@@ -127,7 +127,7 @@ _EXPECTED = {
 
 
 def _in_one_line(cls: type, where: str, error: ErrorDetails) -> str:
-    """What pydantic found wrong, in our words: the key, what was expected, what was found."""
+    """Pydantic's error as one line: the key, what was expected, what was found."""
     kind, found = error["type"], error["input"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden", "invalid_key"):
         *section_loc, name = error["loc"]
@@ -144,7 +144,7 @@ def _in_one_line(cls: type, where: str, error: ErrorDetails) -> str:
     if kind == "value_error":
         return f"{key}: {error['ctx']['error']}"
     if kind in _EXPECTED:
-        # YAML reads `no`, `on`, 1e3 and 1.10 as something else than text.
+        # YAML does not read `no`, `on`, 1e3 and 1.10 as strings.
         is_unquoted = kind == "is_instance_of" and isinstance(found, (bool, int, float))
         advice = "; quote it in YAML" if is_unquoted else ""
         return f"{key or 'config'}: expected {_EXPECTED[kind]}, found {shown(found)}{advice}"
@@ -153,12 +153,12 @@ def _in_one_line(cls: type, where: str, error: ErrorDetails) -> str:
 
 
 def _key_and_type(cls: type, where: str, loc: Sequence[int | str]) -> tuple[str, Any]:
-    """The dotted key that a user writes for pydantic's `loc`, and how the schema declares its value."""
+    """The dotted key that a user writes for pydantic's `loc`, and the declared type of its value."""
     key, declared = where, cls
-    is_name = bool(loc) and loc[-1] == "[key]"  # pydantic's mark behind a mapping's key
+    is_name = bool(loc) and loc[-1] == "[key]"  # pydantic appends this to a mapping's key
     for part in loc[:-2] if is_name else loc:
         if declared is ModelConfig and part == "transformer":
-            continue  # its keys are written directly in the section
+            continue  # users write its keys directly in the section
         key = f"{key}[{part}]" if typing.get_origin(declared) is list else _joined(key, part)
         if dataclasses.is_dataclass(declared):
             declared = without_null(typing.get_type_hints(declared, include_extras=True).get(part))
@@ -174,7 +174,7 @@ def _joined(section: str, key: int | str) -> str:
 
 
 def _check(config: Config) -> None:
-    """Rules between keys. What involves the layout, the prompts or the teachers is checked where they are."""
+    """Check rules between keys; those about the layout, prompts or teachers are checked later."""
     steps = config.schedule.steps_per_rollout
     for dotted in ("schedule.train_iters", "checkpoint.save_interval"):
         # A run resumes with a fresh rollout batch, so it may only stop where one ends.
@@ -188,17 +188,17 @@ def _check(config: Config) -> None:
     if config.params_dtype == "float64" and config.optimizer.use_distributed_optimizer:
         raise ConfigError("params_dtype: float64 needs optimizer.use_distributed_optimizer=false")
     if not config.run_dir:
-        raise ConfigError("run_dir: missing; name the directory that the run writes into")
+        raise ConfigError("run_dir: missing; set it to the directory that the run writes into")
 
 
 def _check_evaluation(config: Config) -> None:
     evaluation, most = config.evaluation, max(config.evaluation.pass_at, default=0)
     if most and not config.data.eval:
         raise ConfigError(
-            "evaluation.pass_at: there is nothing to evaluate; name held-out prompts in data.eval"
+            "evaluation.pass_at: there is nothing to evaluate; list held-out prompts in data.eval"
         )
     if 0 < evaluation.samples_per_prompt < most:
         raise ConfigError(
-            f"evaluation.samples_per_prompt: {evaluation.samples_per_prompt} samples say nothing about "
+            f"evaluation.samples_per_prompt: {evaluation.samples_per_prompt} samples cannot estimate "
             f"pass@{most}; needs at least as many, or 0"
         )

@@ -1,7 +1,7 @@
 """Configuration keys of the objective (`objective`), for the whole run or for one domain.
 
-Re-exported by `schema.py`, which has the other sections and says how a docstring names a key's resume class.
-`objectives.py` says which of these values make sense together.
+Re-exported by `schema.py`, which has the other sections and explains how a docstring names a key's resume
+class. `objectives.py` checks which of these values are valid together.
 """
 
 from __future__ import annotations
@@ -40,50 +40,50 @@ DomainKeys = Annotated[dict[str, Any], BeforeValidator(_keys_of_a_domain)]
 
 @dataclass(frozen=True)
 class ObjectiveConfig(Section):
-    """What is minimised. Every key but `reduction` and `chunk_size` may be overridden for one domain."""
+    """The loss to minimize. Every key except `reduction` and `chunk_size` can be overridden per domain."""
 
     kind: ObjectiveKind = "full_vocab_kl"
     """On the student's own trajectories, against the routed teachers: `full_vocab_kl` (reverse KL),
-    `top_k_kl` (reverse KL over the k likeliest tokens and one tail outcome), `forward_kl`, `jsd`,
+    `top_k_kl` (reverse KL over the k most likely tokens and one tail outcome), `forward_kl`, `jsd`,
     `sampled_token` (log-ratio of the sampled token as an advantage). `grpo`: group-relative advantage of the
     verifier's reward, no teacher. `sft`: cross-entropy on `answer`. On resume: must not change."""
     weight: FinitePositive = 1.0
-    """Factor of this objective's loss, `add` included. On resume: must not change."""
+    """Factor of this objective's loss, including `add`. On resume: must not change."""
     add: dict[ObjectiveKind, FinitePositive] = field(default_factory=dict)
-    """More kinds, with their weights, whose losses are added to that of `kind`. On resume: must not
+    """Further kinds with their weights, whose losses are added to that of `kind`. On resume: must not
     change."""
     apply_as: Literal["loss", "advantage"] | None = None
-    """`loss` or `advantage`: said explicitly, it is checked against the only correct use of the kind. On
-    resume: must not change."""
+    """`loss` or `advantage`: if set, checked against the only correct use of the kind. On resume: must not
+    change."""
     reduction: Reduction = "token_mean"
-    """`token_mean`, `sequence_mean` (every response counts once) or `domain_mean` (every domain does). On
-    resume: must not change."""
+    """`token_mean`, `sequence_mean` (equal weight per response) or `domain_mean` (equal weight per domain).
+    On resume: must not change."""
     temperature: FinitePositive = 1.0
-    """Temperature of student and teacher alike inside the divergence or the log-ratio. On resume: must not
+    """Temperature of both student and teacher in the divergence or the log-ratio. On resume: must not
     change."""
     chunk_size: Count = 1024
     """Tokens whose logits exist at the same time in the loss. On resume: may change."""
     beta: Share | None = None
     """`jsd`: weight of the teacher in the mixture; default 0.5. On resume: must not change."""
     top_k: Count | None = None
-    """`top_k_kl`: how many tokens are compared one by one. On resume: must not change."""
+    """`top_k_kl`: number of tokens that are compared individually. On resume: must not change."""
     top_k_from: Literal["teacher", "student"] | None = None
-    """`top_k_kl`: whose likeliest tokens, `teacher` (default) or `student`. On resume: must not change."""
+    """`top_k_kl`: whose most likely tokens, `teacher` (default) or `student`. On resume: must not change."""
     policy_loss: Literal["plain", "ppo_clip"] = "plain"
     """`sampled_token` and `grpo`: `plain` (-A log theta) or `ppo_clip` (the clipped ratio to the policy at
     the start of the rollout batch). On resume: must not change."""
     clip_eps_low: PositiveShare | None = None
-    """`ppo_clip`: the ratio is clipped below 1 - this; default 0.2. On resume: must not change."""
+    """`ppo_clip`: the ratio is clipped below 1 minus this; default 0.2. On resume: must not change."""
     clip_eps_high: FinitePositive | None = None
-    """`ppo_clip`: the ratio is clipped above 1 + this; default 0.2. On resume: must not change."""
+    """`ppo_clip`: the ratio is clipped above 1 plus this; default 0.2. On resume: must not change."""
     proximal: Literal["recompute", "behaviour"] = "recompute"
     """`ppo_clip`: `recompute` (one forward pass of the training model before a rollout batch's first step) or
     `behaviour` (the sampler's own log-probs, which saves that pass). On resume: must not change."""
     outcome_reward_weight: FiniteNonNegative = 0.0
-    """`sampled_token`: alpha of MiMo-V2-Flash, weight of the group-relative outcome advantage that is added
-    to the distillation advantage. On resume: must not change."""
+    """`sampled_token`: alpha of MiMo-V2-Flash, the weight of the group-relative outcome advantage added to
+    the distillation advantage. On resume: must not change."""
     normalize_advantage: bool = True
-    """Outcome advantages are divided by their group's standard deviation, as in GRPO. On resume: must not
+    """Divide outcome advantages by their group's standard deviation, as in GRPO. On resume: must not
     change."""
     future_discount: Share = 0.0
     """`sampled_token`: a token's advantage is the sum of the log-ratios from it to the end of the response,
@@ -94,21 +94,21 @@ class ObjectiveConfig(Section):
     """`sampled_token`: a in log(a T + (1 - a) theta) - log theta, which is bounded below by log(1 - a). On
     resume: must not change."""
     rollout_correction: Literal["none", "tis", "icepop", "sequence_mask"] = "none"
-    """Per-token weight for theta / mu, the ratio of the model in training to the sampler: `tis` (clamped to
-    the band), `icepop` (0 outside), `sequence_mask` (a response is dropped when its mean ratio leaves the
-    band), `none`. On resume: must not change."""
+    """Per-token weight from theta / mu, the ratio of the model in training to the sampler: `tis` (clamped to
+    the band), `icepop` (0 outside the band), `sequence_mask` (a response is dropped if its mean ratio is
+    outside the band), `none`. On resume: must not change."""
     importance_low: Real | None = None
-    """Lower end of the band of ratios; default 0.5. On resume: must not change."""
+    """Lower end of the ratio band; default 0.5. On resume: must not change."""
     importance_high: Real | None = None
-    """Upper end of the band of ratios; default 2. On resume: must not change."""
+    """Upper end of the ratio band; default 2. On resume: must not change."""
     drift_gate_block: CountOrZero = 0
-    """Weigh blocks of this many response tokens by how far the student has moved on them since they were
-    sampled; 0 switches the gate off. On resume: must not change."""
+    """Weight blocks of this many response tokens by how far the student has drifted on them since they were
+    sampled; 0 disables the gate. On resume: must not change."""
     drift_gate_sharpness: Positive | None = None
     """How steeply that weight falls with the block's mean |log theta - log mu|; default 1. On resume: must
     not change."""
     per_domain: dict[Name, DomainKeys] = field(default_factory=dict)
-    """Domain -> the keys that differ for it. On resume: must not change."""
+    """Domain -> the keys that it overrides. On resume: must not change."""
 
 
 _OBJECTIVE = TypeAdapter(ObjectiveConfig)

@@ -1,6 +1,6 @@
-"""Which objective each domain has, and which combinations make sense.
+"""The objective of each domain, and which combinations of its keys are valid.
 
-A wrong combination is refused in one sentence that names the key and what is allowed instead.
+An invalid combination is refused in one sentence that names the key and the allowed alternatives.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ POLICY_KINDS = get_args(PolicyKind)
 KINDS = get_args(ObjectiveKind)
 
 GLOBAL_KEYS = ("reduction", "chunk_size", "per_domain")
-"""Keys of the whole run: one batch has one normalisation."""
+"""Keys that apply to the whole run, because one batch has one normalization."""
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(ObjectiveConfig)}
 
 
 def kinds_of(objective: ObjectiveConfig) -> dict[str, float]:
-    """Every kind of the sum with its weight; `weight` is not yet applied."""
+    """Every kind in the sum with its weight, without the factor `weight`."""
     return {objective.kind: 1.0} | objective.add
 
 
@@ -36,7 +36,7 @@ def _is_on_policy(objective: ObjectiveConfig) -> bool:
     return objective.kind != "sft"
 
 
-# Key -> (whether it means anything for an objective, what it needs): set for another one it is refused.
+# Key -> (whether it applies to an objective, what it needs). Setting it for another objective is an error.
 _APPLIES: dict[str, tuple[Callable[[ObjectiveConfig], bool], str]] = {
     "beta": (_has("jsd"), "kind jsd"),
     "top_k": (_has("top_k_kl"), "kind top_k_kl"),
@@ -72,34 +72,34 @@ _APPLIES: dict[str, tuple[Callable[[ObjectiveConfig], bool], str]] = {
 
 
 def needs_teachers(objective: ObjectiveConfig) -> bool:
-    """Whether some part of the sum compares the student with a teacher."""
+    """Whether any term of the sum compares the student with a teacher."""
     return any(kind in (*VOCABULARY_KINDS, "sampled_token") for kind in kinds_of(objective))
 
 
 def compares_tokens_only(objective: ObjectiveConfig) -> bool:
-    """Whether all it asks of its teachers is log T of the sampled tokens, one number each."""
+    """Whether it needs only log T of the sampled tokens from its teachers, one number each."""
     kinds = kinds_of(objective)
     return "sampled_token" in kinds and not any(kind in VOCABULARY_KINDS for kind in kinds)
 
 
 def needs_rewards(objective: ObjectiveConfig) -> bool:
-    """Whether some part of the sum needs the verifier's score."""
+    """Whether any term of the sum needs the verifier's score."""
     return "grpo" in kinds_of(objective) or objective.outcome_reward_weight > 0
 
 
 def needs_policy(objective: ObjectiveConfig) -> bool:
-    """Whether log theta of the sampled tokens is needed: an advantage, a correction or a gate."""
+    """Whether log theta of the sampled tokens is needed for an advantage, a correction or a gate."""
     corrected = objective.rollout_correction != "none" or objective.drift_gate_block > 0
     return corrected or any(kind in POLICY_KINDS for kind in kinds_of(objective))
 
 
 def needs_old_policy(objective: ObjectiveConfig) -> bool:
-    """Whether log-probs of the policy at the start of the rollout batch have to be computed."""
+    """Whether log-probs under the policy at the start of the rollout batch must be computed."""
     return objective.policy_loss == "ppo_clip" and objective.proximal == "recompute"
 
 
 def samples_per_prompt(config: Config) -> int:
-    """Trajectories of one prompt: `rollout.samples_per_prompt`, or 1 in a run that samples nothing."""
+    """Trajectories per prompt: `rollout.samples_per_prompt`, or 1 in a run that samples nothing."""
     objectives = DomainObjectives(config.objective).all()
     if all(objective.kind == "sft" for objective in objectives):
         return 1
@@ -107,16 +107,15 @@ def samples_per_prompt(config: Config) -> int:
 
 
 def rollout_sizes(config: Config) -> tuple[int, int]:
-    """Optimizer steps that a rollout batch feeds, and the prompts that are drawn for it."""
+    """Optimizer steps per rollout batch, and prompts per rollout batch."""
     steps = config.schedule.steps_per_rollout
     return steps, steps * config.schedule.global_batch_size // samples_per_prompt(config)
 
 
 class DomainObjectives:
-    """The objective of every domain: the run's, with the domain's own keys on top.
+    """The objective of every domain: the run's, overridden by the domain's own keys.
 
-    A key that a domain inherits and that means nothing for its kind is dropped; one that it sets itself is
-    refused.
+    A key that does not apply to a domain's kind is dropped if inherited, and refused if the domain sets it.
     """
 
     def __init__(self, objective: ObjectiveConfig):
@@ -127,25 +126,25 @@ class DomainObjectives:
         return self._own.get(domain, self.default)
 
     def all(self) -> list[ObjectiveConfig]:
-        """Every objective that some domain may have."""
+        """All objectives that domains may have."""
         return [self.default, *self._own.values()]
 
     def any(self, needs: Callable[[ObjectiveConfig], bool], domains: Iterable[str]) -> list[str]:
-        """The domains, sorted, whose objective `needs` something."""
+        """The domains, sorted, for whose objective `needs` is true."""
         return sorted(domain for domain in domains if needs(self.of(domain)))
 
     def heads_at_once(self, largest_mixture: int) -> int:
-        """Most output heads of teachers that are read together, where a sample has `largest_mixture` teachers
-        at most: a divergence of whole distributions reads all of them, log-probs of sampled tokens are taken
-        one teacher after another."""
+        """Maximum number of teacher LM heads needed at once, if a sample has at most `largest_mixture`
+        teachers: a divergence between whole distributions needs all of them, log-probs of sampled tokens are
+        computed one teacher after another."""
         return 1 if self.compare_tokens_only() else largest_mixture
 
     def compare_tokens_only(self) -> bool:
-        """Whether every objective that has teachers compares sampled tokens only."""
+        """Whether every objective with teachers compares only sampled tokens."""
         return all(compares_tokens_only(o) for o in self.all() if needs_teachers(o))
 
     def check_domains(self, domains: Iterable[str]) -> None:
-        """Every override names a domain that the data has; `ConfigError` otherwise."""
+        """Raise `ConfigError` if an override names a domain that the data lacks."""
         domains = set(domains)
         for domain in self._own:
             if domain not in domains:
@@ -158,7 +157,7 @@ def _override(base: ObjectiveConfig, domain: str) -> ObjectiveConfig:
     own = base.per_domain[domain]
     own = own | {"add": own.get("add", {} if "kind" in own else base.add)}
     objective = dataclasses.replace(base, per_domain={}, **own)
-    while True:  # dropping one key (policy_loss) can take the meaning from another (clip_eps_low)
+    while True:  # dropping one key (policy_loss) can make another inapplicable (clip_eps_low)
         dropped = {
             key: _DEFAULTS[key]
             for key, (applies, _) in _APPLIES.items()
@@ -170,14 +169,14 @@ def _override(base: ObjectiveConfig, domain: str) -> ObjectiveConfig:
 
 
 def check_objectives(config: Config) -> None:
-    """Every objective of the run makes sense by itself and with the rollout; `ConfigError` otherwise."""
+    """Raise `ConfigError` if an objective of the run is invalid by itself or with the rollout settings."""
     objective = config.objective
     _check(objective, config, "objective")
     for domain, own in objective.per_domain.items():
         for key in own:
             if key in GLOBAL_KEYS:
                 raise ConfigError(
-                    f"objective.per_domain.{domain}.{key}: belongs to the whole run; set objective.{key}"
+                    f"objective.per_domain.{domain}.{key}: applies to the whole run; set objective.{key}"
                 )
         _check(_override(objective, domain), config, f"objective.per_domain.{domain}")
 
@@ -187,13 +186,13 @@ def _check(o: ObjectiveConfig, config: Config, where: str) -> None:
         raise ConfigError(f"{where}.add.{o.kind}: already the kind; set {where}.weight")
     if "sft" in kinds_of(o) and o.add:
         raise ConfigError(
-            f"{where}.add: sft trains on given answers and the others on sampled responses; give sft a "
-            "domain of its own in objective.per_domain"
+            f"{where}.add: sft trains on given answers and the others on sampled responses; give sft its "
+            "own domain in objective.per_domain"
         )
     _check_apply_as(o, where)
     for key, (applies, needs) in _APPLIES.items():
         if getattr(o, key) != _DEFAULTS[key] and not applies(o):
-            raise ConfigError(f"{where}.{key}: means nothing for kind {_sum(o)}; it needs {needs}")
+            raise ConfigError(f"{where}.{key}: does not apply to kind {_sum(o)}; it needs {needs}")
     if "top_k_kl" in kinds_of(o) and o.top_k is None:
         raise ConfigError(f"{where}.top_k: kind top_k_kl needs at least 1, found {o.top_k}")
     _check_band(o, where)
@@ -218,7 +217,7 @@ def _check_band(o: ObjectiveConfig, where: str) -> None:
     low, high = importance_band(o)
     if not 0 <= low < high:
         raise ConfigError(
-            f"{where}.importance_low: the band of ratios is reversed or empty, {low} to {high}; it needs "
+            f"{where}.importance_low: the ratio band is reversed or empty, {low} to {high}; it needs "
             "0 <= importance_low < importance_high"
         )
 
@@ -234,7 +233,7 @@ def _check_rollout(o: ObjectiveConfig, config: Config, where: str) -> None:
         return
     if rollout.top_p < 1 or rollout.top_k > 0 or rollout.temperature == 0:
         raise ConfigError(
-            f"{where}: log-ratios to the sampler need samples of its whole distribution, so rollout.top_p=1, "
+            f"{where}: log-ratios to the sampler need samples from its whole distribution: rollout.top_p=1, "
             "rollout.top_k=0 and rollout.temperature above 0"
         )
     if any(kind in POLICY_KINDS for kind in kinds_of(o)) and rollout.temperature != o.temperature:

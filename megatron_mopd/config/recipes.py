@@ -1,8 +1,8 @@
-"""Known systems' recipes by name: what each published about its multi-teacher distillation.
+"""Recipes of published systems by name: what each published about its multi-teacher distillation.
 
-``recipe: NAME`` in a configuration fills in the sections below; what the configuration itself sets wins.
-``objective.per_domain.DOMAIN: NAME`` (or ``recipe: NAME`` inside it) takes a recipe's objective for one
-domain. Values marked "our choice" are not published.
+``recipe: NAME`` in a configuration provides defaults for the sections below; explicit settings take
+precedence. ``objective.per_domain.DOMAIN: NAME`` (or ``recipe: NAME`` inside it) uses a recipe's objective
+for one domain. Values marked "our choice" are not published.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def with_recipe(values: dict[str, Any]) -> dict[str, Any]:
-    """The nested dictionaries of a configuration with its `recipe` underneath; `ConfigError` for an unknown
-    one."""
+    """The nested dictionaries of a configuration merged over its `recipe`; `ConfigError` for an unknown
+    recipe."""
     values = copy.deepcopy(values)
     if values.get("recipe") is not None:
         values = _merge(_recipe(values["recipe"], "recipe"), values)
@@ -87,7 +87,7 @@ def with_recipe(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _domain_objective(own: Any, where: str) -> Any:
-    """`recipe` inside a domain's keys, or a recipe's name in their place, becomes that recipe's objective."""
+    """Replace `recipe` among a domain's keys, or a recipe's name in their place, by its objective."""
     if isinstance(own, str) and own in RECIPES:
         own = {"recipe": own}
     if not isinstance(own, dict) or "recipe" not in own:

@@ -1,7 +1,7 @@
-"""Fields of megatron-core's `TransformerConfig`, which `student` takes under their own names.
+"""Fields of megatron-core's `TransformerConfig`, which `student` accepts under their own names.
 
-Their values are checked against the types that megatron-core declares, as far as these are numbers, texts,
-choices and lists of them; what is of a class of megatron-core's own, megatron-core checks itself.
+Values are checked against the types that megatron-core declares, if these are numbers, strings, choices or
+lists of them; megatron-core itself checks values of its own classes.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from megatron_mopd.config.value_types import as_number, type_name
 
 TRANSFORMER_FIELDS = tuple(item.name for item in dataclasses.fields(MLATransformerConfig))
 _DECLARED = typing.get_type_hints(MLATransformerConfig) | {
-    "q_lora_rank": int | None,  # declared an integer, but null is how megatron-core spells "not compressed"
-    "activation_func": str,  # declared a function; `model/build.py` knows the names
+    "q_lora_rank": int | None,  # declared as an integer, but megatron-core uses null for "not compressed"
+    "activation_func": str,  # declared as a function; `model/build.py` maps the names
 }
 
 
 def transformer_fields(owned_elsewhere: Mapping[str, str]) -> GetPydanticSchema:
     """Annotation of a mapping whose keys are fields of `TransformerConfig`.
 
-    owned_elsewhere: fields that other keys decide (field -> those keys); two truths could disagree.
+    owned_elsewhere: fields that other keys set (field -> those keys), so that the two cannot disagree.
     """
     fields = {}
     for name in TRANSFORMER_FIELDS:

@@ -1,7 +1,7 @@
-"""Types and ranges of configuration values, each named once, for the annotations of the schema.
+"""Named types and ranges of configuration values, for the annotations of the schema.
 
-The sections are plain dataclasses: pydantic checks what a user wrote, once, when it is read (`loading.py`).
-What the program itself constructs or changes by `dataclasses.replace` is not checked again.
+The sections are plain dataclasses: pydantic checks the user's input once, when it is read (`loading.py`).
+Objects that the program itself constructs or changes with `dataclasses.replace` are not checked again.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from megatron_mopd.backend.messages import shown
 
 
 class Section:
-    """Base of the dataclasses: unknown keys are refused, and values of another type are not converted."""
+    """Base of the dataclasses: refuses unknown keys and does not convert values of other types."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         schema = handler(source)
-        # The fields are strict, not the section: a strict dataclass accepts only its instances, no mapping.
+        # Only the fields are strict: a strict dataclass would accept its own instances but no mapping.
         handler.resolve_ref_schema(schema)["strict"] = False
         return schema
 
 
 def as_number(value: Any) -> Any:
-    """`value`, or the number that it spells: YAML reads 1e-4 (no dot) as text."""
+    """`value`, or the number that it represents: YAML reads 1e-4 (without a dot) as a string."""
     with contextlib.suppress(ValueError):
         return float(value) if isinstance(value, str) else value
     return value
@@ -55,10 +55,10 @@ def _repetitions(times: int) -> int:
 
 
 Text = InstanceOf[str]
-"""Use it instead of `str`: of an `EnvironmentText`, pydantic's `str` would keep the value, which must not be
-written anywhere, and drop how the configuration spells it."""
+"""Use this instead of `str`: pydantic's `str` would convert an `EnvironmentText` to its value, which must not
+be written anywhere, and lose its spelling in the configuration."""
 Name = Annotated[str, BeforeValidator(str)]
-"""Key of a mapping whose keys are the user's own: `1:` is a name like others."""
+"""Key of a mapping with user-defined keys: `1:` is a valid name."""
 Day = Annotated[Text, AfterValidator(_day)]
 
 Count = Annotated[int, Field(ge=1)]
@@ -73,7 +73,7 @@ FiniteNonNegative = Annotated[Real, Field(ge=0, lt=math.inf)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 PositiveShare = Annotated[Real, Field(gt=0, le=1)]
 ShareBelowOne = Annotated[Real, Field(ge=0, lt=1)]
-# A year at most: timers and the process groups' timeouts hold no more than some centuries.
+# At most one year: timers and the process groups' timeouts overflow after a few centuries.
 Minutes = Annotated[Real, Field(gt=0, le=525_600)]
 MinutesOrZero = Annotated[Real, Field(ge=0, le=525_600)]
 Seconds = Annotated[Real, Field(gt=0, le=31_536_000)]
@@ -82,7 +82,7 @@ _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def allowed_range(hint: Any) -> str:
-    """`at least 0 and below 1`: the range of an annotation above, or "" when it has none."""
+    """`at least 0 and below 1`: the range of one of the annotations above, or "" if it has none."""
     bounds = [bound for item in getattr(hint, "__metadata__", ()) for bound in getattr(item, "metadata", ())]
     stated = [
         f"{word} {getattr(b, name)}" for name, word in _BOUNDS.items() for b in bounds if hasattr(b, name)
@@ -91,7 +91,7 @@ def allowed_range(hint: Any) -> str:
 
 
 def type_name(hint: Any) -> str:
-    """How messages and documentation call a type: `int (at least 1) or null`, `list of int`."""
+    """Name of a type in messages and documentation: `int (at least 1) or null`, `list of int`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         limits = allowed_range(hint)

@@ -1,4 +1,4 @@
-"""Time limits for library code that runs in this process and cannot be interrupted."""
+"""Time limits for library code in this process that cannot be interrupted."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Result = TypeVar("Result")
 
 
 def within(seconds: float, function: Callable[..., Result], *arguments: Any) -> Result:
-    """`function(*arguments)`, run on a thread of its own.
+    """`function(*arguments)`, run on a separate thread.
 
-    Raises `TimeoutError` when it does not return within `seconds` (the thread then goes on until the process
-    ends, so that the caller should end soon too), and `RuntimeError` for what is no `Exception`: a panic of a
-    library written in Rust is one of Python's `BaseException`s. The function has to release the interpreter's
-    lock while it is busy, as tokenizers and other compiled libraries do.
+    Raises `TimeoutError` if it does not return within `seconds` (the thread then runs until the process ends,
+    so the caller should exit soon), and `RuntimeError` for errors that are not an `Exception`: a panic of a
+    Rust library is a `BaseException`. The function must release the GIL while it is busy, as tokenizers and
+    other compiled libraries do.
     """
     outcome: list[tuple[bool, Any]] = []
 

@@ -1,12 +1,12 @@
-"""What text the libraries of a worker may evaluate.
+"""Restricts the text that a worker's libraries may evaluate.
 
-Verifiers pass parts of an answer to `eval`, to `sympy.parse_expr` and the like. Every way from text to code
-in CPython raises the audit event `compile` with the text, before anything is compiled; a hook on it reads
-the text as a syntax tree and refuses what is not an expression of numbers, literals and mathematical
-functions. The evaluating library sees an exception, as for any text that it cannot evaluate.
+Verifiers pass parts of an answer to `eval`, `sympy.parse_expr` and the like. Whenever CPython turns text into
+code, it raises the audit event `compile` with the text before compiling it; a hook parses the text into a
+syntax tree and refuses anything but expressions of numbers, literals and mathematical functions. The
+evaluating library sees an exception, as for any text that it cannot evaluate.
 
-The kernel's limits are what protects the trainer; this check protects one answer's score from another's, and
-an answer's score from the answer itself.
+The kernel's limits protect the trainer; this check protects an answer's score from other answers and from
+the answer itself.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import re
 import sys
 from enum import Enum
 
-_SYMPY_PRELUDE = "from sympy import *"  # what `sympy.parse_expr` itself executes
-# Modules that generate code of their own, from numbers and from names that they check. Not `lambdify`, which
-# prints the names of symbols.
+_SYMPY_PRELUDE = "from sympy import *"  # executed by `sympy.parse_expr` itself
+# Modules that generate their own code from numbers and from names that they validate. Not `lambdify`, which
+# inserts the names of symbols.
 _GENERATORS = frozenset(("collections", "dataclasses", "sympy.polys.monomials"))
 _LONGEST = 100_000
 _LONGEST_KNOWN, _MOST_KNOWN = 2000, 1000
 # Without letters there are no names, so nothing can be called, imported or defined.
 _WITHOUT_NAMES = re.compile(r"[0-9 .,+\-*/%()\[\]{}<>=:'\"\n]*")
-# A comment that declares another encoding would let compiler and check read different texts (PEP 263).
+# With a comment that declares another encoding, compiler and check would read different texts (PEP 263).
 _ENCODING = re.compile(r"#.*coding[:=]")
 
-# What may be called in a worker that goes on to score other answers: constructors without side effects, to
-# which sympy's parser and ordinary formulas come down.
+# Allowed calls in a worker that scores further answers: constructors without side effects, which are all that
+# sympy's parser and ordinary formulas need.
 _PURE_CALLS = frozenset(
     """
     Symbol Integer Float Rational Number Function Add Mul Pow Mod Abs abs Eq Ne Lt Le Gt Ge And Or Not
@@ -44,7 +44,7 @@ _FORBIDDEN = frozenset(
     callable format sympify parse_expr lambdify preview test doctest plot init_printing init_session S source
     """.split()
 )
-# Nothing that binds names, reaches into objects or defines code.
+# No nodes that bind names, access attributes or define code.
 _NODES = frozenset(
     (
         ast.Expression,
@@ -67,27 +67,27 @@ class Allowed(Enum):
     """How much may be evaluated."""
 
     EVERYTHING = 0
-    """No check: during imports, and where evaluation is not part of what is confined (templates)."""
+    """No check: during imports, and for handlers without evaluation checks (templates)."""
     EXPRESSIONS = 1
     """In a worker that scores one answer: expressions without attributes, reserved names and definitions."""
     PURE_EXPRESSIONS = 2
-    """In a worker that goes on: of these, only literals, operators and calls of known constructors."""
+    """In a worker that scores further answers: only literals, operators and calls of known constructors."""
 
 
 class EvaluationRefused(Exception):
-    """Text that was to be evaluated is more than an expression."""
+    """The text to evaluate is more than an expression."""
 
 
 class Evaluations:
-    """The hook of a process; it cannot be removed, and is inherited by the processes that it forks."""
+    """The audit hook of a process; it cannot be removed, and forked processes inherit it."""
 
     def __init__(self) -> None:
         self.allowed = Allowed.EVERYTHING
         self.refused = False
-        """Whether something was refused since this was last set to false."""
+        """Whether something has been refused since this was last set to false."""
         self._is_reading = False
         self._known: set[tuple[Allowed, str]] = set()
-        """Texts that have passed: a compilation raises the event twice, and references come again."""
+        """Accepted texts: a compilation raises the event twice, and references recur."""
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple) -> None:
@@ -96,7 +96,7 @@ class Evaluations:
         source, file = arguments[:2]
         if isinstance(source, bytes):
             source = source.decode()
-        if str(file).endswith(".py"):  # a module that is only now imported; what is evaluated has no file
+        if str(file).endswith(".py"):  # a late import; evaluated text has no file
             return
         if isinstance(source, str) and source.strip() == _SYMPY_PRELUDE:
             return
@@ -119,10 +119,11 @@ class Evaluations:
 
 
 def is_expression(source: str | ast.AST, pure: bool) -> bool:
-    """Whether `source`, text or a syntax tree, is one expression as `Allowed` describes it.
+    """Whether `source`, text or a syntax tree, is one expression as described in `Allowed`.
 
-    Raises what Python's parser raises for text that it cannot read (`SyntaxError`, `RecursionError`, ...):
-    then nobody may compile it, lest two readers of one text disagree. Text without letters is not parsed.
+    Raises whatever Python's parser raises for text that it cannot parse (`SyntaxError`, `RecursionError`,
+    ...), so that nothing compiles a text which this check did not understand. Text without letters is not
+    parsed.
     """
     if isinstance(source, str):
         if len(source) > _LONGEST or _ENCODING.search(source):
@@ -146,7 +147,7 @@ def is_expression(source: str | ast.AST, pure: bool) -> bool:
 
 
 def _may_name(name: str, pure: bool) -> bool:
-    if pure:  # a single letter that nobody calls is a variable of the formula, or a NameError
+    if pure:  # a single letter that is not called is a variable of the formula, or a NameError
         return name in _PURE_CALLS or name in _CONSTANTS or len(name) == 1 and name.isalpha()
     return not name.startswith("_") and name not in _FORBIDDEN
 

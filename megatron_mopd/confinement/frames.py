@@ -1,4 +1,4 @@
-"""Messages over pipes with deadlines in both directions: four bytes of length, then the message."""
+"""Messages over pipes with deadlines in both directions: a four-byte length, then the message."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Disconnected(Exception):
 def send(descriptor: int, message: bytes, deadline: float) -> None:
     """Write a message; the descriptor must not block.
 
-    Raises `TimeoutError` when the other side has not read it by `deadline` (of `time.monotonic`), and
+    Raises `TimeoutError` if the other side has not read it by `deadline` (of `time.monotonic`), and
     `Disconnected`.
     """
     rest = memoryview(_HEADER.pack(len(message)) + message)
@@ -35,12 +35,12 @@ def send(descriptor: int, message: bytes, deadline: float) -> None:
 def receive(descriptor: int, deadline: float, longest: int, closes: int | None = None) -> bytes:
     """Read a message of at most `longest` bytes; the descriptor must not block.
 
-    Raises `TimeoutError`, `Disconnected` (also when the other end of `closes`, a pipe to read from, is closed
+    Raises `TimeoutError`, `Disconnected` (also if the other end of `closes`, a pipe to read from, is closed
     meanwhile), and `ValueError` for a message that is too long.
     """
     (length,) = _HEADER.unpack(_exactly(descriptor, _HEADER.size, deadline, closes))
     if length > longest:
-        raise ValueError(f"a message of {length} bytes, where at most {longest} are expected")
+        raise ValueError(f"a message of {length} bytes, expected at most {longest}")
     return _exactly(descriptor, length, deadline, closes)
 
 
@@ -50,17 +50,17 @@ def pack(messages: Sequence[bytes]) -> bytes:
 
 
 def unpack(packed: bytes) -> list[bytes]:
-    """What `pack` was given. Raises `ValueError` for anything else."""
+    """The messages passed to `pack`. Raises `ValueError` for other input."""
     messages, start = [], 0
     while start < len(packed):
         try:
             (length,) = _HEADER.unpack_from(packed, start)
         except struct.error:
-            raise ValueError("a message ends within its length") from None
+            raise ValueError("a message ends within its length field") from None
         start += _HEADER.size + length
         messages.append(packed[start - length : start])
     if start > len(packed):
-        raise ValueError("a message is shorter than it says")
+        raise ValueError("a message is shorter than its length field says")
     return messages
 
 
@@ -85,7 +85,7 @@ def _wait(descriptor: int, event: int, deadline: float, closes: int | None = Non
     poll = select.poll()  # not select: descriptors may be above 1024
     poll.register(descriptor, event)
     if closes is not None:
-        poll.register(closes, 0)  # only that it is closed
+        poll.register(closes, 0)  # only to detect that it is closed
     seconds = deadline - time.monotonic()
     ready = dict(poll.poll(None if deadline == float("inf") else max(0.0, 1e3 * seconds)))
     if not ready:

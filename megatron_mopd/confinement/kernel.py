@@ -1,7 +1,7 @@
-"""Rights that a process gives up by itself, with what the kernel offers: resource limits, Landlock, seccomp,
+"""Irrevocably drops privileges of this process with kernel mechanisms: resource limits, Landlock, seccomp,
 namespaces.
 
-There is no way back: what is given up stays so until the process ends, and for every process that it starts.
+Restrictions last until the process ends, and apply to every process that it starts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 try:
     import pyseccomp
-except (ImportError, OSError, RuntimeError, AttributeError):  # not installed, or there is no libseccomp
+except (ImportError, OSError, RuntimeError, AttributeError):  # not installed, or libseccomp is missing
     pyseccomp = None
 
 _SET_PARENT_DEATH_SIGNAL, _SET_SECCOMP, _SET_NO_NEW_PRIVILEGES = 1, 22, 38
@@ -39,8 +39,8 @@ _TRUNCATION_SINCE = 3
 _NETWORK_SINCE, _BIND_AND_CONNECT = 4, 0b11
 _SCOPES_SINCE, _ABSTRACT_SOCKETS_AND_SIGNALS = 6, 0b11
 
-# System calls of a worker: memory, reading, its own pipes, clocks, and what CPython and glibc ask of the
-# kernel for a process that does not touch others. Everything else is refused, also what later kernels add.
+# Allowed system calls of a worker: memory, reading, its own pipes, clocks, and what CPython and glibc need
+# for a process that does not affect others. All others are refused, including those of later kernels.
 _ALLOWED = """
     brk mmap munmap mprotect mremap madvise
     read readv pread64 preadv write writev lseek close dup dup2 dup3 pipe pipe2 poll ppoll select pselect6
@@ -50,29 +50,29 @@ _ALLOWED = """
     getrandom rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack restart_syscall
     futex set_robust_list set_tid_address rseq membarrier arch_prctl exit exit_group
 """.split()
-# Flags of `open` that write or make a file.
+# Flags of `open` that write or create a file.
 _WRITES = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC
-# Not F_SETOWN and the like, which have the kernel send signals to other processes.
+# Not F_SETOWN and the like, which make the kernel send signals to other processes.
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC
 _IOCTL_COMMANDS = (0x5401, 0x5413, 0x5451)  # TCGETS and TIOCGWINSZ (is this a terminal?), FIOCLEX
 
 
 @dataclass(frozen=True)
 class Confinement:
-    """What the kernel of this machine gave to a confined process."""
+    """The mechanisms by which this machine's kernel confines a process."""
 
     system: str = platform.system()
     landlock: int = 0
-    """Version of Landlock's interface; 0 where there is none."""
+    """Version of the Landlock interface; 0 if unavailable."""
     seccomp: bool = False
-    """Workers have a list of system calls that they may make."""
+    """Whether workers have an allowlist of system calls."""
     network_namespace: bool = False
-    """A network of its own without interfaces; only tried where there is no seccomp."""
+    """Whether the process has a separate network without interfaces; only tried without seccomp."""
     superuser: bool = False
-    """The process runs as root, for which the kernel does not count processes."""
+    """Whether the process runs as root, for which the kernel does not limit the number of processes."""
 
     def missing(self) -> list[str]:
-        """What hostile code in a confined process could do on this machine; empty when nothing is missing."""
+        """What hostile code in a confined process could do on this machine; empty if fully confined."""
         can = []
         if not self.landlock:
             can.append("read this user's files and processes")
@@ -92,7 +92,7 @@ class Confinement:
         return can
 
     def advice(self) -> str:
-        """How to get what is missing; empty when nothing is."""
+        """How to enable the missing mechanisms; empty if none is missing."""
         if self.system != "Linux":
             return "score untrusted answers on Linux" if self.missing() else ""
         steps = []
@@ -103,7 +103,7 @@ class Confinement:
         return "; ".join(steps)
 
     def warning(self) -> str | None:
-        """One line for whoever starts a run; `None` when nothing is missing."""
+        """A one-line warning for the user; `None` if fully confined."""
         if not (missing := self.missing()):
             return None
         return (
@@ -112,7 +112,7 @@ class Confinement:
         )
 
     def mechanisms(self) -> str:
-        """What is in force, in words."""
+        """The active mechanisms as text."""
         found = [f"Landlock {self.landlock}"] if self.landlock else []
         found += ["seccomp"] * self.seccomp + ["network namespace"] * self.network_namespace
         return ", ".join([*found, "resource limits"])
@@ -122,14 +122,14 @@ class Confinement:
 
 
 def confine(memory_bytes: int, readable: Iterable[str | Path]) -> tuple[Confinement, bytes]:
-    """Confine this process, which goes on to start workers: see `confine_worker` for what they give up.
+    """Confine this process, which will start workers; `confine_worker` confines those further.
 
-    Address space grows by at most `memory_bytes`, no core is dumped, no file grows; where the kernel has
-    Landlock, nothing on any file system is written, created or removed, only files under `readable` are read,
-    and nothing outside is signalled. Pipes that are open stay usable. Returns what there was, and the filter
-    for `confine_worker`.
+    The address space grows by at most `memory_bytes`, no core is dumped, no file grows. With Landlock,
+    nothing on any file system is written, created or removed, only files under `readable` are read, and no
+    outside process is signalled. Open pipes remain usable. Returns the active mechanisms, and the filter for
+    `confine_worker`.
     """
-    # When the machine runs out of memory, this process goes before the trainer.
+    # If the machine runs out of memory, this process should be killed before the trainer.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
     limit = _address_space() + memory_bytes
@@ -148,12 +148,12 @@ def confine(memory_bytes: int, readable: Iterable[str | Path]) -> tuple[Confinem
 
 
 def confine_worker(seconds: float, program: bytes, parent: int) -> None:
-    """Confine a process forked by `parent`, a confined one: it makes no system call but those listed, starts
-    no process and no thread, signals nobody, and ends with its parent. Its processor time is limited to
-    `seconds` from now on, rounded up, whoever supervises it.
+    """Confine a process forked by `parent`, a confined process: it makes only the listed system calls, starts
+    no process or thread, sends no signals, and ends with its parent. Its CPU time is limited to `seconds`
+    from now on, rounded up, independently of any supervision.
     """
     used = sum(os.times()[:2])
-    limit = math.ceil(min(used + seconds, 1e9))  # there may be no limit
+    limit = math.ceil(min(used + seconds, 1e9))  # `seconds` may be infinite
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
     if hasattr(resource, "RLIMIT_NPROC"):
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
@@ -161,9 +161,9 @@ def confine_worker(seconds: float, program: bytes, parent: int) -> None:
         return
     libc = _libc()
     libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above
+    if os.getppid() != parent:  # the parent died before the line above
         os._exit(1)
-    # A domain of its own inside the parent's: it cannot signal the parent either.
+    # A separate Landlock domain inside the parent's, so that the worker cannot signal the parent either.
     if landlock_version() >= _SCOPES_SINCE:
         _restrict(struct.pack("<QQQ", 0, 0, _ABSTRACT_SOCKETS_AND_SIGNALS), ())
     if program:
@@ -174,7 +174,7 @@ def confine_worker(seconds: float, program: bytes, parent: int) -> None:
 
 
 def landlock_version() -> int:
-    """Version of Landlock's interface in this kernel; 0 where there is none or it is switched off."""
+    """Version of this kernel's Landlock interface; 0 if unavailable or disabled."""
     if platform.system() != "Linux":
         return 0
     version = _libc().syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_VERSION_FLAG))
@@ -182,8 +182,8 @@ def landlock_version() -> int:
 
 
 def readable_by_imports() -> set[str]:
-    """Where this process's modules, their data and the libraries behind them are: what it may need to read
-    after its imports. Not the working directory, unless modules were imported from its top level.
+    """Paths of this process's modules, their data and their libraries, which it may need to read after its
+    imports. Excludes the working directory, unless modules were imported from its top level.
     """
     paths = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     for name, module in list(sys.modules.items()):
@@ -210,7 +210,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _landlock(readable: Iterable[str | Path]) -> int:
-    """Forbid this process everything but reading `readable`; the version of Landlock, 0 when it refused."""
+    """Forbid this process everything except reading `readable`; the version of Landlock, 0 on failure."""
     version = landlock_version()
     if not version:
         return 0
@@ -229,7 +229,7 @@ def _restrict(attributes: bytes, readable: Iterable[str | Path]) -> bool:
         return False
     try:
         for path in readable:
-            with contextlib.suppress(OSError):  # not on this machine
+            with contextlib.suppress(OSError):  # does not exist on this machine
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     rights = _READ_FILE | (_READ_DIRECTORY if os.path.isdir(path) else 0)
@@ -243,7 +243,7 @@ def _restrict(attributes: bytes, readable: Iterable[str | Path]) -> bool:
 
 
 def _filter_program() -> bytes:
-    """The instructions of the workers' seccomp filter; empty where there is no libseccomp, or no seccomp."""
+    """The instructions of the workers' seccomp filter; empty without libseccomp or seccomp."""
     if pyseccomp is None:
         return b""
     try:
@@ -255,10 +255,10 @@ def _filter_program() -> bytes:
         for name, commands in (("fcntl", _FCNTL_COMMANDS), ("ioctl", _IOCTL_COMMANDS)):
             for command in commands:
                 _allow(rules, name, pyseccomp.Arg(1, pyseccomp.EQ, command))
-        # Its own limits, to read them.
+        # Reading its own limits.
         own, reading = pyseccomp.Arg(0, pyseccomp.EQ, 0), pyseccomp.Arg(2, pyseccomp.EQ, 0)
         _allow(rules, "prlimit64", own, reading)
-        reader, writer = os.pipe()  # far larger than the program, and no file has to be written
+        reader, writer = os.pipe()  # far larger than the program, and avoids writing a file
         with open(reader, "rb") as program:
             with open(writer, "wb") as file:
                 rules.export_bpf(file)
@@ -268,6 +268,6 @@ def _filter_program() -> bytes:
 
 
 def _allow(rules: Any, name: str, *arguments: Any) -> None:
-    # This architecture has no such call, or the library is older than it.
+    # The call may not exist on this architecture, or the library may be too old for it.
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         rules.add_rule(pyseccomp.ALLOW, name, *arguments)

@@ -1,4 +1,4 @@
-"""A confined process with nothing to do, from which to learn what this machine's kernel offers."""
+"""A confined process without handlers, started only to find out what this machine's kernel supports."""
 
 from __future__ import annotations
 

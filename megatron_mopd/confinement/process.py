@@ -1,4 +1,4 @@
-"""The trainer's side: a confined process that is asked, watched and, if need be, killed."""
+"""The trainer's side: starts a confined process, sends it requests, and kills it if necessary."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ _OUTCOMES = {
     TOO_LONG: "its answer is too long",
 }
 _START_SECONDS = 120.0
-# Beyond its own limit a request may wait for a fork on a machine that is busy.
+# In addition to its own limit, a request may wait for a fork on a busy machine.
 _GRACE_SECONDS = 5.0
 _LONGEST_ANSWER = 1 << 26
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
-# The only variables that a confined process gets: where its modules and their libraries are.
+# The only environment variables that a confined process gets: the paths of its modules and their libraries.
 _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
 
 
 class Unanswered(Exception):
-    """A confined process did not give an answer: it took too long, or died."""
+    """A confined process gave no answer: it took too long, or died."""
 
 
 class HandlerError(Unanswered):
-    """What was asked for raised an error; the text is the error's, as the worker told it."""
+    """A handler raised an error; the text is the error message reported by the worker."""
 
 
 class ConfinedProcess:
-    """A process that runs `module`, which calls `server.serve`; started when first needed, and again after it
-    had to be killed. Methods may be called from any thread, one after the other.
+    """A process that runs `module`, which calls `server.serve`; started when first needed, and restarted
+    after it had to be killed. Methods may be called from any thread; calls are serialized.
     """
 
     def __init__(self, module: str):
@@ -54,9 +54,9 @@ class ConfinedProcess:
         self._closed = False
 
     def start(self) -> Confinement:
-        """Start the process if it is not there; returns how it is confined. Takes seconds.
+        """Start the process if it is not running; returns how it is confined. Takes seconds.
 
-        Raises `Unanswered` when it cannot be started.
+        Raises `Unanswered` if it cannot be started.
         """
         with self._lock:
             if self._process is None:
@@ -64,11 +64,11 @@ class ConfinedProcess:
             return self._confinement
 
     def ask(self, name: str, *arguments: Any, seconds: float, alone: bool = False) -> Any:
-        """What handler `name` returns for `arguments`: plain JSON values.
+        """The result of handler `name` for `arguments`: plain JSON values.
 
-        `seconds`: of wall-clock time; for a worker of its own, of processor time too. `alone`: in a worker
-        that has answered nobody else and will not. Raises `Unanswered`, and returns at the latest a few
-        seconds after the limit whatever the process does.
+        `seconds`: limit on wall-clock time; for a separate worker, on CPU time too. `alone`: use a worker
+        that serves no other request. Raises `Unanswered`. Returns at most a few seconds after the limit,
+        whatever the process does.
         """
         (answer,) = self.ask_many([(name, *arguments)], seconds=seconds, alone=alone)
         if isinstance(answer, Unanswered):
@@ -78,8 +78,9 @@ class ConfinedProcess:
     def ask_many(
         self, requests: Sequence[tuple[Any, ...]], *, seconds: float, alone: bool = False
     ) -> list[Any | Unanswered]:
-        """As `ask` for each (name, *arguments), one after the other, each with its own `seconds`; what was
-        not answered is there as the `Unanswered` that says why. Raises `Unanswered` when none can be.
+        """Like `ask` for each (name, *arguments), one after another, each with its own `seconds`; requests
+        without an answer have an `Unanswered` with the reason in its place. Raises `Unanswered` if none can
+        be answered.
         """
         message = REQUEST.pack(seconds, alone) + pack([pickle.dumps(request) for request in requests])
         if len(message) > LONGEST_REQUEST:
@@ -99,16 +100,16 @@ class ConfinedProcess:
             except (Disconnected, ValueError):
                 self._kill()
                 raise Unanswered("the confined process itself died") from None
-            except BaseException:  # Ctrl-C in between: the answer would be taken for the next request's
+            except BaseException:  # after Ctrl-C, the answer would be mistaken for the next request's
                 self._kill()
                 raise
         return [_answer(reply, seconds) for reply in replies]
 
     def close(self) -> None:
-        """End the process, if there is one, for good: whoever waits for an answer gets `Unanswered`."""
+        """Kill the process, if any, permanently: callers waiting for an answer get `Unanswered`."""
         self._closed = True
         if (process := self._process) is not None:
-            _kill_all(process)  # without the lock, which who waits for an answer holds
+            _kill_all(process)  # without the lock, which a waiting caller holds
         with self._lock:
             if self._process is not None:
                 self._kill()
@@ -117,7 +118,7 @@ class ConfinedProcess:
         if self._closed:
             raise Unanswered("it was closed")
         environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-        # One thread: it must not take the cores of the training process, nor address space for idle threads.
+        # One thread: do not compete with training for cores, nor use address space for idle threads.
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, str(_PACKAGE_PARENT)]))
         self._process = subprocess.Popen(
@@ -126,7 +127,7 @@ class ConfinedProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
-            start_new_session=True,  # to be killed as a whole, and out of reach of the terminal's Ctrl-C
+            start_new_session=True,  # can be killed as a group, and does not receive the terminal's Ctrl-C
         )
         for pipe in (self._process.stdin, self._process.stdout):
             os.set_blocking(pipe.fileno(), False)
@@ -144,24 +145,24 @@ class ConfinedProcess:
             raise
 
     def _kill(self) -> None:
-        """Kill the process and all that it forked, and close the pipes without waiting for anyone."""
+        """Kill the process and all its forks, and close the pipes without blocking."""
         process, self._process = self._process, None
         _kill_all(process)
         for pipe in (process.stdin, process.stdout):
-            pipe.close()  # its buffer is empty: descriptors are written to directly
+            pipe.close()  # nothing is buffered: all writes go to the descriptor directly
         process.wait()
 
 
 def _kill_all(process: subprocess.Popen) -> None:
-    if process.returncode is None:  # not collected yet, so the number is still its own
+    if process.returncode is None:  # not reaped yet, so the process id is still valid
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
 
 
 def examine() -> Confinement:
-    """What this machine's kernel gives to confined processes; starts one for half a second.
+    """How this machine's kernel can confine processes; starts one for half a second.
 
-    Raises `Unanswered` when none can be started.
+    Raises `Unanswered` if none can be started.
     """
     process = ConfinedProcess("megatron_mopd.confinement.nothing")
     try:
@@ -171,13 +172,13 @@ def examine() -> Confinement:
 
 
 def _answer(reply: bytes, seconds: float) -> Any | Unanswered:
-    """The value in a reply, which is not believed to be anything but JSON, or why there is none."""
+    """The value in a reply, which is untrusted and parsed only as JSON, or why there is none."""
     if reply[:1] != ANSWERED:
-        return Unanswered(_OUTCOMES.get(reply[:1], "it answered with nothing").format(seconds=seconds))
+        return Unanswered(_OUTCOMES.get(reply[:1], "its answer is empty").format(seconds=seconds))
     try:
         fields = json.loads(reply[1:])
     except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict) or fields.keys() not in ({"value"}, {"error"}):
-        return Unanswered("it answered with something else than a value")
+        return Unanswered("its answer is not a value")
     return fields["value"] if "value" in fields else HandlerError(str(fields["error"]))

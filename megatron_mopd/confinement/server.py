@@ -1,9 +1,9 @@
-"""Inside a confined process: it imports, gives up its rights, and forks workers for what is asked of it.
+"""Inside a confined process: it imports modules, drops privileges, and forks workers to handle requests.
 
-The process that was started never looks at a request. It hands the bytes on to a worker, watches the clock,
-and hands the answer back; a worker that is late or dead is replaced by a fork, which takes milliseconds
-where a new process takes seconds. Nothing that a worker does reaches it: the worker holds one pipe in each
-direction and may signal nobody.
+The started process (the supervisor) never interprets a request. It passes the bytes to a worker, enforces the
+time limit, and returns the answer. A late or dead worker is replaced by a fork, which takes milliseconds,
+while a new process takes seconds. A worker cannot affect the supervisor: it only holds one pipe in each
+direction and cannot send signals.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from megatron_mopd.confinement.frames import Disconnected, pack, receive, send, 
 from megatron_mopd.confinement.kernel import confine, confine_worker, readable_by_imports
 
 REQUEST = struct.Struct("<d?")
-"""Before packed requests: seconds that each may take, and whether each gets a worker of its own anyway."""
+"""Header of packed requests: time limit of each in seconds, and whether each gets a separate worker."""
 ANSWERED, LATE, DIED, TOO_LONG = b"a", b"l", b"d", b"t"
 LONGEST_REQUEST = 1 << 28
 _FOREVER = float("inf")
-# A worker is replaced after so many answers, so that what libraries cache does not add up.
+# A worker is replaced after this many answers, so that the caches of libraries do not accumulate.
 _REQUESTS_OF_A_WORKER = 2000
 _MORE_THAN_AN_EXPRESSION = b"more than an expression"
 
 
 @dataclass(frozen=True)
 class WorkerLimits:
-    """What a confined process may use."""
+    """Resource limits of a confined process."""
 
     memory_bytes: int = 2 << 30
-    """Address space of each process, beyond what it has after its imports."""
+    """Address space of each process, in addition to what it uses after its imports."""
     longest_answer: int = 1 << 12
-    """Bytes of JSON."""
+    """Maximum bytes of JSON in an answer."""
 
 
 Handlers = Mapping[str, Callable[..., Any]]
 
 
 def serve(handlers: Handlers, limits: WorkerLimits, *, checks_evaluation: bool) -> NoReturn:
-    """Answer requests from standard input until it is closed; the first answer is what the kernel gave.
+    """Answer requests from standard input until it is closed; the first answer is the `Confinement`.
 
-    A request is a pickled (name of a handler, arguments), from the trainer, which is trusted; an answer is
-    JSON: `{"value": ...}`, or `{"error": ...}` when the handler raised. With `checks_evaluation`, a worker
-    goes on to other requests as long as its libraries evaluate nothing but pure expressions
-    (`evaluation.Allowed`); an answer that asks for more is tried again in a worker of its own.
+    A request is a pickled (name of a handler, arguments) from the trainer, which is trusted; an answer is
+    JSON: `{"value": ...}`, or `{"error": ...}` if the handler raised. With `checks_evaluation`, a worker
+    serves further requests as long as its libraries evaluate only pure expressions (`expressions.Allowed`); a
+    request that needs more is retried in a separate worker.
     """
     requests, replies = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):  # whatever a library prints must not end up among the answers
+    for descriptor in (0, 1, 2):  # keep library output out of the answers
         os.dup2(nothing, descriptor)
     os.set_blocking(requests, False)
     os.set_blocking(replies, False)
@@ -67,7 +67,7 @@ def serve(handlers: Handlers, limits: WorkerLimits, *, checks_evaluation: bool) 
     os.environ.clear()
     confinement, program = confine(limits.memory_bytes, readable)
     gc.collect()
-    gc.freeze()  # a fork copies no page only because the collector looked at it
+    gc.freeze()  # prevents copy-on-write of pages in forks just because the collector touches them
     workers = _Workers(handlers, limits, evaluations if checks_evaluation else None, program, requests)
     send(replies, json.dumps(confinement.to_dict()).encode(), _FOREVER)
     with contextlib.suppress(Disconnected):
@@ -81,7 +81,7 @@ def serve(handlers: Handlers, limits: WorkerLimits, *, checks_evaluation: bool) 
 
 
 class _Workers:
-    """The worker that goes on from request to request, and those that live for one."""
+    """The worker that is reused between requests, and those that serve only one."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class _Workers:
         self._worker: _Worker | None = None
 
     def answer(self, requests: list[bytes], seconds: float, alone: bool) -> list[bytes]:
-        """What the trainer is told of each request: how it went (a letter), and the answer."""
+        """The reply to each request: its status (one letter), and the answer."""
         outcomes: list[bytes] = []
         while not alone and len(outcomes) < len(requests):
             outcomes += self._in_turn(requests[len(outcomes) :], seconds)
@@ -108,7 +108,7 @@ class _Workers:
         ]
 
     def _in_turn(self, requests: list[bytes], seconds: float) -> list[bytes]:
-        """Outcomes of the first requests, up to the one that costs the worker its life; at least one."""
+        """Outcomes of the first requests, up to the one on which the worker fails; at least one."""
         if self._worker is None:
             self._worker = self._fork(_REQUESTS_OF_A_WORKER * seconds, Allowed.PURE_EXPRESSIONS)
         worker, outcomes = self._worker, []
@@ -162,7 +162,7 @@ class _Workers:
         supervisor = os.getpid()
         process = os.fork()
         if process == 0:
-            # Everything below ends in os._exit: the worker must never return into the loop of its parent.
+            # Everything below ends in os._exit: the worker must never return into its parent's loop.
             try:
                 _close_all_but(their_requests, their_replies)
                 os.set_blocking(their_requests, False)
@@ -189,7 +189,7 @@ class _Workers:
             evaluations.refused, evaluations.allowed = False, allowed
         try:
             answer = {"value": self._handlers[name](*arguments)}
-        except BaseException as error:  # `exit()` in an answer, a Rust panic, an interrupt that was raised
+        except BaseException as error:  # `exit()` in an answer, a Rust panic, a raised KeyboardInterrupt
             answer = {"error": f"{type(error).__name__}: {error}"[:300]}
         if evaluations is not None:
             evaluations.allowed = Allowed.EVERYTHING
@@ -206,7 +206,7 @@ class _Worker:
     requests: int = 0
 
     def end(self) -> None:
-        """Kill it; it has no descendants."""
+        """Kill the worker, which has no descendants."""
         os.close(self.requests_to)
         os.close(self.replies_from)
         os.kill(self.process, signal.SIGKILL)
@@ -214,7 +214,7 @@ class _Worker:
 
 
 def _close_all_but(*kept: int) -> None:
-    """Of the descriptors that a fork inherits, keep standard ones (they lead nowhere) and `kept`."""
+    """Close all inherited descriptors except the standard ones (connected to /dev/null) and `kept`."""
     start = 3
     for descriptor in sorted(kept):
         os.closerange(start, descriptor)

@@ -1,1 +1,1 @@
-"""From hidden states of student and teachers to the loss of one micro-batch, on the last pipeline stage."""
+"""Computes the loss of one micro-batch from student and teacher hidden states, on the last pipeline stage."""

@@ -1,4 +1,4 @@
-"""What the loss has to know of the whole global batch: targets, weights, advantages, old policies."""
+"""Facts about the whole global batch that the loss needs: targets, weights, advantages, old policies."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from megatron_mopd.teachers.hidden_cache import HiddenCache
 @dataclass(frozen=True)
 class BatchFacts:
     """Facts about one global batch, by trajectory index. They are equal on all ranks that run the loss,
-    except for `cache`, `findings` and `samples`, which hold what belongs to this rank."""
+    except for `cache`, `findings` and `samples`, which are this rank's own."""
 
     targets: Targets
     token_weights: Mapping[int, float]
     """Weight of each response token (`objectives.reduction`)."""
     cache: HiddenCache
-    """Where the teachers' states are, which the loss takes out."""
+    """Holds the teachers' states until the loss pops them."""
     findings: Findings
-    """Collects what is not finite."""
+    """Collects non-finite values."""
     outcome_advantages: Callable[[], Mapping[int, float]] = dict
     """Group-relative advantages of the rewards; 0 where there is no verdict. The first call waits for the
-    verifiers, so only a loss that needs an advantage makes it."""
+    verifiers, so only a loss that needs an advantage calls it."""
     proximal_logprobs: Mapping[int, Tensor] = field(default_factory=dict)
-    """log-probs [|y|] under the student at the start of the rollout batch; empty for the first step of a
-    rollout batch, where that is the student in training."""
+    """log-probs [|y|] under the student at the start of the rollout batch; empty for its first step, where
+    the proximal policy is the student in training."""
     samples: TokenSamples | None = None
-    """Collects the divergence of single tokens, in the steps that are reported in this way."""
+    """Collects per-token divergences, in the steps that report them."""
 
 
 def outcome_advantages(
@@ -44,7 +44,7 @@ def outcome_advantages(
     rewards: Mapping[int, float | None],
     samples_per_prompt: int,
 ) -> dict[int, float]:
-    """The group-relative advantage of every trajectory whose domain asks for one, by index.
+    """The group-relative advantage of every trajectory whose domain needs one, by index.
 
     A group is the `samples_per_prompt` responses to one prompt, which have consecutive indices.
     """

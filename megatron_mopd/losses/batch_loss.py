@@ -1,9 +1,9 @@
-"""What the last pipeline stage minimises: student hidden states in, summed loss and per-domain sums out.
+"""The loss of the last pipeline stage: student hidden states in, summed loss and per-domain sums out.
 
-One composable loss for every objective. A micro-batch falls into parts, consecutive trajectories with the
+One composable loss for every objective. A micro-batch is split into parts, consecutive trajectories with the
 same target; a part's loss is the weighted sum of its terms: divergences and cross-entropy here, policy
 gradients in `policy_terms.py`. Token weights are those of the global batch times the correction for the
-distance between the sampler and the model in training.
+mismatch between the sampler and the model in training.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from megatron_mopd.teachers.bank import TeacherBank
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What is the same for all losses of a run."""
+    """Settings shared by all losses of a run."""
 
     groups: ParallelGroups
     domains: Sequence[str]
-    """Every domain of the run, in the order of the per-domain sums."""
+    """All domains of the run, in the order of the per-domain sums."""
     vocab_size: int
     chunk_size: int
     """Tokens whose logits exist at the same time."""
@@ -53,13 +53,13 @@ class LossSettings:
 
     @property
     def reduce_hidden_grad(self) -> bool:
-        """Whether a loss sums the gradient of hidden states over tensor-parallel ranks; with sequence
-        parallelism the model does."""
+        """Whether a loss sums the gradient of hidden states over tensor-parallel ranks; under sequence
+        parallelism the model does that."""
         return not self.groups.config.sequence_parallel
 
     @property
     def head_options(self) -> dict[str, Any]:
-        """What every loss that reads an output head is given."""
+        """Keyword arguments of every loss that applies an LM head."""
         return dict(
             group=self.groups.tp,
             vocab_size=self.vocab_size,
@@ -86,28 +86,29 @@ class LossPart:
 
     @property
     def like(self) -> Tensor:
-        """A scalar of the type and on the device of the loss."""
+        """A scalar with the loss's dtype and device."""
         return torch.zeros((), dtype=statistics_dtype(self.hidden.dtype), device=self.hidden.device)
 
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """The K teachers of a part, with their hidden states and heads."""
+    """The K teachers of a part, with their hidden states and LM heads."""
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
     hidden: tuple[Tensor, ...] = ()
-    """K of [n, h_k]: last-layer states of this rank's rows; none where log-probs were kept instead."""
+    """K tensors [n, h_k], last-layer states of this rank's rows; empty if log-probs were kept instead."""
     heads: tuple[Tensor, ...] = ()
-    """K of [V/tp, h_k]; none like `hidden`."""
+    """K tensors [V/tp, h_k]; empty whenever `hidden` is."""
 
 
 class BatchLoss:
     """The loss of one global batch; called for every micro-batch with the last stage's hidden states.
 
-    Returns megatron-core's three values: the summed loss, the number of response tokens here, and a report
-    whose sums `named_metrics` turns into metrics. Collectives beyond those of the objectives: with context
-    parallelism, one all-reduce over CP of a part's response tokens for each part that needs log theta.
+    Returns the three values that megatron-core expects: the summed loss, the number of response tokens on
+    this rank, and a report whose sums `named_metrics` turns into metrics. Collectives besides those of the
+    objectives: under context parallelism, one all-reduce over CP of a part's response tokens for each part
+    that needs log theta.
     """
 
     def __init__(
@@ -132,16 +133,16 @@ class BatchLoss:
             loss = self._part_loss(part, observe)
             if loss is not None:
                 total = total + loss
-        loss = head.loss(total)  # also of a micro-batch without a token, whose backward others wait for
+        loss = head.loss(total)  # even without tokens: other ranks wait for this micro-batch's backward
         num_tokens = torch.tensor(rows.size(0), dtype=torch.int, device=rows.device)
         report = {"domain_sums": sums, "weighted_sum": loss.detach().double(), "tokens": num_tokens}
         return loss, num_tokens, report
 
     def _parts(self, micro_batch: MicroBatch, hidden: Tensor, head: MicroBatchHead) -> Iterator[LossPart]:
-        """The same on every CP rank, with the rows that each of them has."""
+        """The same parts on every CP rank, each with that rank's rows."""
         positions, start = row_positions(micro_batch), 0
 
-        # Parts of one domain each would be right too; domains with equal targets share one.
+        # Parts of one domain each would be correct too, but fewer parts are faster.
         def order(item: tuple) -> tuple:
             return self._facts.targets[item[0].domain].order
 
@@ -154,8 +155,8 @@ class BatchLoss:
             start = rows.stop
 
     def _part_loss(self, part: LossPart, observe: TokenObserver) -> Tensor | None:
-        """The part's weighted loss, or `None` where this rank holds none of its tokens; adds to the part's
-        gradient."""
+        """The part's weighted loss, or `None` if this rank holds none of its tokens; accumulates into the
+        part's gradient."""
         objective, tokens, is_here = part.objective, part.tokens, part.hidden.size(0) > 0
         base = self._token_weights(part)
         if objective.kind == "sft":
@@ -163,7 +164,7 @@ class BatchLoss:
 
         teachers = self._teacher_states(part)
         policies = token_factor = policy_factor = None
-        if needs_policy(objective):  # on every CP rank, also one without a row: it exchanges whole responses
+        if needs_policy(objective):  # on every CP rank, even without rows: exchanges whole responses
             policies = self._policies(part, teachers)
             token_factor, policy_factor = correction_weights(objective, tokens, policies, observe)
         if not is_here:
@@ -181,19 +182,19 @@ class BatchLoss:
                 weight = weight * policy_factor
                 term = policy_term(kind, part, policies, teachers.weights, outcome, weight, observe)
             loss = term if loss is None else loss + term
-        if loss.requires_grad:  # through the log-probs of a policy-gradient term, into the part's gradient
+        if loss.requires_grad:  # a policy-gradient term: its log-probs propagate to the part's gradient
             loss.backward()
         return loss.detach()
 
     def _token_weights(self, part: LossPart) -> Tensor:
-        """[n], of the global batch and of the objective."""
+        """[n], the global batch's weights times the objective's."""
         weight, tokens = self._facts.token_weights, part.tokens
         weights = tokens.per_response([weight[t.index] for t in tokens.trajectories], part.like)
         return tokens.mine(weights) * part.objective.weight
 
     def _outcome_advantages(self, part: LossPart) -> list[float]:
-        """One for each trajectory."""
-        if not needs_rewards(part.objective):  # does not wait for the verifiers
+        """One per trajectory."""
+        if not needs_rewards(part.objective):  # avoids waiting for the verifiers
             return [0.0] * len(part.tokens.trajectories)
         advantages = self._facts.outcome_advantages()
         return [advantages.get(t.index, 0.0) for t in part.tokens.trajectories]
@@ -212,8 +213,8 @@ class BatchLoss:
         return loss
 
     def _teacher_states(self, part: LossPart) -> TeacherStates:
-        """What the cache keeps of the part's teachers, and their heads; nothing of both where only log-probs
-        are compared, or this rank has no rows."""
+        """The part's teachers with their cached states and LM heads; without both if the objective compares
+        only log-probs, or if this rank has no rows."""
         names, weights = zip(*part.target.mixture) if part.target.mixture else ((), ())
         if not names or part.target.keeps_log_probs or part.hidden.size(0) == 0:
             return TeacherStates(names, weights)
@@ -221,16 +222,16 @@ class BatchLoss:
         return TeacherStates(names, weights, hidden, tuple(self._bank.heads(list(names))))
 
     def _cached(self, part: LossPart, name: str, pop: Callable[[int, str], Tensor]) -> Tensor:
-        """What the cache keeps of a teacher for this rank's rows of a part, which is not empty."""
+        """A teacher's cache entries for this rank's rows of a part, of which there must be some."""
         return torch.cat([pop(index, name) for index in part.tokens.held])
 
     def _divergence(
         self, kind: str, part: LossPart, teachers: TeacherStates, token_weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A divergence of whole distributions: (weighted sum, per token [n]).
+        """A divergence between whole distributions: (weighted sum, per token [n]).
 
-        `full_vocab_kl`: sum_k w_k KL(theta || T_k) (DeepSeek-V4, 5.1.2), all teachers in one softmax. The
-        other kinds have no such form: one divergence per teacher, weighted and added.
+        `full_vocab_kl`: sum_k w_k KL(theta || T_k) (DeepSeek-V4, 5.1.2), with all teachers in one student
+        softmax. The other kinds have no such form: they sum one weighted divergence per teacher.
         """
         objective, head, report = part.objective, self._student.head_weight(), self._facts.findings.report
         options = self._settings.head_options | dict(
@@ -266,7 +267,7 @@ class BatchLoss:
         return loss, per_token
 
     def _policies(self, part: LossPart, teachers: TeacherStates) -> Policies:
-        """log-probs of the part's sampled tokens under every policy that the objective compares."""
+        """log-probs of the part's sampled tokens under every policy that the objective needs."""
         tokens, objective = part.tokens, part.objective
         is_differentiated = any(kind in POLICY_KINDS for kind in kinds_of(objective))
         current = part.like.new_zeros(0)
@@ -318,7 +319,7 @@ class BatchLoss:
 
 
 def _kind_options(kind: str, objective: ObjectiveConfig) -> dict[str, Any]:
-    """How `linear_kl` is asked for a divergence of one teacher."""
+    """The arguments of `linear_kl` for a single-teacher divergence."""
     if kind == "top_k_kl":
         return dict(top_k=objective.top_k, top_k_from=objective.top_k_from or "teacher")
     if kind == "forward_kl":

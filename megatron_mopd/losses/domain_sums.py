@@ -1,4 +1,4 @@
-"""Per-domain metrics of the loss: sums over tokens, which add up over micro-batches and ranks, and means."""
+"""Per-domain metrics of the loss: token sums, which are added over micro-batches and ranks, and means."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron_mopd.losses.token_samples import TokenSamples
 METRICS = ("kl", "ce", "entropy", "ratio", "in_band", "clipped", "advantage")
 """Per-domain token means: divergence from the teachers (sampled-token objectives: its one-sample estimate
 log theta - log T), cross-entropy of given answers, entropy (one-sample estimate -log theta), theta / mu,
-share of tokens with a ratio inside the band, share that PPO clipped, mean |advantage|."""
+fraction of tokens with a ratio inside the band, fraction that PPO clipped, mean |advantage|."""
 
 
 class TokenObserver:
-    """Adds per-token values of some trajectories to the sums [domains, metrics, 2] of their domain: total and
-    count of every metric."""
+    """Adds per-token values of some trajectories to the sums [domains, metrics, 2] of their domains: total
+    and count of every metric."""
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class TokenObserver:
 
 
 def named_metrics(sums: Tensor, domains: Sequence[str]) -> dict[str, float]:
-    """Per-domain means from summed reports [domains, metrics, 2]: `kl/math` and so on, where there is any;
-    `tokens/math` is how many response tokens they are over."""
+    """Per-domain means from summed reports [domains, metrics, 2]: `kl/math` and so on, for metrics with a
+    nonzero count; `tokens/math` is the number of response tokens behind them."""
     metrics = {}
     for domain, row in zip(domains, sums.tolist()):
         if tokens := max(count for _, count in row):

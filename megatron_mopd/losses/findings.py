@@ -1,4 +1,4 @@
-"""What the losses and log-probs of one step find that is not finite: where it is, and whose it is."""
+"""Non-finite values found by the losses and log-probs of one step: their position and the model at fault."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from megatron_mopd.losses.response_tokens import ResponseTokens
 from megatron_mopd.objectives.vocab_shard import NotFinite, Report
 
 DAMAGED_WEIGHT = "the student's weight"
-"""How the finding of a weight that is not finite begins."""
+"""Prefix of the finding of a weight that is not finite."""
 _MOST_CAUSES = 8
-"""Findings that a rank keeps of one step: one fault in the weights shows in every token."""
+"""Findings that a rank keeps per step: one damaged weight affects every token."""
 
 
 @dataclass
 class Findings:
-    """What was found on this rank; a step with any finding is skipped."""
+    """The findings of this rank; a step with any finding is skipped."""
 
     causes: list[str] = field(default_factory=list)
 
@@ -30,14 +30,14 @@ class Findings:
             self.causes.append(cause)
 
     def report(self, tokens: ResponseTokens, teachers: Sequence[str] = ()) -> Report:
-        """Takes down what an objective finds among the rows of `tokens`; `teachers` are the names of the
-        teachers that it compares the student with."""
+        """A callback that records an objective's findings in the rows of `tokens`; `teachers` are the names
+        of the teachers that the objective compares the student with."""
         numbers = {"teacher": 0} | {f"teacher {k}": k for k in range(len(teachers))}
         names = {model: f"teacher {teachers[k]!r}" for model, k in numbers.items() if k < len(teachers)}
         return self._report(tokens, lambda model: names.get(model, model))
 
     def report_of_teacher(self, tokens: ResponseTokens, teacher: str) -> Report:
-        """The same for log-probs of one teacher's own."""
+        """The same for the log-probs of a single teacher."""
         return self._report(tokens, lambda model: f"teacher {teacher!r}")
 
     def _report(self, tokens: ResponseTokens, name: Callable[[str], str]) -> Report:
@@ -56,7 +56,7 @@ class Findings:
         return add
 
     def add_weights(self, chunks: Sequence[torch.nn.Module], rank: int) -> None:
-        """Look for weights of the student that are not finite; the first of them is the first cause."""
+        """Look for a non-finite student weight; the first one found is inserted as the first cause."""
         for name, parameter in (named for chunk in chunks for named in chunk.named_parameters()):
             if count := int((~torch.isfinite(parameter)).sum()):
                 self.causes.insert(
@@ -67,7 +67,7 @@ class Findings:
                 return
 
     def add_sampled(self, trajectories: Iterable[Trajectory]) -> None:
-        """Look for responses that were sampled from logits that are not finite."""
+        """Look for responses sampled from non-finite logits."""
         for trajectory in trajectories:
             if not math.isfinite(sum(trajectory.logprobs or ())):
                 position = [math.isfinite(value) for value in trajectory.logprobs].index(False)

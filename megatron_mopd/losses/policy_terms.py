@@ -1,4 +1,4 @@
-"""Policy gradients on one part of a micro-batch: policies, corrections for the sampler, advantages."""
+"""Policy gradients on one part of a micro-batch: policies, sampler corrections, advantages."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ class PolicyPart(Protocol):
 
 
 class Policies(NamedTuple):
-    """log-probs of the sampled tokens under policies that are never confused."""
+    """log-probs of the sampled tokens under each of the policies."""
 
     current: Tensor
-    """[n], this rank's rows, in training; differentiable where a term needs it."""
+    """[n], the model in training on this rank's rows; differentiable if a term needs it."""
     current_whole: Tensor
     """[sum |y|], the same for whole responses, detached."""
     proximal: Tensor
-    """[sum |y|], at the start of the rollout batch, computed as in training."""
+    """[sum |y|], the student at the start of the rollout batch, computed as in training."""
     behaviour: Tensor
-    """[sum |y|], mu: the sampler's own."""
+    """[sum |y|], mu, as recorded by the sampler."""
     teachers: tuple[Tensor, ...]
-    """K of [sum |y|], where a sampled-token term asks for them."""
+    """K tensors [sum |y|], if a sampled-token term needs them."""
 
 
 def correction_weights(
     objective: ObjectiveConfig, tokens: ResponseTokens, policies: Policies, observe: Observe
 ) -> tuple[Tensor, Tensor]:
-    """Weights [n] of a divergence and of a policy-gradient term: they differ with `ppo_clip`, whose own
-    ratio already goes from the proximal policy to the current one."""
+    """Weights [n] of a divergence and of a policy-gradient term. They differ under `ppo_clip`, whose ratio
+    already corrects from the proximal to the current policy."""
     low, high = importance_band(objective)
 
     def weights(policy: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,8 +83,8 @@ def policy_term(
     """Policy-gradient loss of `sampled_token` or `grpo`: weighted sum over this rank's rows.
 
     A_t = sum_k w_k (log T_k - log theta) + alpha A_ORM (MiMo-V2-Flash, arXiv 2601.02780, 4.4) or A_ORM alone.
-    With `ppo_clip` log theta in the advantage is the proximal policy's, so that A stays what it is over all
-    steps of a rollout batch. `outcome_advantage` is [sum |y|], `token_weight` [n].
+    With `ppo_clip`, log theta in the advantage is the proximal policy's, so that A is constant over all steps
+    of a rollout batch. `outcome_advantage` is [sum |y|], `token_weight` [n].
     """
     objective, tokens = part.objective, part.tokens
     whole = outcome_advantage

@@ -1,4 +1,4 @@
-"""The response tokens of a micro-batch: where their hidden states are, and which responses they belong to."""
+"""The response tokens of a micro-batch: the rows of their hidden states, and the responses they belong to."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from megatron_mopd.data.trajectory import Trajectory
 def response_hidden(hidden: Tensor, micro_batch: MicroBatch, groups: ParallelGroups) -> Tensor:
     """The rows whose next token is a response token: [s(/tp), b, h] -> [n, h].
 
-    Under sequence parallelism: one all-gather over TP of s x b x h elements; backward is a reduce-scatter,
-    which expects each rank's partial gradient (`reduce_hidden_grad=False` in the objectives).
+    Under sequence parallelism: one all-gather over TP of s x b x h elements; its backward is a reduce-scatter
+    that expects each rank's partial gradient (`reduce_hidden_grad=False` in the objectives).
     """
     if groups.config.sequence_parallel:
         hidden = tensor_parallel.gather_from_sequence_parallel_region(
@@ -30,9 +30,9 @@ def response_hidden(hidden: Tensor, micro_batch: MicroBatch, groups: ParallelGro
 class ResponseTokens:
     """Consecutive trajectories of a micro-batch: their whole responses, and this rank's share of the tokens.
 
-    Under context parallelism a rank holds a part of every response; what needs a whole one (its mean ratio,
-    sums to its end) is computed on concatenated whole responses [sum |y|], from which every rank takes back
-    its own rows [n]. Without context parallelism both are the same.
+    Under context parallelism a rank holds part of every response. Quantities that need whole responses (mean
+    ratios, sums to the end) are computed on concatenated whole responses [sum |y|], from which every rank
+    selects its own rows [n]. Without context parallelism the two are the same.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class ResponseTokens:
         counts: Sequence[int],
         groups: ParallelGroups,
     ):
-        """`rows` are the rows of the micro-batch's response tokens, `positions` their positions in their own
-        documents [n], `counts` how many of them each trajectory has here."""
+        """`rows` are the rows among the micro-batch's response tokens, `positions` their positions in their
+        own documents [n], `counts` the number of them per trajectory on this rank."""
         self.trajectories, self.rows, self.counts = trajectories, rows, counts
         self.lengths = [len(t.response_ids) for t in trajectories]
         self._groups = groups
@@ -55,10 +55,10 @@ class ResponseTokens:
         self.total = start
         offset = torch.tensor(offsets, dtype=torch.long).repeat_interleave(torch.tensor(counts))
         self.index = positions + offset.to(positions.device)
-        """[n] place of each row in the concatenated responses."""
+        """[n], the index of each row in the concatenated responses."""
 
     def place(self, row: int) -> tuple[Trajectory, int]:
-        """The trajectory that a row [n] belongs to, and the number of its token in the response."""
+        """The trajectory of a row in [0, n), and the position of its token in the response."""
         first = token = 0
         for trajectory, count, length in zip(self.trajectories, self.counts, self.lengths):
             if row < first + count:
@@ -68,14 +68,14 @@ class ResponseTokens:
 
     @property
     def held(self) -> list[int]:
-        """`Trajectory.index` of those that have tokens on this rank."""
+        """`Trajectory.index` of the trajectories with tokens on this rank."""
         return [t.index for t, count in zip(self.trajectories, self.counts) if count]
 
     def whole(self, values: Tensor) -> Tensor:
         """This rank's values [n] -> those of the whole responses [sum |y|], detached.
 
         Collective under context parallelism: one all-reduce of sum |y| elements over CP, which every rank of
-        the group enters, also one without a row.
+        the group must enter, even without any rows.
         """
         result = values.new_zeros(self.total).index_copy_(0, self.index, values.detach())
         if self._groups.cp_size > 1:
@@ -83,7 +83,7 @@ class ResponseTokens:
         return result
 
     def mine(self, whole: Tensor) -> Tensor:
-        """Of the whole responses' values [sum |y|] this rank's [n]."""
+        """Values of the whole responses [sum |y|] -> those of this rank [n]."""
         return whole.index_select(0, self.index)
 
     def behaviour_logprobs(self, like: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class ResponseTokens:
         return torch.tensor(values, dtype=like.dtype, device=like.device)
 
     def per_response(self, values: Sequence[float], like: Tensor) -> Tensor:
-        """One number per response, given to each of its tokens: [sum |y|]."""
+        """One number per response, repeated for each of its tokens: [sum |y|]."""
         counts = torch.tensor(self.lengths)
         spread = torch.tensor(values, dtype=torch.float64).repeat_interleave(counts)
         return spread.to(like.dtype).to(like.device)

@@ -1,4 +1,4 @@
-"""What each domain is trained towards in one optimizer step: its objective, and its teachers' weights."""
+"""Training targets: each domain's objective and teacher weights in one optimizer step."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from megatron_mopd.teachers.routing import Mixture, Routing
 
 @dataclass(frozen=True)
 class Target:
-    """The objective and the teachers of one domain, resolved once a step and carried by its batch."""
+    """The objective and the teachers of one domain, resolved once per step and carried by its batch."""
 
     objective: ObjectiveConfig
     mixture: Mixture
-    """The teachers that the objective compares the student with; none for `sft` and `grpo`."""
+    """The teachers that the objective compares the student with; empty for `sft` and `grpo`."""
 
     @cached_property
     def order(self) -> tuple[Mixture, str]:
-        """Equal for domains whose samples share a term of the loss; batches are ordered by it."""
+        """Sort key of a batch, equal for domains whose samples share a term of the loss."""
         return self.mixture, repr(self.objective)
 
     @cached_property
     def keeps_log_probs(self) -> bool:
-        """Whether its teachers' forward passes read their heads and keep log-probs of sampled tokens, because
-        nothing else of the teachers is compared."""
+        """Whether its teachers' forward passes apply their LM heads and keep log-probs of sampled tokens,
+        because the objective compares nothing else of the teachers."""
         return compares_tokens_only(self.objective)
 
     def is_scored_by(self, teacher: str) -> bool:

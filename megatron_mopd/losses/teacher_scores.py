@@ -1,4 +1,4 @@
-"""What the loss will need of a teacher's forward pass: picked out as it ends, and put into the cache."""
+"""Extracts what the loss needs from a teacher's forward pass and puts it into the cache."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from megatron_mopd.teachers.hidden_cache import HiddenCache
 
 
 class TeacherScores:
-    """Fills the cache of one step: hidden states of response positions, or, where the objective compares
-    nothing but sampled tokens, their log-probs (4 bytes a token instead of h x 2, 8 for a float64 model).
+    """Fills the cache of one step: hidden states of response positions, or, if the objective compares only
+    sampled tokens, their log-probs (4 bytes per token instead of h x 2; 8 for a float64 model).
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class TeacherScores:
         self._cache, self._findings = cache, findings
 
     def keep(self, teacher: str, micro_batch: MicroBatch, hidden: Tensor) -> None:
-        """Take what is needed of `hidden` [s/cp(/tp), b, h], on the last stage; nothing of it is referred to
-        afterwards.
+        """Cache what is needed of `hidden` [s/cp(/tp), b, h], on the last stage; no reference to `hidden` is
+        kept.
 
         Collectives: those of `response_hidden`, and of `sampled_token_logprobs` over tensor-parallel ranks.
         """
@@ -55,11 +55,11 @@ class TeacherScores:
                 self._cache.put(t.index, teacher, states)
 
     def keeps_log_probs(self, trajectory: Trajectory) -> bool:
-        """Whether its teachers' forward passes read their heads and keep log-probs."""
+        """Whether its teachers' forward passes apply their LM heads and keep log-probs."""
         return self._targets[trajectory.domain].keeps_log_probs
 
     def _log_probs(self, teacher: str, rows: Tensor, micro_batch: MicroBatch, only: Sequence[bool]) -> Tensor:
-        """log T [n] of the sampled tokens of the trajectories that are `only` compared by them."""
+        """log T [n] of the sampled tokens of the trajectories flagged in `only`."""
         counts = torch.tensor(micro_batch.loss_counts, dtype=torch.long)
         chosen = torch.tensor(only).repeat_interleave(counts).to(rows.device)
         if not bool(chosen.any()):
@@ -84,7 +84,7 @@ class TeacherScores:
             )
 
     def num_bytes(self, teacher: str, trajectories: Sequence[Trajectory]) -> int:
-        """What the cache will take for these, scored by `teacher` (a rank that holds all their tokens)."""
+        """Cache size of these trajectories scored by `teacher`, on a rank that holds all their tokens."""
         config = self._bank.config(teacher)
         state = config.hidden_size * self._cache.itemsize(config.params_dtype)
         log_prob = 8 if config.params_dtype == torch.float64 else 4

@@ -1,4 +1,4 @@
-"""Where student and teacher disagree, token by token, in a few responses of a step: for people to look at."""
+"""Per-token disagreement of student and teacher in a few responses of a step, for people to inspect."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.losses.response_tokens import ResponseTokens
 
 MOST_TOKENS = 256
-"""Tokens of one response that are kept, from its beginning."""
+"""Leading tokens of a response that are kept."""
 _MOST_PROMPT_CHARACTERS = 600
 _CONTEXT = 8
-"""Tokens before a token that its text may depend on (spaces, bytes of one character)."""
+"""Preceding tokens that a token's text may depend on (spaces, bytes of one character)."""
 
 
 class TokenSamples:
     """The divergence on every token of the first `per_domain` responses of each domain of a global batch.
 
-    The choice follows from the batch alone, so it is the same on every rank. Each rank of the last stage adds
-    what it holds of these responses to `values`; their sum over data- and context-parallel ranks is complete.
-    It travels with the step's other sums and costs no collective of its own.
+    The choice depends only on the batch, so it is the same on every rank. Each rank of the last stage writes
+    its tokens of these responses to `values`, whose sum over data- and context-parallel ranks is complete. It
+    is reduced with the step's other sums and needs no separate collective.
     """
 
     def __init__(self, batch: Sequence[Trajectory], per_domain: int, device: torch.device):
@@ -43,7 +43,7 @@ class TokenSamples:
         """[tokens of the chosen responses], one after another."""
 
     def add(self, tokens: ResponseTokens, per_token: Tensor) -> None:
-        """Take down this rank's divergences [n] of a run of trajectories."""
+        """Record this rank's divergences [n] on consecutive trajectories."""
         first_row = first_token = 0
         for trajectory, count, length in zip(tokens.trajectories, tokens.counts, tokens.lengths):
             if trajectory.index in self._places and count:
@@ -56,8 +56,8 @@ class TokenSamples:
             first_token += length
 
     def lines(self, tokenizer: Tokenizer) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Index and entry of each response, once `values` are the sums over all ranks: prompt, the text of
-        each token, its divergence, and its log-prob under the sampler.
+        """Index and entry of each response: prompt, and for each token its text, divergence and log-prob
+        under the sampler. Requires `values` to be summed over all ranks.
         """
         for trajectory, start, length in self._places.values():
             ids = trajectory.response_ids[:length]
@@ -78,7 +78,7 @@ class TokenSamples:
 
 
 def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """The text that each token adds to those before it; joined they are the response."""
+    """The text that each token adds to the preceding ones; joined, the response."""
     texts = []
     for end in range(1, len(ids) + 1):
         before = tokenizer.decode(ids[max(0, end - 1 - _CONTEXT) : end - 1])

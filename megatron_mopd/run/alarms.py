@@ -1,8 +1,9 @@
-"""What to watch in a rollout batch and over the run, per domain, and what to raise the alarm about.
+"""Per-domain metrics of a rollout batch and of the run, and the conditions that raise an alarm.
 
-A domain may have thirty tokens in a step, whose mean is mostly chance, and the worst of a dozen domains over
-hundreds of steps is all chance. So what is compared are means over the last steps that have enough tokens
-together, and only as far as they differ by more than their standard errors explain (`recent.py`).
+A domain may have thirty tokens in a step, so that its mean is mostly noise, and the worst of a dozen domains
+over hundreds of steps is pure noise. Alarms therefore compare means over the most recent steps that together
+have enough tokens, and only where the means differ by more than their standard errors explain
+(`recent_means.py`).
 """
 
 from __future__ import annotations
@@ -18,33 +19,33 @@ KL_CEILING = 5.0
 """Mean KL per token above which teacher and student have hardly anything in common (another tokenizer's ids,
 a wrong checkpoint). Same-origin teachers start near 0.04, foreign ones near 0.2 (arXiv 2606.30406)."""
 KL_GROWTH = 3.0
-"""A domain's KL this many times above the lowest it has had means that the student is moving away."""
+"""A domain's KL this many times above its lowest so far means that the student is moving away."""
 KL_NOISE = 0.1
-"""KL below which growth means nothing: `self` starts at 0, and the student leaves it by learning anything."""
+"""KL below which growth is ignored: that of `self` starts at 0 and grows as soon as the student learns."""
 ENTROPY_COLLAPSE = 0.1
-"""Share of the first steps' entropy, and of the teachers' cross-entropy on the same tokens, below which
-sampling has become deterministic where the teachers have not."""
+"""Fraction of the first steps' entropy, and of the teachers' cross-entropy on the same tokens, below which
+sampling has become deterministic although the teachers are not."""
 POOR_REWARD = 0.8
-"""Mean reward below which a deterministic student of a domain without teachers has not simply mastered it."""
+"""Mean reward below which determinism in a domain without teachers is not explained by mastery."""
 ALWAYS_CUT = 0.9
-"""Share of responses that run into the length limit above which stop tokens are out of reach."""
+"""Fraction of responses cut off at the length limit above which stop tokens are out of reach."""
 FEWEST_RESPONSES = 64
-"""So many responses of a domain are looked at together for that share."""
+"""Responses of a domain over which that fraction is computed."""
 GRADIENT_SPIKE = 30.0
-"""Norm of the gradient, relative to the typical one so far, that a bad batch or broken hardware explains
-better than training does."""
+"""Gradient norm, relative to the typical norm so far, above which a bad batch or broken hardware is the more
+likely explanation."""
 _STEPS_TO_KNOW = 3
 """Steps before a gradient's norm is compared with the typical one."""
 FEWEST_VERDICTS = 256
-"""So many verdicts of a domain in a row have to be equal before the reward counts as constant."""
+"""Consecutive verdicts of a domain that must be equal before the reward counts as constant."""
 _CHANCE = 1e-6
-"""Zeros in a row that are less likely than this, after the rewards of before, are not chance."""
+"""A run of zeros less likely than this, given the earlier rewards, is not chance."""
 
 
 def rollout_metrics(
     trajectories: Sequence[Trajectory], rewards: Mapping[int, float | None]
 ) -> dict[str, float]:
-    """Per domain: mean length, share cut off, one-sample entropy per token, mean reward, missing rewards."""
+    """Per domain: mean length, fraction cut off, one-sample entropy per token, mean and missing rewards."""
     metrics = {}
     for domain in sorted({t.domain for t in trajectories}):
         mine = [t for t in trajectories if t.domain == domain]
@@ -63,8 +64,9 @@ def rollout_metrics(
 
 
 class Alarms:
-    """Messages about a run that is going wrong, each once per domain: what may cross and recross its limit
-    (entropy, growth of the KL) once per run, the rest until it has been fine again.
+    """Messages about a run that is going wrong, each once per domain. Quantities that may cross their limit
+    repeatedly (entropy, growth of the KL) raise one alarm per run; the others raise another one after they
+    have been normal again.
     """
 
     def __init__(self):
@@ -75,12 +77,12 @@ class Alarms:
         self._first_entropy: dict[str, tuple[float, float]] = {}  # mean and its lower bound
         self._cut: dict[str, tuple[int, int]] = {}  # cut, judged
         self._equal: dict[str, tuple[float, int]] = {}
-        self._before: dict[str, tuple[float, int]] = {}  # sum and number of the verdicts before that row
+        self._before: dict[str, tuple[float, int]] = {}  # sum and number of the verdicts before those
         self._failed: dict[str, int] = {}
         self._typical_gradient = (0.0, 0)  # moving mean of the norm's logarithm, steps in it
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been seen so far, in plain containers: a resumed run raises the same alarms."""
+        """The observations so far, in plain containers, so that a resumed run raises the same alarms."""
         return {
             "raised": sorted(self._raised),
             "recent_kl": {domain: mean.state() for domain, mean in self._kl.items()},
@@ -95,7 +97,7 @@ class Alarms:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`. What checkpoints of before do not have starts anew."""
+        """Restore `state_dict`. Entries that older checkpoints lack start empty."""
 
         def pairs(name: str) -> dict[str, tuple]:
             return {domain: tuple(pair) for domain, pair in state.get(name, {}).items()}
@@ -117,7 +119,7 @@ class Alarms:
         rewards: Mapping[int, float | None],
         metrics: Mapping[str, float],
     ) -> list[str]:
-        """What a rollout batch and its rewards say; `metrics` are its `rollout_metrics`."""
+        """The alarms of a rollout batch and its rewards; `metrics` are its `rollout_metrics`."""
         alarms = []
         for domain in sorted({t.domain for t in trajectories}):
             mine = [t for t in trajectories if t.domain == domain]
@@ -128,9 +130,9 @@ class Alarms:
         return alarms
 
     def step(self, metrics: Mapping[str, float]) -> list[str]:
-        """What the metrics of an optimizer step say: its gradient, the divergence from the teachers, entropy.
+        """The alarms of an optimizer step: gradient norm, divergence from the teachers, entropy.
 
-        `tokens/DOMAIN` says how many tokens a domain's means are over; without it they are taken as exact.
+        `tokens/DOMAIN` is the number of tokens behind a domain's means; without it they are taken as exact.
         """
         alarms = self._gradient(metrics.get("grad_norm", 0.0))
         for key, value in metrics.items():
@@ -157,8 +159,8 @@ class Alarms:
             self._equal[domain] = value, count + 1
         value, count = self._equal.get(domain, (0.0, 0))
         total, number = self._before.get(domain, (0.0, 0))
-        # A domain that has had other rewards and now has the best ones is mastered. Zeros in a row may be
-        # chance: that all `total` successes so far come before the row has this probability, at any rate.
+        # A domain that had other rewards earlier and now only gets the best one is mastered. A run of zeros
+        # may be chance: this bounds the probability that all `total` successes so far come before the run.
         is_stuck = not number or 0.0 < value < 1.0
         is_stuck |= value == 0.0 and (number / max(1, number + count)) ** total < _CHANCE
         failed = 0 if verdicts else self._failed.get(domain, 0) + len(judged)
@@ -185,7 +187,7 @@ class Alarms:
         return self._once(
             f"cut {domain}",
             cut > ALWAYS_CUT * total,
-            f"{cut / total:.0%} of the responses of domain {domain!r} run into rollout.max_new_tokens",
+            f"{cut / total:.0%} of the responses of domain {domain!r} reach rollout.max_new_tokens",
         )
 
     def _divergence(self, domain: str) -> list[str]:
@@ -211,9 +213,9 @@ class Alarms:
         )
 
     def _collapse(self, domain: str, reward: float) -> list[str]:
-        """The student has become deterministic, and the teachers would not say the same: what they need for
-        its tokens is their cross-entropy, the student's entropy plus the KL. A domain without teachers has
-        its rewards to tell collapse from mastery."""
+        """The student has become deterministic but its teachers have not: their cross-entropy on the
+        student's tokens, which is the student's entropy plus the KL, is much larger. In a domain without
+        teachers, the rewards distinguish collapse from mastery."""
         if (known := self._entropy[domain].bounds()) is None:
             return []
         mean, low, high = known
@@ -237,7 +239,7 @@ class Alarms:
         mean, steps = self._typical_gradient
         typical = math.exp(mean)
         is_spike = steps >= _STEPS_TO_KNOW and norm > GRADIENT_SPIKE * typical
-        # At most a spike's worth goes into the mean, so that one bad step does not hide the next.
+        # The mean takes the norm clipped at the spike threshold, so that one bad step does not hide the next.
         limited = min(norm, GRADIENT_SPIKE * typical) if steps else norm
         weight = max(0.05, 1 / (steps + 1))
         self._typical_gradient = mean + weight * (math.log(limited) - mean), steps + 1
@@ -249,7 +251,7 @@ class Alarms:
         )
 
     def _once(self, key: str, holds: bool, message: str, again: bool = True) -> list[str]:
-        """`message` when `holds` begins to be true; with `again` also after it was false in between."""
+        """`message` when `holds` first becomes true; with `again`, each time it becomes true."""
         if not holds:
             if again:
                 self._raised.discard(key)

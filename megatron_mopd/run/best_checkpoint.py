@@ -1,9 +1,10 @@
-"""Which of a run's checkpoints is the best one, by a metric of its evaluations.
+"""Tracks a run's best checkpoint by an evaluation metric.
 
 `checkpoints/best.json` holds the metric's value at every evaluation whose weights were saved:
 `{"metric": "accuracy", "evaluation": "4f0c...", "best": 120, "values": {"40": 0.61, "120": 0.8}}`. Only
-complete checkpoints count, so the file stays true whatever is removed, damaged or written anew. A run that
-goes on with another metric, other held-out prompts or another way to evaluate starts the file anew.
+complete checkpoints count, so the file remains valid when checkpoints are removed, damaged or rewritten. A
+run that resumes with a different metric, different held-out prompts or different evaluation settings starts
+a new file.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ BEST_FILE = "best.json"
 
 
 def best_iteration(directory: str | Path) -> int | None:
-    """The complete checkpoint below `directory` with the highest value, the latest of equals; `None` when
-    none was evaluated.
+    """The complete checkpoint in `directory` with the highest value, the latest in a tie; `None` if none was
+    evaluated.
     """
     values = _read(Path(directory))
     evaluated = [i for i in complete_iterations(directory) if i in values]
@@ -31,12 +32,12 @@ def best_iteration(directory: str | Path) -> int | None:
 
 
 class BestCheckpoint:
-    """Keeps `best.json`; the same state on every rank, so that all of them decide alike."""
+    """Maintains `best.json`, with the same state on every rank so that all make the same decisions."""
 
     def __init__(self, directory: Path, metric: str, resumed_iteration: int = 0, evaluation: str = ""):
-        """What a run that ended later wrote beyond `resumed_iteration` is forgotten. evaluation: a digest of
-        all that the values depend on besides the weights. Collective: one broadcast of a few bytes an
-        evaluation.
+        """Discards the values that an earlier start recorded after `resumed_iteration`. evaluation: a digest
+        of everything besides the weights that the values depend on. Collective: one broadcast of a few bytes
+        per evaluation.
         """
         self._directory, self._metric, self._evaluation = directory, metric, evaluation
         state = [None]
@@ -50,12 +51,12 @@ class BestCheckpoint:
         self._values: dict[int, float] = state[0]
 
     def is_new(self, metrics: Mapping[str, float]) -> bool:
-        """Whether an evaluation is better than those of all checkpoints before it."""
+        """Whether an evaluation is better than those of all earlier checkpoints."""
         value = metrics.get(self._metric)
         return value is not None and math.isfinite(value) and value > max(self._values.values(), default=-1.0)
 
     def saved(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """The weights of `iteration` are being saved; `metrics` as far as they were evaluated."""
+        """Record that the weights of `iteration` are being saved; `metrics` may hold their evaluation."""
         value = metrics.get(self._metric)
         if value is None or not math.isfinite(value):
             return
@@ -72,7 +73,7 @@ class BestCheckpoint:
 
 
 def _read(directory: Path, metric: str | None = None, evaluation: str | None = None) -> dict[int, float]:
-    """Iteration -> value; nothing when the file is missing, damaged, or of another metric or evaluation."""
+    """Iteration -> value; empty if the file is missing, damaged, or for another metric or evaluation."""
     try:
         written = json.loads((directory / BEST_FILE).read_text(encoding="utf-8"))
         values = {int(iteration): float(value) for iteration, value in written["values"].items()}

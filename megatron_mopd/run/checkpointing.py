@@ -43,14 +43,14 @@ from megatron_mopd.run.resumable import (
 from megatron_mopd.run.rollout_logs import remove_rollout_logs
 from megatron_mopd.training.learner import Learner
 
-# Optimizer state in the shape of the parameters it belongs to: the only form that any other layout can load.
+# Optimizer state in the shape of its parameters, the only form that every other parallel layout can load.
 _OPTIMIZER_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,
 }
 _SPACE_MARGIN = 1.1
-"""Free space asked for, relative to the tensors' size: metadata, tokenizer, the list of checksums."""
+"""Required free space relative to the tensors' size: covers metadata, tokenizer and checksum list."""
 
 
 def _state(learner: Learner, iteration: int, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _state(learner: Learner, iteration: int, with_optimizer: bool, is_loading: b
         state["iteration"] = iteration
         state["position"] = learner.position.state_dict()
         state["skipped"] = learner.skipped.state_dict()
-        # Batches that are sampled but not trained on yet: their weights are gone when the run resumes.
+        # Batches sampled but not trained on yet: the weights they came from no longer exist on resume.
         next_batch = learner.position.batch(iteration)
         state["sampled_from"] = {n: w for n, w in learner.sampled_from.items() if n >= next_batch}
     state["settings"] = settings(learner.config, learner.model)
@@ -84,10 +84,11 @@ def save(
 ) -> Path:
     """Write the checkpoint of `iteration` (steps done), then remove those that need not be kept.
 
-    with_optimizer: default, what `checkpoint.save_optimizer` says. writer: writes it beside training, and has
-    to be waited for before the run ends; without one this returns when the checkpoint is complete. Collective
-    over all ranks. Raises on every rank alike: `OSError` when the disk cannot take another checkpoint,
-    `SaveError` when it, or the one that `writer` still wrote, could not be written; the last one stays.
+    with_optimizer: defaults to `checkpoint.save_optimizer`. writer: writes the checkpoint in the background;
+    the caller must wait for it before the run ends. Without one, this returns when the checkpoint is
+    complete. Collective over all ranks. Raises on every rank: `OSError` if the disk has no room for another
+    checkpoint, `SaveError` if this one, or the one that `writer` was still writing, could not be written; the
+    last complete checkpoint is kept.
     """
     settings = learner.config.checkpoint
     if with_optimizer is None:
@@ -107,14 +108,13 @@ def save(
     directory = checkpoints_directory(learner.config.run_dir)
 
     def remove_older() -> None:
-        # Later ones, which resuming passed over because they are damaged, are overwritten when the run gets
-        # there.
+        # Later checkpoints, which resuming skipped as damaged, are overwritten when the run reaches them.
         older = [i for i in complete_iterations(directory) if i <= iteration][settings.keep_last :]
         best = best_iteration(directory)
         for number in older if settings.keep_last else ():
             if number != best and not (settings.keep_every and number % settings.keep_every == 0):
                 remove_checkpoint(iteration_directory(directory, number))
-        for abandoned in directory.glob(".iter_*.incomplete"):  # of starts that ended while they wrote
+        for abandoned in directory.glob(".iter_*.incomplete"):  # of earlier starts that ended while writing
             shutil.rmtree(abandoned, ignore_errors=True)
         is_last = iteration >= learner.config.schedule.train_iters
         remove_rollout_logs(learner.config.run_dir, learner.position.batch(iteration), is_last)
@@ -129,11 +129,11 @@ def save(
 
 
 def check_space(learner: Learner) -> None:
-    """`ConfigError` on every rank alike when the run's disk has no room for one checkpoint. Collective."""
+    """Raise `ConfigError` on every rank if the run's disk has no room for one checkpoint. Collective."""
     size = 0
     for tensor in sharded_tensors(model_state([unwrap(c) for c in learner.chunks], learner.groups)):
         if tensor.data is not None and is_main_replica(tensor.replica_id):
-            # Two moments, and a master copy where the weights are of lower precision, in at least float32.
+            # Two moments in at least float32, plus a master copy of weights in lower precision.
             width = tensor.data.element_size()
             moments = (2 + (width < 4)) * max(4, width) if learner.config.checkpoint.save_optimizer else 0
             size += tensor.data.numel() * (width + moments)
@@ -142,7 +142,7 @@ def check_space(learner: Learner) -> None:
 
 
 def _lack_of_space(learner: Learner, size: int) -> str | None:
-    """What is missing for a checkpoint of which this rank writes `size` bytes, or `None`.
+    """A message if there is no space for a checkpoint of which this rank writes `size` bytes, else `None`.
 
     Collectives: one all-reduce of two float64 over all ranks; the free space is what rank 0 sees.
     """
@@ -163,12 +163,12 @@ def _lack_of_space(learner: Learner, size: int) -> str | None:
 
 
 def resume(learner: Learner, alarms: Alarms | None = None, found: Resumable | None = None) -> int:
-    """Continue from `found`, by default the newest undamaged checkpoint of the run directory; returns the
-    iterations already done (0: none).
+    """Resume from `found`, by default the newest undamaged checkpoint of the run directory; returns the
+    number of iterations already done (0: none).
 
-    Collective over all ranks. The checkpoint may have been saved at any parallel layout. Says what changed
-    since it was saved. Refuses (`ConfigError`) a checkpoint of another run (`check_same_run`), in the middle
-    of a rollout batch, or without optimizer state.
+    Collective over all ranks. The checkpoint may have been saved with any parallel layout. Logs what changed
+    since it was saved. Raises `ConfigError` for a checkpoint of another run (`check_same_run`), one in the
+    middle of a rollout batch, or one without optimizer state.
     """
     found = found or find_resumable(learner.config)
     if found is None:
@@ -179,7 +179,7 @@ def resume(learner: Learner, alarms: Alarms | None = None, found: Resumable | No
     except FinishedRun:
         return found.iteration
     say_changes(changed, found.description.common["manifest"], learner.manifest)
-    # Batches that were sampled ahead are of the sizes and by the settings of then.
+    # Batches that were sampled ahead have the old sizes and were sampled with the old settings.
     keeps_rollouts = not any(
         change.key.startswith("rollout.") or change.kind is ResumeClass.DATA_POSITION for change in changed
     )

@@ -1,4 +1,4 @@
-"""The command line of a run: options, and how each way to end is reported: messages and exit statuses."""
+"""The command line of a run: its options, and the message and exit status of each way it can end."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _MAKE_ROOM = "make room, and the same command continues from the last checkpoint
 
 
 def run_command(train: Callable[[Config], Any], description: str, arguments: Sequence[str] | None) -> None:
-    """Read the configuration and `train`; ends the process, unless all went well.
+    """Read the configuration and call `train`; ends the process unless training succeeds.
 
-    A user's mistake is one line on the terminal and exit status 2. A run that was asked to stop and saved has
-    status 75 on every rank.
+    A user error prints one line and exits with status 2. A run that was asked to stop and has saved exits
+    with status 75 on every rank.
     """
     parser = argparse.ArgumentParser(prog="megatron_mopd.train", description=description)
     parser.add_argument("--config", required=True, help="YAML file")
@@ -37,12 +37,12 @@ def run_command(train: Callable[[Config], Any], description: str, arguments: Seq
     parser.add_argument(
         "--allow-teacher-change",
         action="store_true",
-        help="resume although teachers are others than those the checkpoint was written with",
+        help="resume even if the teachers differ from those the checkpoint was written with",
     )
     parser.add_argument(
         "--allow-tokenizer-change",
         action="store_true",
-        help="go on although a model was trained with another tokenizer or chat template than data.tokenizer",
+        help="continue even if a model was trained with a tokenizer or chat template unlike data.tokenizer",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args(arguments)
@@ -55,21 +55,22 @@ def run_command(train: Callable[[Config], Any], description: str, arguments: Seq
         train(load_config(options.config, options.overrides))
     except Preempted as request:
         say(f"{request} (exit status {PREEMPTED_STATUS})")
-        dist.barrier()  # the launcher stops everybody at the first exit
+        dist.barrier()  # the launcher stops all ranks when the first one exits
         _leave(PREEMPTED_STATUS)
-    except KeyboardInterrupt:  # before the first step: there is nothing to save
+    except KeyboardInterrupt:  # before the first step, when there is nothing to save
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr)
         _leave(INTERRUPTED_STATUS)
     except Exception as error:
         # One rank's failure ends the job: the others wait in a collective until the launcher stops them.
         if isinstance(error, RuntimeError):
-            # A collective breaks when a rank dies: the lifeline, which is about to notice, says which one.
+            # A collective fails when a rank dies. Give the lifeline time to notice and report which one.
             time.sleep(LIFELINE_NOTICES)
-        # Nothing of the program's is wrong where a disk is full: like a mistake, that is one line.
+        # A full disk is not a bug in the program, so it gets one line, like a user error.
         full = disk_problem(error)
         is_mistake = isinstance(error, ConfigError)
-        # What the error quotes of files, names and models is shown, and does not act on the terminal.
+        # The error may quote files, names and models: escape control characters so that none acts on the
+        # terminal.
         is_line = is_mistake or full is not None or isinstance(error, SaveError)
         said = visible(error if full is None else f"{full}; {_MAKE_ROOM}", keep_lines=not is_line)
         message = f"error: {said}" if is_line else f"{type(error).__name__}: {said}"
@@ -83,7 +84,7 @@ def run_command(train: Callable[[Config], Any], description: str, arguments: Seq
 
 
 def _of_thread(failure: threading.ExceptHookArgs) -> None:
-    """A full disk that a library's thread met (TensorBoard's) is told in one line by whoever waits for it."""
+    """Suppress a library thread's full-disk error (TensorBoard's): its caller reports it in one line."""
     if disk_problem(failure.exc_value) is None:
         threading.__excepthook__(failure)
 

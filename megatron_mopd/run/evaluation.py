@@ -21,7 +21,7 @@ from megatron_mopd.run.setup import Run
 
 
 def evaluation(run: Run) -> dict[str, float]:
-    """On the held-out prompts, per domain: accuracy of greedy answers, and pass@k of sampled ones."""
+    """Evaluate on the held-out prompts, per domain: accuracy of greedy answers and pass@k of sampled ones."""
     if run.eval_prompts is None:
         return {}
     rollout, settings = run.config.rollout, run.config.evaluation
@@ -29,7 +29,7 @@ def evaluation(run: Run) -> dict[str, float]:
         max_new_tokens=rollout.max_new_tokens,
         temperature=0.0,
         stop_token_ids=SamplingParams.from_config(rollout, run.stop_ids).stop_token_ids,
-        allow_not_finite=True,  # damaged weights show in the next step
+        allow_not_finite=True,  # the next step detects damaged weights
     )
     shared = (run.engine, list(run.eval_prompts), run.tokenizer)
     with phase(f"evaluating {len(run.eval_prompts)} prompts", often=True):
@@ -50,7 +50,7 @@ def evaluation(run: Run) -> dict[str, float]:
 
 
 def evaluation_fingerprint(run: Run) -> str:
-    """SHA-256 of what `evaluation` depends on besides the weights: its prompts and settings."""
+    """SHA-256 of everything besides the weights that `evaluation` depends on: its prompts and settings."""
     if run.eval_prompts is None:
         return ""
     rollout = run.config.rollout
@@ -72,10 +72,10 @@ def evaluate(
     *,
     seed: int,
 ) -> dict[str, float]:
-    """Sample one response a prompt and score it; returns `accuracy/<domain>` and their mean, `accuracy`,
+    """Sample one response per prompt and score it; returns `accuracy/<domain>` and their mean, `accuracy`,
     equal on every rank.
 
-    Every rank scores its share of the responses. Collective: see `_judge`.
+    Each rank scores its share of the responses. Collective: see `_judge`.
     """
     judged = _judge(engine, prompts, tokenizer, sampling, groups, seed=seed, samples_per_prompt=1)
     metrics: dict[str, float] = {}
@@ -101,7 +101,7 @@ def evaluate_pass_at(
 ) -> dict[str, float]:
     """`pass_at_<k>/<domain>` and `pass_at_<k>`, the mean over domains, for every k; equal on every rank.
 
-    A prompt counts with the responses that got a verdict; one with fewer than k of them does not count.
+    Only responses that got a verdict count; a prompt with fewer than k of them is left out.
     Collective: see `_judge`.
     """
     judged = _judge(
@@ -119,7 +119,7 @@ def evaluate_pass_at(
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k responses is right, from `correct` of `samples`:
+    """Unbiased estimate of the probability that one of k responses is correct, from `correct` of `samples`:
     1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, eq. 1). Needs k <= samples.
     """
     assert 0 <= correct <= samples and 1 <= k <= samples, (samples, correct, k)
@@ -136,7 +136,7 @@ def _judge(
     seed: int,
     samples_per_prompt: int,
 ) -> Tensor:
-    """Correct, scored and crashed responses of every prompt, [prompts, 3] int64 in host memory.
+    """Numbers of correct, scored and crashed responses per prompt, [prompts, 3] int64 in host memory.
 
     Collective: one all-reduce of that size over all ranks.
     """

@@ -1,6 +1,6 @@
-"""What a run starts from: configuration, tokenizer, architectures, prompts, read and checked.
+"""Reads and checks the inputs of a run: configuration, tokenizer, architectures, prompts.
 
-Every rank runs the same checks on the same inputs, so a mistake ends all of them with the same message.
+Every rank runs the same checks on the same inputs, so an error ends all of them with the same message.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_mopd.teachers.routing import Routing, check_teachers
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run starts from, read and checked; nothing is built yet."""
+    """The inputs of a run, read and checked; nothing is built yet."""
 
     tokenizer: Tokenizer
     objectives: DomainObjectives
@@ -43,8 +43,8 @@ class Inputs:
 def agreed_inputs(config: Config) -> Inputs:
     """The run's inputs, the same on every rank.
 
-    Raises `ConfigError` on every rank alike, for a mistake that any of them finds and for whatever they
-    disagree on: software, settings, files. Collectives: those of `require_agreement`.
+    Raises `ConfigError` on every rank for an error that any of them finds and for anything they disagree on:
+    software, settings, files. Collectives: those of `require_agreement`.
     """
     facts, inputs, error = launch_facts(config), None, None
     try:
@@ -64,9 +64,9 @@ def agreed_inputs(config: Config) -> Inputs:
 
 
 def check_inputs(config: Config, world_size: int) -> Inputs:
-    """Everything that can be checked before groups and models are built, for a world of `world_size` ranks.
+    """Check everything that can be checked before groups and models are built, for `world_size` ranks.
 
-    Raises `ConfigError` for a user's mistake. Collectives: none.
+    Raises `ConfigError` for a user error. Collectives: none.
     """
     check_tracking(config.log)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.date)
@@ -81,14 +81,14 @@ def check_inputs(config: Config, world_size: int) -> Inputs:
     eval_prompts = None
     if config.data.eval:
         eval_prompts = load_prompts(config.data.eval, tokenizer, config.data.seq_length, "data.eval")
-        prompts = prompts.without(eval_prompts)  # held-out means never trained on, whatever the seeds
+        prompts = prompts.without(eval_prompts)  # never train on held-out prompts, whatever the seeds
     _check_prompts(prompts, objectives, routing, tokenizer, config.data.seq_length)
     stop_ids = student_stop_ids(config, tokenizer)
     return Inputs(tokenizer, objectives, student, teachers, routing, prompts, eval_prompts, stop_ids)
 
 
 def student_stop_ids(config: Config, tokenizer: Tokenizer) -> StopIds:
-    """Everything that says which tokens end the student's responses."""
+    """The tokens that end the student's responses, from the tokenizer, its checkpoint and the settings."""
     directories = []
     if config.student.load is not None:
         directories = model_directories(find_checkpoint(config.student.load, "student.load"))
@@ -96,7 +96,7 @@ def student_stop_ids(config: Config, tokenizer: Tokenizer) -> StopIds:
 
 
 def resolve_student(config: Config, tokenizer: Tokenizer) -> ModelConfig:
-    """The student's architecture: its checkpoint's, with what the configuration sets explicitly on top."""
+    """The student's architecture: that of its checkpoint, overridden by explicit settings."""
     student = config.student
     if student.load is not None:
         checkpoint = find_checkpoint(student.load, "student.load")
@@ -131,21 +131,21 @@ def resolve_teachers(
     for teacher in config.teachers:
         where = f"teachers.{teacher.name}.load"
         if teacher.load is None:
-            # `self`: the student as it starts, read again in a layout of its own (a teacher has no virtual
+            # `self`: the initial student, read again because its layout differs (teachers have no virtual
             # stages).
             sources.append(TeacherSource(teacher.name, student, config.seed))
             continue
         checkpoint = find_checkpoint(teacher.load, where)
-        # An expert that Megatron-LM trained has no description of its own: it is built like the student.
+        # An expert trained with Megatron-LM does not describe its architecture: build it like the student.
         model = read_architecture(checkpoint, where, student)
         check_tokenizer(checkpoint, tokenizer, where, allow_change=config.data.allow_tokenizer_change)
         if model.vocab_size < tokenizer.vocab_size:
             raise ConfigError(
                 f"{where}: vocabulary of {model.vocab_size} tokens, data.tokenizer has "
-                f"{tokenizer.vocab_size}; a teacher has to score every token of the student"
+                f"{tokenizer.vocab_size}; a teacher must score every token of the student"
             )
-        # Rows beyond the tokenizer take no part. With the student's number of them, columns are divided alike
-        # over tensor-parallel ranks.
+        # Rows beyond the tokenizer's are unused. With the student's padded size, the vocabulary is sharded
+        # over tensor-parallel ranks in the same way.
         model = replace(
             model,
             load=teacher.load,
@@ -159,7 +159,7 @@ def resolve_teachers(
 def check_layout(
     config: Config, world_size: int, student: ModelConfig, teachers: list[TeacherSource]
 ) -> None:
-    """Every model fits the parallel layout; `ConfigError` names the teacher that does not."""
+    """Check that every model fits the parallel layout; `ConfigError` names the teacher that does not."""
     models = {"student": student} | {f"teachers.{source.name}": source.model for source in teachers}
     has_experts = any(model.transformer.get("num_moe_experts") for model in models.values())
     for where, model in models.items():
@@ -167,12 +167,12 @@ def check_layout(
         for key in ("num_layers", "hidden_size", "num_attention_heads"):
             if key not in architecture:
                 raise ConfigError(
-                    f"{where}.{key}: missing; name it, or start from a checkpoint with {where}.load"
+                    f"{where}.{key}: missing; set it, or start from a checkpoint with {where}.load"
                 )
         if where != "student":  # teachers have no virtual stages
             parallel = replace(parallel, virtual_pipeline_model_parallel_size=None)
         if has_experts and not architecture.get("num_moe_experts"):
-            # A dense model beside a mixture of experts: its ranks replicate what the others' experts divide.
+            # A dense model next to a mixture of experts is replicated over the expert-parallel ranks.
             parallel = replace(parallel, expert_model_parallel_size=1, expert_tensor_parallel_size=None)
         try:
             validate_layout(
@@ -196,7 +196,7 @@ def _check_prompts(
     tokenizer: Tokenizer,
     seq_length: int,
 ) -> None:
-    """Every prompt has what its domain's objective needs: a teacher, an answer, something to judge by."""
+    """Check that every prompt has what its domain's objective needs: a teacher, an answer, a verifier."""
     objectives.check_domains(prompts.domains)
     if routing is not None:
         routing.check(prompts.domains, scored=objectives.any(needs_teachers, prompts.domains))
@@ -207,7 +207,7 @@ def _check_prompts(
         if prompt.domain in rewarded and not has_verdict(prompt):
             raise ConfigError(
                 f"{prompt.origin}: the objective of domain {prompt.domain!r} needs rewards, and this prompt "
-                "has no `answer` that a verifier could compare with"
+                "has no `answer` for a verifier to compare with"
             )
 
 

@@ -1,4 +1,4 @@
-"""What goes on around the algorithm while a run lasts: it is watched, logged, and may be asked to stop."""
+"""Everything around the algorithm during a run: watchdog, logs, evaluations, checkpoints, stop requests."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from megatron_mopd.training.step_batch import StepBatch
 
 
 class Lifecycle(contextlib.AbstractContextManager):
-    """Watches and logs one run from iteration `first` on, and decides when to sample, evaluate, save and
-    stop; every rank decides the same.
+    """Monitors and logs one run from iteration `first` on, and decides when to sample, evaluate, save and
+    stop; every rank makes the same decisions.
 
-    Entering it prints how the run begins and starts the watchdog; leaving it stops the watchdog and closes
-    the logs. `finish` completes a run after its last iteration.
+    Entering it logs the run's start and starts the watchdog; leaving it stops the watchdog and closes the
+    logs. `finish` completes a run after its last iteration.
     """
 
     def __init__(self, run: Run, first: int, alarms: Alarms):
@@ -55,10 +55,10 @@ class Lifecycle(contextlib.AbstractContextManager):
         self._contexts = contextlib.ExitStack()
         self._sampled_until = first
         self._is_asked = False
-        """Whether some rank was asked to stop; known since the last rollout batch ended."""
+        """Whether any rank was asked to stop; updated at the end of each rollout batch."""
         self._iteration_start = self._sampling_end = 0.0
         self._between: dict[str, float] = {}
-        """Seconds spent between the last step and the one to come."""
+        """Seconds spent between the last step and the next."""
 
     def __enter__(self) -> Lifecycle:
         run = self._run
@@ -77,7 +77,7 @@ class Lifecycle(contextlib.AbstractContextManager):
         self._contexts.__exit__(*exception)
 
     def iterations(self) -> Iterator[int]:
-        """The iterations that are left. Raises when the run's lock or its last checkpoint was lost."""
+        """The remaining iterations. Raises if the run's lock was lost or the last checkpoint failed."""
         for iteration in range(self.first, self.last):
             self.writer.check()
             if self._run.lock is not None:
@@ -86,8 +86,8 @@ class Lifecycle(contextlib.AbstractContextManager):
             yield iteration
 
     def rollouts_due(self, iteration: int) -> Iterator[int]:
-        """The first iterations of the rollout batches that have to be sampled before `iteration` is trained:
-        its own, and `rollout.batches_ahead` more."""
+        """The first iterations of the rollout batches that must be sampled before training `iteration`: its
+        own batch and `rollout.batches_ahead` more."""
         steps = self._config.schedule.steps_per_rollout
         reach = min(iteration + self._config.rollout.batches_ahead * steps, self.last - 1)
         while self._sampled_until <= reach:
@@ -96,18 +96,18 @@ class Lifecycle(contextlib.AbstractContextManager):
             yield upcoming
 
     def begin_step(self, batch: StepBatch) -> TokenSamples | None:
-        """Prepare for the optimizer step on `batch`; returns what collects the divergence of single tokens in
-        it, if it is one of the steps that are sampled for the report."""
+        """Prepare for the optimizer step on `batch`; returns the collector of its per-token divergences if
+        the step is one of those sampled for the report."""
         self._sampling_end = time.perf_counter()
         self._watchdog.begin(f"optimizer step {batch.iteration + 1}")
-        # Dropout of every step has a stream of its own, so that a resumed run draws the same.
+        # Seed dropout per step, so that a resumed run draws the same numbers.
         seed_model_parallel(self._config.seed + 1_000_003 * batch.iteration)
         return token_samples(self._run, batch)
 
     def end_step(
         self, batch: StepBatch, metrics: dict[str, float], samples: TokenSamples | None
     ) -> dict[str, float]:
-        """All metrics of the step; raises its alarms."""
+        """All metrics of the step; also reports its alarms."""
         run, done = self._run, batch.iteration + 1
         now, start = time.perf_counter(), self._iteration_start
         metrics = metrics | time_split(run, batch, metrics, self._sampling_end - start, now - start)
@@ -123,7 +123,7 @@ class Lifecycle(contextlib.AbstractContextManager):
         return metrics
 
     def evaluate(self, done: int) -> dict[str, float]:
-        """Metrics of the evaluation after `done` iterations; none when it is not due."""
+        """Metrics of the evaluation after `done` iterations; none if it is not due."""
         if done != self.last and not _is_every(self._config.schedule.eval_interval, done):
             return {}
         self._watchdog.begin(f"evaluation after iteration {done}")
@@ -132,17 +132,17 @@ class Lifecycle(contextlib.AbstractContextManager):
         return metrics | {"time/evaluate": time.perf_counter() - begun} if metrics else {}
 
     def log(self, done: int, metrics: dict[str, float]) -> None:
-        """The metrics of the iteration that is `done`."""
+        """Log the metrics after `done` iterations."""
         self._log.step(done, metrics)
 
     def save_is_due(self, done: int, metrics: dict[str, float]) -> bool:
-        """Whether a checkpoint is to be saved: regularly, at the end, of the best weights so far, or because
+        """Whether to save a checkpoint: at an interval, at the end, for the best weights so far, or because
         the run was asked to stop. Collective: `StopRequest.agreed`."""
-        # Weights that are not finite are not saved; the guard decides what becomes of the run.
+        # Never save weights that are not finite; the guard decides whether the run continues.
         if self._run.learner.skipped.weights_damaged:
             return False
         is_regular = done == self.last or _is_every(self._config.checkpoint.save_interval, done)
-        # Between two steps of one rollout batch nothing can be saved: its samples are in memory alone.
+        # A run cannot resume in the middle of a rollout batch: its samples are only in memory.
         if done % self._config.schedule.steps_per_rollout:
             return is_regular
         self._is_asked = self._stop.agreed() and done < self.last
@@ -151,9 +151,9 @@ class Lifecycle(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def saving(self, done: int, metrics: dict[str, float]) -> Iterator[bool | None]:
-        """While the checkpoint of `done` iterations is handed to the writer. Gives whether it has to have the
-        optimizer's state: a run that was asked to stop must be resumable, others as the configuration says
-        (`None`)."""
+        """Surrounds passing the checkpoint of `done` iterations to the writer. Yields whether it must include
+        optimizer state: true for a run that was asked to stop, which must be resumable; otherwise `None`,
+        which leaves it to the configuration."""
         self._watchdog.begin(f"checkpoint of iteration {done}")
         self._best.saved(done, metrics)
         begun = time.perf_counter()
@@ -162,15 +162,15 @@ class Lifecycle(contextlib.AbstractContextManager):
         self._between["time/save"] = time.perf_counter() - begun
 
     def stop_if_asked(self, done: int) -> None:
-        """Raises `Preempted` on every rank, once the checkpoint is complete."""
+        """If the run was asked to stop, raise `Preempted` on every rank once the checkpoint is complete."""
         if self._is_asked:
             self.writer.wait()
             self._run.lifeline.release()
             raise Preempted(done)
 
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
-        """After the last iteration: complete the last checkpoint. Returns the run's last metrics: `metrics`,
-        or those of the student as it is when no iteration was asked for."""
+        """After the last iteration, complete the last checkpoint. Returns the run's last metrics: `metrics`,
+        or an evaluation of the student if there was no iteration to run."""
         self._watchdog.begin("the last checkpoint")
         self.writer.wait()
         if self._run.learner.skipped.weights_damaged:
@@ -186,7 +186,7 @@ class Lifecycle(contextlib.AbstractContextManager):
 
 
 def close(run: Run) -> None:
-    """Stop what a finished run has started (loading of teachers, lifeline, verifiers) and draw its report.
+    """Stop everything a finished run started (teacher loading, lifeline, verifiers) and draw its report.
     Collective over the pipeline."""
     if run.learner.bank is not None:
         run.learner.bank.close()

@@ -1,5 +1,5 @@
-"""Being asked to stop: SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C end a run with a checkpoint, on all
-ranks at once. Who cannot wait presses Ctrl-C again.
+"""Stop requests: SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C end a run with a checkpoint, on all ranks at
+once. A second Ctrl-C ends it immediately.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ PREEMPTED_STATUS = 75
 """Exit status of a run that was asked to stop and saved: start it again to continue (EX_TEMPFAIL)."""
 
 INTERRUPTED_STATUS = 130
-"""Exit status of a run that Ctrl-C ended without a checkpoint: the shells' 128 and the signal's number."""
+"""Exit status of a run that Ctrl-C ended without a checkpoint: 128 plus the signal number, as in shells."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-_STOPPING = b"\nCtrl-C: stopping after this step, with a checkpoint; again: at once, without one\n"
+_STOPPING = b"\nCtrl-C: stopping after this step, with a checkpoint; press again to stop at once\n"
 
 
 class Preempted(Exception):
@@ -34,7 +34,7 @@ class Preempted(Exception):
 
 
 class StopRequest(contextlib.AbstractContextManager):
-    """Notes the signals while the context lasts; the handlers of before come back at its end."""
+    """Records stop signals inside the context; leaving it restores the previous handlers."""
 
     def __init__(self, groups: ParallelGroups):
         self._groups = groups
@@ -42,7 +42,7 @@ class StopRequest(contextlib.AbstractContextManager):
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        # Only the main thread may set handlers; called from elsewhere, a run cannot be asked this way.
+        # Only the main thread may set handlers; a run in another thread cannot be stopped by signals.
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
@@ -52,14 +52,14 @@ class StopRequest(contextlib.AbstractContextManager):
             signal.signal(number, handler)
 
     def _note(self, number, frame) -> None:
-        # A second Ctrl-C comes as SIGINT from a terminal. From torchrun, which is then already passing on the
-        # first, it comes as SIGTERM; schedulers send SIGTERM too, but never after SIGINT.
+        # A second Ctrl-C arrives as SIGINT from a terminal, but as SIGTERM from torchrun, which is already
+        # forwarding the first. Schedulers send SIGTERM too, but never after SIGINT.
         if self._interrupted and number in (signal.SIGINT, signal.SIGTERM):
             os._exit(INTERRUPTED_STATUS)
         self._asked = True
         if number == signal.SIGINT:
             self._interrupted = True
-            if self._groups.rank == 0:  # not `print`: the signal may have come in the midst of one
+            if self._groups.rank == 0:  # not `print`: the signal may have interrupted one
                 os.write(2, _STOPPING)
 
     def agreed(self) -> bool:

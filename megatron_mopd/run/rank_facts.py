@@ -1,4 +1,4 @@
-"""What every rank of a run has to have in common, as facts that `backend.agreement` compares."""
+"""Facts that must be equal on every rank of a run, which `backend.agreement` compares."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ _PACKAGES = ("torch", "megatron-core", "transformers")
 _SAME_SOFTWARE = "install the same release on every host"
 _SAME_SETTINGS = "start every rank with the same configuration"
 _SAME_FILES = "give every host the same files"
-_ONE_DIRECTORY = "run_dir has to be on a file system that all hosts share"
+_ONE_DIRECTORY = "run_dir must be on a file system that all hosts share"
 
-# Paths whose content is compared instead: hosts may have copies of their own, at places of their own.
+# Paths whose content is compared instead, because each host may have its own copy at its own path.
 _BY_CONTENT = (".load", ".path", "data.tokenizer")
 _HOSTS_OWN = ("device", "teacher_storage.mmap_directory", "log.wandb_project", "log.wandb_name")
-"""May differ: names of one kind of device (`start_ranks` compares that), a disk of each host's own, and what
-only rank 0 uses."""
+"""May differ: device names (`start_ranks` compares the kind of device), each host's local disk, and what only
+rank 0 uses."""
 
 
 def launch_facts(config: Config) -> list[Fact]:
-    """Software and settings. No collectives; nothing is read but this package's own source."""
+    """Software and settings. No collectives; reads no files other than this package's source."""
     return software_facts() + list(_settings(config))
 
 
 def software_facts() -> list[Fact]:
-    """Releases of Python and of the packages that results depend on. No collectives."""
+    """Versions of Python and of the packages that results depend on. No collectives."""
     facts = [Fact(name, *2 * (str(installed_version((name,))),), _SAME_SOFTWARE) for name in _PACKAGES]
     source = _source_digest()
     release = f"{megatron_mopd.__version__} (source {source[:8]})"
@@ -73,7 +73,7 @@ def input_facts(
     prompts: PromptSet,
     eval_prompts: PromptSet | None,
 ) -> list[Fact]:
-    """Files: tokenizer (its fingerprint), models, prompts, and which checkpoints the run directory has.
+    """Files: tokenizer (its fingerprint), models, prompts, and the checkpoints in the run directory.
 
     student, teachers: resolved, with the paths they are loaded from. Raises `ConfigError` for a checkpoint
     that cannot be read. No collectives.
@@ -100,8 +100,9 @@ def input_facts(
 
 
 def command_facts(arguments: Sequence[str], reads: Sequence[str]) -> list[Fact]:
-    """Of a command line: its arguments, and the model directories among them that it `reads`. One that cannot
-    be read is a fact too, and the command's own to report where it is so on every rank. No collectives.
+    """Facts of a command line: its arguments, and the model directories among them that it `reads`. An
+    unreadable directory is a fact too; if it is unreadable on every rank, the command itself reports it. No
+    collectives.
     """
     other = [argument for argument in arguments if argument not in reads]
     facts = [Fact("the command line", _text(other), " ".join(other), "start every rank with the same one")]

@@ -1,4 +1,4 @@
-"""The mean of a per-token quantity over the last steps, and how far chance may have moved it."""
+"""The mean of a per-token quantity over the most recent steps, with its confidence interval."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 ENOUGH_TOKENS = 1000
-"""Tokens whose mean is worth comparing."""
+"""Tokens needed for a mean worth comparing."""
 FEWEST_STEPS = 8
-"""Steps that a standard error is estimated from."""
+"""Steps needed to estimate a standard error."""
 MOST_STEPS = 64
-"""Steps that are kept; where they have fewer than `ENOUGH_TOKENS` together, they do."""
+"""Steps that are kept; this many suffice even if together they have fewer than `ENOUGH_TOKENS`."""
 SURE = 4.0
-"""Standard errors that chance does not exceed: 1e-3 two-sided for eight steps, 1e-4 for many."""
+"""Half-width of the interval in standard errors: two-sided p of 1e-3 for eight steps, 1e-4 for many."""
 
 
 class RecentMean:
-    """Means of steps, with the number of tokens of each. The standard error comes from how the steps' means
-    scatter, so that it includes what the tokens of one response have in common."""
+    """Per-step means with their numbers of tokens. The standard error is estimated from the scatter of these
+    means, so that it includes the correlation between the tokens of one response."""
 
     def __init__(self, steps: Iterable[Sequence[float]] = ()):
         self._steps: deque[tuple[float, float]] = deque((tuple(step) for step in steps), maxlen=MOST_STEPS)
 
     def add(self, value: float, tokens: float) -> None:
-        """One step's mean over `tokens`; infinitely many make it exact."""
+        """Add one step's mean over `tokens`; an infinite number marks it as exact."""
         self._steps.append((value, tokens))
 
     def state(self) -> list[list[float]]:
-        """What the constructor takes, in plain containers."""
+        """The constructor's argument, in plain containers."""
         return [list(step) for step in self._steps]
 
     def bounds(self) -> tuple[float, float, float] | None:
-        """Mean, and lower and upper end of where chance may have moved it from, over the last `FEWEST_STEPS`
-        and `ENOUGH_TOKENS` at least; `None` while there are not so many."""
+        """Mean, lower and upper bound over the most recent steps, at least `FEWEST_STEPS` of them with at
+        least `ENOUGH_TOKENS`; `None` until there are that many."""
         if self._steps and math.isinf(self._steps[-1][1]):
             value = self._steps[-1][0]
             return value, value, value

@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and whether it is the same run."""
+"""Finds the checkpoint to resume from, and checks that it belongs to the same run."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from megatron_mopd.observe.progress import say
 from megatron_mopd.teachers.manifest import changed_teachers, with_tokenizer
 
 _MOST_SAID = 8
-"""Changed keys that are said one by one."""
+"""Changed keys that are logged individually."""
 
 
 class FinishedRun(Exception):
-    """Every iteration that the configuration asks for is done; nothing is to be written."""
+    """All configured iterations are done; nothing must be written."""
 
 
 @dataclass(frozen=True)
 class Resumable:
-    """An undamaged checkpoint to continue from."""
+    """An undamaged checkpoint to resume from."""
 
     path: Path
     iteration: int
     """Optimizer steps done."""
     description: Checked
     same_tokenizer: str | None = None
-    """The fingerprint of the run's tokenizer where the checkpoint has another and `with_run_tokenizer` found
-    that both mean the same, or that they may differ."""
+    """The fingerprint of the run's tokenizer if the checkpoint has a different one and `with_run_tokenizer`
+    found the two equivalent, or was allowed to accept the difference."""
 
     def with_run_tokenizer(self, tokenizer: Tokenizer, *, allow_change: bool) -> Resumable:
-        """This, with `tokenizer`'s fingerprint for the saved one wherever that stands, if they mean the same.
+        """A copy with `tokenizer`'s fingerprint in place of the saved one, if the tokenizers are equivalent.
 
-        Raises `ConfigError` that says in what they differ, unless `allow_change`; the same texts may then be
-        other tokens, and prompts are not compared. No collectives.
+        Raises `ConfigError` naming the difference, unless `allow_change`; the same texts may then encode to
+        other tokens, so prompts are not compared. No collectives.
         """
         current = tokenizer.fingerprint()
         if recorded_tokenizer(self.path, "run_dir") == current:
@@ -64,35 +64,35 @@ class Resumable:
         return replace(self, description=description, same_tokenizer=current)
 
     def check_continues(self, config: Config) -> None:
-        """Raises `FinishedRun` when there is nothing left to do, `ConfigError` when it cannot be done."""
+        """Raise `FinishedRun` if there is nothing left to do, `ConfigError` if the run cannot be resumed."""
         wanted, steps = config.schedule.train_iters, config.schedule.steps_per_rollout
         if self.iteration >= wanted:
             raise FinishedRun(
                 f"run_dir: finished: {self.path} has {self.iteration} iterations and schedule.train_iters is "
-                f"{wanted}; raise it to go on, or start a new run_dir"
+                f"{wanted}; raise it to continue, or start a new run_dir"
             )
         if "optimizer" not in self.description.common:
             raise ConfigError(
                 f"run_dir: {self.path} has no optimizer state to continue from (checkpoint.save_optimizer "
-                "was false); name it as student.load of a new run, or set checkpoint.resume=false"
+                "was false); use it as student.load of a new run, or set checkpoint.resume=false"
             )
         if self.iteration % steps:
             raise ConfigError(
-                f"schedule.steps_per_rollout: {self.path} is of iteration {self.iteration}, in the middle of "
-                f"a rollout batch of {steps} steps; take a divisor of it, or start a new run_dir"
+                f"schedule.steps_per_rollout: {self.path} is at iteration {self.iteration}, in the middle of "
+                f"a rollout batch of {steps} steps; use a divisor of it, or start a new run_dir"
             )
 
 
 def checkpoints_directory(run_dir: str) -> Path:
-    """Where a run keeps its checkpoints."""
+    """The directory of a run's checkpoints."""
     return Path(run_dir) / "checkpoints"
 
 
 def find_resumable(config: Config) -> Resumable | None:
-    """The newest undamaged checkpoint of the run directory; `None`: the run starts at its beginning.
+    """The newest undamaged checkpoint in the run directory; `None` if the run starts from the beginning.
 
-    Says which it passed over and why; when all are damaged, the newest's `ConfigError` is raised. Collective
-    over all ranks, which divide the reading between them.
+    Logs each checkpoint it passes over and why; if all are damaged, raises the newest one's `ConfigError`.
+    Collective over all ranks, which share the reading.
     """
     if not config.checkpoint.resume:
         return None
@@ -103,7 +103,7 @@ def find_resumable(config: Config) -> Resumable | None:
     first_error = None
     for iteration in candidates:
         if newest is not None and iteration > newest:
-            continue  # the tracker was turned back by hand
+            continue  # the user has set the tracker back
         path = iteration_directory(directory, iteration)
         try:
             verify_checksums(path, "run_dir")
@@ -127,8 +127,8 @@ def _say_incomplete(directory: Path) -> None:
 
 
 def settings(config: Config, student: ModelConfig) -> str:
-    """What a checkpoint keeps of the configuration, as JSON: all of it, with the student's architecture as it
-    was resolved. Environment variables are kept by their names.
+    """The configuration as a checkpoint stores it: JSON of all keys, with the student's resolved
+    architecture. Environment variables are stored by name.
     """
     return json.dumps(to_dict(replace(config, student=student)))
 
@@ -136,11 +136,11 @@ def settings(config: Config, student: ModelConfig) -> str:
 def check_same_run(
     found: Resumable, config: Config, student: ModelConfig, manifest: Mapping[str, Any]
 ) -> list[Change]:
-    """The keys that may change and did. No collectives.
+    """The changed keys, all of which are allowed to change. No collectives.
 
     manifest: fingerprints of this run's inputs (`run_manifest`), compared with those of `found`. Raises
-    `ConfigError` when something else differs that must not: it names the first such key, with the old and the
-    new value, and lists the others. Paths are judged by what they lead to.
+    `ConfigError` if a key changed that must not: it names the first such key with the old and the new value,
+    and lists the others. Paths are compared by the content they point to.
     """
     path, common = found.path, found.description.common
     saved_student, tokenizer = read_model_config(path, "run_dir")
@@ -178,17 +178,17 @@ def _changed_settings(
 def _check_content(
     saved: Mapping[str, Any], current: Mapping[str, Any], changed: Sequence[Change], path: Path
 ) -> None:
-    """The student's first weights and the prompts of every source are what they were."""
+    """Check that the student's initial weights and the prompts of every source are unchanged."""
     by_key, both = {change.key: change for change in changed}, saved.keys() & current.keys()
 
     def refuse(key: str, what: str) -> None:
         if key in by_key:
             raise ConfigError(by_key[key].refusal(path))
-        raise ConfigError(f"{key}: {what} other than those that {path} was saved with; start a new run_dir")
+        raise ConfigError(f"{key}: {what} differ from those that {path} was saved with; start a new run_dir")
 
     if "student" in both and saved["student"] != current["student"]:
         refuse("student.load", "weights")
-    # A checkpoint of an earlier release has one fingerprint of all prompts, made in another way.
+    # A checkpoint of an earlier release has one fingerprint of all prompts, computed differently.
     is_by_source = "prompts" in both and isinstance(saved["prompts"], list)
     sources = zip(saved["prompts"], current["prompts"]) if is_by_source else ()
     for number, (before, now) in enumerate(sources):
@@ -203,13 +203,13 @@ def _check_teachers(
     changed = changed_teachers(saved.get("teachers", {}), current.get("teachers", {}))
     if changed and not is_allowed:
         raise ConfigError(
-            f"teachers: not those that {path} was written with: {', '.join(changed)}; put them back, or "
+            f"teachers: not those that {path} was written with: {', '.join(changed)}; restore them, or "
             "continue with --allow-teacher-change"
         )
 
 
 def say_changes(changed: Sequence[Change], saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """One line about what a run continues with that it did not have before, and one about its teachers."""
+    """Log one line about the keys changed since the checkpoint, and one about changed teachers."""
     if changed:
         said = [str(change) for change in changed[:_MOST_SAID]]
         more = len(changed) - len(said)

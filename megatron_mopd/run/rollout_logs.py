@@ -1,4 +1,4 @@
-"""Which log a rollout batch's tokens go to, and what they were sampled from."""
+"""Selects the log of each rollout batch's tokens and identifies the weights they were sampled from."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from megatron_mopd.rollout.write_ahead import RolloutLog
 from megatron_mopd.training.learner import Learner
 
 MOST_LOGS, MOST_LOG_BYTES = 512, 4 * 2**30
-"""Logs of rollout batches that wait for a checkpoint."""
+"""Limits on the logs of rollout batches since the last checkpoint."""
 _LOOK_EVERY = 16
-"""Batches between looks at how much there is."""
+"""Batches between checks of those limits."""
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def open_rollout_log(
     learner: Learner, number: int, prompts: Sequence[Prompt], seed: int
 ) -> RolloutLog | None:
-    """The log of rollout batch `number`; `None` where there is none (`rollout.write_ahead`, and with routing
-    replay, whose records are not kept).
+    """The log of rollout batch `number`; `None` if there is none (`rollout.write_ahead` is off, or routing
+    replay is on, whose records are not stored).
 
-    What was sampled by other weights, from other prompts or another distribution is not used: the log's
-    identity is a digest of all of it. A batch that was sampled before the checkpoint that this start resumed
-    from (`rollout.batches_ahead`) has the weights of then, which the checkpoint names.
+    The log's identity is a digest of weights, prompts and sampling distribution, so responses sampled from
+    anything else are not reused. A batch sampled ahead (`rollout.batches_ahead`) of the checkpoint that this
+    start resumed from has the older weights that the checkpoint names.
 
     Collectives: those of `weights_identity` and `RolloutLog`.
     """
@@ -70,15 +70,15 @@ def open_rollout_log(
         )
     if is_pending and complete < wanted:
         say(
-            f"ALARM: rollout batch {number} had been sampled by weights that are gone, and its log is not "
-            "complete: the rest comes from the restored ones"
+            f"ALARM: rollout batch {number} was sampled from weights that no longer exist, and its log is "
+            "incomplete: the rest is sampled from the restored weights"
         )
     return log
 
 
 def weights_identity(learner: Learner) -> int:
-    """A number that changes whenever a weight does, and not with the layout: the wrapped sum of all bit
-    patterns, each tensor's times a factor of its own.
+    """A number that changes with every weight but not with the layout: the wrapped sum of all bit patterns,
+    each tensor's multiplied by its own factor.
 
     Collectives: one all-reduce of one int64 over all ranks.
     """
@@ -95,14 +95,14 @@ def weights_identity(learner: Learner) -> int:
 
 
 def remove_rollout_logs(run_dir: str, before: int, is_last: bool) -> None:
-    """Delete the logs of rollout batches that no resume needs again; of a run's last checkpoint, all of them.
-    One rank alone.
+    """Delete the logs of rollout batches that no resume needs any more; all of them after the run's last
+    checkpoint. Called by one rank only.
     """
     directory = _directory(run_dir, 0).parent
     for path in directory.glob("batch_*"):
         if path.name < _directory(run_dir, before).name:
             shutil.rmtree(path, ignore_errors=True)
-    if is_last:  # earlier, another rank may be about to put a log there
+    if is_last:  # before that, another rank may be about to write a log there
         with contextlib.suppress(OSError):
             directory.rmdir()
 
@@ -110,15 +110,16 @@ def remove_rollout_logs(run_dir: str, before: int, is_last: bool) -> None:
 def limit_rollout_logs(run_dir: str, newest: int, ahead: int) -> None:
     """Where checkpoints are far apart, remove the oldest logs beyond `MOST_LOGS` and `MOST_LOG_BYTES`.
 
-    newest: the batch that is about to be sampled. ahead: `rollout.batches_ahead`. What was sampled before the
-    last checkpoint stays, for the weights that it came from are gone, and so does what would be if one was
-    saved now. A killed run samples the others again, and gets the same. One rank alone.
+    newest: the batch that is about to be sampled. ahead: `rollout.batches_ahead`. Batches sampled before the
+    last checkpoint stay because their weights no longer exist; so do batches that would be in that position
+    if a checkpoint were saved now. A killed run samples the others again, with the same result. Called by one
+    rank only.
     """
     sizes = {
         int(path.name.removeprefix("batch_")): sum(file.stat().st_size for file in path.iterdir())
         for path in sorted(_directory(run_dir, 0).parent.glob("batch_*/"))
     }
-    first = min(sizes, default=0)  # a checkpoint removes what is before its next batch
+    first = min(sizes, default=0)  # a checkpoint removes all logs before its next batch
     total, removed = sum(sizes.values()), []
     for number in (n for n in sizes if first + ahead < n < newest - ahead - 1):
         if len(sizes) - len(removed) <= MOST_LOGS and total <= MOST_LOG_BYTES:

@@ -1,4 +1,4 @@
-"""The day that a run takes for today: recorded when it starts, so that it makes the same prompts for good."""
+"""The date that a run uses as today's: recorded at its start, so that its prompts never change."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _RECORD = "config.yaml"
 
 
 def with_date(config: Config) -> Config:
-    """The configuration with `data.date` filled in: as given, else as the run to be resumed recorded it, else
+    """The configuration with `data.date` filled in: as given, else as recorded by the run to be resumed, else
     today.
 
-    Collective, whatever is given: rank 0 decides and broadcasts, because midnight passes and hosts are in
-    different time zones.
+    Always collective: rank 0 decides and broadcasts, because midnight may pass and hosts may be in different
+    time zones.
     """
     date = agreed_date(_recorded(config) if dist.get_rank() == 0 else None)
     return replace(config, data=replace(config.data, date=config.data.date or date))
 
 
 def agreed_date(date: str | None = None) -> str:
-    """Rank 0's `date`, or today there, on every rank: one broadcast of some bytes."""
+    """Rank 0's `date`, by default its today, on every rank. Collective: one broadcast of a few bytes."""
     agreed = [date or datetime.date.today().isoformat()]
     if dist.is_initialized():
         dist.broadcast_object_list(agreed)
@@ -34,11 +34,11 @@ def agreed_date(date: str | None = None) -> str:
 
 
 def _recorded(config: Config) -> str | None:
-    """The date in the run directory's `config.yaml`, of a run that this one continues."""
+    """The date in the run directory's `config.yaml`, if this run resumes that one."""
     if not config.checkpoint.resume:
         return None
     try:
         found = yaml.safe_load((Path(config.run_dir) / _RECORD).read_text())["data"]["date"]
         return datetime.date.fromisoformat(str(found)).isoformat()
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return None  # of an earlier release, or by hand; other prompts than the checkpoint's are refused
+        return None  # from an earlier release or edited; prompts unlike the checkpoint's are refused anyway

@@ -1,6 +1,6 @@
-"""Everything that is built once before the first step, and everything that is checked before that.
+"""Checks a run's inputs and builds everything that the first step needs.
 
-Every rank runs the same checks on the same inputs, so a mistake ends all of them with the same message.
+Every rank runs the same checks on the same inputs, so an error ends all of them with the same message.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ class Run:
     engine: RolloutEngine
     rewarder: Rewarder
     start_alarms: list[str]
-    """What the teachers' fingerprints say; already printed."""
+    """Alarms from comparing the teachers' fingerprints; already printed."""
     resumable: Resumable | None
-    """The checkpoint that the run continues from, already found to be of the same run."""
+    """The checkpoint to resume from, already checked to belong to the same run."""
     stop_ids: StopIds
-    """What ends a response."""
+    """The tokens that end a response."""
     lifeline: Lifeline
-    """To be released before this rank ends by itself."""
+    """Must be released before this rank exits normally."""
     confinement: Confinement | None
-    """On the first rank of a host: how its answers are confined; `None` where nothing has to be."""
+    """On the first rank of a host, how answers are confined; `None` if nothing needs confinement."""
     lock: RunLock | None
-    """On rank 0: what keeps other runs out of `run_dir`; to be released at the end."""
+    """On rank 0, keeps other runs out of `run_dir`; must be released at the end."""
 
 
 def build_run(config: Config) -> Run:
     """Start the ranks, check every input, build student, teachers, optimizer and rollout engine.
 
-    Raises `ConfigError` for a user's mistake, `FinishedRun` when there is nothing left to do, both before
+    Raises `ConfigError` for a user error and `FinishedRun` if there is nothing left to do, both before
     anything is built or written. Collective over all ranks.
     """
     device = select_device(config.device)
@@ -202,10 +202,10 @@ def _teachers(
 
 
 def examine_confinement(inputs: Inputs) -> Confinement | None:
-    """What keeps the answers to these prompts from doing harm; a warning says what is missing.
+    """Determine how this host can confine the scoring of answers, and warn about missing protection.
 
-    On the first rank of each host, and only where answers are parsed or messages go through a template;
-    elsewhere `None`. Raises `ConfigError` when no confined process can be started. Collectives: none.
+    Runs on the first rank of each host, and only if answers are parsed or messages go through a template;
+    otherwise returns `None`. Raises `ConfigError` if no confined process can be started. Collectives: none.
     """
     prompts = [*inputs.prompts, *(inputs.eval_prompts or ())]
     is_needed = any(is_confined(prompt) or not isinstance(prompt.text, str) for prompt in prompts)
@@ -214,14 +214,14 @@ def examine_confinement(inputs: Inputs) -> Confinement | None:
     try:
         confinement = examine()
     except Unanswered as error:
-        raise ConfigError(f"answers have to be scored in a confined process: {error}") from None
+        raise ConfigError(f"answers must be scored in a confined process: {error}") from None
     if (warning := confinement.warning()) is not None:
         print(f"warning: {socket.gethostname()}: {visible(warning)}", flush=True)
     return confinement
 
 
 def run_directory(config: Config) -> Path:
-    """The run's directory, made if it is not there."""
+    """The run's directory, created if it does not exist."""
     path = Path(config.run_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)

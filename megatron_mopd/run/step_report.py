@@ -1,4 +1,4 @@
-"""What a run records of a step beside its losses: where its time went, a few responses, alarms."""
+"""What a run records about a step besides its losses: where its time went, a few responses, alarms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_mopd.training.step_batch import StepBatch
 def time_split(
     run: Run, batch: StepBatch, metrics: dict[str, float], rollout: float, total: float
 ) -> dict[str, float]:
-    """Where a step's time went on this rank, and what it achieved."""
+    """Where a step's time went on this rank, and its throughput."""
     lengths = [len(t.response_ids) for t in batch.trajectories]
     busy = metrics["time/score"] + metrics["time/train"]
     peak = peak_flops(device_name(run.groups.device), run.config.params_dtype)
@@ -33,7 +33,7 @@ def time_split(
 
 
 def _flops(learner: Learner, batch: StepBatch) -> float:
-    """Of this step's scoring and learning; what was scored ahead of time counts where it is used."""
+    """FLOPs of this step's scoring and learning; scoring done ahead counts in the step that uses it."""
     vocabulary, bank = learner.model.vocab_size, learner.bank
     return step_flops(
         batch.trajectories,
@@ -46,7 +46,7 @@ def _flops(learner: Learner, batch: StepBatch) -> float:
 def alarms_of(
     run: Run, alarms: Alarms, batch: StepBatch, metrics: dict[str, float], observed: dict[str, float]
 ) -> list[str]:
-    """What a step gives reason to report: its rollouts, its losses, and at first its teachers."""
+    """The alarms of a step: about its rollouts, its losses, and in the first step its teachers."""
     messages = alarms.rollout(batch.trajectories, batch.rewards.collect(), observed)
     skipped = run.learner.skipped
     if skipped.in_a_row:
@@ -61,8 +61,8 @@ def alarms_of(
 
 
 def token_samples(run: Run, batch: StepBatch) -> TokenSamples | None:
-    """Where the coming step is to collect the divergence of every token of a few responses, if it is one of
-    those that `log.sample_interval` names: the first, the last, and every n-th."""
+    """The collector of every token's divergence in a few responses, if the coming step is one of those that
+    `log.sample_interval` selects: the first, the last, and every n-th."""
     log, done = run.config.log, batch.iteration + 1
     if run.learner.routing is None or not log.sample_interval or not log.samples_per_domain:
         return None
@@ -72,7 +72,7 @@ def token_samples(run: Run, batch: StepBatch) -> TokenSamples | None:
 
 
 def sample_lines(run: Run, batch: StepBatch, samples: TokenSamples) -> Iterator[dict[str, Any]]:
-    """The step's sample for the report: responses with the divergence of every token, teachers and reward."""
+    """The step's samples for the report: responses with per-token divergence, teachers and reward."""
     rewards = batch.rewards.collect()
     for index, entry in samples.lines(run.tokenizer):
         mixture = batch.targets[entry["domain"]].mixture

@@ -1,4 +1,4 @@
-"""Alarms about teachers: things that are not errors yet, said while there is still time."""
+"""Early alarms about teachers: suspicious conditions that are not errors yet."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ def first_step_alarms(
 ) -> list[str]:
     """Messages about teachers whose KL at the first step is outside [kl_floor, kl_ceiling].
 
-    Below: the teacher is the student. Above: another tokenizer's ids or a wrong checkpoint. `metrics` has a
-    mean per token for each domain (`kl/math`); of several weighted teachers it is the weighted sum, which is
-    compared with the least floor and the greatest ceiling among them. `self` starts at 0 and has no floor.
+    Below: the teacher equals the student. Above: a different tokenizer's ids or the wrong checkpoint.
+    `metrics` has the mean per token of each domain (`kl/math`); for several weighted teachers it is the
+    weighted sum, which is compared with their lowest floor and highest ceiling. `self` starts at 0 and has no
+    floor.
     """
     limits = {teacher.name: teacher for teacher in teachers}
     alarms = []

@@ -35,21 +35,21 @@ class Learner:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     model: ModelConfig
-    """The student's architecture, everything resolved."""
+    """The student's fully resolved architecture."""
     manifest: dict[str, Any]
-    """Fingerprints of what a resumed run must agree with: tokenizer, student, teachers, prompts."""
+    """Fingerprints that a resumed run must match: tokenizer, student, teachers, prompts."""
     domains: list[str]
-    """Every domain of the run, sorted: the order of per-domain sums on all ranks."""
+    """All domains of the run, sorted: the order of per-domain sums on all ranks."""
     routing: Routing | None = None
     """`None` when no domain's objective has teachers."""
     bank: TeacherBank | None = None
     vocab_size: int | None = None
-    """Ids from 0 on that take part in every softmax: the tokenizer's; default: all rows of the model. Rows
-    beyond, with which models are padded to round sizes, are no tokens: they are never sampled and belong to
-    no distribution, neither the student's nor a teacher's."""
+    """Number of ids, starting at 0, in every softmax: the tokenizer's; default: all rows of the model. Rows
+    beyond, which pad models to round sizes, are not tokens: they are never sampled and are in no
+    distribution, neither the student's nor a teacher's."""
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
     sampled_from: dict[int, int] = field(default_factory=dict)
-    """Rollout batch -> identity of the weights that it is sampled from (`rollout_log`)."""
+    """Rollout batch -> identity of the weights that it is sampled from (`run.rollout_logs`)."""
     position: DataPosition = field(init=False)
     """How iterations correspond to rollout batches and prompts."""
     pipeline: PipelineDriver = field(init=False)
@@ -75,7 +75,7 @@ class Learner:
 
     @cached_property
     def loss_settings(self) -> LossSettings:
-        """What all losses of the run share."""
+        """Settings shared by all losses of the run."""
         return LossSettings(
             self.groups,
             self.domains,
@@ -85,5 +85,5 @@ class Learner:
         )
 
     def targets(self, iteration: int = 0) -> Targets:
-        """What every domain is trained towards in the step after `iteration` others."""
+        """Every domain's target in the step that follows `iteration` steps."""
         return resolve_targets(self.objectives, self.routing, self.domains, iteration)

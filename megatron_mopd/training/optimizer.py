@@ -20,9 +20,9 @@ from megatron_mopd.model.gpt import HiddenStateGPT, is_expert
 
 
 def freeze_routing(chunks: list[HiddenStateGPT], config: Config) -> None:
-    """Take the routers out of training, before gradient buffers are made, as the configuration asks.
+    """Freeze the routers or their expert biases if configured; must precede the gradient buffers.
 
-    A frozen router gets no auxiliary or z-loss either: it could only push the hidden states around. Raises
+    A frozen router gets no auxiliary or z-loss either, which could only change the hidden states. Raises
     `ConfigError` for a student without experts.
     """
     settings = config.optimizer
@@ -45,15 +45,15 @@ def freeze_routing(chunks: list[HiddenStateGPT], config: Config) -> None:
 
 
 def mark_experts(chunks: list[HiddenStateGPT], groups: ParallelGroups) -> None:
-    """Mark the experts' parameters as reduced over expert-data-parallel ranks, before gradient buffers are
-    made.
+    """Mark the experts' parameters as reduced over expert-data-parallel ranks; must precede the gradient
+    buffers.
 
-    megatron-core marks them (`allreduce=False`) only where experts are divided over ranks. Experts that are
-    cut into another number of tensor-parallel shards than the rest have other replicas as well: without the
-    mark, gradients of different shards would be summed, or those of replicas left apart. No collectives.
+    megatron-core marks them (`allreduce=False`) only under expert parallelism. Experts whose
+    tensor-parallel size differs from that of the other layers also have different replicas: without the mark,
+    gradients of different shards would be summed, or those of replicas not reduced. No collectives.
     """
     if groups.collection.expt_tp.size() == groups.tp_size:
-        return  # the same ranks either way, or marked already
+        return  # the same replicas either way, or already marked
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if is_expert(name):
@@ -63,13 +63,13 @@ def mark_experts(chunks: list[HiddenStateGPT], groups: ParallelGroups) -> None:
 def wrap_data_parallel(
     chunks: list[HiddenStateGPT], config: Config, groups: ParallelGroups
 ) -> list[DistributedDataParallel]:
-    """Student chunks with gradient buffers; gradients are summed over data-parallel ranks, then divided by
-    tokens.
+    """Wrap the student's chunks with gradient buffers. Gradients are summed over data-parallel ranks, then
+    divided by the number of tokens.
     """
     freeze_routing(chunks, config)
     mark_experts(chunks, groups)
     settings = DistributedDataParallelConfig(
-        # bf16 gradients lose small contributions when they are summed over many ranks and micro-batches.
+        # bf16 gradients lose small contributions when summed over many ranks and micro-batches.
         grad_reduce_in_fp32=config.params_dtype == "bfloat16",
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
@@ -82,8 +82,8 @@ def wrap_data_parallel(
             model_config,
             settings,
             chunk,
-            # Later chunks start reducing while earlier ones still compute; the first has nothing left to hide
-            # behind.
+            # Later chunks' reductions overlap with the compute of earlier ones anyway; only the first, whose
+            # backward comes last, needs buckets.
             disable_bucketing=number > 0,
             pg_collection=groups.collection,
         )
@@ -103,7 +103,7 @@ def wrap_data_parallel(
 def build_optimizer(
     chunks: list[DistributedDataParallel], config: Config, groups: ParallelGroups
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW over the chunks' parameters (state sharded over DP when asked for), and its schedule in
+    """AdamW over the chunks' parameters (state sharded over DP if configured), and its schedule in
     iterations.
     """
     settings = config.optimizer

@@ -26,10 +26,10 @@ def proximal_logprobs(
     settings: LossSettings,
     findings: Findings,
 ) -> dict[int, Tensor]:
-    """log-probs [|y|] of the sampled tokens under the student as it is, by trajectory index; on the CPU.
+    """log-probs [|y|] of the sampled tokens under the current student, by trajectory index, on the CPU.
 
-    One forward pass of the student as in training (not the sampler's engine: the difference between the two
-    is mu's, and belongs in proximal / mu). Filled on the last stage, for this rank's trajectories; empty
+    One forward pass of the student as in training, not through the rollout engine: the difference between the
+    two must remain in the ratio proximal / mu. Filled on the last stage for this rank's trajectories, empty
     elsewhere. Collectives: those of `PipelineDriver.forward` and `sampled_token_logprobs`, and under context
     parallelism one all-reduce of the response tokens per micro-batch.
     """

@@ -1,8 +1,8 @@
-"""Rewards of a rollout batch on their way: verifiers start after sampling, and nothing waits for them before
-a loss needs one of their scores.
+"""Asynchronous rewards of a rollout batch: verifiers start after sampling, and nothing waits for them until a
+loss needs one of their scores.
 
-A thread of every rank exchanges the scores, on a process group of its own, so that a rank whose main thread
-is in the middle of a plan takes part without reaching any particular instruction.
+A thread of every rank exchanges the scores on a separate process group, so that a rank can take part while
+its main thread is anywhere in a plan.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from megatron_mopd.data.reward_workers import RewardWorkers, scores_of
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.data.verifiers import Score
 
-# Ranks enter an exchange when they have sampled; the last one when its verifiers are done, which
-# `rewards.timeout_seconds` limits response by response.
+# Some ranks enter an exchange right after sampling, the last one when its verifiers are done, for which
+# `rewards.timeout_seconds` only sets a limit per response.
 _PATIENCE = timedelta(days=1)
 
 Judged = list[tuple[float | None, bool]]
-"""Of every judged response: its reward (`None` without a verdict), and whether its verifier crashed."""
+"""For every judged response: its reward (`None` without a verdict), and whether its verifier crashed."""
 
 
 class Rewarder:
-    """Judges the trajectories of the domains whose objective asks for rewards.
+    """Judges the trajectories of the domains whose objective needs rewards.
 
-    Every data-parallel rank judges a share, in the processes of its first tensor-, context- and
-    pipeline-parallel rank, which run while teachers score. Construction is collective over all ranks: a
-    process group (gloo) where some objective asks for rewards.
+    Every data-parallel rank judges its share, in worker processes of its first tensor-, context- and
+    pipeline-parallel rank, which run while teachers score. Construction is collective over all ranks: it
+    creates a gloo process group if any objective needs rewards.
     """
 
     def __init__(self, config: Config, groups: ParallelGroups, decode: Callable[[Sequence[int]], str]):
@@ -49,12 +49,12 @@ class Rewarder:
         self._exchanges: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         if any(map(needs_rewards, self._objectives.all())):
             self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-            # Not an executor's thread, for which the interpreter would wait at its end.
+            # Not an executor, because the interpreter would wait for its thread at exit.
             threading.Thread(target=self._serve, name="reward-exchange", daemon=True).start()
 
     def start(self, trajectories: Sequence[Trajectory]) -> PendingRewards:
-        """Begin to judge a rollout batch (the same list on every rank). Returns at once; collectives run in
-        the background: one all-reduce over all ranks of 4 float64 a judged response.
+        """Start judging a rollout batch (the same list on every rank). Returns immediately; collectives run
+        in the background: one all-reduce over all ranks of 4 float64 per judged response.
         """
         wanted = [t for t in trajectories if needs_rewards(self._objectives.of(t.domain))]
         if not wanted:
@@ -69,7 +69,7 @@ class Rewarder:
         return pending
 
     def close(self) -> None:
-        """End the worker processes and the thread."""
+        """Stop the worker processes and the thread."""
         self._exchanges.put(None)
         if self._workers is not None:
             self._workers.close()
@@ -79,7 +79,7 @@ class Rewarder:
             exchange()
 
     def _exchange(self, count: int, mine: Sequence[int], futures: Sequence[Future[list[Score]]]) -> Judged:
-        """All ranks' scores. A rank that cannot judge says so to all, or they would wait for it for ever."""
+        """All ranks' scores. A rank that cannot judge tells the others, which would otherwise hang."""
         judged = torch.zeros(count, 4, dtype=torch.float64)
         problem = None
         try:
@@ -101,7 +101,7 @@ class Rewarder:
 
 
 class PendingRewards:
-    """The rewards of one rollout batch, as far as asked for."""
+    """The rewards of one rollout batch, available later."""
 
     def __init__(self, wanted: Sequence[Trajectory] = ()):
         self._wanted = wanted
@@ -110,7 +110,7 @@ class PendingRewards:
             self._judged.set_result([])
 
     def set(self, judge: Callable[[], Judged]) -> None:
-        """What `judge` returns for the wanted trajectories, or raises, is the outcome."""
+        """Run `judge` for the wanted trajectories and store its result or exception."""
         try:
             self._judged.set_result(judge())
         except BaseException as error:
@@ -124,9 +124,9 @@ class PendingRewards:
         return {t.index: reward for t, (reward, _) in zip(self._wanted, self._judged.result())}
 
     def crashes(self) -> int:
-        """Responses on which the verifier crashed or took too long; waits as `collect` does."""
+        """Number of responses on which the verifier crashed or timed out; waits like `collect`."""
         return sum(crashed for _, crashed in self._judged.result())
 
 
 NO_REWARDS = PendingRewards()
-"""For a batch in which no objective asks for a reward."""
+"""For a batch in which no objective needs a reward."""

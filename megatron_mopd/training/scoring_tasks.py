@@ -1,4 +1,4 @@
-"""What a plan is told of one teacher's micro-batches: who needs their results, and where its head is read."""
+"""Describes a teacher's micro-batches to the planner: who needs their results, and where its head is read."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ def scoring_task(
     keeps_log_probs: Callable[[Trajectory], bool] = lambda _: False,
 ) -> ScoringTask:
     """Which student micro-batches need each micro-batch of a teacher, on any data-parallel rank, and where
-    its output head is read: `[rank][micro-batch]` lists of trajectories, both cut from the same order.
+    its LM head is read. scored, student: `[rank][micro-batch]` lists of trajectories, split from the same
+    order.
 
-    Of a trajectory that `keeps_log_probs` the teacher's own forward reads the head, of the others the
-    student's loss. First uses strictly increase: two micro-batches of a teacher hold more than one of the
-    student's could.
+    For trajectories with `keeps_log_probs` the teacher's forward pass reads the head, for the others the
+    student's loss. First uses strictly increase, because two micro-batches of a teacher hold more than one
+    of the student's could.
     """
     uses: list[list[int]] = [[] for _ in scored[0]]
     scoring = [False] * len(uses)

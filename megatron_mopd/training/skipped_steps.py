@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient is not finite: left out on all ranks alike, counted, with evidence on disk.
+"""Steps whose loss or gradient is not finite: skipped on all ranks, counted, with evidence on disk.
 
 A gradient whose square overflows float32 counts as not finite: its norm would be infinite, and clipping would
-turn every other gradient into zero. A flipped exponent bit in memory or on the way looks like that.
+set every other gradient to zero. A flipped exponent bit in memory or in transit has this effect.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from megatron_mopd.losses.findings import DAMAGED_WEIGHT, Findings
 from megatron_mopd.observe.progress import say
 
 LARGEST_GRADIENT = 1e18
-"""Largest norm of the gradients in one buffer: the squares of 3e2 such buffers still add up in float32."""
+"""Largest gradient norm of one buffer: float32 can still hold the sum of squares of 3e2 such buffers."""
 MOST_EVIDENCE = 16
-"""Steps that were left out whose evidence is kept: half of them the first, half the last."""
+"""Skipped steps whose evidence is kept: half of them the first, half the last."""
 MOST_EVIDENCE_BYTES = 2**30
 
 
 @dataclass
 class SkippedSteps:
-    """How many optimizer steps were left out; part of a checkpoint."""
+    """Counts skipped optimizer steps; part of a checkpoint."""
 
     total: int = 0
     in_a_row: int = 0
     weights_damaged: bool = False
     """Whether the last step was skipped because of the student's own weights, on any rank. Nothing is saved
-    then: a checkpoint of them could take the place of a good one."""
+    then, because the checkpoint could replace a good one."""
     causes: list[str] = field(default_factory=list)
-    """What the losses and log-probs of all ranks found in the last step, if it was skipped."""
+    """The findings of all ranks' losses and log-probs in the last step, if it was skipped."""
 
     def add(self, causes: list[str], weights_damaged: bool) -> None:
-        """Count one more skipped step, with what was found in it."""
+        """Count one more skipped step, with its findings."""
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         self.causes, self.weights_damaged = causes, weights_damaged
 
     def end_row(self) -> None:
-        """Note that a step was not skipped."""
+        """Record that a step was not skipped."""
         self.in_a_row, self.causes, self.weights_damaged = 0, [], False
 
     def state_dict(self) -> dict[str, int]:
@@ -58,8 +58,8 @@ class SkippedSteps:
 
 
 def causes_of_all_ranks(findings: Findings) -> list[str]:
-    """Every rank's findings, each once, damaged weights first. Collective: a gather of a few sentences over
-    all ranks, only for a step that is left out."""
+    """All ranks' findings without duplicates, damaged weights first. Collective: one all-gather of a few
+    sentences over all ranks, only for a skipped step."""
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, findings.causes)
     causes = dict.fromkeys(cause for causes in gathered for cause in causes)
@@ -72,8 +72,8 @@ def weights_damaged(causes: Sequence[str]) -> bool:
 
 
 class ExpertBiases:
-    """What the routers' expert biases were before a step: megatron-core moves them with the gradients'
-    synchronisation, before it is known whether the step is left out."""
+    """The routers' expert biases before a step: megatron-core updates them while synchronizing gradients,
+    before it is known whether the step is skipped."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module]):
         biases = (getattr(module, "expert_bias", None) for chunk in chunks for module in chunk.modules())
@@ -93,9 +93,9 @@ def all_finite(loss: float, chunks: Sequence[torch.nn.Module], groups: ParallelG
     for chunk in chunks:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             if buffer.grad_data.numel():
-                # The norm is NaN or infinite when one element is, and needs no copy of them all.
+                # The norm is NaN or infinite if any element is, and needs no copy of the buffer.
                 norm = torch.linalg.vector_norm(buffer.grad_data)
-                bad += (~(norm <= LARGEST_GRADIENT)).float()  # NaN is not less than anything
+                bad += (~(norm <= LARGEST_GRADIENT)).float()  # comparisons with NaN are false
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     return not bad.item()
 
@@ -109,12 +109,12 @@ def save_evidence(
     groups: ParallelGroups,
     causes: Sequence[str] = (),
 ) -> Path:
-    """Write what went into a step that was left out, and where its gradients were not finite.
+    """Write the inputs of a skipped step, and where its gradients were not finite.
 
-    `directory/iter_0000010/batch.json` (rank 0): metrics, the global batch, and `causes`, what the losses of
-    all ranks found (`Findings`). `rank_3.json` (each rank that
-    has any): names of parameters whose gradients are not finite, and how many elements. Of many such steps
-    the first and the last are kept (`limit_evidence`). Collectives: none.
+    `directory/iter_0000010/batch.json` (rank 0): metrics, the global batch, and `causes`, the findings of all
+    ranks' losses (`Findings`). `rank_3.json` (each rank that has any): names of parameters whose gradients
+    are not finite, and the number of such elements. If there are many such steps, only the first and the last
+    are kept (`limit_evidence`). Collectives: none.
     """
     path = directory / f"iter_{iteration:07d}"
     path.mkdir(parents=True, exist_ok=True)
@@ -146,9 +146,9 @@ def save_evidence(
 
 
 def limit_evidence(directory: Path) -> None:
-    """Remove evidence from the middle until the first and the last steps that were left out remain, not more
-    than `MOST_EVIDENCE` and `MOST_EVIDENCE_BYTES`; the first and the newest always do. One rank alone: other
-    ranks are done with all but the newest.
+    """Remove evidence from the middle, keeping that of the first and the last skipped steps, until at most
+    `MOST_EVIDENCE` steps and `MOST_EVIDENCE_BYTES` remain; the first and the newest are always kept. Called
+    by one rank only: the other ranks have finished writing all but the newest.
     """
     sizes = {
         path: sum(file.stat().st_size for file in path.iterdir())
@@ -158,4 +158,4 @@ def limit_evidence(directory: Path) -> None:
         middle = list(sizes)[len(sizes) // 2]
         del sizes[middle]
         shutil.rmtree(middle, ignore_errors=True)
-        say(f"evidence/{middle.name} is removed: the first and the last steps that were left out stay")
+        say(f"evidence/{middle.name} is removed: only the first and the last skipped steps are kept")

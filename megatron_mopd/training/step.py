@@ -34,7 +34,7 @@ from megatron_mopd.training.step_batch import StepBatch
 from megatron_mopd.training.teacher_metrics import cost_of_teachers, divergence_by_teacher, scoring_seconds
 
 Report = dict[str, torch.Tensor]
-"""What the loss says of one micro-batch (`BatchLoss`)."""
+"""What the loss reports for one micro-batch (`BatchLoss`)."""
 
 
 def train_step(
@@ -42,10 +42,10 @@ def train_step(
 ) -> dict[str, float]:
     """One optimizer step on `batches[0]`: teachers score what is not scored yet, the student learns.
 
-    `batches[1:]` are later steps whose samples are already there: teachers may score them while the student
-    leaves a stage idle. `samples` collects the divergence of single tokens. Returns the step's metrics, equal
-    on every rank but for times. Raises `ConfigError` on every rank, before anything runs, where
-    `schedule.max_*` or `teacher_storage.hidden_cache_bytes` are too small.
+    `batches[1:]` are later steps that are already sampled: teachers may score them while the student leaves a
+    stage idle. `samples` collects per-token divergences. Returns the step's metrics, equal on every rank
+    except for times. Raises `ConfigError` on every rank, before anything runs, if `schedule.max_*` or
+    `teacher_storage.hidden_cache_bytes` are too small.
     """
     started, batch = time.perf_counter(), batches[0]
     biases = ExpertBiases(learner.chunks)
@@ -73,7 +73,7 @@ def _start(learner: Learner, batches: Sequence[StepBatch], loss: BatchLoss) -> E
 
 
 def _unmet_limits(learner: Learner, batch: StepBatch, error: LimitError) -> ConfigError:
-    """What the planner's limits are in the configuration."""
+    """Translate the planner's limits into configuration keys."""
     problems = []
     for name, value, smallest in error.unmet:
         key, own = f"schedule.max_{name}", getattr(learner.config.schedule, f"max_{name}", None)
@@ -81,7 +81,7 @@ def _unmet_limits(learner: Learner, batch: StepBatch, error: LimitError) -> Conf
             key, size = "teacher_storage.hidden_cache_bytes", batch.state_bytes
             own, smallest = learner.config.teacher_storage.hidden_cache_bytes, smallest * size
             problems.append(
-                f"{key}: {own} cannot hold the teachers' hidden states that one step needs together, up to "
+                f"{key}: {own} cannot hold the teachers' hidden states that one step needs at a time, up to "
                 f"{smallest} bytes; raise it, or make micro-batches smaller"
             )
         else:
@@ -92,8 +92,8 @@ def _unmet_limits(learner: Learner, batch: StepBatch, error: LimitError) -> Conf
 
 
 def build_loss(learner: Learner, batch: StepBatch, samples: TokenSamples | None = None) -> BatchLoss:
-    """The loss of one step, for the last stage. No collectives; the first micro-batch whose objective needs a
-    reward waits for the verifiers."""
+    """The loss of one step, for the last stage. No collectives; the first micro-batch whose objective needs
+    a reward waits for the verifiers."""
 
     @cache
     def advantages() -> dict[int, float]:
@@ -115,11 +115,11 @@ def build_loss(learner: Learner, batch: StepBatch, samples: TokenSamples | None 
 def _reduce(
     learner: Learner, batch: StepBatch, reports: Sequence[Report], samples: TokenSamples | None
 ) -> dict[str, float]:
-    """Sums over micro-batches, DP and CP, from the last stage to all; named per domain. The token samples
-    come along.
+    """Sum the reports over micro-batches, DP and CP, broadcast them from the last stage, and name them per
+    domain. The token samples are reduced along with them.
 
-    Collectives: one all-reduce over DP x CP and one broadcast over PP of 14 x domains + 2 float64 values (and
-    the token samples).
+    Collectives: one all-reduce over DP x CP and one broadcast over PP of 14 x domains + 2 float64 values
+    (plus the token samples).
     """
     groups = learner.groups
     shape = (len(learner.domains), len(METRICS), 2)
@@ -148,14 +148,13 @@ def _reduce(
 def _update(
     learner: Learner, batch: StepBatch, metrics: dict[str, float], biases: ExpertBiases
 ) -> dict[str, float]:
-    """The optimizer step, when loss and gradients are finite on every rank; else the step is skipped.
+    """Step the optimizer if loss and gradients are finite on every rank; otherwise skip the step.
 
-    Collectives beyond megatron-core's: one all-reduce of one float over all ranks. Raises
-    `FloatingPointError` on every rank alike, before the weights change, when too many steps in a row were not
-    finite.
+    Collectives besides megatron-core's: one all-reduce of one float over all ranks. Raises
+    `FloatingPointError` on every rank, before the weights change, if too many steps in a row were not finite.
     """
     batch.findings.add_sampled(t for micro_batch in batch.student for t in micro_batch.trajectories)
-    # A clamp may have turned what was found into a finite loss.
+    # A clamp may have hidden a finding behind a finite loss.
     loss = math.nan if batch.findings.causes else metrics["loss"]
     if not all_finite(loss, learner.chunks, learner.groups):
         biases.restore()
@@ -169,7 +168,8 @@ def _update(
 
 
 def _skip(learner: Learner, batch: StepBatch, metrics: dict[str, float]) -> dict[str, float]:
-    """Neither weights nor learning-rate schedule move. Collective: `causes_of_all_ranks`."""
+    """Record a skipped step; weights and learning-rate schedule do not change. Collective:
+    `causes_of_all_ranks`."""
     skipped = learner.skipped
     iteration = learner.scheduler.num_steps + skipped.total + 1
     batch.findings.add_weights(learner.chunks, learner.groups.rank)
@@ -183,7 +183,7 @@ def _skip(learner: Learner, batch: StepBatch, metrics: dict[str, float]) -> dict
     if skipped.in_a_row > limit:
         weights = "the weights are those of the last finite step"
         if skipped.weights_damaged:
-            weights = "the weights in memory are damaged, the last checkpoint's are not"
+            weights = "the weights in memory are damaged, but the last checkpoint's are not"
         raise FloatingPointError(
             f"loss or gradient not finite in {skipped.in_a_row} steps in a row "
             f"(guard.max_skipped_steps={limit}; loss {metrics['loss']}); {weights}; see {evidence}"
@@ -197,7 +197,7 @@ def _learning_rate(learner: Learner) -> float:
 
 
 def _costs(learner: Learner, batch: StepBatch, total: float) -> dict[str, Any]:
-    """Where the step's time went on this rank, how idle the stages were, and what the teachers took."""
+    """Where the step's time went on this rank, how idle the stages were, and what the teachers cost."""
     seconds = scoring_seconds(learner.pipeline.last_events())
     score = sum(seconds.values())
     metrics = {"time/score": score, "time/train": total - score}

@@ -1,4 +1,4 @@
-"""The global batch of one optimizer step, cut into micro-batches for the student and for every teacher."""
+"""The global batch of one optimizer step, split into micro-batches for the student and every teacher."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ Cut = list[list[list[Trajectory]]]
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:
-    """The batch of one step as this rank sees it; a `StepInput` of the pipeline."""
+    """This rank's view of the batch of one step; a `StepInput` of the pipeline."""
 
     trajectories: Sequence[Trajectory]
     targets: Targets
     shape: BatchShape
     student: list[MicroBatch]
     teachers: dict[str, list[MicroBatch]]
-    """Teacher name -> the micro-batches it scores; only samples routed to it, the same number on every DP
-    rank."""
+    """Teacher name -> the micro-batches it scores, which hold only samples routed to it; their number is the
+    same on every DP rank."""
     scoring: tuple[ScoringTask, ...]
-    """Which student micro-batches need each of the teachers' micro-batches."""
+    """Which student micro-batches need each teacher micro-batch."""
     cache: HiddenCache
     scores: TeacherScores
     findings: Findings
-    """What this rank's losses and log-probs found to be not finite."""
+    """Non-finite values in this rank's losses and log-probs."""
     rewards: PendingRewards
     iteration: int = 0
-    """Optimizer steps done before this one; routing weights follow it."""
+    """Optimizer steps done before this one; routing weights depend on it."""
     state_bytes: int = 0
-    """Most bytes that one scored micro-batch leaves in the cache of any rank."""
+    """Largest number of bytes that one scored micro-batch leaves in the cache of any rank."""
     proximal: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Trajectory index -> log-probs at the start of the rollout batch, on the last stage (`BatchFacts`)."""
 
@@ -65,11 +65,11 @@ def plan_steps(
     routing: RoutingRecords | None = None,
     iteration: int = 0,
 ) -> list[StepBatch]:
-    """The optimizer steps that a rollout batch feeds, from `iteration` on: `global_batch_size` trajectories
-    each, in order.
+    """Split a rollout batch into optimizer steps from `iteration` on: `global_batch_size` trajectories each,
+    in order.
 
-    Where PPO's clipping needs the policy at the start of a rollout batch of several steps, one forward pass
-    of the student over the whole batch takes down its log-probs.
+    If PPO clipping needs the policy at the start of a rollout batch of several steps, one forward pass of the
+    student over the whole batch records its log-probs.
     """
     size = learner.config.schedule.global_batch_size
     batches = [
@@ -99,7 +99,7 @@ def plan_step(
     routing: RoutingRecords | None = None,
     iteration: int = 0,
 ) -> StepBatch:
-    """Split the batch over DP ranks, ordered by target, and cut it into micro-batches.
+    """Split the batch over DP ranks, ordered by target, and then into micro-batches.
 
     Collectives: only with routing replay, `RoutingRecords.exchange` over DP.
     """

@@ -20,8 +20,8 @@ def divergence_by_teacher(kl_sums: Tensor, domains: Sequence[str], targets: Targ
     """`teacher/NAME/kl` (mean per token) and `teacher/NAME/tokens` from per-domain [domains, 2] sums and
     counts.
 
-    A sample with several weighted teachers has one divergence, sum_k w_k KL_k, which is not taken apart: it
-    is reported under the teachers' names together, `teacher/code+math/kl`.
+    A sample with several weighted teachers has a single divergence, sum_k w_k KL_k, which is not split by
+    teacher but reported under their joined names, `teacher/code+math/kl`.
     """
     totals: dict[str, list[float]] = {}
     for domain, (total, count) in zip(domains, kl_sums.tolist()):
@@ -38,7 +38,7 @@ def divergence_by_teacher(kl_sums: Tensor, domains: Sequence[str], targets: Targ
 
 
 def scoring_seconds(events: Sequence[Event]) -> dict[str, float]:
-    """Time that a stage's teacher forwards took, by teacher."""
+    """Duration of a stage's teacher forward passes, by teacher."""
     seconds: dict[str, float] = {}
     for event in events:
         if isinstance(event.instruction, TeacherForward):
@@ -50,11 +50,11 @@ def scoring_seconds(events: Sequence[Event]) -> dict[str, float]:
 def cost_of_teachers(
     bank: TeacherBank, cache: HiddenCache, seconds: Mapping[str, float], groups: ParallelGroups
 ) -> dict[str, float]:
-    """Of every teacher that was scored with or loaded since the last call: `score_seconds`, `loads`,
-    `load_seconds`, and `load_hidden`, the share of the loading time in which work went on; and the memory
-    that all of them take.
+    """For every teacher that scored or was loaded since the last call: `score_seconds`, `loads`,
+    `load_seconds`, and `load_hidden`, the fraction of the loading time that overlapped with work. Also the
+    memory of all teachers together.
 
-    Each is the greatest over all ranks. One all-reduce over all ranks of 4 x teachers + 3 float64.
+    Each is the maximum over all ranks. Collective: one all-reduce over all ranks of 4 x teachers + 3 float64.
     """
     traffic = bank.take_traffic()
     rows = []

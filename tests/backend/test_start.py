@@ -102,7 +102,7 @@ LAUNCHES = [
     (TORCHRUN, {"LOCAL_RANK": None}, "LOCAL_RANK is not set although WORLD_SIZE=3"),
     (TORCHRUN, {"WORLD_SIZE": "three"}, "WORLD_SIZE='three' is not a number"),
     ({}, {"RANK": "1"}, "RANK=1 but WORLD_SIZE is not set; start with torchrun"),
-    ({}, {"SLURM_STEP_NUM_TASKS": "8"}, "srun started 8 processes, .* launch/train.sh once a node"),
+    ({}, {"SLURM_STEP_NUM_TASKS": "8"}, "srun started 8 processes .* launch/train.sh once per node"),
     ({}, {"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes"),
 ]
 

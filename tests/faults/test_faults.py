@@ -254,7 +254,7 @@ def test_killed_while_sampling(directory, reference):
     command = harness.arguments(directory, "sampling")
     job = Job(command, harness.kill_while_sampling(2, 1, 2)).wait()
     assert job.statuses == [1, -signal.SIGKILL], job.printed
-    assert job.stderr[0].strip().splitlines()[-1].startswith("error: rank 1 died without a word")
+    assert job.stderr[0].strip().splitlines()[-1].startswith("error: rank 1 exited without an error message")
     job = Job(command).wait()
     assert job.statuses == DONE, job.printed
     pattern = r"rollout batch 1: \d+ of \d+ responses were sampled before the run was interrupted"

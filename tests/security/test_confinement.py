@@ -410,7 +410,7 @@ def test_a_run_that_cannot_confine_answers_does_not_start(monkeypatch):
         raise Unanswered("cannot be started")
 
     monkeypatch.setattr(setup, "examine", examine)
-    with pytest.raises(ConfigError, match="answers have to be scored in a confined process: cannot"):
+    with pytest.raises(ConfigError, match="answers must be scored in a confined process: cannot"):
         setup.examine_confinement(run_inputs("math_verify"))
 
 

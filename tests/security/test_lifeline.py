@@ -84,7 +84,7 @@ def assert_death_is_noticed(victim, other, number):
     assert [victim.process.is_alive(), other.process.is_alive()] == [True, True]
     victim.process.kill()
     assert other.end() == 1
-    assert f"rank {number} died without a word (killed, or out of memory" in other.printed
+    assert f"rank {number} exited without an error message (killed, or out of memory" in other.printed
 
 
 def says(connection, message):
@@ -207,7 +207,9 @@ def test_several_hosts_without_a_secret(job):
     ranks = [job.start(rank, world_size=2, environment=SEVERAL_HOSTS) for rank in (0, 1)]
     wait_for(lambda: ranks[0].do(joined) == 1)
     key = job.announced()[1]
-    assert f"warning: {JOB_SECRET} is not set: whoever reaches the rendezvous can" in ranks[0].printed
+    assert (
+        f"warning: {JOB_SECRET} is not set: any process that reaches the rendezvous can" in ranks[0].printed
+    )
     assert ranks[0].printed.count("\n") == 1 and key not in ranks[0].printed and ranks[1].printed == ""
     assert_death_is_noticed(*reversed(ranks), 1)
 
@@ -218,7 +220,7 @@ def test_different_secrets(job, second):
     zero = job.start(0, world_size=2, environment=SEVERAL_HOSTS | {JOB_SECRET: SECRET})
     one = job.start(1, world_size=2, environment=SEVERAL_HOSTS | second, settings=impatient)
     said = wait_for(lambda: one.printed)
-    assert "rank 1: the death of other ranks will not be noticed: " in said and JOB_SECRET in said
+    assert "rank 1: failures of other ranks will not be detected: " in said and JOB_SECRET in said
     assert SECRET not in said and SECRET[::-1] not in said
     assert zero.do(joined) == 0
     assert one.process.is_alive()

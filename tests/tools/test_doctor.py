@@ -91,7 +91,7 @@ def test_a_healthy_run(inputs, tmp_path):
     for part in (
         "ok       megatron-core: ",
         "note     Transformer Engine: not installed",
-        "used on cpu: layers: megatron-core's and this package's own",
+        "used on cpu: layers: PyTorch layers of megatron-core and this package",
         "24 prompts in add, copy; teachers self",
         "layout: 2 ranks = TP 1 x PP 1 x CP 1 x DP 2, experts over EP 2",
         "start: from the beginning, 2 iterations",
@@ -252,7 +252,7 @@ def test_links_of_gpus():
     up = "\t Link {}: 26.562 GB/s\n"
     whole = "".join(one.format(g, g) + "".join(up.format(i) for i in range(18)) for g in range(2))
     (found,) = machine.link_findings(whole, 2)
-    assert (found.level, found.text) == (Level.OK, "18 links a GPU, 26.562 GB/s each")
+    assert (found.level, found.text) == (Level.OK, "18 links per GPU, 26.562 GB/s each")
     (found,) = machine.link_findings(whole.replace("Link 3: 26.562 GB/s", "Link 3: <inactive>", 1), 2)
     assert found.level == Level.WARNING and "GPU 0: 17, GPU 1: 18" in found.text
     (found,) = machine.link_findings(None, 2)

@@ -149,8 +149,8 @@ def save_only(rank, run_dir, with_optimizer, text="a tokenizer"):
     [
         ({}, {"tokenizer": "another"}, ["tokenizer"]),
         ({}, {"teachers": {"a": {"weights": "2"}}}, ["teachers: ", "a (weights)"]),
-        ({}, {"prompts": ["2"]}, ["data.prompts[0]: prompts other than"]),
-        ({}, {"student": "2"}, ["student.load: weights other than"]),
+        ({}, {"prompts": ["2"]}, ["data.prompts[0]: prompts differ from"]),
+        ({}, {"student": "2"}, ["student.load: weights differ from"]),
         ({"kind": "jsd"}, {}, ["objective.kind", "'full_vocab_kl'", "'jsd'"]),
         ({"routing": {"default": "c"}}, {}, ["routing", "{}", "{'default': 'c'}"]),
         ({"transformer": MOE | dict(moe_router_topk=3)}, {}, ["architecture", "moe_router_topk"]),

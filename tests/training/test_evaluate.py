@@ -119,7 +119,7 @@ def test_values_of_another_evaluation_are_forgotten(tmp_path, alone):
         ({"evaluation": {"pass_at": [4]}}, "data.eval"),
         (
             {"evaluation": {"pass_at": [4], "samples_per_prompt": 2}, "data": {"eval": [{"task": "gcd"}]}},
-            "nothing about pass@4",
+            "cannot estimate pass@4",
         ),
         ({"evaluation": {"temperature": 0}}, "evaluation.temperature: must be above 0, found 0"),
     ],

@@ -202,5 +202,5 @@ def test_other_prompts_at_the_same_place_are_refused(directory):
     finally:
         (directory / "prompts.jsonl").write_text(text)
     assert refused.statuses == [2], refused.printed
-    assert "data.prompts[0]: prompts other than those that" in refused.printed
+    assert "data.prompts[0]: prompts differ from those that" in refused.printed
     assert os.path.exists(directory / "edited" / "checkpoints" / "iter_0000002")

@@ -198,8 +198,8 @@ def test_a_changed_key_does_what_its_class_says(saved, key, cls, field):
 def test_content_that_changed_in_place_is_refused(saved):
     values = to_dict(config_from_dict(BASE))
     for part, other, message in (
-        ("student", "other", "student.load: weights other than those that"),
-        ("prompts", ["q"], r"data.prompts\[0\]: prompts other than those that"),
+        ("student", "other", "student.load: weights differ from those that"),
+        ("prompts", ["q"], r"data.prompts\[0\]: prompts differ from those that"),
         ("tokenizer", "other", "data.tokenizer: not the tokenizer"),
         ("teachers", {"math": {"weights": "n"}}, r"math \(weights\).*--allow-teacher-change"),
     ):
