@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import multiprocessing
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -117,6 +118,21 @@ def test_files_and_links_that_a_page_names_are_there(page):
             r"^#+ (.*)$", (page.parent / target if target else page).read_text(), re.MULTILINE
         )
         assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, anchor
+
+
+def test_what_the_api_reference_describes_exists():
+    described = []
+    for page in (ROOT / "docs/reference").glob("*.md"):
+        described += re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(described) > 20
+    for name in described:
+        pkgutil.resolve_name(name)
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
+    for page in (ROOT / "docs").glob("**/*.md"):
+        assert f"- {page.relative_to(ROOT / 'docs')}\n" in navigation, page
 
 
 def test_every_page_can_be_reached_from_the_readme():
