@@ -170,7 +170,7 @@ class RunLock(contextlib.AbstractContextManager):
         while not self._ended.wait(BEAT_SECONDS):
             with contextlib.suppress(
                 OSError
-            ):  # a disk that is temporarily unavailable, or a removed directory
+            ):  # the disk is temporarily unavailable, or the directory removed
                 if self._read() != self._own:
                     self._lost = True
                     return
