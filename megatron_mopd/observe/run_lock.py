@@ -168,9 +168,7 @@ class RunLock(contextlib.AbstractContextManager):
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            with contextlib.suppress(
-                OSError
-            ):  # the disk is temporarily unavailable, or the directory removed
+            with contextlib.suppress(OSError):  # a disk that is briefly unavailable, or a removed directory
                 if self._read() != self._own:
                     self._lost = True
                     return
