@@ -1,4 +1,4 @@
-"""What the checks on a real model share: prompts, and one model of ours on the CPU in this process."""
+"""Shared parts of the checks on a real model: prompts, and one of our models on the CPU in this process."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ TOPICS = ["rivers", "bicycles", "volcanoes", "chess", "bread", "owls", "magnets"
 
 
 def conversations(count: int) -> list[str]:
-    """`count` different questions."""
+    """Make `count` different questions."""
     made = [f"{question} Mention {topic}." for topic in TOPICS for question in QUESTIONS]
     return (QUESTIONS + made)[:count]
 
 
 def prompts(count: int, tokenizer: Tokenizer) -> list[Prompt]:
-    """The questions through the chat template."""
+    """Render the questions with the chat template."""
     made = []
     for index, text in enumerate(conversations(count)):
         token_ids = tuple(tokenizer.encode_prompt([{"role": "user", "content": text}]))

@@ -1,14 +1,14 @@
-"""What saving costs training: the same steps with and without a checkpoint written beside them.
+"""The overhead of saving: the same steps with and without a checkpoint written in the background.
 
     python benchmarks/checkpoint_overhead.py [--interval 50] [--repeats 40]      # about seven minutes
     torchrun --nproc-per-node 2 benchmarks/checkpoint_overhead.py parallel.expert_model_parallel_size=2
 
-Short windows of optimizer steps alternate in one process, on one model: one kind begins with a save
-(weights and optimizer state, checksums, atomic rename) and ends when the checkpoint is complete, the other
-saves nothing. A save changes nothing outside its window, so the difference of a pair is what one save costs;
-the median over all pairs, divided by the time of `--interval` steps, is its share of a run. Windows as long
-as the interval would measure the machine's noise, of several percent, instead. Beside it: a save that
-training waits for.
+Short windows of optimizer steps alternate in one process, on one model: one kind begins with a save (weights
+and optimizer state, checksums, atomic rename) and ends when the checkpoint is complete, the other saves
+nothing. A save affects nothing outside its window, so the difference of a pair is the cost of one save; the
+median over all pairs, divided by the time of `--interval` steps, is its share of a run. Windows as long as
+the interval would instead measure the machine's noise of several percent. A synchronous save is measured for
+comparison.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from megatron_mopd.training.step_batch import plan_step
 
 
 class NoTokenizer:
-    """The model of the benchmark reads made-up tokens."""
+    """The benchmark's model reads made-up tokens."""
 
     def fingerprint(self) -> str:
         return "none"
@@ -48,12 +48,10 @@ class NoTokenizer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kind", choices=("sft", "full_vocab_kl"), default="full_vocab_kl")
-    parser.add_argument("--batch", type=int, default=16, help="trajectories a step")
+    parser.add_argument("--batch", type=int, default=16, help="trajectories per step")
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--interval", type=int, default=50, help="steps from one checkpoint to the next")
-    parser.add_argument(
-        "--window", type=int, default=3, help="steps in a window; a save has to fit into them"
-    )
+    parser.add_argument("--window", type=int, default=3, help="steps in a window; a save must fit into them")
     parser.add_argument("--repeats", type=int, default=40, help="pairs of windows")
     parser.add_argument("--schedule", default="bubble_fill", help="schedule.kind")
     parser.add_argument("--directory", help="where checkpoints go; default: a temporary directory")
@@ -77,7 +75,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, learner) -> None:
     trajectories, writer, iterations = make_batch(arguments.batch), CheckpointWriter(), iter(range(10**9))
     begun: list[float] = []  # seconds that training waited when a save began
-    ended: list[float] = []  # and at the end of its window, for a save that was not complete
+    ended: list[float] = []  # and at the end of its window, for an incomplete save
 
     def steps() -> None:
         for _ in range(arguments.window):
@@ -96,7 +94,7 @@ def measure(arguments: argparse.Namespace, learner) -> None:
         save(learner, next(iterations), NoTokenizer())
 
     steps()
-    for _ in range(3):  # the first ones plan
+    for _ in range(3):  # the first steps plan
         save(learner, next(iterations), NoTokenizer(), writer=writer)
         writer.wait()
         remove(learner)
@@ -116,7 +114,7 @@ def measure(arguments: argparse.Namespace, learner) -> None:
 
 
 def remove(learner) -> None:
-    """Collective: nobody goes on before the checkpoints are gone."""
+    """Collective: no rank continues before the checkpoints are removed."""
     if dist.get_rank() == 0:
         shutil.rmtree(checkpoints_directory(learner.config.run_dir), ignore_errors=True)
     dist.barrier()
@@ -132,7 +130,7 @@ def report(
     costs = sorted(a - b for a, b in zip(seconds["saving"], seconds["not saving"]))
     step = statistics.median(seconds["not saving"]) / arguments.window
     interval = arguments.interval * step
-    # The interval of order statistics that holds the median with 95% confidence.
+    # The interval of order statistics that contains the median with 95% confidence.
     margin = round(0.98 * len(costs) ** 0.5)
     low, high = costs[max(0, len(costs) // 2 - margin)], costs[min(len(costs) - 1, len(costs) // 2 + margin)]
     cost, waiting = statistics.median(costs), statistics.median(seconds["waiting"])
@@ -142,7 +140,7 @@ def report(
         f"{len(costs)} pairs of windows"
     )
     print(
-        f"  training waits when a save begins: median {statistics.median(begun):.3f} s, most {max(begun):.3f}"
+        f"  training waits when a save begins: median {statistics.median(begun):.3f} s, max {max(begun):.3f}"
     )
     print(f"  and for its end after {arguments.window} steps: median {statistics.median(ended):.3f} s")
     print(f"  a save costs training {cost:.3f} s (95% interval of the median: {low:.3f} to {high:.3f})")
@@ -150,8 +148,8 @@ def report(
         f"  saving / not saving: {1 + cost / interval:.4f} ({1 + low / interval:.4f} to "
         f"{1 + high / interval:.4f}); target at most 1.02"
     )
-    print(f"  a save that training waits for: {waiting:.3f} s, {1 + waiting / interval:.4f}")
-    print(f"  shortest interval at 1.02: {max(1, round(cost / 0.02 / step))} steps")
+    print(f"  a synchronous save: {waiting:.3f} s, {1 + waiting / interval:.4f}")
+    print(f"  shortest interval within 1.02: {max(1, round(cost / 0.02 / step))} steps")
 
 
 if __name__ == "__main__":

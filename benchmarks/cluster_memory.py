@@ -1,10 +1,10 @@
-"""What the recipes' two students take on H100 nodes at several layouts: the tables of docs/cluster.md.
+"""Memory of the recipes' two students on H100 nodes at several layouts: the tables of docs/cluster.md.
 
     python benchmarks/cluster_memory.py [--student qwen3_30b_a3b]
 
-Needs no GPU and no checkpoint: architectures are written down here (the published ones of Qwen3-30B-A3B
-and Qwen3-235B-A22B), everything else is the recipe `deepseek_v4` with that student. Estimated by the code
-behind `tools/estimate.py`, on the meta device; nothing here is measured on a GPU.
+Needs no GPU and no checkpoint: the architectures are defined here (the published ones of Qwen3-30B-A3B and
+Qwen3-235B-A22B), everything else is the recipe `deepseek_v4` with that student. The estimates come from the
+code behind `tools/estimate.py`, on the meta device; nothing here is measured on a GPU.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ARCHITECTURES = {
 }
 VOCABULARY = 151936
 COMPONENTS = ("student weights", "gradients", "optimizer", "activations", "teacher slots", "loss")
-# student -> (ranks, TP, PP, EP, CP); the first is the recipe's own.
+# student -> (ranks, TP, PP, EP, CP); the first layout is the recipe's own.
 LAYOUTS = {
     "qwen3_30b_a3b": [
         (32, 2, 2, 8, 1),
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def show(student: str, directory: Path) -> None:
-    """One table: a line a layout, in GiB."""
+    """Print one table with a line per layout, in GiB."""
     load = describe(student, directory)
     print(f"\n{student}, GiB per GPU and per host of 8")
     print(
@@ -102,7 +102,8 @@ def show(student: str, directory: Path) -> None:
 
 
 def estimated(student: str, load: Path, layout: tuple[int, ...]) -> tuple[list[float], float, float]:
-    """GiB of each component on the fullest GPU, their total, and the fullest host's, with four teachers."""
+    """GiB of each component on the fullest GPU, their total, and the total of the fullest host, with four
+    teachers."""
     ranks, tp, pp, ep, cp = layout
     teachers = ", ".join(f"{{name: {name}, load: {load}}}" for name in ("math", "code", "agent", "chat"))
     overrides = [
@@ -126,7 +127,7 @@ def estimated(student: str, load: Path, layout: tuple[int, ...]) -> tuple[list[f
 
 
 def describe(student: str, directory: Path) -> Path:
-    """A checkpoint's description without weights, which is all that an estimate reads of it."""
+    """Write a checkpoint description without weights, which is all that an estimate reads."""
     train_sentencepiece(["one two three four five six seven"] * 9, directory / "tokenizer.model", 280)
     checkpoint = directory / "checkpoint"
     checkpoint.mkdir()

@@ -2,10 +2,10 @@
 
     python benchmarks/convert_memory.py [--gigabytes 4.2] [--ranks 1 2 4] [--work DIR]
 
-Writes a random mixture of experts (Qwen3-MoE, bfloat16, files of at most 1 GB), converts it to Megatron and
-back on each number of ranks, and prints each rank's peak resident memory beside the limit of (parameters /
-ranks) x bytes + twice the largest tensor + 1 GB, and the time beside a plain copy of the files. The result is
-compared with the original bit by bit. Everything is removed at the end.
+Writes a random mixture-of-experts model (Qwen3-MoE, bfloat16, files of at most 1 GB), converts it to Megatron
+and back on each number of ranks, and prints each rank's peak resident memory with its limit of (parameters /
+ranks) x bytes + twice the largest tensor + 1 GB, and the time compared with a plain copy of the files. The
+result is compared with the original bit by bit. All files are removed at the end.
 """
 
 import argparse
@@ -32,7 +32,7 @@ GB = 10**9
 
 
 class RandomModel(WeightSource):
-    """A mixture of experts with about `num_bytes` of random bfloat16 weights."""
+    """A mixture-of-experts model with about `num_bytes` of random bfloat16 weights."""
 
     def __init__(self, num_bytes: float):
         per_layer = EXPERTS * 3 * HIDDEN * EXPERT_FFN * 2
@@ -100,7 +100,7 @@ def compare(directory: Path, gigabytes: float, ranks: list[int]) -> None:
     copying = plain_copy(files, directory / "copy")
     print(f"{total / GB:.2f} GB in {len(files)} files, {len(source.weights)} Megatron tensors, ", end="")
     print(f"the largest {largest / GB:.2f} GB; plain copy {copying:.1f} s ({total / GB / copying:.2f} GB/s)")
-    print("ranks  direction       peak of a rank  limit     time    copy / time")
+    print("ranks  direction       peak per rank   limit     time    copy / time")
     for count in ranks:
         limit = total / count + 2 * largest + GB
         for direction, origin, target in (
@@ -119,7 +119,7 @@ def compare(directory: Path, gigabytes: float, ranks: list[int]) -> None:
 
 
 def plain_copy(files: list[Path], target: Path) -> float:
-    """Seconds to copy the files and have them on disk."""
+    """Seconds to copy the files and flush them to disk."""
     target.mkdir()
     started = time.perf_counter()
     for file in files:
@@ -152,7 +152,8 @@ def run(ranks: int, direction: str, source: Path, target: Path) -> tuple[int, fl
 
 
 def peak_resident() -> int:
-    """Most bytes of this process in memory so far. Not `ru_maxrss`, which starts with the parent's."""
+    """Peak resident memory of this process in bytes. Not `ru_maxrss`, which starts with the parent's
+    value."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
     return int(peak) * 1024

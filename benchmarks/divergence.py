@@ -1,10 +1,10 @@
-"""What the full-vocabulary loss costs beside the head's own matrix products: time, memory, TP traffic.
+"""The cost of the full-vocabulary loss relative to the head's own matrix products: time, memory, TP traffic.
 
     torchrun --nproc-per-node 2 benchmarks/divergence.py                # CPU, TP2, one thread a rank
     torchrun --nproc-per-node 2 benchmarks/divergence.py --tokens 256 --vocab 4096 --hidden 128   # seconds
     python benchmarks/divergence.py --device cuda --dtype bfloat16 --hidden 4096 --vocab 151936 --chunk 4096
 
-Every method does forward and backward of reverse KL between two heads, to the gradients of the student's
+Every method runs forward and backward of reverse KL between two heads, to the gradients of the student's
 hidden states and weight:
 
     GEMMs    the four bare head products, chunk by chunk: student and teacher logits, both student gradients
@@ -12,10 +12,10 @@ hidden states and weight:
     gather   all-gather both logits, then log-softmax over the whole vocabulary (a)
     unfused  vocab-parallel log-softmax in autograd over the whole block of logits (b)
 
-Time is per rank, the median of the repeats: `wall`, and `cpu`, the process's own processor seconds, which
-other load on the machine disturbs less; ratios are within one repeat. Memory is the allocator's peak beyond
+Time is per rank, the median of the repeats: `wall`, and `cpu`, the process's own CPU seconds, which are less
+sensitive to other load on the machine; ratios are within one repeat. Memory is the allocator's peak on top of
 the inputs and the two gradients that every method returns. Traffic is the payload of collectives, forward and
-total, per token; `forward` leaves out the sum of the hidden gradient, which any vocab-parallel head needs.
+total, per token; `forward` excludes the sum of the hidden gradient, which any vocab-parallel head needs.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from megatron_mopd.objectives import linear_kl
 
 
 class CountCollectives:
-    """Counts calls and payload bytes of the collectives of `torch.distributed` made while it is entered."""
+    """Context that counts calls and payload bytes of `torch.distributed` collectives."""
 
     NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
 
@@ -58,16 +58,17 @@ class CountCollectives:
         return sum(size for _, size, _ in self.calls)
 
     def bytes_beyond_head(self, hidden_size):
-        """Without the sums of hidden gradients [c, h]; what losses exchange is flat or has few rows."""
+        """Payload bytes without the sums of hidden gradients [c, h]; the losses' own tensors are flat or have
+        few rows."""
         return sum(
             size for _, size, shape in self.calls if not (shape[1:] == (hidden_size,) and shape[0] > 3)
         )
 
 
 def memory_use(function, device):
-    """(peak bytes, bytes kept) that `function()` allocates beyond what is allocated before it.
+    """(peak bytes, retained bytes) that `function()` allocates in addition to what is already allocated.
 
-    Kept is what its result still holds, so let `function` return what must live on.
+    Retained bytes are those that its result holds, so `function` must return everything that stays alive.
     """
     gc.collect()
     if device.type == "cuda":
@@ -91,7 +92,7 @@ def memory_use(function, device):
 
 
 class _SumReplicated(torch.autograd.Function):
-    """All-reduce of what every rank then uses alike (the loss): the gradient passes through."""
+    """All-reduce of a value that every rank then uses identically (the loss): the gradient passes through."""
 
     @staticmethod
     def forward(ctx, tensor, group):
@@ -107,7 +108,8 @@ class _SumReplicated(torch.autograd.Function):
 
 
 class _SumShared(_SumReplicated):
-    """All-reduce of what each rank uses in its own columns (a normalizer): their gradients add up."""
+    """All-reduce of a value that each rank uses in its own columns (a normalizer): their gradients are
+    summed."""
 
     @staticmethod
     def backward(ctx, grad):
@@ -186,7 +188,7 @@ def unfused(inputs, group, chunk):
 
 
 def bare_gemms(inputs, group, chunk):
-    """The four products alone, in the same chunks, results summed where they are needed."""
+    """The four products alone, in the same chunks, with results summed where needed."""
     hidden, weight, teacher_hidden, teacher_weight, _ = inputs
     with torch.no_grad():
         logits = hidden.new_empty(min(chunk, len(hidden)), len(weight))
@@ -201,7 +203,8 @@ def bare_gemms(inputs, group, chunk):
 
 
 def make_inputs(tokens, args, device, tp, rank):
-    """hidden [T, h] equal on all ranks, weights [V/tp, h], student requiring gradients, token weights 1/T."""
+    """Hidden states [T, h], equal on all ranks, weights [V/tp, h] (the student's require gradients), token
+    weights 1/T."""
     dtype = getattr(torch, args.dtype)
     shared = torch.Generator(device).manual_seed(0)
     own = torch.Generator(device).manual_seed(1 + rank)
@@ -229,7 +232,7 @@ def run_once(method, inputs, group, chunk):
 
 
 def timed(method, inputs, group, chunk, device):
-    """(wall seconds, processor seconds) of one run, all ranks starting together."""
+    """(wall seconds, CPU seconds) of one run, with all ranks starting together."""
     if group is not None:
         dist.barrier(group)
     if device.type == "cuda":
@@ -245,11 +248,11 @@ class Cost(NamedTuple):
     wall: float  # relative to the bare GEMMs
     cpu: float
     memory: int  # bytes
-    forward_bytes: float  # a token
+    forward_bytes: float  # per token
 
 
 def measure(tokens, methods, args, device, group, tp, rank):
-    """Print one table for `tokens` tokens and return {method name: Cost}."""
+    """Print a table for `tokens` tokens and return {method name: Cost}."""
     inputs = make_inputs(tokens, args, device, tp, rank)
     gradients = sum(x.numel() * x.element_size() for x in inputs[:2])
     times = {name: [] for name in methods}
@@ -280,14 +283,14 @@ def measure(tokens, methods, args, device, group, tp, rank):
                 f"{tokens:6d} {name:8s}"
                 f"   wall {wall:8.3f} s {ratios[0]:5.2f} x   cpu {cpu:8.3f} s {ratios[1]:5.2f} x"
                 f"   memory {(peak - gradients) / 2**20:8.1f} MiB"
-                f"   TP bytes a token: forward {forward / tokens:9.2f} total {total / tokens:9.2f}",
+                f"   TP bytes per token: forward {forward / tokens:9.2f} total {total / tokens:9.2f}",
                 flush=True,
             )
     return results
 
 
 def print_targets(results, time_target):
-    """What was asked of `linear_kl`, and what it is, at the largest number of tokens measured."""
+    """Print the targets of `linear_kl` and its results, at the largest number of tokens measured."""
     few, many = min(results), max(results)
     cost = results[many]["ours"]
     print(f"linear_kl at {many} tokens:")
@@ -299,7 +302,7 @@ def print_targets(results, time_target):
         growth = cost.memory / results[few]["ours"].memory
         print(f"  peak memory over that at {few} tokens: {growth:.3f}; target 0.95 to 1.05")
     print(
-        f"  TP bytes a token in the forward, beyond the head's: {cost.forward_bytes:.2f}; target at most 32"
+        f"  TP bytes per token in the forward, beyond the head's: {cost.forward_bytes:.2f}; target at most 32"
     )
 
 
@@ -319,7 +322,7 @@ def main():
         "--gather-tokens",
         type=int,
         default=2048,
-        help="gather runs up to here: it takes 30 bytes x T x V a rank",
+        help="gather runs up to here: it takes 30 bytes x T x V per rank",
     )
     args = parser.parse_args()
 

@@ -1,13 +1,13 @@
-"""Tokens per second of in-process generation beside `transformers.generate`: same prompts, same run.
+"""Tokens per second of in-process generation and of `transformers.generate`: same prompts, same run.
 
     python benchmarks/generation.py --hf DIR [--batch-size 1 8 32]     # part of `make real-model`
 
-Both decode greedily with a KV cache in float32 on the CPU, on one thread (`--threads`) as a rank of a job,
-and take turns: the ratios are medians over the turns, by the clock and in processor time, which other work on
-the machine disturbs less. Prompts have different lengths and begin alike (the chat template). First exactly
-as many tokens as asked, then up to `--until-stop` tokens a prompt, where only tokens up to a response's first
-stop token count. Last the limit: what the matrix products of decoding alone would allow by the clock, with
-plain weights and with weights in panels.
+Both decode greedily with a KV cache in float32 on the CPU, on one thread (`--threads`) like a rank of a job,
+and alternate: the ratios are medians over the turns, in wall-clock and in CPU time, which is less sensitive
+to other load on the machine. Prompts have different lengths and a common prefix (the chat template). The
+first part generates an exact number of tokens, the second up to `--until-stop` tokens per prompt, where only
+tokens up to a response's first stop token count. The last part measures the limit: the speed if decoding were
+only its matrix products, in wall-clock time, with plain weights and with weights in panels.
 """
 
 import argparse
@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--hf", required=True, help="Hugging Face directory of the model")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--until-stop", type=int, default=128, help="most tokens of the second part; 0 skips")
+    parser.add_argument(
+        "--until-stop", type=int, default=128, help="maximum tokens of the second part; 0 skips it"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -42,7 +44,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(arguments.hf, dtype=torch.float32).eval()
-    groups = start()  # after the other model: it changes what `torch` does on the CPU
+    groups = start()  # after the other model: it changes CPU settings of `torch`
     tokenizer = load_tokenizer(arguments.hf)
     asked = prompts(max(arguments.batch_size), tokenizer)
     most = max(arguments.new_tokens, arguments.until_stop)
@@ -50,7 +52,7 @@ def main() -> None:
 
     threads = torch.get_num_threads()
     print(f"{threads} thread(s), float32, {torch.backends.cpu.get_cpu_capability()}; tokens per second")
-    print(f"{'batch':>5}  {'tokens':<12}  {'transformers':>12}  {'ours':>8}  ratio  processor  same tokens")
+    print(f"{'batch':>5}  {'tokens':<12}  {'transformers':>12}  {'ours':>8}  ratio   CPU time  same tokens")
     for stop, most in ((False, arguments.new_tokens), (True, arguments.until_stop)):
         for size in arguments.batch_size if most else ():
             stops = (tokenizer.eos_id,) if stop else ()
@@ -60,9 +62,9 @@ def main() -> None:
 
 
 def compare(theirs, ours, batch, tokenizer, most: int, stops: tuple[int, ...], repeats: int) -> None:
-    """One line: `most` tokens a prompt, or up to the first of `stops`."""
+    """Print one line: `most` tokens per prompt, or up to the first of `stops`."""
     sampling = SamplingParams(most, temperature=0.0, stop_token_ids=stops)
-    took = {"theirs": [], "ours": []}  # (seconds, processor seconds) of every turn
+    took = {"theirs": [], "ours": []}  # (wall seconds, CPU seconds) of every turn
     answers = {}
     for _ in range(repeats):
         for name, generate in (
@@ -86,7 +88,7 @@ def compare(theirs, ours, batch, tokenizer, most: int, stops: tuple[int, ...], r
 
 
 def generate_with_transformers(model, batch, most: int, tokenizer, stops=()) -> list[list[int]]:
-    """Greedy continuations of left-padded prompts with the default cache, cut after their first stop
+    """Greedy continuations of left-padded prompts with the default cache, truncated after the first stop
     token."""
     longest = max(len(prompt.token_ids) for prompt in batch)
     rows = [[tokenizer.pad_id] * (longest - len(p.token_ids)) + list(p.token_ids) for p in batch]
@@ -106,7 +108,7 @@ def generate_with_transformers(model, batch, most: int, tokenizer, stops=()) -> 
 
 
 def limit(ours: OurModel, rows: int, repeats: int) -> None:
-    """Tokens per second if a decoding step were its matrix products and nothing else, by the clock."""
+    """Tokens per second if a decoding step were only its matrix products, in wall-clock time."""
     chunk = ours.chunks[0]
     linears = [m.weight for m in chunk.modules() if hasattr(m, "_forward_impl") and m.weight is not None]
     weights = [*{id(w): w for w in [*linears, chunk.head_weight()]}.values()]
@@ -130,7 +132,7 @@ def limit(ours: OurModel, rows: int, repeats: int) -> None:
 
 
 def timed(function: Callable) -> tuple[float, float, object]:
-    """(seconds by the clock, seconds of processor time, result)."""
+    """(wall-clock seconds, CPU seconds, result)."""
     clock, processor = time.perf_counter(), time.process_time()
     result = function()
     return time.perf_counter() - clock, time.process_time() - processor, result

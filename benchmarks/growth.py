@@ -1,11 +1,11 @@
-"""What the records of a long run take on disk: 100,000 steps of twelve domains, through its own writers.
+"""Disk space of a long run's records: 100,000 steps of twelve domains, written by the run's own writers.
 
     python benchmarks/growth.py [--steps 100000] [--domains 12]
 
-Every domain has a teacher of its own, so a step has all metrics that there are; values are random with the
-sizes of real ones, a sample of 256 tokens a domain is taken every 50 steps. "Before" is what the files would
-hold if nothing was compressed or left out: all lines as they are written, and for TensorBoard the bytes of
-every value of 500 steps, times the steps.
+Every domain has its own teacher, so a step has every metric; values are random with realistic magnitudes, and
+a sample of 256 tokens per domain is written every 50 steps. "Before" is the size without compression or
+omission: all lines as written, and for TensorBoard the bytes of every value of 500 steps, scaled to the
+number of steps.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
         assert [part.first for part in parts] == follow[:-1], "a step is missing"
         assert rest == list(range(follow[-1], options.steps + 1)), "a step is missing"
         events = sum(path.stat().st_size for path in run_dir.glob("events*"))
-        print(f"{options.steps} steps, {options.domains} domains, {len(shown[0]) - 1} metrics a step")
+        print(f"{options.steps} steps, {options.domains} domains, {len(shown[0]) - 1} metrics per step")
         lines, size = size_of(run_dir / METRICS_FILE)
         show("metrics", lines, size, f"metrics.jsonl itself at most {largest / 1e6:.1f} MB")
         show("TensorBoard", per_step * options.steps, events, "logarithmic in the steps")
@@ -56,13 +56,13 @@ def main() -> None:
         show("samples", samples, size_of(run_dir / SAMPLES_FILE)[1], f"of {kept} steps")
         show("alarms", *size_of(run_dir / ALARMS_FILE))
         print(
-            f"processor time: {1e6 * seconds / options.steps:.0f} us a step for all of it; a report reads "
+            f"CPU time: {1e6 * seconds / options.steps:.0f} us per step in total; a report reads "
             f"{len(shown)} of the lines in {reading:.1f} s"
         )
 
 
 def write(run_dir: Path, rng: random.Random, domains: list[str], steps: int) -> tuple[int, int]:
-    """Bytes of all lines of samples, and of the largest `metrics.jsonl` there was."""
+    """Write the records; returns the bytes of all lines of samples, and of the largest `metrics.jsonl`."""
     config = config_from_dict(
         {
             "run_dir": str(run_dir),
@@ -87,7 +87,7 @@ def write(run_dir: Path, rng: random.Random, domains: list[str], steps: int) -> 
 
 
 def step_metrics(rng: random.Random, domains: list[str], iteration: int) -> dict[str, float]:
-    """The metrics of one step under the names that training gives them."""
+    """The metrics of one step, with the names that training uses."""
     metrics = {"loss": rng.random(), "grad_norm": rng.random(), "lr": 1e-6, "kl": rng.random()}
     metrics |= {f"time/{phase}": rng.random() for phase in ("rollout", "score", "train", "other")}
     metrics |= {"tokens_per_second": 1e5 * rng.random(), "response_length": 900 * rng.random()}
@@ -106,14 +106,14 @@ def step_metrics(rng: random.Random, domains: list[str], iteration: int) -> dict
 
 
 def sample(rng: random.Random, domain: str) -> dict:
-    """What a step keeps of one response."""
+    """The sample of one response."""
     words = [rng.choice((" the", " of", "tion", "\n", " 42", " =", " therefore", "a")) for _ in range(256)]
     numbers = [[round(rng.expovariate(5.0), 6) for _ in words] for _ in range(2)]
     return {"domain": domain, "prompt": "p" * 300, "tokens": words, "kl": numbers[0], "logprobs": numbers[1]}
 
 
 def tensorboard_bytes(run_dir: Path, rng: random.Random, domains: list[str]) -> int:
-    """Of 500 steps with every value, each an event of its own."""
+    """TensorBoard bytes per step, from 500 steps with every value as a separate event."""
     writer = SummaryWriter(str(run_dir))
     for iteration in range(1, 501):
         for name, value in step_metrics(rng, domains, iteration).items():
@@ -123,10 +123,10 @@ def tensorboard_bytes(run_dir: Path, rng: random.Random, domains: list[str]) -> 
 
 
 def size_of(journal: Path) -> tuple[int, int]:
-    """Bytes of a journal's lines, and on disk, with its compressed parts."""
+    """Bytes of a journal's lines, and its bytes on disk, including compressed parts."""
     lines = size = journal.stat().st_size
     for part in parts_of(journal):
-        lines += int.from_bytes(part.path.read_bytes()[-4:], "little")  # how gzip ends
+        lines += int.from_bytes(part.path.read_bytes()[-4:], "little")  # gzip ends with the uncompressed size
         size += part.path.stat().st_size
     return lines, size
 

@@ -1,11 +1,11 @@
-"""Memory of one micro-batch's loss with 1 and with 12 domains in it, forward and backward together.
+"""Memory of one micro-batch's loss with 1 and with 12 domains, forward and backward together.
 
     python -m benchmarks.head_gradient [--domains 1 12] [--dtype bfloat16]
 
-The same twelve responses belong to one domain or to twelve, each with a teacher of its own, and the objective
-compares full distributions in both directions (`full_vocab_kl` and `add: {forward_kl: 1}`): 2 or 24 losses of
-one head. Counted are the tensors that the loss makes, at their peak, beside hidden states and weights; in
-units of the head in float32, the least that a sum of its gradients takes.
+The same twelve responses belong to one domain or to twelve, each with its own teacher, and the objective
+compares full distributions in both directions (`full_vocab_kl` and `add: {forward_kl: 1}`): 2 or 24 losses on
+one head. The result is the peak size of the tensors that the loss allocates, in addition to hidden states and
+weights, in units of the head in float32, which is the minimum for a sum of its gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from megatron_mopd.training.step import build_loss
 from megatron_mopd.training.step_batch import plan_step
 
 CHUNK = 24
-"""Tokens whose logits exist at one time: a response, so that one domain needs no more than twelve."""
+"""Number of tokens whose logits exist at one time: one response, so that one domain needs no more than
+twelve."""
 
 
 def main() -> None:
@@ -78,12 +79,12 @@ def loss_bytes(config: Config, groups: ParallelGroups, domains: int) -> tuple[in
     with MadeBytes() as made:
         loss(micro_batch, hidden)[0].backward()
     head = unwrap(item.chunks[-1]).head_weight()
-    assert head.main_grad.abs().max() > 0, "the head has its gradient"
+    assert head.main_grad.abs().max() > 0, "the head must have a gradient"
     return made.peak, 4 * head.numel()
 
 
 def random_states(item: Learner, shape: torch.Size) -> torch.Tensor:
-    """[s, b, h] of `tokens` [b, s]."""
+    """Random hidden states [s, b, h] for tokens of shape [b, s]."""
     config = unwrap(item.chunks[-1]).config
     return torch.randn(shape[1], shape[0], config.hidden_size, dtype=config.params_dtype)
 

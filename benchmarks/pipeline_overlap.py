@@ -1,15 +1,15 @@
-"""Does the real runtime take the time that the planner promises?
+"""Compare the real runtime with the time that the planner predicts.
 
-    python -m benchmarks.pipeline_overlap                     # both parts, some minutes on two idle cores
+    python -m benchmarks.pipeline_overlap                     # both parts, a few minutes on two idle cores
     python -m benchmarks.pipeline_overlap --part sleep --stages 8 --picture timeline.png
     python -m benchmarks.pipeline_overlap --part model
 
-`sleep`: one process a stage, gloo, stages that sleep instead of computing, so that eight of them fit on two
-cores. Every schedule runs one rollout batch of several optimizer steps, a few times, the schedules in turns;
-printed are the simulated and the measured time of an optimizer step and their ratio.
+`sleep`: one process per stage, gloo, stages that sleep instead of computing, so that eight of them fit on two
+cores. Every schedule runs one rollout batch of several optimizer steps, a few times, alternating between
+schedules; prints the simulated and the measured time of an optimizer step and their ratio.
 
-`model`: a real model on two pipeline stages, trained with every schedule in turns, on the same samples;
-printed is the median time of an optimizer step and its ratio to `back_to_back`. Losses must agree.
+`model`: a real model on two pipeline stages, trained with every schedule in turn, on the same samples; prints
+the median time of an optimizer step and its ratio to `back_to_back`. Losses must agree.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from tests._megatron_schedules import MegatronSchedules
 
 
 def run_ranks(count: int, function: Callable, *arguments):
-    """Fork `count` ranks joined by gloo; returns rank 0's result."""
+    """Fork `count` ranks connected by gloo; returns rank 0's result."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as directory:
         queue = context.SimpleQueue()
@@ -172,7 +172,7 @@ def sleep_rank(rank: int, options, stages: int, kinds: dict):
             ]
             steps = [recording.events() for recording in recordings]
             events = [event for step in steps for event in step]
-            # As in the simulation: until the last optimizer step is complete.
+            # As in the simulation, until the last optimizer step is complete.
             end = max(event.end for event in events if isinstance(event.instruction, OptimizerStep))
             seconds = torch.tensor([end])
             dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
@@ -292,7 +292,7 @@ def model_samples(options, seed: int) -> list[Trajectory]:
 
 
 def model_rank(rank: int, options):
-    """Seconds per optimizer step of every rollout batch and kind; the losses of the first one."""
+    """Seconds per optimizer step of every rollout batch and kind, and the losses of the first batch."""
     learner = build_learner(options)
     driver, oracle = learner.pipeline, MegatronSchedules(learner.groups)
     weights = [p.detach().clone() for chunk in learner.chunks for p in chunk.parameters()]
@@ -329,9 +329,9 @@ def model_rank(rank: int, options):
 def model_part(options) -> bool:
     print(
         f"\na real model on 2 stages: {options.layers} layers, width {options.hidden_size}, micro-batches of "
-        f"{options.micro_batch_size} x {options.length} tokens, {options.model_microbatches} a step, four "
+        f"{options.micro_batch_size} x {options.length} tokens, {options.model_microbatches} per step, four "
         f"teachers of the same size, {options.model_steps} optimizer steps per rollout batch; medians of "
-        f"{options.model_repeats} rollout batches, schedules in turns\n"
+        f"{options.model_repeats} rollout batches, schedules alternating\n"
     )
     seconds, losses, timelines = run_ranks(2, model_rank, options)
     same = all(
@@ -378,7 +378,7 @@ def main() -> int:
         "--model-steps", type=int, default=4, help="optimizer steps per rollout batch (model)"
     )
     parser.add_argument("--model-repeats", type=int, default=20, help="rollout batches measured per schedule")
-    parser.add_argument("--picture", help="draw the timelines here")
+    parser.add_argument("--picture", help="path for a picture of the timelines")
     options = parser.parse_args()
     passed = True
     if options.part != "model":

@@ -5,10 +5,10 @@
 
 Student forward 1, backward 2, eight teachers. Columns:
 
-    bound         what no schedule with a synchronous optimizer step can beat
+    bound         lower bound for schedules with a synchronous optimizer step
     steady        bubble_fill when the next step's batch is already sampled
-    1.5 x act.    the same when a stage may hold half as many activations again as in 1F1B (planned only where
-                  `steady` leaves something to gain)
+    1.5 x act.    the same when a stage may hold 1.5 times the activations of 1F1B (planned only where
+                  `steady` can be improved)
     4 steps       bubble_fill when a rollout batch feeds four optimizer steps and look-ahead stays inside it
     back to back, serial, packed   the same batch with each step's teachers before its student, with one
                   scoring pass for the whole batch, and with teachers in the student's forward slot
@@ -40,7 +40,7 @@ from megatron_mopd.pipeline.scenarios import (
 
 @dataclass(frozen=True)
 class Variant:
-    """One way in which stages and teachers may differ from the even case."""
+    """A deviation of stages and teachers from the even case."""
 
     teacher_cost: float = 1.0
     last_stage_extra: float = 0.0
@@ -60,7 +60,7 @@ VARIANTS = {
 
 
 def workload(stages: int, microbatches: int, variant: Variant) -> Workload:
-    """Eight teachers (fewer when there are fewer micro-batches) sharing the micro-batches evenly."""
+    """Eight teachers (fewer if there are fewer micro-batches) that share the micro-batches evenly."""
     number = min(8, microbatches)
     share, rest = divmod(microbatches, number)
     counts = {f"teacher{i}": share + (i < rest) for i in range(number)}
@@ -106,7 +106,7 @@ def measure(stages: int, multiple: int, name: str) -> dict:
 
 
 def verdict(row: dict) -> str:
-    """Which of the targets a row misses, and whether the bound says that nothing could have met it."""
+    """The targets that a row misses, and whether the bound shows that none could be met."""
     multiple = row["microbatches"] // row["stages"]
     missed = []
     target = {2: 1.12, 4: 1.02, 8: 1.02}.get(multiple)
@@ -129,7 +129,7 @@ def main() -> int:
         "--multiples", type=int, nargs="+", default=[1, 2, 4, 8], help="micro-batches per stage"
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--json", help="also write the rows here")
+    parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
     columns = ("bound", "steady", "steady_roomy", "four_steps", "back_to_back", "serial", "packed")
     rows = []

@@ -1,10 +1,10 @@
-"""A real model in and out: the same logits and answers as `transformers`, before and after upcycling.
+"""Check a real model against `transformers`: the same logits and answers, before and after upcycling.
 
     python benchmarks/real_model.py --hf DIR [--work DIR]        # part of `make real-model`
 
 Compares, in float32 on the CPU: logits on ten chat prompts, greedy continuations of 64 tokens, the files
-after conversion there and back (bit by bit), the logits of the model upcycled to 4 experts of which 2 are
-chosen, and lets `tools/generate.py` answer one question. Ends with status 1 when anything differs.
+after a round-trip conversion (bit by bit), and the logits of the model upcycled to 4 experts with top-2
+routing; then lets `tools/generate.py` answer one question. Exits with status 1 if anything differs.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hf", required=True, help="Hugging Face directory of the model")
-    parser.add_argument("--work", default="runs/real-model", help="where conversions go")
+    parser.add_argument("--work", default="runs/real-model", help="directory for conversions")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -46,7 +46,7 @@ def main() -> None:
     reference = transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
     expected = [logits_of_transformers(reference, prompt.token_ids) for prompt in asked]
     assert all(logits.isfinite().all() for logits in expected), "transformers' own logits are not finite"
-    groups = start()  # after the reference: it changes what `torch` does on the CPU
+    groups = start()  # after the reference: it changes CPU settings of `torch`
     longest = max(len(prompt.token_ids) for prompt in asked) + NEW_TOKENS
     ok = True
 
@@ -71,7 +71,11 @@ def main() -> None:
     write_hugging_face(open_checkpoint(megatron, "--hf"), back)
     names = sorted(file.name for file in hf.iterdir())
     same = filecmp.cmpfiles(hf, back, names, shallow=False)[0]
-    check("there and back, bit by bit", sorted(same) == names, f"{len(same)} of {len(names)} files are equal")
+    check(
+        "round-trip conversion, bit by bit",
+        sorted(same) == names,
+        f"{len(same)} of {len(names)} files are equal",
+    )
     check_logits("logits, read from the converted checkpoint", OurModel(megatron, groups, longest))
 
     options = Upcycling(num_experts=4, topk=2, router_noise=0.01)
@@ -101,7 +105,7 @@ def logits_of_ours(model: OurModel, token_ids) -> torch.Tensor:
 
 
 def compare_greedy(reference, ours: OurModel, asked, tokenizer) -> tuple[bool, str]:
-    """Whether both continue every prompt alike; ours in one padded batch, theirs one by one."""
+    """Whether both continue every prompt identically; ours in one padded batch, theirs one by one."""
     sampling = SamplingParams(NEW_TOKENS, temperature=0.0, stop_token_ids=(tokenizer.eos_id,))
     answers = ours.engine.generate(asked, sampling, seed=0)
     equal = 0
@@ -116,7 +120,7 @@ def compare_greedy(reference, ours: OurModel, asked, tokenizer) -> tuple[bool, s
             pad_token_id=tokenizer.pad_id,
         )
         equal += wanted[0, ids.size(1) :].tolist() == list(answer.response_ids)
-    return equal == len(asked), f"{equal} of {len(asked)} prompts are continued alike"
+    return equal == len(asked), f"{equal} of {len(asked)} prompts have the same continuation"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The four systems' recipes at equal samples: headroom recovered, wall time and final KL.
+"""The recipes of four systems with equal samples: headroom recovered, wall time and final KL.
 
     make demo
     python benchmarks/recipes.py                     # all four, 9 to 16 minutes each on two busy cores
@@ -7,8 +7,8 @@
 Each recipe trains the demo's base on two of the demo's experts (`launch/recipes/NAME_tiny.yaml`): the same
 prompts, samples, steps and learning rate, so that only the objective differs. Headroom recovered is
 (student - base) / (expert - base) in held-out accuracy. The KL is the mean over the last tenth of the steps:
-exact for full-vocabulary objectives, the one-sample estimate for sampled-token ones. Wall time is that of all
-training steps, sampling included, without start-up and evaluation.
+exact for full-vocabulary objectives, the one-sample estimate for sampled-token ones. Wall time covers all
+training steps, including sampling, without start-up and evaluation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def accuracy(run_dir: str | Path, domain: str) -> float:
 
 
 def train(recipe: str, processes: int) -> dict[str, float]:
-    """One run; headroom recovered and KL by domain, seconds of all steps."""
+    """Train once; returns headroom recovered and KL by domain, and the seconds of all steps."""
     path = TINY / f"{recipe}_tiny.yaml"
     config = load_config(path, [])
     (Path(config.run_dir) / "metrics.jsonl").unlink(missing_ok=True)

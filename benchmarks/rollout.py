@@ -1,8 +1,8 @@
-"""Tokens per second of a rollout: short prompts and answers, a mixture of experts of a million parameters.
+"""Tokens per second of a rollout: short prompts and answers, a mixture of experts with 1M parameters.
 
     torchrun --nproc-per-node 2 benchmarks/rollout.py --prompts 1200 [parallel.KEY=VALUE ...]
 
-Weights are random, and a fifth of the vocabulary ends a response, so responses have about five tokens. Prints
+Weights are random, and a fifth of the vocabulary are stop tokens, so responses have about five tokens. Prints
 the best of three rollouts over all ranks.
 """
 
@@ -85,7 +85,7 @@ def main() -> None:
         print(
             f"{len(trajectories)} responses in {best:.2f} s, {sampled / best:,.0f} sampled tokens/s, ", end=""
         )
-        print(f"{total / best:,.0f} tokens/s prompts included")
+        print(f"{total / best:,.0f} tokens/s including prompts")
     dist.destroy_process_group()
 
 

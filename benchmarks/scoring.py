@@ -1,14 +1,14 @@
-"""What confinement costs: answers scored a second, confined and not.
+"""The cost of confinement: answers scored per second, confined and not.
 
     python benchmarks/scoring.py [--answers 400] [--repeats 5]      # about two minutes
 
-The same answers are scored in four ways, in turns, medians of the repeats:
+The same answers are scored in four ways, in turn, with medians over the repeats:
 
 direct    by a call in this process, where a hostile answer would run code in it
-bare      by an unconfined process that is asked answer by answer
-confined  as training and evaluation do it: batches, and a worker that goes on as long as nothing but pure
-          expressions is evaluated
-alone     in a confined worker of its own for each answer: what an answer costs that asks for more
+bare      by an unconfined process that scores answer by answer
+confined  as in training and evaluation: in batches, with a worker that continues as long as only pure
+          expressions are evaluated
+alone     in a separate confined worker for each answer, as for an answer with other expressions
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ while True:
 
 
 def answers(kind: str, count: int) -> list[Request]:
-    """Right answers and wrong ones, in turns."""
+    """Right and wrong answers, alternating."""
     if kind == "math_verify, numbers":
         return [("math_verify", str(i), str(i - i % 2), None) for i in range(count)]
     if kind == "math_verify, LaTeX":
@@ -68,9 +68,7 @@ def main() -> None:
     )
     confined = ConfinedProcess("megatron_mopd.data.scoring")
     print(f"{_processor()}, Python {platform.python_version()}; confined by {confined.start().mechanisms()}")
-    print(
-        "answers/s                 direct      bare  confined   confined/bare   alone   a worker of its own"
-    )
+    print("answers/s                 direct      bare  confined   confined/bare   alone   a separate worker")
 
     def by_call(requests: list[Request]) -> None:
         for name, *rest in requests:
@@ -102,7 +100,7 @@ def main() -> None:
         price = 1e3 / rates[3] - 1e3 / rates[2]
         print(
             f"{kind:22}{rates[0]:10.0f}{rates[1]:10.0f}{rates[2]:10.0f}{rates[2] / rates[1]:16.2f}"
-            f"{rates[3]:8.0f}   {price:.1f} ms more an answer",
+            f"{rates[3]:8.0f}   {price:.1f} ms more per answer",
             flush=True,
         )
     confined.close()

@@ -1,11 +1,11 @@
-"""Off-policy stress: training on rollouts that are 0 to 4 optimizer steps old, with and without correction.
+"""Off-policy stress test: train on rollouts that are 0 to 4 optimizer steps old, with and without correction.
 
     python benchmarks/stale_rollouts.py                      # after `make demo`
     python benchmarks/stale_rollouts.py --steps 40 --staleness 0 4 --corrections none icepop
 
 Every iteration trains on the batch that was sampled `staleness` optimizer steps earlier (the first ones on
 batches of the initial weights). The student, experts, samples and steps are those of
-`launch/recipes/demo_tiny.yaml`. Printed for each setting: held-out accuracy, the mean KL per token to the
+`launch/recipes/demo_tiny.yaml`. Prints for each setting the held-out accuracy, the mean KL per token to the
 teachers over a fresh rollout of the final student (one-sample estimate for `sampled_token`, exact for
 `full_vocab_kl`), and the share of tokens whose theta / mu is outside the band in the last quarter of the run.
 """
@@ -55,7 +55,7 @@ def train_stale(arguments: argparse.Namespace) -> dict[str, float]:
             distances.append(1 - sum(ratios) / max(1, len(ratios)))
     accuracy = evaluation(run)["accuracy"]
     fresh = sample(run, sampler, arguments.staleness + arguments.steps)[0]
-    final = train_step(run.learner, [plan_step(run.learner, fresh)])  # its KL is that of before the step
+    final = train_step(run.learner, [plan_step(run.learner, fresh)])  # its KL is that before the step
     kl = [value for key, value in final.items() if key.startswith("kl/")]
     return {
         "accuracy": accuracy,

@@ -1,13 +1,14 @@
-"""What 8-bit storage costs a teacher in accuracy: its divergence from itself, and what a student sees of it.
+"""The accuracy of teachers stored in 8 bits: the divergence from the exact teacher, and its effect on the
+objective.
 
     python benchmarks/teacher_quantization.py --student DIR --experts RUN [RUN ...] [--prompts 64]
 
 RUN is the directory of a run that trained an expert (`make demo` leaves twelve in `experts/`): its last
-checkpoint is the teacher, the prompts of its configuration are asked. The student samples the responses, as
-in a distillation run, and every teacher scores them as the bank brings it: in float32, and from int8 and fp8
-storage (with a scale for each 128 weights). Means over all response tokens, in float64.
+checkpoint is the teacher, and the prompts come from its configuration. The student samples the responses, as
+in a distillation run, and every teacher scores them as the bank loads it: in float32, and from int8 and fp8
+storage (with a scale for each 128 weights). Results are means over all response tokens, in float64.
 
-KL(teacher || stored) is what storage loses; KL(student || teacher) is the objective with either.
+KL(teacher || stored) is the storage error; KL(student || teacher) is the objective with either.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def print_row(name: str, values: list[float]) -> None:
 
 @torch.no_grad()
 def measure(run: Path, student: OurModel, groups, arguments) -> list[float]:
-    """[KL(student || teacher)], then for each format KL(teacher || stored), share of equal most likely
-    tokens, KL(student || stored)."""
+    """[KL(student || teacher)], then for each format KL(teacher || stored), the top-1 agreement, and
+    KL(student || stored)."""
     config = load_config(str(run / "config.yaml"), [])
     tokenizer = load_tokenizer(arguments.tokenizer or config.data.tokenizer)
     prompts = list(load_prompts(config.data.prompts, tokenizer, LONGEST))[: arguments.prompts]
@@ -89,7 +90,7 @@ def measure(run: Path, student: OurModel, groups, arguments) -> list[float]:
 
 
 def scores(model, head, samples) -> torch.Tensor:
-    """Log-probabilities of the whole vocabulary at every response position, [tokens, vocabulary] float64."""
+    """Log-probs of the whole vocabulary at every response position, [tokens, vocabulary] float64."""
     model.eval()
     result = []
     for sample in samples:

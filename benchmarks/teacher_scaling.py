@@ -1,14 +1,14 @@
-"""What the twelfth teacher costs: step time, device bytes and host bytes with 1, 2, 4 and 12 teachers.
+"""The cost of the twelfth teacher: step time, device bytes and host bytes with 1, 2, 4 and 12 teachers.
 
     python benchmarks/teacher_scaling.py [--mode host mmap] [--steps 12]
     torchrun --nproc-per-node 2 benchmarks/teacher_scaling.py --mode host host_sharded mmap
     python benchmarks/teacher_scaling.py --slow-store       # load time hidden behind scoring time
-    torchrun --nproc-per-node 2 benchmarks/teacher_scaling.py --heads     # arrivals of output heads, 2 stages
+    torchrun --nproc-per-node 2 benchmarks/teacher_scaling.py --heads     # loads of output heads, 2 stages
 
 The same trajectories, in as many domains as the largest count, are scored by 1, 2, 4 or 12 teachers; the
 number of scored tokens does not change. Every data-parallel rank has one full micro-batch of each domain, so
-that twelve teachers need no more micro-batches than one. Medians over interleaved steps, so that what else
-the machine does falls on all counts alike.
+that twelve teachers need no more micro-batches than one. Results are medians over interleaved steps, so that
+other load on the machine affects all counts equally.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ MODEL = dict(
 
 
 class SlowStore:
-    """A store whose bodies take `seconds` longer to arrive (a head is a small part of a real model);
-    everything else is the store it wraps."""
+    """Wraps a store so that bodies take `seconds` longer to load (a head is a small part of a real model)."""
 
     def __init__(self, store, seconds: float):
         self._store, self._seconds = store, seconds
@@ -78,11 +77,11 @@ class SlowStore:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mode", nargs="+", default=["host"], help="host, host_sharded or mmap, or several")
-    parser.add_argument("--dtype", default=None, help="resting form: int8 or fp8")
+    parser.add_argument("--dtype", default=None, help="storage format: int8 or fp8")
     parser.add_argument("--teachers", type=int, nargs="+", default=[1, 2, 4, 12])
     parser.add_argument("--steps", type=int, default=12, help="measured steps for each number of teachers")
-    parser.add_argument("--slow-store", action="store_true", help="make arrivals slow instead")
-    parser.add_argument("--heads", action="store_true", help="count the arrivals of output heads instead")
+    parser.add_argument("--slow-store", action="store_true", help="measure slow loads instead")
+    parser.add_argument("--heads", action="store_true", help="count the loads of output heads instead")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -141,7 +140,7 @@ def learner(config, groups, teachers: int, directory: Path) -> Learner:
 
 
 def trajectories(seed: int) -> list[Trajectory]:
-    """Trajectories of 48 tokens, half of them response: of each domain a micro-batch for each rank."""
+    """Trajectories of 48 tokens, half of them response: one micro-batch per domain and rank."""
     rng = random.Random(seed)
     result = []
     for index in range(DOMAINS * MICRO_BATCH * dist.get_world_size()):
@@ -173,7 +172,7 @@ def scaling(learners: dict[int, Learner], mode: str, options) -> None:
         print(f"{mode}, {options.dtype or 'float32'}, {dist.get_world_size()} ranks")
         print("teachers  step (ms)  ratio  device bytes  host bytes  predicted  loads/step  hidden")
         for n, item in learners.items():
-            # Paired ratios: the two steps of a pair ran one after the other.
+            # Paired ratios: the two steps of a pair run one after the other.
             ratio = statistics.median(a / b for a, b in zip(times[n], times[first]))
             loads = sum(value for key, value in metrics[n].items() if key.endswith("/loads"))
             predicted = item.bank.host_bytes_by_mode()[mode]
@@ -185,14 +184,14 @@ def scaling(learners: dict[int, Learner], mode: str, options) -> None:
 
 
 class HeadCount:
-    """Watches a bank's output heads: who starts their arrival, and which of them nothing reads."""
+    """Watches a bank's output heads: what starts their loads, and which loads are never read."""
 
     def __init__(self, bank: TeacherBank):
         self._begin, self._heads, self._reading = bank.store.begin, bank.heads, False
         self.arrivals: list[tuple[str, bool]] = []
-        """(teacher, whether the computation that reads the head started the arrival)"""
+        """(teacher, whether the computation that reads the head started the load)"""
         self.read: set[int] = set()
-        """Places in `arrivals`."""
+        """Indices into `arrivals`."""
         bank.store.begin, bank.heads = self._counted, self._watched
 
     def _counted(self, key, destination):
@@ -211,8 +210,8 @@ class HeadCount:
 
 
 def count_heads(directory: str, teachers: int, device: torch.device) -> None:
-    """Arrivals of output heads on the last stage in four steps: started ahead of their use, started by the
-    computation that reads the head (and waits), and of all these the ones that nothing reads."""
+    """Loads of output heads on the last stage in four steps: those started ahead of their use, those started
+    by the computation that reads the head (and waits), and how many of all these are never read."""
     stages = dist.get_world_size()
     is_last = dist.get_rank() == stages - 1
     if is_last:
@@ -234,14 +233,14 @@ def count_heads(directory: str, teachers: int, device: torch.device) -> None:
 
 
 def slow_store(item: Learner) -> None:
-    """Arrivals of 0.25, 0.5, 0.8 and 1.5 times what a teacher's scoring takes."""
+    """Measure loads that take 0.25, 0.5, 0.8 and 1.5 times as long as a teacher's scoring."""
     plain = item.bank.store
     for _ in range(2):
         _, metrics = one_step(item, 0)
     scoring = statistics.mean(v for key, v in metrics.items() if key.endswith("/score_seconds"))
     base = statistics.median(one_step(item, step)[0] for step in range(6))
-    print(f"scoring {1e3 * scoring:.1f} ms a teacher, step {1e3 * base:.0f} ms")
-    print("body arrival / scoring  step (ms)  hidden share of loading")
+    print(f"scoring {1e3 * scoring:.1f} ms per teacher, step {1e3 * base:.0f} ms")
+    print("load / scoring time     step (ms)  hidden share of loading")
     for share in (0.25, 0.5, 0.8, 1.5):
         item.bank.store = SlowStore(plain, share * scoring)
         runs = [one_step(item, step) for step in range(6)]

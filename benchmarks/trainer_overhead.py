@@ -1,16 +1,16 @@
-"""What the trainer adds to megatron-core: our optimizer step beside a bare loop on the same model.
+"""The trainer's overhead over megatron-core: our optimizer step compared with a bare loop on the same model.
 
     python benchmarks/trainer_overhead.py [--repeats 15] [--kind full_vocab_kl]
     torchrun --nproc-per-node 2 benchmarks/trainer_overhead.py parallel.pipeline_model_parallel_size=2
 
-Ours: `plan_step` and `train_step`, everything from a list of trajectories to the step's metrics: splitting,
-cutting and collating the batch, planning the pipeline, teachers from the bank, hidden states cached on the
-host, per-domain metrics, the optimizer. Bare: megatron-core's schedule, gradient finalisation and optimizer,
-and nothing else: tensors collated beforehand, the teacher already resident and its hidden states left where
-they are, the head and the loss called directly.
+Ours: `plan_step` and `train_step`, everything from a list of trajectories to the step's metrics: splitting
+and collating the batch, planning the pipeline, teachers from the bank, hidden states cached on the host,
+per-domain metrics, the optimizer. Bare: megatron-core's schedule, gradient finalisation and optimizer, and
+nothing else: tensors are collated beforehand, the teacher is already resident and its hidden states stay in
+place, and the head and the loss are called directly.
 
-Both run in this process on the same weights, one after the other in turns that swap; the ratio of each pair
-is taken, and the median of the ratios is printed. The target is at most 1.05.
+Both run in this process on the same weights, one after the other in alternating order; the median of the
+ratios of all pairs is printed. The target is at most 1.05.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ PROMPT, RESPONSE = 32, 96
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kind", choices=("sft", "full_vocab_kl"), default="full_vocab_kl")
-    parser.add_argument("--batch", type=int, default=16, help="trajectories a step")
+    parser.add_argument("--batch", type=int, default=16, help="trajectories per step")
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=15, help="timed pairs of steps")
     parser.add_argument("--schedule", default="bubble_fill", help="schedule.kind of our step")
@@ -133,7 +133,7 @@ def make_learner(arguments: argparse.Namespace) -> Learner:
 
 
 def make_batch(count: int) -> list[Trajectory]:
-    """Trajectories of one length, so that neither loop computes on padding."""
+    """Trajectories of equal length, so that neither loop computes on padding."""
     rng = random.Random(0)
     trajectories = []
     for index in range(count):

@@ -1,1 +1,1 @@
-"""Tokenizer, prompts, domains, verifiers, and the way trajectories become micro-batches."""
+"""Tokenizer, prompts, domains and verifiers, and the batching of trajectories into micro-batches."""

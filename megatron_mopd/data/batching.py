@@ -1,8 +1,8 @@
-"""From trajectories to micro-batches: split over data-parallel ranks, grouped, padded or packed, sliced for
-CP.
+"""Batch trajectories into micro-batches: split over data-parallel ranks, grouped, padded or packed, sliced
+for CP.
 
-Every rank knows every trajectory of the batch (they are short lists of integers), so the split is computed by
-all ranks alike and nothing is sent. Ranks that share a collective always get the same number of
+Every rank knows every trajectory of the batch (they are short lists of integers), so all ranks compute the
+same split and nothing is communicated. Ranks that share a collective always get the same number of
 micro-batches, of the same shape where a pipeline needs it: missing ones are empty.
 """
 
@@ -21,7 +21,7 @@ from megatron_mopd.data.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How micro-batches are laid out; the same on every rank for a whole optimizer step."""
+    """The layout of micro-batches; the same on every rank for a whole optimizer step."""
 
     micro_batch_size: int
     """Rows of a padded micro-batch."""
@@ -30,14 +30,14 @@ class BatchShape:
     seq_length: int
     """Row length of padded micro-batches, a multiple of `alignment`."""
     alignment: int
-    """Every row (padded) or document (packed, for its CP part) is a multiple of what TP and CP split it into.
+    """Every row (padded) or document (packed, for its CP part) has a length that TP and CP can split evenly.
     """
     cp_size: int
     cp_rank: int
     fixed: bool
-    """All micro-batches have the full shape, as pipeline stages that exchange activations need."""
+    """All micro-batches have the full shape, as required by pipeline stages that exchange activations."""
     response_share: float = 0.0
-    """Response tokens of the step's trajectories by all their tokens."""
+    """Share of response tokens among all tokens of the step's trajectories."""
 
     @classmethod
     def for_batch(
@@ -51,7 +51,7 @@ class BatchShape:
         cp_rank: int,
         fixed: bool,
     ) -> BatchShape:
-        """The shape for one optimizer step, of whose trajectories the longest makes the rows' length."""
+        """The shape for one optimizer step; the longest trajectory determines the row length."""
         alignment = tp_size * (2 * cp_size if cp_size > 1 else 1)
         longest = _round_up(max(map(len, trajectories), default=1), alignment)
         if max_tokens is not None:
@@ -67,7 +67,8 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass of one context-parallel rank: [b, s] tokens and where the loss is."""
+    """The input of one forward pass of one context-parallel rank: [b, s] tokens and the positions of the
+    loss."""
 
     trajectories: tuple[Trajectory, ...]
     tokens: Tensor
@@ -75,25 +76,25 @@ class MicroBatch:
     position_ids: Tensor
     """[1 or b, s/cp] position of every token in its own document."""
     padding_mask: Tensor
-    """[b, s/cp], True for padding: no part in routing statistics."""
+    """[b, s/cp], True for padding, which is excluded from routing statistics."""
     trajectory_ids: Tensor
-    """[b, s/cp] the place among `trajectories` of the one that a token belongs to; their number for padding.
+    """[b, s/cp] index into `trajectories` of the one that a token belongs to; their number for padding.
     """
     response_share: float
-    """Response tokens of the global batch by all its tokens."""
+    """Share of response tokens among all tokens of the global batch."""
     document_lengths: tuple[int, ...] | None
     """Packed: padded length of every document before the CP split (the last may be padding only)."""
     loss_index: Tensor
     """[n] indices into the [s/cp x b] flattened hidden states, ordered by trajectory: the positions whose
-    next token is a response token. The shift between hidden states and the tokens they predict happens here
-    and nowhere else."""
+    next token is a response token. The shift between hidden states and the tokens that they predict happens
+    only here."""
     target_ids: Tensor
     """[n] the response token that each of those positions predicts."""
     loss_counts: tuple[int, ...]
     """Entries of `loss_index` that belong to each trajectory, in order."""
     experts: Tensor | None = None
-    """[layers of this stage, s/cp, b, k] experts that each token went to while it was sampled, -1 where it
-    was not; only of the student, with routing replay."""
+    """[layers of this stage, s/cp, b, k] experts that each token went to while it was sampled, -1 for tokens
+    that were not sampled; only for the student, with routing replay."""
 
     def to(self, device: torch.device) -> MicroBatch:
         moved = {
@@ -118,7 +119,8 @@ def split_over_ranks(
     """Deal trajectories to data-parallel ranks: each `key` (teacher mixture) evenly, lengths balanced,
     ordered by key.
 
-    Longest first, back and forth over the ranks, so that ranks differ by at most one trajectory of each key.
+    The longest go first, back and forth over the ranks, so that ranks differ by at most one trajectory of
+    each key.
     """
     ranks: list[list[Trajectory]] = [[] for _ in range(dp_size)]
     turn = 0
@@ -131,8 +133,8 @@ def split_over_ranks(
 
 
 def group_micro_batches(trajectories: Sequence[Trajectory], shape: BatchShape) -> list[list[Trajectory]]:
-    """Cut one rank's trajectories, in their order, into micro-batches of `micro_batch_size` rows or
-    `max_tokens` tokens.
+    """Split one rank's trajectories, in order, into micro-batches of `micro_batch_size` rows or `max_tokens`
+    tokens.
     """
     if shape.max_tokens is None:
         size = shape.micro_batch_size
@@ -158,8 +160,9 @@ def equalize(per_rank: list[list[list[Trajectory]]]) -> list[list[list[Trajector
 def collate(
     trajectories: Sequence[Trajectory], shape: BatchShape, routing: Mapping[int, Tensor] | None = None
 ) -> MicroBatch:
-    """Tensors of one micro-batch for this context-parallel rank, on the CPU. An empty list gives one of
-    padding only. `routing` has the expert choices [tokens - 1, layers, k] of sampled trajectories, by index.
+    """Tensors of one micro-batch for this context-parallel rank, on the CPU. An empty list gives a
+    micro-batch of only padding. `routing` has the expert choices [tokens - 1, layers, k] of sampled
+    trajectories, by index.
     """
     rows, row_length, documents = _documents(trajectories, shape)
     tokens = np.zeros((rows, row_length), dtype=np.int64)

@@ -1,5 +1,5 @@
-"""Chat templates as programs: what of their text matters, and where two of them differ. Nothing is rendered
-here (`rendering.py` does, in a confined process).
+"""Compare chat templates: which part of their text matters, and where two of them differ. Nothing is rendered
+here (`rendering.py` does that, in a confined process).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _LONGEST_PART = 40
 
 @functools.lru_cache(maxsize=64)
 def template_meaning(template: str | None) -> str | None:
-    """A text that is equal for templates that differ only in what Jinja does not see: comments, blanks inside
-    of tags, quotation marks, the last new line.
+    """A text that is equal for templates that differ only in what Jinja ignores: comments, whitespace inside
+    tags, the kind of quotation marks, the final newline.
 
-    It is the parsed template. One that cannot be parsed here stands for itself: wrong ones, and those with
-    tags of `transformers`' own (`{% generation %}`).
+    It is the parsed template. A template that cannot be parsed here is returned unchanged: an invalid one, or
+    one with tags specific to `transformers` (`{% generation %}`).
     """
     if template is None:
         return None
-    # The options with which transformers renders. Parsing executes nothing.
+    # The same options as in transformers. Parsing executes nothing.
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -41,7 +41,7 @@ def differing_line(theirs: str | None, ours: str | None) -> str:
         return "it has no chat template"
     if ours is None:
         return "it has a chat template, data.tokenizer has none"
-    # Split at line feeds alone, so that a new line at the end is a line that the other one lacks.
+    # Split only at line feeds, so that a final newline counts as a line that the other one lacks.
     for number, (there, here) in enumerate(zip_longest(theirs.split("\n"), ours.split("\n")), start=1):
         if there == here:
             continue
@@ -53,7 +53,7 @@ def differing_line(theirs: str | None, ours: str | None) -> str:
 
 
 def _part(line: str | None, other: str | None) -> str:
-    """A line from a little before the first character that the other one does not have."""
+    """A line, from shortly before the first character in which it differs from the other one."""
     if line is None:
         return "missing"
     start = max(0, len(os.path.commonprefix([line, other or ""])) - 10)

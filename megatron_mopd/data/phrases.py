@@ -1,4 +1,4 @@
-"""Phrases that every prompt of a task repeats, found from examples."""
+"""Find phrases that the prompts of a task share, from examples."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _PAIRS = 80
 def shared_phrases(
     texts: Sequence[str], *, shortest: int = 8, share: float = 0.1, seed: int = 0
 ) -> list[str]:
-    """Stretches of at least `shortest` characters that at least `share` of `texts` have in common, longest
-    first.
+    """Substrings of at least `shortest` characters that at least a fraction `share` of `texts` contains,
+    longest first.
 
     Found by matching random pairs of texts; the same texts and seed give the same phrases. A phrase never
     begins or ends inside a word or a number, so what varies between the texts stays outside. Part of a longer
-    phrase is left out unless it often stands alone. Handed to `train_sentencepiece` as whole pieces, they let
-    a small model read a task's fixed instructions as one token each and spend its positions on what the task
-    is about.
+    phrase is omitted unless it often occurs alone. Passed to `train_sentencepiece` as whole pieces, the
+    phrases let a small model read a task's fixed instructions as one token each and use its positions for the
+    content of the task.
     """
     if len(texts) < 2:
         return []

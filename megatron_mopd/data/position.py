@@ -1,4 +1,4 @@
-"""Where a run is in its data, whatever its batch sizes were before."""
+"""The position of a run in its data, also after its batch sizes have changed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DataPosition:
-    """How iterations, rollout batches and prompts correspond: constant sizes from `iteration` on.
+    """The mapping between iterations, rollout batches and prompts, with constant sizes from `iteration` on.
 
     Iterations, batches and prompts are counted from 0 over the whole run, so that a batch's prompts, seed and
-    log do not depend on how often the sizes changed before it.
+    log do not depend on earlier changes of the sizes.
     """
 
     steps_per_rollout: int
-    """Iterations that a rollout batch feeds."""
+    """Number of iterations that use one rollout batch."""
     prompts_per_rollout: int
     """Prompts drawn for a rollout batch."""
     iteration: int = 0
@@ -27,15 +27,15 @@ class DataPosition:
     """Prompts drawn before it."""
 
     def batch(self, iteration: int) -> int:
-        """The number of the rollout batch that `iteration` trains on."""
+        """The index of the rollout batch that `iteration` trains on."""
         return self.batches + (iteration - self.iteration) // self.steps_per_rollout
 
     def prompts_before(self, batch: int) -> int:
-        """How many prompts were drawn before rollout batch number `batch`."""
+        """The number of prompts drawn before rollout batch `batch`."""
         return self.prompts + (batch - self.batches) * self.prompts_per_rollout
 
     def resized(self, iteration: int, steps_per_rollout: int, prompts_per_rollout: int) -> DataPosition:
-        """The same place in the data, with other sizes from `iteration` on, where a rollout batch begins."""
+        """The same position in the data, with new sizes from `iteration` on, where a rollout batch begins."""
         sizes = (steps_per_rollout, prompts_per_rollout)
         if sizes == (self.steps_per_rollout, self.prompts_per_rollout):
             return self

@@ -1,4 +1,4 @@
-"""One prompt, as every room above sees it."""
+"""A prompt, as all packages above see it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ class Prompt:
     """A prompt, its domain and how a response to it is scored."""
 
     text: str | tuple[dict[str, str], ...] = field(hash=False)
-    """The prompt as written: plain text, or chat messages of `role` and `content`."""
+    """The prompt as given: plain text, or chat messages with `role` and `content`."""
     token_ids: tuple[int, ...]
-    """What the model reads before the first token of the response."""
+    """The tokens that the model reads before the response."""
     domain: str
-    """Picks the teachers, and names the metrics."""
+    """Selects the teachers, and names the metrics."""
     answer: str | None
-    """The reference answer, where there is one."""
+    """The reference answer, if there is one."""
     verifier: str
     """Name of the verifier that scores a response."""
     entry: dict[str, Any] | None = field(default=None, hash=False, repr=False)
-    """What a reasoning-gym task made, and the task's `params`; `None` for prompts from a file."""
+    """The entry that a reasoning-gym task generated, with the task's `params`; `None` for prompts from a
+    file."""
     index: int = 0
-    """Position among all prompts that were loaded together."""
+    """Index among all prompts that were loaded together."""
     origin: str = ""
     """File and line, or task and number, for error messages."""
     opens_thinking: bool = False
-    """Whether the prompt ends inside `<think>`, as some chat templates do: the response begins there."""
+    """Whether the prompt ends inside `<think>`, as with some chat templates, so that the response begins
+    there."""

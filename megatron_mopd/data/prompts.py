@@ -1,7 +1,7 @@
-"""Prompts: reading them, mixing their sources, and drawing the batch of an iteration.
+"""Load prompts, mix their sources, and draw the batch of an iteration.
 
-``load_prompts`` reads JSONL files and makes reasoning-gym tasks; ``PromptSampler`` draws from them. Which
-prompts an iteration sees follows from the seed and the number of prompts before it (`position.py`), so a
+``load_prompts`` reads JSONL files and generates reasoning-gym tasks; ``PromptSampler`` draws from them. The
+prompts of an iteration are determined by the seed and the number of prompts before it (`position.py`), so a
 resumed run needs no sampler state.
 """
 
@@ -36,15 +36,15 @@ _NOT_SUPPORTED = frozenset(
     "tools tool_calls tool_call_id tool_choice functions function_call documents reasoning "
     "reasoning_content thinking image images video videos audio audios".split()
 )
-"""Keys of a line or a message that a chat template would show to the model, and that are not passed on."""
+"""Keys of a line or a message that a chat template would show to the model, but that are not supported."""
 _LONGEST_LINE = 16 << 20
 _LAST_TOKENS = 32
-"""Of a prompt, in which a chat template may have opened `<think>`."""
+"""The number of final tokens of a prompt in which a chat template may have opened `<think>`."""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of several sources; iterating gives all of them, source after source."""
+    """The prompts of several sources; iterating yields all of them, source by source."""
 
     groups: tuple[tuple[Prompt, ...], ...]
     """The prompts of each source."""
@@ -59,31 +59,34 @@ class PromptSet:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Every domain once, in the order of first appearance."""
+        """The distinct domains, in order of first appearance."""
         return tuple(dict.fromkeys(prompt.domain for prompt in self))
 
     def without(self, other: PromptSet) -> PromptSet:
-        """These prompts without those that `other` has too, for evaluation on what was never trained on.
+        """These prompts without those that are also in `other`, for evaluation on prompts that were never
+        trained on.
 
-        Prompts are compared by their tokens. Raises `ConfigError` when nothing is left of a source.
+        Prompts are compared by their tokens. Raises `ConfigError` if no prompt of a source remains.
         """
         known = {prompt.token_ids for prompt in other}
         groups = tuple(tuple(p for p in group if p.token_ids not in known) for group in self.groups)
         for before, after in zip(self.groups, groups):
             if not after:
-                raise ConfigError(f"{before[0].origin}: every prompt of this source is a training prompt too")
+                raise ConfigError(
+                    f"{before[0].origin}: every prompt of this source is also a training prompt"
+                )
         return PromptSet(groups, self.weights)
 
     def fingerprint(self) -> str:
-        """SHA-256 of what training reads.
+        """SHA-256 of the data that training reads.
 
-        Ranks that disagree on it, or a run and its resumption, have different data: another file, or another
-        release of reasoning-gym.
+        If it differs between ranks, or between a run and its resumption, the data differ: another file, or
+        another release of reasoning-gym.
         """
         return hashlib.sha256(repr((self.weights, self.source_fingerprints())).encode()).hexdigest()
 
     def source_fingerprints(self) -> list[str]:
-        """SHA-256 of what training reads of each source."""
+        """SHA-256 of the data that training reads from each source."""
         prints = []
         for group in self.groups:
             digest = hashlib.sha256()
@@ -99,8 +102,8 @@ def load_prompts(
 ) -> PromptSet:
     """Read every source, tokenize its prompts and check them; `where` is the config key of `sources`.
 
-    A prompt must leave room for at least one response token within `seq_length`. Raises `ConfigError`
-    naming the file and line (or the task and the number of the prompt) of the first thing that is wrong.
+    A prompt must leave room for at least one response token within `seq_length`. Raises `ConfigError` with
+    the file and line (or the task and the number of the prompt) of the first error.
     """
     if not sources:
         raise ConfigError(f"{where}: no prompts; list at least one source with a `path` or a `task`")
@@ -132,8 +135,8 @@ def require_answers(
 ) -> None:
     """Check that every prompt of `domains` (default: all) can be trained on with cross-entropy (`sft`).
 
-    Each needs an `answer` that, with the end-of-sequence token, fits `seq_length` after the prompt; otherwise
-    `ConfigError` names the first that does not.
+    Each needs an `answer` that, together with the prompt and the end-of-sequence token, fits `seq_length`;
+    otherwise `ConfigError` names the first prompt without one.
     """
     for prompt in prompts:
         if domains is not None and prompt.domain not in domains:
@@ -148,11 +151,11 @@ def require_answers(
 
 
 class PromptSampler:
-    """Draws the prompts of each iteration: a pure function of the seed and of how many were drawn before.
+    """Draws the prompts of each iteration, as a pure function of the seed and the number drawn before.
 
-    Sources are mixed by the divisor method of Sainte-Laguë over the whole run: after any number of draws
-    each source has its exact share to within rounding, and what one batch rounds away the next ones give
-    back. Within a source every prompt is drawn once an epoch, in an order shuffled anew each epoch.
+    Sources are mixed by the divisor method of Sainte-Laguë over the whole run: after any number of draws each
+    source has its exact share up to rounding, and later batches make up for the rounding of earlier ones.
+    Within a source every prompt is drawn once per epoch, in an order that is reshuffled each epoch.
     """
 
     def __init__(self, prompts: PromptSet, seed: int):
@@ -163,11 +166,12 @@ class PromptSampler:
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     def batch(self, iteration: int, size: int) -> list[Prompt]:
-        """The `size` prompts of `iteration` (counted from 0, all with the same size), sources interleaved."""
+        """The `size` prompts of `iteration` (counted from 0, all of the same size), with sources
+        interleaved."""
         return self.after(iteration * size, size)
 
     def after(self, position: int, size: int) -> list[Prompt]:
-        """The `size` prompts that follow the first `position` of the run, sources interleaved."""
+        """The `size` prompts that follow the first `position` of the run, with sources interleaved."""
         drawn = self._drawn_before(position)
         due = self._due(drawn)
         batch = []
@@ -188,8 +192,8 @@ class PromptSampler:
         return due
 
     def _drawn_before(self, total: int) -> list[int]:
-        """How many of the first `total` draws fell to each source."""
-        # What is due half a draw per source earlier cannot exceed `total`; a few more draws then reach it.
+        """How many of the first `total` draws came from each source."""
+        # The draws due half a draw per source earlier cannot exceed `total`; a few more draws then reach it.
         time = max(Fraction(0), total - Fraction(len(self._shares), 2))
         drawn = [math.floor(share * time + Fraction(1, 2)) for share in self._shares]
         due = self._due(drawn)
@@ -202,7 +206,7 @@ class PromptSampler:
     def _prompt(self, source: int, count: int) -> Prompt:
         group = self._groups[source]
         epoch, position = divmod(count, len(group))
-        if self._orders.get(source, (None,))[0] != epoch:  # a cache of the latest epoch, nothing to save
+        if self._orders.get(source, (None,))[0] != epoch:  # caches the latest epoch; not part of the state
             order = np.random.default_rng([self._seed, source, epoch]).permutation(len(group))
             self._orders[source] = (epoch, order)
         return group[self._orders[source][1][position]]
@@ -244,7 +248,8 @@ def _from_file(source: PromptSource, where: str) -> Iterator[Prompt]:
         if not stat.S_ISREG(os.stat(source.path).st_mode):  # a pipe: opening it would wait for a writer
             raise ConfigError(f"{where}.path: {source.path} is not a regular file")
         with open(source.path, "rb") as file:
-            # Not a loop over the file: a line of gigabytes would be read whole before anyone could refuse it.
+            # Not a loop over the file: that would read a line of gigabytes completely before it could be
+            # rejected.
             lines = iter(lambda: file.readline(_LONGEST_LINE + 1), b"")
             for number, line in enumerate(lines, start=1):
                 if len(line) > _LONGEST_LINE:
@@ -276,7 +281,7 @@ def _from_line(line: bytes, source: PromptSource, origin: str) -> Prompt:
     if not isinstance(values, dict):
         raise ConfigError(f"{origin}: expected an object with `prompt` and `domain`")
     _refuse_what_is_not_passed_on(values, origin)
-    for key in values:  # other keys are the file's own business, but not a misspelling of ours
+    for key in values:  # other keys are allowed, except misspellings of ours
         close = None if key in _LINE_KEYS else closest(key, _LINE_KEYS, cutoff=0.8)
         if close is not None and close not in values:
             raise ConfigError(f"{origin}: unknown key {shown(key)}; did you mean {close!r}?")
@@ -287,7 +292,7 @@ def _from_line(line: bytes, source: PromptSource, origin: str) -> Prompt:
         raise ConfigError(f"{origin}: `domain` must be a name, found {shown(domain)}")
     answer = values.get("answer")
     if isinstance(answer, float) and not math.isfinite(answer):  # NaN, or 1e400
-        raise ConfigError(f"{origin}: `answer` is {answer}, which is no number; write it as text")
+        raise ConfigError(f"{origin}: `answer` is {answer}, which is not a number; write it as text")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
     if not isinstance(answer, (str, type(None))):
@@ -314,7 +319,7 @@ def _text(values: dict[str, Any], origin: str) -> str | tuple[dict[str, str], ..
         _check_message(turn, f"message {number} of `prompt`", origin)
     if prompt[-1]["role"] == "assistant":
         raise ConfigError(
-            f"{origin}: the last message of `prompt` is the assistant's, and to go on from one is not "
+            f"{origin}: the last message of `prompt` is the assistant's, and continuing one is not "
             "supported: end with the user's, or give the prompt as one text"
         )
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in prompt)
@@ -338,14 +343,15 @@ def _check_message(turn: Any, what: str, origin: str) -> None:
 
 
 def _refuse_what_is_not_passed_on(values: dict[str, Any], origin: str) -> None:
-    """Other keys are the file's own business; these would be missing from what the model is shown."""
+    """Reject keys that a chat template would show to the model but that are not passed on; other keys are
+    allowed."""
     for key in sorted(_NOT_SUPPORTED & values.keys()):
         if values[key]:
             raise ConfigError(f"{origin}: `{key}` is not supported and would be left out; remove it")
 
 
 def _require_unicode(text: str, what: str, origin: str) -> None:
-    """JSON can spell half a character (`\\ud83d`), which no tokenizer and no file takes."""
+    """JSON can contain half a character (`\\ud83d`), which no tokenizer and no file accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

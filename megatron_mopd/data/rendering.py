@@ -1,5 +1,5 @@
-"""Chat templates, rendered in a confined process and nowhere else: a template is a program of whoever made
-the tokenizer, which may loop for ever or fill the memory, and Jinja's sandbox has been left before.
+"""Render chat templates, only ever in a confined process: a template is a program by the tokenizer's author,
+which may loop forever or exhaust the memory, and Jinja's sandbox has been escaped before.
 
 `transformers` does the rendering, as in `PreTrainedTokenizer.apply_chat_template`.
 """
@@ -18,7 +18,7 @@ _LIMITS = WorkerLimits(memory_bytes=1 << 30, longest_answer=1 << 25)
 
 
 class _Clock(datetime):
-    """What `transformers` asks for the time; it takes no other clock."""
+    """Replaces the clock that `transformers` uses; it cannot be given another one."""
 
     today: str
 
@@ -28,14 +28,15 @@ class _Clock(datetime):
 
 
 def render(template: str, messages: list[dict[str, Any]], special_tokens: dict[str, str], date: str) -> str:
-    """The text of a conversation, with the opening of the assistant's turn; raises what the template does.
+    """The text of a conversation, with the opening of the assistant's turn; raises whatever the template
+    raises.
 
-    The same on every host and every day: `strftime_now` gives the beginning of `date` (ISO 8601), and Jinja's
-    filter `random` draws from the same seed.
+    The text is the same on every host and every day: `strftime_now` gives the beginning of `date` (ISO 8601),
+    and Jinja's filter `random` has a fixed seed.
     """
     random.seed(0)
     _Clock.today = date
-    chat_template_utils.datetime = _Clock  # of this process alone, which does nothing else
+    chat_template_utils.datetime = _Clock  # only in this process, which does nothing else
     texts, _ = chat_template_utils.render_jinja_template(
         [messages],
         chat_template=template,
@@ -46,5 +47,6 @@ def render(template: str, messages: list[dict[str, Any]], special_tokens: dict[s
 
 
 if __name__ == "__main__":
-    # A worker renders one tokenizer's templates only, so what one rendering leaves behind is its own affair.
+    # A worker renders the templates of only one tokenizer, so what one rendering leaves behind affects no
+    # other.
     serve({"render": render}, _LIMITS, checks_evaluation=False)

@@ -16,8 +16,7 @@ class RewardWorkers:
     """`workers` verifier processes, each driven by a thread that only waits for it.
 
     A response whose verifier crashes or takes longer than `timeout_seconds` gets `Score(None, crashed=True)`;
-    its process is replaced and the next responses are judged as usual. Nothing here raises on behalf of a
-    response.
+    its process is replaced and the next responses are scored as usual. No response makes a method raise.
     """
 
     def __init__(self, workers: int, timeout_seconds: float):
@@ -32,8 +31,8 @@ class RewardWorkers:
             thread.start()
 
     def submit(self, responses: Sequence[tuple[Prompt, str]]) -> list[Future[list[Score]]]:
-        """Hand over (prompt, response text) pairs; returns futures of consecutive batches of scores, at
-        once."""
+        """Submit (prompt, response text) pairs; immediately returns futures of consecutive batches of
+        scores."""
         futures = []
         for start in range(0, len(responses), SCORED_AT_ONCE):
             future: Future[list[Score]] = Future()
@@ -42,7 +41,7 @@ class RewardWorkers:
         return futures
 
     def close(self) -> None:
-        """End threads and processes; what was not yet judged is not."""
+        """End threads and processes; responses not scored yet are dropped."""
         for _ in self._threads:
             self._tasks.put(None)
         for process in self._processes:
@@ -53,10 +52,10 @@ class RewardWorkers:
             responses, future = task
             try:
                 future.set_result(judge(responses, process, self._timeout))
-            except BaseException as error:  # of the machine, not of a response: who waits must hear of it
+            except BaseException as error:  # not an error of a response: pass it to the waiting thread
                 future.set_exception(error)
 
 
 def scores_of(futures: Sequence[Future[list[Score]]]) -> list[Score]:
-    """The scores of all submitted responses in their order; waits for those that are not there yet."""
+    """The scores of all submitted responses in order; waits for those that are not finished yet."""
     return [score for future in futures for score in future.result()]

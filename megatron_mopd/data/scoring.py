@@ -1,8 +1,9 @@
-"""The scoring functions that parse or evaluate an answer. They run in a confined process and nowhere else.
+"""Scoring functions that parse or evaluate an answer. They run only in a confined process.
 
 Nothing of megatron-core is imported here, so that ``python -m megatron_mopd.data.scoring`` starts in about
 two seconds. Each function takes the response, the reference answer and the reasoning-gym entry, and returns a
-score; it may raise anything and take forever, and what it evaluates is checked (`confinement.expressions`).
+score; it may raise anything and take forever, and the text that it evaluates is checked
+(`confinement.expressions`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import reasoning_gym
 
 from megatron_mopd.confinement.server import WorkerLimits, serve
 
-# It warns that timeouts are off (the process is killed instead) and about every expression it cannot read.
+# It warns that timeouts are off (the process is killed instead) and about every expression it cannot parse.
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
 
@@ -28,13 +29,13 @@ def math_equal(response: str, answer: str, entry: dict[str, Any] | None) -> floa
     if not gold:
         raise ValueError(f"math_verify cannot read the reference answer {answer!r}")
     found = _parse(response)
-    if not found and "\n" not in response:  # a bare formula, without the signs that mark one
+    if not found and "\n" not in response:  # a bare formula, without math delimiters
         found = _parse(f"\\boxed{{{response}}}")
     return float(math_verify.verify(gold, found, timeout_seconds=None, raise_on_error=True))
 
 
 def reasoning_gym_score(response: str, answer: str | None, entry: dict[str, Any]) -> float:
-    """The task's own score; many tasks give part of a point to answers that are close or badly formatted."""
+    """The task's own score; many tasks give partial credit to answers that are close or badly formatted."""
     task = _task(entry["metadata"]["source_dataset"], json.dumps(entry["params"], sort_keys=True))
     return float(task.score_answer(response, entry))
 
@@ -51,12 +52,13 @@ def _parse(text: str, raise_on_error: bool = False) -> list:
 
 @functools.lru_cache(maxsize=256)
 def _task(name: str, params: str) -> reasoning_gym.dataset.ProceduralDataset:
-    # Some scores depend on the task's parameters and word lists, which take much longer to load than to use.
+    # Some scores depend on the task's parameters and word lists, which take much longer to load than to use,
+    # so datasets are cached.
     return reasoning_gym.create_dataset(name, **json.loads(params), seed=0, size=1)
 
 
 def _warm_up() -> None:
-    """Fill the parsers' own caches, which every worker then starts with; each would take 0.2 s for it."""
+    """Fill the parsers' caches, which every worker then inherits; otherwise each would take 0.2 s for it."""
     for text in ("$\\frac{1}{2}$", "1/2 + 3**2"):
         math_equal(text, "\\frac{1}{2}", None)
 

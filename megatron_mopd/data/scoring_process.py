@@ -1,4 +1,4 @@
-"""Scores of verifiers that parse or evaluate an answer, from a confined process."""
+"""Run verifiers that parse or evaluate an answer in a confined process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class ScoringProcess:
         self._process = ConfinedProcess("megatron_mopd.data.scoring")
 
     def score(self, requests: Sequence[tuple[Any, ...]], seconds: float) -> list[float | None]:
-        """The scores for `verifiers.scoring_request`s, one after the other; `None` where the verifier raised,
-        died or did not answer within `seconds`.
+        """The scores for `verifiers.scoring_request`s, computed one after another; `None` where the verifier
+        raised, died or did not finish within `seconds`.
         """
         try:
             values = self._process.ask_many(requests, seconds=seconds)
@@ -28,5 +28,5 @@ class ScoringProcess:
         ]
 
     def close(self) -> None:
-        """End the process, if there is one."""
+        """End the process, if it was started."""
         self._process.close()

@@ -1,8 +1,8 @@
-"""One interface over SentencePiece models and Hugging Face tokenizer directories.
+"""A common interface to SentencePiece models and Hugging Face tokenizer directories.
 
 ``load_tokenizer(path)`` takes a SentencePiece ``.model`` file, a directory with ``tokenizer.model``, or a
-Hugging Face tokenizer directory. Nothing is ever downloaded, no code from a directory is ever executed.
-``train_sentencepiece`` makes a small tokenizer from texts.
+Hugging Face tokenizer directory. Nothing is downloaded, and no code from a directory is executed.
+``train_sentencepiece`` trains a small tokenizer on texts.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ Message = dict[str, str]
 """One turn of a conversation: `{"role": ..., "content": ...}`."""
 
 _SENTENCEPIECE_NAME = "tokenizer.model"
-# Either makes a directory a Hugging Face tokenizer; a `tokenizer.model` beside it is then one of its files.
+# Either file makes a directory a Hugging Face tokenizer; a `tokenizer.model` next to it is then one of its
+# files.
 _HUGGING_FACE_MARKERS = ("tokenizer.json", "tokenizer_config.json")
-# What may define a Hugging Face tokenizer. `config.json` is read for `model_type`, which decides the class.
+# Files that may define a Hugging Face tokenizer. `config.json` is read for `model_type`, which determines the
+# class.
 _HUGGING_FACE_PATTERNS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -48,50 +50,51 @@ _HUGGING_FACE_PATTERNS = (
     "additional_chat_templates",
 )
 _PROBE = "a Z 0 9 + \u00e9 \u6f22 \n"
-"""What a tokenizer has to be able to cut into tokens, or be refused before a run: letters, digits, and what
-most vocabularies have no token of its own for."""
+"""A text that every tokenizer must be able to encode, or it is rejected before the run: letters, digits, and
+characters without their own token in most vocabularies."""
 
 _LOAD_SECONDS = 120.0
 _TEXT_SECONDS = 60.0
-"""How long a tokenizer may take for one text; a megabyte of text takes about a second."""
+"""Time limit of a tokenizer for one text; a megabyte of text takes about a second."""
 _RENDERING = "megatron_mopd.data.rendering"
 _RENDER_SECONDS = 10.0
-"""How long a chat template may take for one prompt."""
+"""Time limit of a chat template for one prompt."""
 
 
 class Tokenizer(Protocol):
-    """What the rest of the house may ask of a tokenizer."""
+    """The tokenizer interface used throughout the package."""
 
     vocab_size: int
-    """Number of token ids, the largest id plus one; the model's padding is not counted."""
+    """Number of token ids: the largest id plus one, without the model's padding."""
     eos_id: int
     """The token that ends a response."""
     pad_id: int
-    """Fills unused positions; the end-of-sequence token where the tokenizer has no padding token."""
+    """Fills unused positions; the end-of-sequence token if the tokenizer has no padding token."""
     bos_id: int | None
-    """The token that begins a prompt; `None` where the tokenizer has none or does not use it."""
+    """The token that begins a prompt; `None` if the tokenizer has none or does not use it."""
     has_chat_template: bool
-    """Messages go through a template of the tokenizer's own."""
+    """Whether messages are rendered with the tokenizer's own chat template."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text` alone: nothing is added before or after."""
+        """Token ids of `text`, without special tokens before or after."""
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
-        """Token ids that a response follows: text as it stands, messages through the chat template.
+        """Token ids of a prompt: text as it is, messages through the chat template.
 
-        Plain text is preceded by `bos_id` where there is one. Messages end with the template's opening of the
-        assistant's turn. Raises `ConfigError` when the template is missing or refuses the messages.
+        Plain text is preceded by `bos_id` if there is one. Messages end with the template's opening of the
+        assistant's turn. Raises `ConfigError` if the template is missing or rejects the messages.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens left out, and ids that are none of the tokenizer's."""
+        """The text of `ids`, without special tokens and ids unknown to the tokenizer."""
 
     def meaning(self) -> TokenizerMeaning:
-        """What two tokenizers are compared by; made once, which takes seconds for 150,000 tokens."""
+        """The basis on which tokenizers are compared; computed once, which takes seconds for 150,000
+        tokens."""
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that gives ids and prompts their meaning (`TokenizerMeaning.fingerprint`): equal for
-        the same tokenizer, wherever it lies and whichever release wrote it."""
+        """SHA-256 of everything that gives ids and prompts their meaning (`TokenizerMeaning.fingerprint`):
+        equal for the same tokenizer, wherever it is stored and whichever release wrote it."""
 
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer into `directory`, so that `load_tokenizer(directory)` gives it back."""
@@ -100,8 +103,8 @@ class Tokenizer(Protocol):
 class SentencePieceTokenizer:
     """A SentencePiece model; see `Tokenizer` for the methods.
 
-    A SentencePiece model has no chat template: messages become one line ``role: content`` each, and the
-    prompt ends with ``assistant: ``.
+    A SentencePiece model has no chat template: each message becomes a line ``role: content``, and the prompt
+    ends with ``assistant: ``.
     """
 
     def __init__(self, model_file: str | Path):
@@ -110,7 +113,7 @@ class SentencePieceTokenizer:
             self._proto = Path(model_file).read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._proto)
             self.vocab_size = self._processor.vocab_size()
-            pieces = self._processor.id_to_piece(list(range(self.vocab_size)))  # every piece is text
+            pieces = self._processor.id_to_piece(list(range(self.vocab_size)))  # fails if one is not text
             self._processor.encode(_PROBE)
         except (OSError, RuntimeError, ValueError) as error:  # ValueError: text that is not UTF-8
             raise ConfigError(f"{model_file}: not a SentencePiece model: {_one_line(error)}") from None
@@ -132,7 +135,7 @@ class SentencePieceTokenizer:
         return ([] if self.bos_id is None else [self.bos_id]) + self.encode(prompt)
 
     def decode(self, ids: Sequence[int]) -> str:
-        # SentencePiece raises for an id that it does not have; a model can have more rows than that.
+        # SentencePiece raises for an unknown id, and a model can have more rows than the tokenizer has ids.
         return self._processor.decode([i for i in ids if 0 <= i < self.vocab_size])
 
     @functools.cached_property
@@ -160,7 +163,7 @@ class HuggingFaceTokenizer:
     """A Hugging Face tokenizer directory, read by `transformers`; see `Tokenizer` for the methods."""
 
     def __init__(self, directory: str | Path, date: str | None = None):
-        """date: what chat templates take for today, YYYY-MM-DD; default: today."""
+        """date: today's date for chat templates, YYYY-MM-DD; default: the actual date."""
         self._directory = Path(directory)
         self._date = date or datetime.date.today().isoformat()
         self._template_processes: dict[int, ConfinedProcess] = {}
@@ -177,13 +180,13 @@ class HuggingFaceTokenizer:
             )
             self._vocab = self._tokenizer.get_vocab()
             check_tokens(self._vocab, self._directory)
-            # Not len(vocab): ids may have holes, and every id must be a row of the embedding.
+            # Not len(vocab): ids may have gaps, and every id must be a row of the embedding.
             self.vocab_size = max(self._vocab.values()) + 1
             self.decode(self.encode(_PROBE))
             first = within(_TEXT_SECONDS, self._tokenizer, "a")["input_ids"][:1]
         except ConfigError:
             raise
-        except Exception as error:  # whatever a broken directory raises, it is the user's to mend
+        except Exception as error:  # whatever a broken directory raises, report it as a user error
             raise ConfigError(f"{directory}: not a usable tokenizer directory: {_one_line(error)}") from None
         if self._tokenizer.eos_token_id is None:
             raise ConfigError(f"{directory}: the tokenizer has no end-of-sequence token (eos_token)")
@@ -213,7 +216,7 @@ class HuggingFaceTokenizer:
         except (ValueError, Unanswered) as error:
             raise ConfigError(f"{self._directory}: chat template: {_one_line(error)}") from None
         if not isinstance(text, str):
-            raise ConfigError(f"{self._directory}: chat template: renders something else than text")
+            raise ConfigError(f"{self._directory}: chat template: does not render to text")
         return self.encode(text)  # the template writes its own special tokens
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -223,7 +226,7 @@ class HuggingFaceTokenizer:
         return self._limited("decoding", [i for i in ids if 0 <= i < self.vocab_size], decode)
 
     def _templates(self) -> ConfinedProcess:
-        """The process that renders this tokenizer's chat templates; a forked rank gets its own."""
+        """The process that renders this tokenizer's chat templates; each forked rank gets its own."""
         return self._template_processes.setdefault(os.getpid(), ConfinedProcess(_RENDERING))
 
     def _limited(self, what: str, argument: Any, function: Callable[[Any], Any]) -> Any:
@@ -259,7 +262,7 @@ class HuggingFaceTokenizer:
         return self._meaning.fingerprint()
 
     def _template(self) -> str | None:
-        """The chat template that prompts go through; several under names without a default count as one."""
+        """The chat template for prompts; several named templates without a default count as one."""
         if isinstance(template := self._tokenizer.chat_template, dict):
             return template.get("default", json.dumps(template, sort_keys=True))
         return template
@@ -274,14 +277,15 @@ class HuggingFaceTokenizer:
                     name = file.relative_to(self._directory)
                     if file.resolve() != (target / name).resolve():
                         _copy(self._directory, name, target / name)
-        # A model saved beside the tokenizer has its own config.json, which must survive.
+        # A model saved in the same directory has its own config.json, which must not be overwritten.
         config = self._directory / "config.json"
         if config.exists() and not (target / "config.json").exists():
             _copy(self._directory, Path("config.json"), target / "config.json")
 
 
 def _copy(directory: Path, name: Path, target: Path) -> None:
-    """One file of a tokenizer directory by its content; `ConfigError` for a link out of the directory."""
+    """Copy the content of one file of a tokenizer directory; `ConfigError` for a link out of the
+    directory."""
     data = read_limited(directory, name, JSON_LIMIT)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(data)
@@ -290,8 +294,8 @@ def _copy(directory: Path, name: Path, target: Path) -> None:
 def load_tokenizer(path: str | Path, date: str | None = None) -> Tokenizer:
     """The tokenizer at `path`: a SentencePiece `.model` file, or a directory of one or of Hugging Face files.
 
-    date: what its chat template takes for today, YYYY-MM-DD; default: today.
-    Raises `ConfigError` when there is no such path or nothing in it that is a tokenizer.
+    date: today's date for its chat template, YYYY-MM-DD; default: the actual date. Raises `ConfigError` if
+    the path does not exist or contains no tokenizer.
     """
     location = Path(path)
     if not str(path) or not location.exists():
@@ -303,7 +307,7 @@ def load_tokenizer(path: str | Path, date: str | None = None) -> Tokenizer:
     if (location / _SENTENCEPIECE_NAME).exists():
         return SentencePieceTokenizer(location / _SENTENCEPIECE_NAME)
     expected = ", ".join((*_HUGGING_FACE_MARKERS, _SENTENCEPIECE_NAME))
-    raise ConfigError(f"{path}: holds no tokenizer (none of {expected})")
+    raise ConfigError(f"{path}: contains no tokenizer (none of {expected})")
 
 
 def train_sentencepiece(
@@ -317,13 +321,13 @@ def train_sentencepiece(
 ) -> SentencePieceTokenizer:
     """Train a SentencePiece model on `texts`, write it to `output_path` and return it.
 
-    Text survives a round trip unchanged, runs of spaces and newlines included (the one exception is U+2581,
-    which SentencePiece itself uses for a space). Digits are single tokens, characters never seen are written
-    as bytes, and ids 0 to 3 are padding, unknown, beginning and end of sequence. `whole_pieces` are texts of
-    any length that become one token each wherever they stand. The same texts in the same order give the same
-    file; with `unigram` that needs one thread. The vocabulary has at most `vocab_size` ids, `whole_pieces`
-    included (fewer when the texts are too few). Raises `ConfigError` when `vocab_size` is too small for the
-    alphabet, the 256 bytes and the special tokens.
+    Text is unchanged by a round trip, including runs of spaces and newlines (the one exception is U+2581,
+    which SentencePiece itself uses for a space). Digits are single tokens, unseen characters are encoded as
+    bytes, and ids 0 to 3 are padding, unknown, beginning and end of sequence. `whole_pieces` are texts of any
+    length that become one token each wherever they occur. The same texts in the same order give the same
+    file; with `unigram` that requires a single thread. The vocabulary has at most `vocab_size` ids, including
+    `whole_pieces` (fewer if there are too few texts). Raises `ConfigError` if `vocab_size` is too small for
+    the alphabet, the 256 bytes and the special tokens.
     """
     model = io.BytesIO()
     try:
@@ -335,7 +339,7 @@ def train_sentencepiece(
             hard_vocab_limit=False,
             num_threads=num_threads,
             minloglevel=2,
-            max_sentence_length=1 << 20,  # longer texts would be left out without a word
+            max_sentence_length=1 << 20,  # longer texts would be silently dropped
             character_coverage=1.0,
             byte_fallback=True,
             split_digits=True,
@@ -343,7 +347,7 @@ def train_sentencepiece(
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
-            # SentencePiece writes a space as U+2581, in user-defined symbols too.
+            # SentencePiece writes a space as U+2581, also in user-defined symbols.
             user_defined_symbols=list(
                 dict.fromkeys(["\n", *(p.replace(" ", "\u2581") for p in whole_pieces)])
             ),

@@ -1,5 +1,5 @@
-"""What a downloaded tokenizer may contain: limits that no real tokenizer comes near, checked before a library
-that cannot be interrupted reads the files.
+"""Limits for downloaded tokenizers, far above any real one, checked before a library that cannot be
+interrupted reads the files.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from megatron_mopd.config import ConfigError
 
 _LARGEST_FILE = JSON_LIMIT
 _LONGEST_TOKEN = 1 << 14
-"""Characters. A response of 16,384 tokens then is at most 256 MiB of text."""
+"""In characters. A response of 16,384 tokens is then at most 256 MiB of text."""
 _LARGEST_GROWTH = 10_000
-"""Characters that replacing one after the other may make of one."""
+"""The number of characters that successive replacements may make from one."""
 _FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 
 
 def check_tokenizer_files(directory: Path) -> None:
-    """`ConfigError` when a file of a tokenizer directory is too large to be one, or `tokenizer.json` tells
-    the tokenizer to blow text up (replacements of replacements, which add up like an XML entity bomb).
+    """Raise `ConfigError` if a file of a tokenizer directory is too large, or if `tokenizer.json` makes the
+    tokenizer inflate text (by nested replacements that multiply like an XML entity bomb).
     """
     for file in sorted(file for pattern in _FILES for file in directory.glob(pattern)):
         check_size(real_path(directory, file.name))
@@ -45,26 +45,26 @@ def check_tokenizer_files(directory: Path) -> None:
 
 
 def check_size(file: Path) -> None:
-    """`ConfigError` when `file` is no regular file, or larger than any tokenizer's."""
+    """Raise `ConfigError` if `file` is not a regular file, or larger than any tokenizer's."""
     try:
         found = file.stat()
     except OSError:
-        return  # whoever reads it says so
+        return  # the reader reports it
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise ConfigError(f"{file} is not a regular file")
     if (size := found.st_size) > _LARGEST_FILE:
-        raise ConfigError(f"{file}: {size / 1e6:.0f} MB is too large for a file of a tokenizer")
+        raise ConfigError(f"{file}: {size / 1e6:.0f} MB is too large for a tokenizer file")
 
 
 def check_tokens(tokens: Iterable[str], where: Path) -> None:
-    """`ConfigError` when a token is longer than any real one."""
+    """Raise `ConfigError` if a token is longer than any real one."""
     longest = max(map(len, tokens), default=0)
     if longest > _LONGEST_TOKEN:
         raise ConfigError(f"{where}: a token of {longest} characters; at most {_LONGEST_TOKEN} are accepted")
 
 
 def _steps(step: Any) -> Iterator[dict[str, Any]]:
-    """A part of the tokenizer and, when it is a sequence, its steps."""
+    """A part of the tokenizer and, if it is a sequence, its steps."""
     if step is None:
         return
     yield step
@@ -74,10 +74,10 @@ def _steps(step: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> float:
-    """Into how many characters a step may turn one."""
+    """The number of characters that a step may make from one."""
     if step.get("type") == "Prepend":
         return 1 + len(step.get("prepend", ""))
     if step.get("type") != "Replace":
         return 1
-    text = step["pattern"].get("String")  # otherwise a regular expression, which may match nothing at all
+    text = step["pattern"].get("String")  # otherwise a regular expression, which may match the empty string
     return max(1, len(step["content"]) / len(text)) if text else 1 + len(step["content"])

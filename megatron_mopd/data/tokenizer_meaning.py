@@ -1,8 +1,9 @@
-"""What a tokenizer means, whatever file it is written in; its fingerprint; and in what two of them differ.
+"""The meaning of a tokenizer independent of its file format, its fingerprint, and the differences between
+two.
 
-The same tokenizer is written differently by every release of `transformers` (order of keys, fields with their
-defaults, merges as texts or pairs), as `tokenizer.model` and as the `tokenizer.json` made from it, and its
-chat template inside of `tokenizer_config.json` or beside it. So files are not compared, but what they do.
+The same tokenizer is stored differently by every release of `transformers` (order of keys, fields with
+default values, merges as strings or pairs), as `tokenizer.model` or as the `tokenizer.json` converted from
+it, with its chat template inside `tokenizer_config.json` or next to it. So behaviour is compared, not files.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from megatron_mopd.backend.messages import visible
 from megatron_mopd.data.chat_template import differing_line, template_meaning
 
 _ANCHOR = "a"
-"""Stands before every probe, and its tokens are left out: whether a space is put before a text's first word
-depends on the library that reads a SentencePiece model, and only `data.tokenizer` ever encodes."""
+"""Precedes every probe, and its tokens are dropped: whether a space is put before a text's first word depends
+on the library that reads a SentencePiece model, and only `data.tokenizer` ever encodes."""
 _PROBES = (
     "Find the GCD of 1071 and 462, then give only the answer: 21.",
     "It's what they'd've said; WE'LL see. HTTPServer getUserName snake_case_name kebab-case",
@@ -30,34 +31,35 @@ _PROBES = (
     "\\frac{a}{b} \\boxed{42} $x_1^2$ def f(x): return [y for y in x if y != 0] <b>bold</b> &amp; #tag @me",
 )
 _MOST_TOKENS = 20_000
-"""Of a larger vocabulary so many tokens, evenly spread, are encoded again."""
+"""From a larger vocabulary, this many evenly spaced tokens are encoded again."""
 _TOKENS_OF_A_TEXT = 500
 _BEGINNING_OF_WORD = str.maketrans({"\u2581": " ", "\u0120": " ", "\u010a": "\n", "\u0109": "\t"})
-"""How SentencePiece and byte-level vocabularies write a space, and the latter a new line and a tabulator."""
+"""How SentencePiece and byte-level vocabularies write a space, and the latter a newline and a tab."""
 
 
 @dataclass(frozen=True)
 class TokenizerMeaning:
-    """All of a tokenizer that token ids, prompts and responses depend on."""
+    """Everything about a tokenizer that token ids, prompts and responses depend on."""
 
     tokens: Mapping[int, str]
     """Id -> token as the vocabulary writes it."""
     special: frozenset[int]
-    """Ids that decoding leaves out, but for the token for unknown characters, in which libraries differ."""
+    """Ids that decoding skips, except the token for unknown characters, in which libraries differ."""
     eos_id: int
     bos_id: int | None
-    """Put before a prompt that is plain text; `None` also where that is not said."""
+    """Put before a plain-text prompt; `None` also if the files do not specify it."""
     says_bos: bool
-    """Whether the tokenizer says so: a SentencePiece model alone does not, it only has a token for it."""
+    """Whether the files specify `bos_id`: a SentencePiece model alone does not, it only has a token for
+    it."""
     chat_template: str | None
     encoded: Mapping[str, tuple[int, ...]]
-    """Probe -> its ids: how text is cut into tokens."""
+    """Probe -> its ids: how text is tokenized."""
 
     def fingerprint(self) -> str:
         """SHA-256 of the meaning: equal for the same tokenizer, wherever and however it is stored.
 
-        Independent of file formats, of the release that wrote the files, of padding and truncation, and of
-        what Jinja does not see in a chat template (comments, blanks inside of tags, the last new line).
+        It does not depend on file formats, the release that wrote the files, padding and truncation, or what
+        Jinja ignores in a chat template (comments, whitespace inside tags, the final newline).
         """
         content = {
             "tokens": sorted(self.tokens.items()),
@@ -70,13 +72,13 @@ class TokenizerMeaning:
         return hashlib.sha256(json.dumps(content).encode(errors="surrogatepass")).hexdigest()
 
     def token(self, token_id: int | None) -> str:
-        """A token for a message: `2 '<|im_end|>'`."""
+        """A token formatted for a message: `2 '<|im_end|>'`."""
         if token_id is None:
             return "none"
         return f"{token_id} {_quoted(self.tokens[token_id])}" if token_id in self.tokens else f"{token_id}"
 
     def quoted(self, token_ids: Iterable[int]) -> str:
-        """Tokens for a message: `'he' 'llo'`."""
+        """Tokens formatted for a message: `'he' 'llo'`."""
         return " ".join(_quoted(self.tokens.get(number, "")) for number in token_ids) or "nothing"
 
 
@@ -90,7 +92,7 @@ def probe(
 
 
 def _texts_of_vocabulary(tokens: Mapping[int, str], special: frozenset[int]) -> Iterator[str]:
-    """Every token by itself, and each followed by another one, so that another order of merges shows."""
+    """Every token by itself, and each followed by another one, so that a different order of merges shows."""
     ordinary = [
         token.translate(_BEGINNING_OF_WORD)
         for number, token in sorted(tokens.items())
@@ -104,9 +106,10 @@ def _texts_of_vocabulary(tokens: Mapping[int, str], special: frozenset[int]) -> 
 
 
 def differences(theirs: TokenizerMeaning, ours: TokenizerMeaning) -> list[str]:
-    """In what a tokenizer differs from `data.tokenizer` (`ours`), one phrase each; empty when in nothing.
+    """The differences between a tokenizer and `data.tokenizer` (`ours`), one phrase each; empty if there are
+    none.
 
-    Phrases have no more than some 120 characters, and nothing in them acts on a terminal.
+    Phrases have at most about 120 characters, and contain no terminal control characters.
     """
     found = []
     differing = [
@@ -137,7 +140,7 @@ def differences(theirs: TokenizerMeaning, ours: TokenizerMeaning) -> list[str]:
 
 
 def remarks(theirs: TokenizerMeaning, ours: TokenizerMeaning) -> list[str]:
-    """What is written differently and means the same, where somebody may look for it."""
+    """Notable differences in the files that do not change the meaning."""
     templates = (theirs.chat_template, ours.chat_template)
     if None in templates or templates[0] == templates[1] or differences(theirs, ours):
         return []
@@ -146,11 +149,11 @@ def remarks(theirs: TokenizerMeaning, ours: TokenizerMeaning) -> list[str]:
 
 def _first_cut(theirs: TokenizerMeaning, ours: TokenizerMeaning) -> str | None:
     for text, here in ours.encoded.items():
-        there = theirs.encoded.get(text, here)  # texts differ only where the vocabularies do
+        there = theirs.encoded.get(text, here)  # texts differ only if the vocabularies do
         if there != here:
             place = next(i for i, (t, o) in enumerate(itertools.zip_longest(there, here)) if t != o)
             parts = [theirs.quoted(there[place : place + 2]), ours.quoted(here[place : place + 2])]
-            return f"text is cut otherwise: {parts[0]}, not {parts[1]}"
+            return f"text is tokenized differently: {parts[0]}, not {parts[1]}"
     return None
 
 

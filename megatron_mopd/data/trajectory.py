@@ -1,4 +1,4 @@
-"""What a rollout produces and training consumes."""
+"""Trajectories: the output of a rollout and the input of training."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from megatron_mopd.data.prompt import Prompt
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One prompt with one response, sampled by the student or given by the data (`sft`)."""
+    """One prompt with one response, sampled by the student or taken from the data (`sft`)."""
 
     prompt: Prompt
     response_ids: tuple[int, ...]
-    """Response tokens, the stop token included when the response is `finished`."""
+    """Response tokens, including the stop token if the response is `finished`."""
     index: int
-    """Position in the batch of its iteration: the same on every rank and in every parallel layout."""
+    """Index in the batch of its iteration: the same on every rank and in every parallel layout."""
     logprobs: tuple[float, ...] | None = None
     """log mu(y_t) of every response token under the distribution it was sampled from; `None` for given
     responses."""

@@ -1,12 +1,12 @@
-"""Verifiers: how right a response is, in [0, 1].
+"""Verifiers: score the correctness of a response, in [0, 1].
 
 ``score(prompt, response)`` applies the verifier named by the prompt. A verifier that fails never stops a run:
 there is then no verdict, and failures are counted, so that a broken parser is not mistaken for a bad model.
 All verifiers look at the final answer only: what is outside ``<think>``, and inside ``<answer>`` tags if any.
 A response that never stops thinking has none, and scores 0 with every verifier.
 
-Exact matches are decided here. Every other verifier parses or evaluates what a model wrote, so it runs in a
-confined process (`confinement`), with limits of time and memory for answers and references alike.
+Exact matches are computed here. Every other verifier parses or evaluates model output, so it runs in a
+confined process (`confinement`), with time and memory limits for answers and references.
 """
 
 from __future__ import annotations
@@ -23,50 +23,50 @@ from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.scoring_process import ScoringProcess
 
 TIMEOUT_SECONDS = 5.0
-"""How long one response may take to score."""
+"""Time limit for scoring one response."""
 
 SCORED_AT_ONCE = 16
-"""Responses that one process takes at a time: few enough that a hanging one holds up little else."""
+"""Number of responses that one process takes at a time: few enough that a hanging one delays few others."""
 VERIFIERS = ("exact_match", "math_verify", "reasoning_gym")
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _THINK, _THOUGHT = "<think>", "</think>"
 
 
 class Score(NamedTuple):
-    """How one response was judged."""
+    """The score of one response."""
 
     raw: float | None
-    """The verifier's own score in [0, 1], partial credit included; `None` when there is no verdict."""
+    """The verifier's own score in [0, 1], including partial credit; `None` if there is no verdict."""
     crashed: bool = False
-    """The verifier failed or took too long; without it, no verdict means that the prompt has no answer."""
+    """The verifier failed or timed out; otherwise, no verdict means that the prompt has no answer."""
 
     @property
     def correct(self) -> bool | None:
-        """Accuracy counts a response only with full marks: `raw` of at least 1."""
+        """Whether accuracy counts the response as correct: only if `raw` is at least 1."""
         return None if self.raw is None else self.raw >= 1.0
 
 
 def score(prompt: Prompt, response: str) -> Score:
-    """Judge `response`; never raises, works on any thread and takes at most about `TIMEOUT_SECONDS`."""
+    """Score `response`; never raises, works on any thread and takes at most about `TIMEOUT_SECONDS`."""
     return next(score_all([(prompt, response)]))
 
 
 def score_all(responses: Sequence[tuple[Prompt, str]]) -> Iterator[Score]:
-    """Judge (prompt, response) pairs in their order, as `score` does."""
+    """Score (prompt, response) pairs in order, as `score` does."""
     for start in range(0, len(responses), SCORED_AT_ONCE):
         batch = responses[start : start + SCORED_AT_ONCE]
         yield from judge(batch, _scoring_process(os.getpid()), TIMEOUT_SECONDS)
 
 
 def judge(responses: Sequence[tuple[Prompt, str]], process: ScoringProcess, seconds: float) -> list[Score]:
-    """Scores of (prompt, response) pairs, in `process` unless nothing has to be parsed; never raises.
+    """Scores of (prompt, response) pairs, computed in `process` unless nothing must be parsed; never raises.
 
     A pair whose verifier crashes or takes longer than `seconds` gets `Score(None, crashed=True)`.
     """
     confined = [pair for pair in responses if _has_to_be_asked(*pair)]
     try:
         raw = process.score([scoring_request(*pair) for pair in confined], seconds) if confined else []
-    except Exception:  # a prompt's entry that cannot be pickled: one by one, so that it costs no other
+    except Exception:  # an entry cannot be pickled: score one by one, so that only its own response fails
         if len(responses) > 1:
             return [score for pair in responses for score in judge([pair], process, seconds)]
         raw = [None]
@@ -78,7 +78,7 @@ def judge(responses: Sequence[tuple[Prompt, str]], process: ScoringProcess, seco
 
 
 def exact_match(prompt: Prompt, response: str) -> Score:
-    """1 when both are the same words: runs of white space count as one space. Nothing is parsed."""
+    """1 if both consist of the same words: runs of whitespace count as one space. Nothing is parsed."""
     if prompt.answer is None:
         return Score(None, crashed=True)
     found = final_answer(response, prompt.opens_thinking)
@@ -89,7 +89,7 @@ def _judge_here(prompt: Prompt, response: str) -> Score:
     if not has_verdict(prompt):
         return Score(None)
     if is_confined(prompt):
-        return Score(0.0)  # there is no answer to ask about
+        return Score(0.0)  # there is no answer to score
     return exact_match(prompt, response)
 
 
@@ -103,32 +103,33 @@ def is_confined(prompt: Prompt) -> bool:
 
 
 def has_verdict(prompt: Prompt) -> bool:
-    """Whether there is anything to judge a response by."""
+    """Whether responses to `prompt` can be scored."""
     return prompt.entry is not None or prompt.answer is not None
 
 
 def scoring_request(prompt: Prompt, response: str) -> tuple[Any, ...]:
-    """What a `ScoringProcess` is asked: (verifier, final answer, reference answer, entry)."""
+    """The request to a `ScoringProcess`: (verifier, final answer, reference answer, entry)."""
     return prompt.verifier, final_answer(response, prompt.opens_thinking), prompt.answer, prompt.entry
 
 
 def to_score(raw: float | None) -> Score:
-    """The `Score` for what a verifier returned; `None` when it failed or took too long."""
+    """The `Score` for a verifier's result, which is `None` if it failed or timed out."""
     if raw is None or not math.isfinite(raw):
         return Score(None, crashed=True)
     return Score(min(max(float(raw), 0.0), 1.0))
 
 
 def check_verifier(name: str, where: str) -> None:
-    """Raise `ConfigError` naming the nearest verifier when there is none called `name`."""
+    """Raise `ConfigError` with the nearest verifier if there is none called `name`."""
     if name not in VERIFIERS:
         raise ConfigError(f"{where}: unknown verifier {shown(name)}{nearest(str(name), VERIFIERS)}")
 
 
 def final_answer(response: str, opens_thinking: bool = False) -> str | None:
-    """The part of `response` that is judged: outside of `<think>`, inside the last `<answer>` tags, stripped.
+    """The part of `response` that is scored: outside `<think>`, inside the last `<answer>` tags, stripped.
 
-    `None` when there is none because `response` ends thinking. With `opens_thinking` it also begins so.
+    `None` if there is none because `response` ends inside `<think>`. With `opens_thinking` it also begins
+    there.
     """
     _, thought, said = response.rpartition(_THOUGHT)
     if not thought and opens_thinking:
@@ -137,7 +138,7 @@ def final_answer(response: str, opens_thinking: bool = False) -> str | None:
     if thinking and not said.strip():
         return None
     found, end = said, 0
-    # Not a regular expression: many openings without an end would be searched to the end once each.
+    # Not a regular expression: with many unclosed tags it would scan to the end once for each.
     while (start := said.find(_OPEN, end)) >= 0 and (end := said.find(_CLOSE, start)) >= 0:
         found = said[start + len(_OPEN) : end]
     return found.strip()
@@ -150,5 +151,5 @@ def is_thinking(text: str) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _scoring_process(process_id: int) -> ScoringProcess:
-    """The scoring process of this process; a forked child gets its own, since a pipe has one reader."""
+    """The scoring process of this process; a forked child gets its own, because a pipe has one reader."""
     return ScoringProcess()

@@ -1,1 +1,1 @@
-"""What a run shows and leaves behind: metrics, progress on the terminal, and pictures."""
+"""The output of a run: metrics, progress on the terminal, and pictures."""

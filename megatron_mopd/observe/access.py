@@ -1,7 +1,7 @@
-"""Who may read what a run writes: its owner, the owner's group where the umask allows it, nobody else.
+"""Restrict read access to a run's files to the owner and, if the umask allows it, the owner's group.
 
-A run writes prompts, answers and samples into many files, some of them by way of libraries (TensorBoard,
-checkpoints, pictures). One umask for all of them leaves none out, and a stricter one of the user's stays.
+A run writes prompts, answers and samples into many files, some of them through libraries (TensorBoard,
+checkpoints, pictures). A umask covers all of them, and a stricter umask of the user is kept.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ _OTHERS = stat.S_IRWXO
 
 @contextlib.contextmanager
 def closed_to_others() -> Iterator[None]:
-    """Within this (also as a decorator), files and directories are made without any right for others.
+    """Context manager (also a decorator) in which files and directories are created without permissions for
+    others.
 
-    A process has one umask: other threads of it, and processes that it starts, have it too.
+    A process has a single umask: it also applies to its other threads, and to processes that it starts.
     """
     before = os.umask(_OTHERS)
     os.umask(before | _OTHERS)
@@ -30,7 +31,7 @@ def closed_to_others() -> Iterator[None]:
 
 
 def others_may_enter(directory: Path) -> str | None:
-    """One sentence when a directory of before lets others read or enter it; `None` when it does not."""
+    """One sentence if an existing directory lets others read or enter it, else `None`."""
     try:
         mode = stat.S_IMODE(directory.stat().st_mode)
     except OSError:
@@ -38,6 +39,6 @@ def others_may_enter(directory: Path) -> str | None:
     if not mode & _OTHERS:
         return None
     return (
-        f"run_dir: others may enter {directory} (mode {mode:04o}); they cannot read what this start writes, "
-        f"but what was there before, until you chmod -R o-rwx {directory}"
+        f"run_dir: others may enter {directory} (mode {mode:04o}); they cannot read the files of this start, "
+        f"but can read earlier ones until you run chmod -R o-rwx {directory}"
     )

@@ -1,4 +1,4 @@
-"""Charts drawn by matplotlib, for files (`report.png`) as for the page (`svg.py`)."""
+"""Charts drawn by matplotlib, for files (`report.png`) and for the page (`svg.py`)."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "figure.dpi": 130,
-    "text.parse_math": False,  # `$` in a name is a `$`
-    "svg.fonttype": "none",  # texts stay texts, in the page's font
-    "svg.hashsalt": "megatron_mopd",  # the same picture is the same text
+    "text.parse_math": False,  # a `$` in a name is literal
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "svg.hashsalt": "megatron_mopd",  # equal pictures give equal files
 }
-"""Charts are made and drawn in `matplotlib.rc_context(STYLE)`."""
+"""Charts are created and drawn in `matplotlib.rc_context(STYLE)`."""
 
 
 class Line(NamedTuple):
@@ -58,9 +58,9 @@ class Line(NamedTuple):
 
 
 class Chart(Figure):
-    """A figure of `width` x `height` CSS pixels (1/96 inch) whose marks can say what they mean on the page.
+    """A figure of `width` x `height` CSS pixels (1/96 inch) whose marks can have tooltips on the page.
 
-    Made without pyplot: no global list of figures, no display, whatever backend the user has chosen.
+    Created without pyplot: no global list of figures and no display, whatever the user's backend.
     """
 
     def __init__(self, width: float, height: float, **options):
@@ -69,12 +69,12 @@ class Chart(Figure):
 
     def draw(self, renderer) -> None:
         with warnings.catch_warnings():
-            # Where names are longer than the chart, it is drawn without a layout.
+            # If names are longer than the chart, it is drawn without a layout.
             warnings.filterwarnings("ignore", message="constrained_layout not applied")
             super().draw(renderer)
 
     def hint(self, artist: Artist, texts: Sequence[str]) -> None:
-        """Under the pointer, `artist` shows its one text, or a collection one for each of its paths."""
+        """Add tooltips: one text for `artist`, or for a collection one for each of its paths."""
         artist.set_gid(f"hint-{len(self.hints)}")
         self.hints[artist.get_gid()] = texts
 
@@ -99,7 +99,7 @@ def _scale(axes: Axes, values: np.ndarray, log: bool, percent: bool) -> tuple[fl
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
     locator, formatter = MaxNLocator(5, steps=_STEPS), FuncFormatter(lambda value, _: format_number(value))
     if log and low > 0 and high > 10 * low:
-        low = max(low, 1e-4 * high)  # a teacher that still equals the student would flatten all the rest
+        low = max(low, 1e-4 * high)  # a teacher that still equals the student would flatten all other curves
         axes.set_yscale("log")
         locator = LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,))
         low, high = low / 1.15, 1.15 * high
@@ -117,7 +117,7 @@ def _scale(axes: Axes, values: np.ndarray, log: bool, percent: bool) -> tuple[fl
 
 
 def draw_areas(axes: Axes, lines: Sequence[Line]) -> None:
-    """Parts of a whole over the iterations, on top of each other; every line has the same iterations."""
+    """Parts of a whole over the iterations, stacked; every line has the same iterations."""
     x = np.array([x for x, _ in lines[0].points], dtype=float)
     parts = np.array([[y for _, y in line.points] for line in lines], dtype=float)
     if len(x) == 1:

@@ -1,4 +1,4 @@
-"""Numbers to read."""
+"""Human-readable numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration to read: `4.2s`, `3m 05s`, `2h 07m`."""
+    """A human-readable duration: `4.2s`, `3m 05s`, `2h 07m`."""
     if seconds < 60:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
@@ -14,7 +14,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_count(number: float) -> str:
-    """A count to read: `950`, `12.3k`, `4.56M`."""
+    """A human-readable count: `950`, `12.3k`, `4.56M`."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{letter}"
@@ -22,7 +22,7 @@ def format_count(number: float) -> str:
 
 
 def format_number(value: float) -> str:
-    """A value to read, three digits of it: `0.123`, `12.3k`, `3.0e-07`; `–` unless it is finite."""
+    """A human-readable value with three digits: `0.123`, `12.3k`, `3.0e-07`; `–` unless it is finite."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "–"
     size = abs(value)

@@ -1,9 +1,9 @@
-"""Append-only files of a run, one JSON object with an `iteration` a line: what a reader may see half-written.
+"""Append-only files of a run, with one JSON object with an `iteration` per line; the last may be incomplete.
 
-A line that a crash tore is left out when the file is read, and what an interrupted run wrote beyond the
-checkpoint that it resumes from is removed, so that no iteration appears twice. The file holds the recent
-lines: what is older is moved, whole iterations at a time, into `NAME-FIRST-LAST.jsonl.gz` beside it.
-`read_journal` reads all of them as if they were one file.
+A line truncated by a crash is skipped when the file is read, and the lines that an interrupted run wrote
+after the checkpoint that it resumes from are removed, so that no iteration appears twice. The file contains
+the recent lines: older ones are moved, whole iterations at a time, into `NAME-FIRST-LAST.jsonl.gz` next to
+it. `read_journal` reads all of them as if they were one file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_mopd.backend.whole_files import naming
 METRICS_FILE, ALARMS_FILE, SAMPLES_FILE = "metrics.jsonl", "alarms.jsonl", "samples.jsonl"
 FACTS_FILE = "run.json"
 PART_BYTES = 4 * 2**20
-"""Of lines in one compressed part; the file itself is at most twice as large, and a line more."""
+"""Uncompressed size of one compressed part; the file itself is at most twice as large, plus one line."""
 
 
 class OlderLines(NamedTuple):
@@ -38,7 +38,7 @@ class OlderLines(NamedTuple):
 
 
 class Journal:
-    """A file that is only written where there is something to say; the caller decides which rank speaks."""
+    """A file that is created only when there is something to write; the caller decides which rank writes."""
 
     def __init__(
         self,
@@ -48,10 +48,10 @@ class Journal:
         say: Callable[[str], None] | None = None,
         most_parts: int | None = None,
     ):
-        """`resumed_iteration` is the last one that the checkpoint contains; `None` starts afresh.
+        """`resumed_iteration` is the last one that the checkpoint contains; `None` starts a new file.
 
-        say: told when lines are moved, and when any are removed, for the first time. most_parts: beyond so
-        many compressed parts, the oldest but the first goes.
+        say: called when lines are first moved, and when any are first removed. most_parts: beyond this number
+        of compressed parts, the oldest except the first is removed.
         """
         self._path, self._file = Path(path), None
         self._say, self._most_parts = say or (lambda _: None), most_parts
@@ -61,7 +61,7 @@ class Journal:
             keep_until(self._path, -1 if resumed_iteration is None else resumed_iteration)
 
     def write(self, iteration: int, entry: Mapping[str, Any]) -> None:
-        """Append one line and flush it; values are what JSON knows, and finite."""
+        """Append one line and flush it; values must be JSON values, and finite."""
         line = json.dumps({"iteration": iteration, **entry}, allow_nan=False) + "\n"
         with naming(self._path):
             if self._file is None:
@@ -75,16 +75,16 @@ class Journal:
             self._move()
 
     def close(self) -> None:
-        """Close the file; safe to call twice. What a full disk has refused is not tried again."""
+        """Close the file; safe to call twice. A write that failed on a full disk is not retried."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # raised by `write` already, which flushes
+            with contextlib.suppress(OSError):  # `write` flushes, so it has already raised this
                 self._file.close()
         self._file = None
 
     def _move(self) -> None:
-        """Move the older half into a part. Where the disk cannot take one, the file goes on growing."""
+        """Move the older half into a part. If the disk has no room for it, the file keeps growing."""
         self.close()
-        self._limit = self._size + PART_BYTES  # the next try, if this one fails
+        self._limit = self._size + PART_BYTES  # the next attempt, if this one fails
         try:
             made = move_older(self._path)
             if not made:
@@ -93,14 +93,14 @@ class Journal:
             if not self._was_said:
                 self._was_said = True
                 moved = f"lines up to iteration {made[-1].last} are in {made[-1].path.name}"
-                self._say(f"{self._path.name}: {moved}, others will follow (compressed, none is lost)")
+                self._say(f"{self._path.name}: {moved}, more will follow (compressed, none is lost)")
             parts = parts_of(self._path)
             for old in parts[1 : 1 + len(parts) - self._most_parts] if self._most_parts else ():
                 old.path.unlink()
                 if not self._was_removal_said:
                     self._was_removal_said = True
                     self._say(
-                        f"{old.path.name} is removed, of {self._path.name} the first and the newest stay"
+                        f"{old.path.name} is removed; {self._path.name} keeps the first and the newest parts"
                     )
         except OSError as error:
             self._say(f"{self._path.name}: older lines cannot be compressed yet: {error.strerror}")
@@ -117,20 +117,20 @@ def parts_of(path: Path) -> list[OlderLines]:
 
 
 def read_journal(path: str | Path, since: float = -math.inf, most: int | None = None) -> list[dict[str, Any]]:
-    """Every complete line that is an object with an integer `iteration` of at least `since`; `OSError`
-    without the file.
+    """Every complete line that is an object with an integer `iteration` of at least `since`; raises `OSError`
+    if the file does not exist.
 
-    most: of more lines than this, every n-th, the last one, and those of evaluations (`accuracy`,
-    `pass_at_k`) are returned: what a picture can show of a long run.
+    most: if there are more lines than this, only every n-th, the last one, and those of evaluations
+    (`accuracy`, `pass_at_k`) are returned: as much as a picture can show of a long run.
     """
     path = Path(path)
     every = 1 if most is None else max(1, -(-_count(path) // most))
     numbers = itertools.count()
 
-    def is_wanted(raw: bytes) -> bool:  # before it is parsed, which is what takes time
+    def is_wanted(raw: bytes) -> bool:  # before parsing, which is the slow part
         return next(numbers) % every == 0 or b'"accuracy' in raw or b'"pass_at_' in raw
 
-    # Equal keys of all lines are one object: a long run has millions.
+    # Intern the keys, so that all lines share them: a long run has millions.
     return [
         {sys.intern(key): value for key, value in values.items()}
         for _, values in _lines(path, since, None if every == 1 else is_wanted)
@@ -138,13 +138,13 @@ def read_journal(path: str | Path, since: float = -math.inf, most: int | None = 
 
 
 def keep_until(path: Path, last: int) -> None:
-    """Remove the lines of iterations after `last`: a crash here must not lose the history, and the next start
-    does what is left to do.
+    """Remove the lines of iterations after `last`. A crash here does not lose the history, and the next start
+    completes the removal.
     """
     for part in reversed(parts_of(path)):
         if part.first > last:
             part.path.unlink()
-        elif part.last > last:  # its beginning is what is recent now
+        elif part.last > last:  # its beginning is now the most recent
             _replace(path, (raw for raw, values in _of_part(part) if values["iteration"] <= last))
             part.path.unlink()
             return
@@ -156,10 +156,10 @@ def keep_until(path: Path, last: int) -> None:
 
 
 def move_older(path: Path) -> list[OlderLines]:
-    """Move the oldest iterations into parts, until less than two parts' worth of lines is left in the file.
+    """Move the oldest iterations into parts, until less than two parts' worth of lines remains in the file.
 
-    The parts are complete on disk before their lines leave the file. In between these are in both, and count
-    once.
+    The parts are complete on disk before their lines are removed from the file. In between, the lines exist
+    in both, and are read once.
     """
     with open(path, "rb") as file:
         lines = [(raw, values["iteration"]) for raw, values in _recent(file, parts_of(path))]
@@ -183,7 +183,7 @@ def move_older(path: Path) -> list[OlderLines]:
 
 
 def _replace(path: Path, lines: Iterable[bytes], part: Path | None = None) -> None:
-    """Write a journal's file, or a part of it, in one step, and have it on disk when this returns."""
+    """Write a journal's file, or a part of it, atomically and durably."""
     temporary, path = path.with_suffix(".tmp"), part or path
     try:
         with open(temporary, "wb") as file:
@@ -208,10 +208,10 @@ def _replace(path: Path, lines: Iterable[bytes], part: Path | None = None) -> No
 def _lines(
     path: Path, since: float = -math.inf, is_wanted: Callable[[bytes], bool] | None = None
 ) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of all parts and the file, as bytes and values; `OSError` without the file. is_wanted: of
-    others than these, only the last one.
+    """The lines of all parts and the file, as bytes and values; raises `OSError` if the file does not exist.
+    is_wanted: of all other lines, only the last one is returned.
     """
-    with open(path, "rb") as file:  # first: what is moved from now on stays in it, and counts once
+    with open(path, "rb") as file:  # opened first: lines moved from now on stay in it, and are read once
         parts, left_out = parts_of(path), None
         for part in parts:
             if part.last >= since:
@@ -228,14 +228,14 @@ def _lines(
 def _of_part(
     part: OlderLines, is_wanted: Callable[[bytes], bool] | None = None
 ) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    # What a damaged disk left of it is read as far as it goes; what a new start removes is gone.
+    # A damaged part is read as far as possible; one removed by a new start is skipped.
     damaged = (EOFError, zlib.error, gzip.BadGzipFile, FileNotFoundError)
     with contextlib.suppress(*damaged), gzip.open(part.path) as file:
         yield from _complete(filter(is_wanted, file))
 
 
 def _recent(file: Iterable[bytes], parts: list[OlderLines]) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The file's own lines, without those that an interrupted start had moved into a part."""
+    """The file's own lines, without those that an interrupted start has already moved into a part."""
     moved = parts[-1].last if parts else -math.inf
     yield from (line for line in _complete(file) if line[1]["iteration"] > moved)
 
@@ -251,7 +251,7 @@ def _complete(file: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _count(path: Path) -> int:
-    """About how many lines there are: one an iteration in the parts."""
+    """The approximate number of lines, assuming one per iteration in the parts."""
     with open(path, "rb") as file:
         lines = sum(1 for _ in file)
     parts = parts_of(path)

@@ -1,13 +1,12 @@
-"""The metrics of a run: `metrics.jsonl` (one object a step) and TensorBoard.
+"""The metrics of a run: `metrics.jsonl` (one object per step) and TensorBoard.
 
-Names are paths, and TensorBoard groups by their first part: ``loss``, ``kl`` and ``kl/<domain>``,
+Names are paths, and TensorBoard groups them by their first part: ``loss``, ``kl`` and ``kl/<domain>``,
 ``accuracy`` and ``accuracy/<domain>``, ``response_length``, ``grad_norm``, ``lr``, ``tokens_per_second``, and
-``time/<phase>`` in seconds. The pictures and the step line read these names; any other is written all the
-same.
+``time/<phase>`` in seconds. The pictures and the step line read these names; any other name is also written.
 
-`metrics.jsonl` has every step (older ones compressed beside it, `journal.py`). TensorBoard has every value of
-the first 2048 steps, then of a metric the first of every 2, from step 4096 on of every 4, and so on: about
-1024 points whenever the run has doubled, and always the last step.
+`metrics.jsonl` has every step (older ones compressed next to it, `journal.py`). TensorBoard has every value
+of the first 2048 steps, then for each metric the first of every 2, from step 4096 on of every 4, and so on:
+about 1024 points for each doubling of the run, and always the last step.
 """
 
 from __future__ import annotations
@@ -29,24 +28,24 @@ from megatron_mopd.observe.journal import METRICS_FILE, Journal, read_journal
 
 _EVENTS_FILE = "events.out.tfevents.*"
 FULL_STEPS = 1024
-"""TensorBoard gets about so many values of a metric whenever the number of steps has doubled."""
+"""TensorBoard gets about this many values per metric for each doubling of the number of steps."""
 MOST_LINES = 5_000
-"""Of a longer run, pictures show every n-th step."""
+"""For a longer run, pictures show every n-th step."""
 
 
 def is_main_rank() -> bool:
-    """Whether this process speaks for the job: rank 0, or the only one."""
+    """Whether this process is rank 0, or the only one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
-    return os.environ.get("RANK", "0") == "0"  # started by torchrun, ranks not yet connected
+    return os.environ.get("RANK", "0") == "0"  # started by torchrun, process group not initialized yet
 
 
 class MetricsWriter:
     """Writes the metrics of every step on rank 0; on other ranks every method does nothing.
 
-    `resumed_iteration` is the last iteration that the checkpoint contains: what an interrupted run wrote
-    beyond it is removed, so that no step appears twice. `None` starts the files afresh. last: the run's last
-    iteration. say: told once when the files begin to hold less than everything.
+    `resumed_iteration` is the last iteration that the checkpoint contains: later lines of an interrupted run
+    are removed, so that no step appears twice. `None` starts new files. last: the run's last iteration. say:
+    called once when the files start to omit or compress values.
     """
 
     def __init__(
@@ -78,8 +77,8 @@ class MetricsWriter:
     def log(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """Append one line and flush it; nested mappings become paths (`{"kl": {"gcd": 1}}` is `kl/gcd`).
 
-        Values are numbers, zero-dimensional tensors, text or `None`. JSON has no NaN: a value that is not
-        finite is written as null, and its name and value go under `nonfinite`.
+        Values are numbers, zero-dimensional tensors, strings or `None`. JSON has no NaN: a non-finite value
+        is written as null, and its name and value are listed under `nonfinite`.
         """
         if self._file is None:
             return
@@ -96,7 +95,7 @@ class MetricsWriter:
                 Summary.Value(tag=visible(name), simple_value=numbers[name])
                 for name in (numbers if iteration == self._last else chosen)
             ]
-            if written:  # one event for all: `add_scalar` costs a hundred microseconds and 30 bytes each
+            if written:  # one event for all: each `add_scalar` costs a hundred microseconds and 30 bytes
                 with naming(Path(self._tensorboard.log_dir) / _EVENTS_FILE):
                     self._tensorboard.file_writer.add_summary(Summary(value=written), iteration)
                     self._tensorboard.flush()
@@ -110,21 +109,22 @@ class MetricsWriter:
         """Close the files; safe to call twice."""
         for writer in (self._file, self._tensorboard):
             if writer is not None:
-                with contextlib.suppress(OSError):  # of a full disk, which `log` has told of
+                with contextlib.suppress(OSError):  # a full disk, which `log` has reported
                     writer.close()
         self._file = self._tensorboard = None
 
 
 class Thinning:
-    """Which values of a metric are kept: the first in every `stride` iterations. What was seen before those
-    does not matter, so a resumed run that is shown the lines since then goes on as if it had never stopped.
+    """Selects which values of a metric are kept: the first in every `stride` iterations. The choice does not
+    depend on earlier values, so a resumed run that is given the lines since then continues as if it had never
+    stopped.
     """
 
     def __init__(self):
         self._seen: dict[str, tuple[int, int]] = {}
 
     def choose(self, iteration: int, names: Iterable[str]) -> list[str]:
-        """Those of `names`, which have values at `iteration`, that are kept."""
+        """The subset of `names`, which have values at `iteration`, whose values are kept."""
         step = stride(iteration)
         place = step, iteration // step
         chosen = [name for name in names if self._seen.get(name) != place]
@@ -133,12 +133,12 @@ class Thinning:
 
 
 def stride(iteration: int) -> int:
-    """1 up to twice `FULL_STEPS`, then twice as much whenever the iteration has doubled."""
+    """1 up to twice `FULL_STEPS`, then doubling whenever the iteration doubles."""
     return 1 << max(0, (iteration // FULL_STEPS).bit_length() - 1)
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping from paths to plain numbers, text or `None`."""
+    """Nested mappings as one mapping from paths to plain numbers, strings or `None`."""
     flat: dict[str, Any] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
@@ -149,7 +149,7 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_metrics(run_dir: str | Path, most: int | None = None) -> list[dict[str, Any]]:
-    """Every complete line of a run's metrics, compressed parts included; a line torn by a crash is left out.
-    most: see `read_journal`.
+    """Every complete line of a run's metrics, including compressed parts; a line truncated by a crash is
+    skipped. most: see `read_journal`.
     """
     return read_journal(Path(run_dir) / METRICS_FILE, most=most)

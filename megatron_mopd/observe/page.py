@@ -1,7 +1,7 @@
-"""The report of a run: one self-contained HTML page, also while the run is going.
+"""The report of a run: one self-contained HTML page, also available during the run.
 
-`write_page(run_dir)` reads what the run has written so far (`run_record.py`), draws it (`svg.py`) and fills
-in the page (`page_template.py`). What a run does not have is left out, and the page says why.
+`write_page(run_dir)` reads the run's files so far (`recorded_run.py`), draws them (`svg.py`) and fills in the
+page (`page_template.py`). Missing parts are omitted, and the page says why.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def write_page(
     base: str | Path | None = None,
     experts: Mapping[str, str | Path] | None = None,
 ) -> Path:
-    """Write `report.html` into the run directory (or to `output`) in one step, and return its path.
+    """Write `report.html` into the run directory (or to `output`) atomically, and return its path.
 
-    Raises `ReportError` when there is nothing to report yet; see `read_run` for `base` and `experts`.
+    Raises `ReportError` if there is nothing to report yet; see `read_run` for `base` and `experts`.
     """
     record = read_run(run_dir, base, experts)
     path = Path(output) if output is not None else record.directory / PAGE_FILE
@@ -59,7 +59,7 @@ def write_page(
 
 
 def render(record: RunRecord) -> str:
-    """The whole page as text."""
+    """Render the page as HTML."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined, finalize=_to_read)
     parts = [part for part in _parts(record) if part]
     for part in parts:
@@ -77,7 +77,7 @@ def render(record: RunRecord) -> str:
 
 
 def _to_read(value: Any) -> Any:
-    """Texts with what would act escaped; jinja2 escapes the markup in them afterwards."""
+    """Escape control characters in texts; jinja2 escapes markup afterwards."""
     is_text = isinstance(value, (str, Path)) and not hasattr(value, "__html__")
     return visible(value, keep_lines=True) if is_text else value
 
@@ -129,15 +129,15 @@ def _tiles(record: RunRecord) -> list[dict[str, str]]:
     speed = record.series("tokens_per_second")
     if speed:
         recent = [value for _, value in speed[-20:]]
-        tile("tokens a second, lately", format_count(sum(recent) / len(recent)))
+        tile("tokens per second (recent)", format_count(sum(recent) / len(recent)))
     utilization = record.series("mfu")
     if utilization:
         tile("model FLOPs utilization", f"{utilization[-1][1]:.1%}")
     seconds = _step_seconds(record)
     if seconds:
-        tile("a step", format_seconds(seconds))
+        tile("time per step", format_seconds(seconds))
         if record.total is not None and record.last < record.total:
-            tile("left, about", format_seconds(seconds * (record.total - record.last)))
+            tile("time left (estimate)", format_seconds(seconds * (record.total - record.last)))
     tile("alarms", str(len(record.alarms)))
     return tiles
 
@@ -176,7 +176,7 @@ def _seesaw(record: RunRecord) -> PagePart | None:
     return {
         "title": "Who is good at what",
         "note": "Each expert gains on its own domain and loses on others; the student should keep all gains.",
-        "wide": [("", svg.inline(chart, "accuracy of every model on every domain, in per cent"))],
+        "wide": [("", svg.inline(chart, "accuracy of every model on every domain (%)"))],
     }
 
 
@@ -192,7 +192,7 @@ def _training(record: RunRecord) -> PagePart | None:
         mean = record.series(prefix)
         if mean:
             lines.append(Line("all", mean, INK, strong=True))
-        if any(len(line.points) > 1 for line in lines):  # one evaluation is in the table of the domains
+        if any(len(line.points) > 1 for line in lines):  # a single evaluation is in the table of the domains
             charts.append((title, svg.line_chart(lines, log=log, percent=percent, label=title)))
 
     def curve(title: str, name: str, log: bool = False) -> None:
@@ -211,7 +211,7 @@ def _training(record: RunRecord) -> PagePart | None:
     curves("Reward by domain", "reward")
     curve("Gradient norm", "grad_norm", log=True)
     curve("Learning rate", "lr")
-    curve("Tokens a second", "tokens_per_second")
+    curve("Tokens per second", "tokens_per_second")
     if not charts:
         return None
     return {"title": "Training", "charts": charts, "legend": list(colors.items())}
@@ -239,8 +239,8 @@ def _domains(record: RunRecord) -> PagePart | None:
             cells.append({"text": f"{points[-1][1]:.1%}" if points else "", "right": True})
         rows.append(cells)
     note = (
-        "From the first iteration to the last; the number is the last value. KL on a logarithmic scale where "
-        "it spans a factor of ten."
+        "From the first iteration to the last; the number is the last value. KL has a logarithmic scale "
+        "where it spans a factor of ten."
     )
     return {"title": "Domains", "note": note, "table": {"head": head, "rows": rows}}
 
@@ -258,7 +258,16 @@ def _teachers(record: RunRecord) -> PagePart | None:
     names = sorted({n.split("/")[1] for line in record.metrics for n in line if n.startswith("teacher/")})
     if not names:
         return None
-    head = ["teacher", "KL", "last", "tokens a step", "scoring, s a step", "loads", "a load, s", "hidden"]
+    head = [
+        "teacher",
+        "KL",
+        "last",
+        "tokens per step",
+        "scoring, s per step",
+        "loads",
+        "load time, s",
+        "hidden",
+    ]
     rows = []
     for number, name in enumerate(names):
         values = {
@@ -279,8 +288,8 @@ def _teachers(record: RunRecord) -> PagePart | None:
         rows.append(cells)
     return {
         "title": "Teachers",
-        "note": "Hidden: the share of a teacher's loading time in which the ranks went on working. Several "
-        "names together are weighted teachers of one sample.",
+        "note": "Hidden: the share of a teacher's loading time that overlapped with computation. Several "
+        "names together are the weighted teachers of one sample.",
         "table": {"head": head, "rows": rows},
     }
 
@@ -297,14 +306,14 @@ def _times(record: RunRecord) -> PagePart | None:
         color = SHADES[number % len(SHADES)]
         lines.append(Line(name, [(x, values.get(x, 0.0)) for x in iterations], color))
         shares.append((name, sum(values.values()) / whole, color))
-    charts = [("Seconds a step", svg.stacked_areas(lines, label="seconds a step"))]
+    charts = [("Seconds per step", svg.stacked_areas(lines, label="seconds per step"))]
     idle = record.below("idle")
     if idle:
         curves = [Line(n, p, hue(i, len(idle))) for i, (n, p) in enumerate(idle.items())]
-        title = "Idle share of every pipeline stage"
+        title = "Idle share of each pipeline stage"
         charts.append((title, svg.line_chart(curves, percent=True, label=title)))
     legend = [
-        (f"{name} {share:.0%}, {format_seconds(share * whole / len(iterations))} a step", color)
+        (f"{name} {share:.0%}, {format_seconds(share * whole / len(iterations))} per step", color)
         for name, share, color in shares
     ]
     return {
@@ -323,7 +332,7 @@ def _timeline(record: RunRecord) -> PagePart | None:
     titles = [f"{p.title}: stages compute nothing {p.mean_idle:.1%} of the time" for p in panels]
     return {
         "title": "Pipeline",
-        "note": "The last optimizer steps as planned and as measured; the same time axis for both.",
+        "note": "The last optimizer steps as planned and as measured, on the same time axis.",
         "legend": list(legend.items()),
         "wide": list(zip(titles, (svg.timeline(panel, end) for panel in panels))),
     }

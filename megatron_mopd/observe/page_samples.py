@@ -1,4 +1,4 @@
-"""Sampled responses on the report's page, each token coloured by how much student and teacher disagree."""
+"""Sampled responses on the report page, with each token coloured by the KL between student and teacher."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 _FULL_COLOR = 2.0
-"""Nats at which the colour is full; the square root makes small divergences visible."""
+"""KL in nats at which the colour is full; the square root makes small divergences visible."""
 
 
 def samples_part(samples: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The newest sample open, the first one folded; entries that are not understood are left out."""
+    """The newest samples expanded, the first ones folded; invalid entries are skipped."""
     by_iteration: dict[int, list[dict[str, Any]]] = {}
     for line in samples:
         entry = _entry(line)
@@ -26,8 +26,8 @@ def samples_part(samples: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         groups.append({"title": title, "entries": by_iteration[first], "folded": True})
     return {
         "title": "Samples",
-        "note": "What the student wrote, and where its teacher disagrees: the redder a token, the larger the "
-        f"KL there (full colour at {_FULL_COLOR:g} nats). The pointer shows the number.",
+        "note": "The student's responses, and where its teacher disagrees: the redder a token, the larger "
+        f"the KL there (full colour at {_FULL_COLOR:g} nats). Hover over a token for its value.",
         "samples": groups,
     }
 

@@ -1,4 +1,5 @@
-"""The report's page: markup and style in one text, filled in by jinja2. Nothing on it comes from a network."""
+"""The template of the report page: markup and style in one string, rendered by jinja2. It loads nothing from
+a network."""
 
 # ruff: noqa: E501  (markup)
 PAGE = """<!DOCTYPE html>

@@ -1,4 +1,5 @@
-"""Pictures of a run: `report.png` from its metrics, and the see-saw of experts against the merged student."""
+"""Pictures of a run: `report.png` from its metrics, and the see-saw chart of experts and the merged
+student."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from megatron_mopd.observe.seesaw import seesaw_chart
 def draw_report(run_dir: str | Path) -> Path | None:
     """Draw `report.png` in `run_dir` from its `metrics.jsonl` and return its path.
 
-    Shows what the metrics contain: loss or KL, KL and accuracy of each domain, response length, gradient norm
-    and where the time of a step went. Returns `None` when there is nothing to draw.
+    It shows what the metrics contain: loss or KL, KL and accuracy of each domain, response length, gradient
+    norm and the time breakdown of a step. Returns `None` if there is nothing to draw.
     """
     panels = _panels(RunRecord(Path(run_dir), read_metrics(run_dir, most=MOST_LINES)))
     if not panels:
@@ -39,7 +40,7 @@ def draw_report(run_dir: str | Path) -> Path | None:
             draw(axes)
             axes.set_title(title)
             axes.set_xlabel("iteration", color=MUTED)
-        for axes in grid:  # `zip` left the cells that no panel needs
+        for axes in grid:  # the remaining cells have no panel
             axes.set_visible(False)
         path = Path(run_dir) / "report.png"
         chart.savefig(path)
@@ -54,8 +55,8 @@ def draw_seesaw(
     headroom: Mapping[str, float],
     home: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write `seesaw_chart` into a file and return its path. By default, an expert's home is the column of the
-    row's name.
+    """Write `seesaw_chart` into a file and return its path. By default, an expert's home is the column with
+    the row's name.
     """
     if home is None:
         home = {name: name for name in row_names if name in column_names}
@@ -65,7 +66,7 @@ def draw_seesaw(
 
 
 def _panels(record: RunRecord) -> dict[str, Callable[[Axes], None]]:
-    """Title -> what draws it."""
+    """Title -> function that draws the panel."""
     kl, accuracy, times = record.below("kl"), record.below("accuracy"), record.times()
     names = sorted({*kl, *accuracy})
     colors = {name: hue(i, len(names)) for i, name in enumerate(names)}
@@ -90,14 +91,12 @@ def _panels(record: RunRecord) -> dict[str, Callable[[Axes], None]]:
     curve("Response length (tokens)", "response_length", GOOD, log=False)
     curve("Gradient norm", "grad_norm", GOOD)
     if times:
-        panels["Time of a step (seconds)"] = partial(_draw_times, times=times)
+        panels["Time per step (seconds)"] = partial(_draw_times, times=times)
     return panels
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over about a twentieth of the run; shorter windows at the ends, so nothing is
-    lost.
-    """
+    """Centred moving average over about a twentieth of the run, with shorter windows at the ends."""
     half = len(values) // 40
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - half, 0)

@@ -1,7 +1,7 @@
-"""Progress on the terminal: a bar for whatever takes more than a moment, and one line per training step.
+"""Progress on the terminal: a bar for anything that takes more than a moment, and one line per training step.
 
-Only rank 0 speaks. Where output goes to a file or a pipe there are no bars and no colours: at most one plain
-line for a phase, and the step lines.
+Only rank 0 prints. If output goes to a file or a pipe there are no bars and no colours: at most one plain
+line per phase, and the step lines.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _MOST_MEANS = 512
 
 
 def progress(iterable: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Iterate with a progress bar on standard error; `total` is taken from `len` when it is not given.
+    """Iterate with a progress bar on standard error; `total` defaults to `len(iterable)`.
 
-    The bar appears after a moment, so that short phases do not flicker, and is gone at the end. Without a
-    terminal a phase of more than a few seconds leaves one line with its duration. Other ranks than 0 print
-    nothing. Within a `phase` its bar counts instead: a terminal has room for one.
+    The bar appears after a moment, so that short phases do not flicker, and disappears at the end. Without a
+    terminal, a phase of more than a few seconds prints one line with its duration. Ranks other than 0 print
+    nothing. Within a `phase`, the phase's bar counts instead: a terminal has room for one.
     """
     if not is_main_rank():
         yield from iterable
@@ -77,9 +77,9 @@ def progress(iterable: Iterable[Item], description: str, total: int | None = Non
 
 @contextlib.contextmanager
 def phase(description: str, often: bool = False) -> Iterator[None]:
-    """Show that something goes on; as `progress`, but it counts only when what goes on calls `advance`.
+    """Show that an operation is running, like `progress`; it counts only when the operation calls `advance`.
 
-    `often`: it happens every few steps, so that without a terminal it leaves no line.
+    often: the operation runs every few steps, so without a terminal it prints no line.
     """
     if not is_main_rank():
         yield
@@ -100,13 +100,13 @@ def phase(description: str, often: bool = False) -> Iterator[None]:
 
 
 def advance(done: int, total: int) -> None:
-    """How far the innermost `phase` is; nothing where none is shown, so that it may be called often."""
+    """Update the innermost `phase`; a no-op if none is shown, so it may be called often."""
     if _phases:
         _phases[-1].advance(done, total)
 
 
 class _Phase:
-    """The bar of a phase, from the moment when it has lasted a little until `end`."""
+    """The bar of a phase, shown after a short delay until `end`."""
 
     def __init__(self, description: str):
         self._description = description
@@ -139,20 +139,21 @@ class _Phase:
 
 
 _phases: list[_Phase] = []
-"""Those that are going on, the innermost last; empty without a terminal."""
+"""The active phases, the innermost last; empty without a terminal."""
 
 
 def say(text: str) -> None:
-    """One line from the job, on rank 0's standard output; what would act on a terminal is shown escaped."""
+    """Print one line on rank 0's standard output, with terminal control characters escaped."""
     if is_main_rank():
         print(visible(text), flush=True)
 
 
 class StepLine:
-    """Prints one line per training step: what is learned, how fast, and when it will be over."""
+    """Prints one line per training step: learning metrics, speed, and the time left."""
 
     def __init__(self, total: int, first_iteration: int = 0):
-        """`total` iterations in the whole run, of which `first_iteration` were done before it was resumed."""
+        """total: iterations of the whole run. first_iteration: how many of them were done before it was
+        resumed."""
         self._total = total
         self._first = first_iteration
         self._start = time.monotonic()
@@ -160,20 +161,20 @@ class StepLine:
         self._kl: dict[str, _Course] = {}
 
     def record(self, metrics: Mapping[str, Any]) -> None:
-        """Take down a step's KL of every domain for the curves; every step, also those not shown."""
+        """Record a step's KL of every domain for the curves; called for every step, also those not shown."""
         for name, value in flatten(metrics).items():
             if name.startswith("kl/") and _is_finite(value):
                 self._kl.setdefault(name.removeprefix("kl/"), _Course()).append(value)
 
     def show(self, iteration: int, metrics: Mapping[str, Any]) -> None:
-        """Print the line of `iteration`, the number of steps done so far, from metrics named as in
+        """Print the line of `iteration`, the number of steps done so far; metrics are named as in
         `metrics.py`.
         """
         if is_main_rank():
             self._console.print(self.render(iteration, metrics))
 
     def render(self, iteration: int, metrics: Mapping[str, Any]) -> Text:
-        """The line as text; parts whose metric is missing are left out."""
+        """The line as text; parts whose metric is missing are omitted."""
         flat = flatten(metrics)
         line = Text()
         line.append(f"step {iteration:>{len(str(self._total))}}/{self._total}", style="bold")
@@ -221,7 +222,7 @@ class StepLine:
             yield f"ETA {format_seconds(each * (self._total - iteration))}", "magenta"
 
     def _largest(self, domains: dict[str, float]) -> str:
-        """The domains furthest from their teachers with their curves, and how many others there are."""
+        """The domains furthest from their teachers with their curves, and the number of others."""
         worst = sorted(domains.items(), key=lambda item: -item[1])[:_DOMAINS_SHOWN]
         curves = {name: sparkline(self._kl[name].means) if name in self._kl else "" for name, _ in worst}
         text = " ".join(f"{name} {value:.3g}{curves[name]}" for name, value in worst)
@@ -229,7 +230,7 @@ class StepLine:
 
 
 class _Course:
-    """A series of any length as at most 512 means of equally many neighbours each."""
+    """A series of any length, stored as at most 512 means over equally many neighbours."""
 
     def __init__(self):
         self.means: list[float] = []
@@ -247,8 +248,8 @@ class _Course:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """The course of positive values in up to eight blocks, on a logarithmic scale; nothing for fewer than two
-    values, or where the output cannot show blocks.
+    """A sparkline of positive values in up to eight blocks, on a logarithmic scale; empty for fewer than two
+    values, or if the output cannot show blocks.
     """
     values = [value for value in values if value > 0]
     if len(values) < 2 or not (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf"):
@@ -261,7 +262,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def is_terminal() -> bool:
-    """Whether a person is watching: both standard streams are terminals."""
+    """Whether both standard streams are terminals."""
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 

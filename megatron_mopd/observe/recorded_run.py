@@ -1,4 +1,5 @@
-"""Everything that a run directory says about its run, finished or not, of this version or an older one."""
+"""Read everything that a run directory records about its run, finished or not, from this version or an older
+one."""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ _PHASES = "rollout score train other evaluate save"
 
 
 class ReportError(ValueError):
-    """What there is cannot be reported: what is missing and what to do, in one sentence."""
+    """A report cannot be written; the message says what is missing and what to do, in one sentence."""
 
 
 @dataclass
 class SeeSaw:
-    """Accuracies in [0, 1] of models (rows) by domain (columns), NaN where there is none."""
+    """Accuracies in [0, 1] of models (rows) by domain (columns), NaN where missing."""
 
     rows: list[str]
     columns: list[str]
@@ -38,12 +39,13 @@ class SeeSaw:
     home: dict[str, str]
     """Row of an expert -> its own domain."""
     headroom: dict[str, float]
-    """Domain -> (student - base) / (expert - base), where the expert is better than the base; and `mean`."""
+    """Domain -> (student - base) / (expert - base), for domains whose expert is better than the base; and
+    `mean`."""
 
 
 @dataclass
 class RunRecord:
-    """One run as its files tell it."""
+    """The record of one run, read from its files."""
 
     directory: Path
     metrics: list[dict[str, Any]]
@@ -57,7 +59,7 @@ class RunRecord:
     seesaw: SeeSaw | None = None
     seconds_since_last_line: float = 0.0
     missing: list[str] = field(default_factory=list)
-    """What the run does not have and why that may be, a sentence each."""
+    """What the run lacks and the possible reason, one sentence each."""
 
     @property
     def last(self) -> int:
@@ -65,12 +67,12 @@ class RunRecord:
 
     @property
     def total(self) -> int | None:
-        """Iterations of the whole run, if the configuration is there."""
+        """Iterations of the whole run, if the configuration exists."""
         schedule = (self.config or {}).get("schedule")
         return schedule.get("train_iters") if isinstance(schedule, dict) else None
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """(iteration, value) of a metric wherever it is a finite number."""
+        """(iteration, value) of a metric where it is a finite number."""
         return [
             (line["iteration"], line[name])
             for line in self.metrics
@@ -78,7 +80,8 @@ class RunRecord:
         ]
 
     def below(self, prefix: str) -> dict[str, list[tuple[float, float]]]:
-        """`series` of every metric `prefix/...`, by what follows, in order of first appearance."""
+        """`series` of every metric `prefix/...`, keyed by the rest of the name, in order of first
+        appearance."""
         names = {name for line in self.metrics for name in line if name.startswith(f"{prefix}/")}
         found = {name.removeprefix(f"{prefix}/"): self.series(name) for name in sorted(names)}
         return {name: points for name, points in found.items() if points}
@@ -95,7 +98,7 @@ def read_run(
     """Read a run directory, or the `mopd` run of a demo's directory.
 
     `base` and `experts` (domain -> run) are run directories with evaluations on the same prompts, for the
-    see-saw; a demo's are found by themselves. Raises `ReportError`.
+    see-saw chart; those of a demo are found automatically. Raises `ReportError`.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -136,12 +139,14 @@ def read_run(
 def _note_missing(record: RunRecord) -> None:
     say = record.missing.append
     if record.last - record.metrics[0]["iteration"] >= MOST_LINES:
-        say("The run is long: curves and means are of every n-th step, evaluations are all there.")
+        say("The run is long: curves and means use every n-th step; all evaluations are shown.")
     if not record.facts:
-        say(f"No {FACTS_FILE}: the run is of an older version; versions and teachers' manifest are unknown.")
+        say(
+            f"No {FACTS_FILE}: the run is from an older version; versions and teachers' manifest are unknown."
+        )
     if not record.samples:
         say(
-            f"No {SAMPLES_FILE}: the run has no teachers, log.sample_interval is 0, or it is of an older "
+            f"No {SAMPLES_FILE}: the run has no teachers, log.sample_interval is 0, or it is from an older "
             "version."
         )
     if not record.timeline:
@@ -196,11 +201,11 @@ def _accuracies(directory: str | Path) -> dict[str, float]:
     try:
         return _accuracies_in(read_journal(path, most=MOST_LINES))
     except OSError:
-        raise ReportError(f"{directory} has no {METRICS_FILE} to take accuracies from") from None
+        raise ReportError(f"{directory} has no {METRICS_FILE} to read accuracies from") from None
 
 
 def _accuracies_in(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """Of the last evaluation, by domain."""
+    """Accuracies of the last evaluation, by domain."""
     for line in reversed(metrics):
         found = {
             name.removeprefix("accuracy/"): value

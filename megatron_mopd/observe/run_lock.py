@@ -1,10 +1,10 @@
-"""One run at a time in a run directory: a second start is refused, a dead one's lock is taken over.
+"""Allow one run at a time in a run directory: a second start is rejected, a dead run's lock is taken over.
 
-Rank 0 holds a POSIX lock on `run.lock`, which the kernel releases whatever way the process ends, and touches
-the file every few seconds. Where both starts are under one kernel, the lock decides at once. Locks of network
-file systems may be known to one host only, so a file that another host has written is also watched: as long
-as somebody touches it that run is alive, and after `SILENCE_SECONDS` without it is not. Times are those of
-the file system, which all hosts share, and no host's clock.
+Rank 0 holds a POSIX lock on `run.lock`, which the kernel releases however the process ends, and touches the
+file every few seconds. If both starts run on the same kernel, the lock decides at once. Locks of network file
+systems may be visible to one host only, so a file written by another host is also watched: as long as it is
+touched, that run is alive, and after `SILENCE_SECONDS` without a touch it is dead. Times are those of the
+file system, which all hosts share, not of a host's clock.
 """
 
 from __future__ import annotations
@@ -30,38 +30,38 @@ from megatron_mopd.observe.progress import say
 
 LOCK_FILE = "run.lock"
 BEAT_SECONDS = 5.0
-"""Seconds between two touches of a lock that is held."""
+"""Seconds between two touches of a held lock."""
 SILENCE_SECONDS = 45.0
-"""A lock of another host that nobody has touched for so long belongs to a run that is dead."""
+"""A lock of another host that has not been touched for this long belongs to a dead run."""
 _HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN)
 _MOST_BYTES = 4096
 
 
 class RunLostError(RuntimeError):
-    """Another run has taken this one's directory, because this one could not be told from a dead one."""
+    """Another run has taken this run's directory, because this run appeared to be dead."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who wrote a lock file."""
+    """The process that wrote a lock file."""
 
     host: str
     process: int
     boot: str
-    """Identity of the kernel's start: equal for containers of one machine, another after a reboot."""
+    """Boot id of the kernel: equal for containers on one machine, different after a reboot."""
     nonce: str
     started: float
-    """By the file system's clock, in seconds since the epoch."""
+    """In seconds since the epoch, by the file system's clock."""
 
     def __str__(self) -> str:
         return f"process {self.process} on host {shown(self.host)}"
 
 
 class RunLock(contextlib.AbstractContextManager):
-    """Holds `directory` from its making to `release`. One process of a job makes it; no collectives.
+    """Holds `directory` from construction to `release`. One process of a job creates it; no collectives.
 
-    Raises `ConfigError` when another run holds it. This may take `SILENCE_SECONDS`: where the file was left
-    by a run on another host and the silence has been shorter than that.
+    Raises `ConfigError` if another run holds it. This may take up to `SILENCE_SECONDS` if the file was left
+    by a run on another host that touched it recently.
     """
 
     def __init__(self, directory: Path):
@@ -69,7 +69,7 @@ class RunLock(contextlib.AbstractContextManager):
         self._ended, self._lost = threading.Event(), False
         self._file = self._opened()
         try:
-            while not self._is_free():  # a run that ended has just removed what was opened here
+            while not self._is_free():  # a run that just ended has removed the opened file
                 os.close(self._file)
                 self._file = self._opened()
             self._own = Holder(
@@ -86,18 +86,18 @@ class RunLock(contextlib.AbstractContextManager):
         self._thread.start()
 
     def check(self) -> None:
-        """Raise `RunLostError` when another run has taken the directory."""
+        """Raise `RunLostError` if another run has taken the directory."""
         if self._lost:
             raise RunLostError(
-                f"another run has taken {self._path.parent}: {self._path} is no longer this one's"
+                f"another run has taken {self._path.parent}: {self._path} no longer belongs to this run"
             )
 
     def release(self) -> None:
-        """The directory is free. Safe to call twice."""
+        """Release the directory. Safe to call twice."""
         if self._ended.is_set():
             return
         self._ended.set()
-        self._thread.join()  # it must not touch what else may get the descriptor's number
+        self._thread.join()  # it must not touch another file that reuses the descriptor's number
         with contextlib.suppress(OSError):
             if not self._lost and self._is_in_place():
                 os.unlink(self._path)
@@ -114,7 +114,7 @@ class RunLock(contextlib.AbstractContextManager):
             raise ConfigError(f"run_dir: cannot write {self._path}: {error.strerror}") from None
 
     def _is_free(self) -> bool:
-        """Whether nobody holds the file that is open; `False` when another one has taken its place."""
+        """Whether no run holds the open file; `False` if another file has replaced it."""
         knows_all = self._lock()
         before = self._read()
         if before is not None and not (knows_all and before.boot == _boot()):
@@ -128,9 +128,9 @@ class RunLock(contextlib.AbstractContextManager):
             return False
 
     def _lock(self) -> bool:
-        """Take the POSIX lock; whether this file system has such locks.
+        """Take the POSIX lock; returns whether this file system supports such locks.
 
-        A forked process does not inherit it, unlike one of `flock`, so helpers that outlive rank 0 do not
+        Unlike a `flock` lock, a forked process does not inherit it, so helpers that outlive rank 0 do not
         hold it.
         """
         try:
@@ -152,12 +152,12 @@ class RunLock(contextlib.AbstractContextManager):
         )
 
     def _wait_for_silence(self, holder: Holder) -> None:
-        """Return when nobody has touched the file for `SILENCE_SECONDS`; refuse when somebody does."""
+        """Return once the file has not been touched for `SILENCE_SECONDS`; raise if it is touched."""
         last = os.fstat(self._file).st_mtime
         age = self._file_system_time() - last
         left = SILENCE_SECONDS - max(0.0, age)
         if left > 0:
-            say(f"run_dir: {self._path.parent} was left by {holder}; {left:.0f} s to see if it still runs")
+            say(f"run_dir: {self._path.parent} was left by {holder}; waiting {left:.0f} s to see if it runs")
         deadline = time.monotonic() + left
         while time.monotonic() < deadline:
             time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
@@ -168,14 +168,14 @@ class RunLock(contextlib.AbstractContextManager):
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a disk that is away for a moment, or a directory removed
+            with contextlib.suppress(OSError):  # a disk that is briefly unavailable, or a removed directory
                 if self._read() != self._own:
                     self._lost = True
                     return
                 os.utime(self._file)
 
     def _read(self) -> Holder | None:
-        """Who wrote the file; `None` when it was released, or is no lock file."""
+        """The process that wrote the file; `None` if it was released, or is not a lock file."""
         try:
             values: dict[str, Any] = json.loads(os.pread(self._file, _MOST_BYTES, 0))
             return Holder(
@@ -194,7 +194,7 @@ class RunLock(contextlib.AbstractContextManager):
         os.fsync(self._file)
 
     def _file_system_time(self) -> float:
-        """Now, by the clock that stamps files. Touches a file of its own."""
+        """The current time by the file system's clock. Touches a separate file."""
         probe = self._path.with_name(f".{LOCK_FILE}.{secrets.token_hex(4)}")
         descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -205,10 +205,10 @@ class RunLock(contextlib.AbstractContextManager):
 
 
 def claim(directory: Path) -> RunLock | None:
-    """The lock of a job's directory, on rank 0; `None` on the other ranks.
+    """Lock a job's directory: returns the lock on rank 0, `None` on the other ranks.
 
-    Raises `ConfigError` on every rank alike when another run holds it. Collective: one broadcast of a text
-    from rank 0 over all ranks.
+    Raises the same `ConfigError` on every rank if another run holds it. Collective: one broadcast of a string
+    from rank 0 to all ranks.
     """
     lock, problem = None, [None]
     if dist.get_rank() == 0:

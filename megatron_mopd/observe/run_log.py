@@ -1,8 +1,8 @@
-"""What a run says and writes while it goes: metrics, the line of each step, alarms, samples, its own facts.
+"""The log of a run: metrics, the line of each step, alarms, samples, and facts about the run.
 
-metrics.jsonl    one object a step (`metrics.py`); what is older is compressed beside it (`journal.py`)
+metrics.jsonl    one object per step (`metrics.py`); older ones are compressed next to it (`journal.py`)
 alarms.jsonl     every alarm with its iteration, 0 for those before the first step
-samples.jsonl    now and then a few responses with the divergence of every token
+samples.jsonl    at intervals, a few responses with the divergence of every token
 run.json         versions of packages, teachers' manifest, ranks and device of the last start, and how answers
                  were confined on the first host
 """
@@ -44,14 +44,14 @@ _PACKAGES = (
 )
 
 _MOST_SAMPLE_PARTS = 16
-"""Compressed parts of samples that are kept: the first and the newest."""
+"""Number of compressed parts of samples that are kept: the first and the newest."""
 
 
 class RunLog:
     """Writes on rank 0; on other ranks every method does nothing."""
 
     def __init__(self, config: Config, first: int):
-        """`first` iterations are done already: what an interrupted run wrote beyond them is removed."""
+        """`first` iterations are already done: later lines of an interrupted run are removed."""
         self._config, self._first, self._last = config, first, config.schedule.train_iters
         self._is_main = is_main_rank()
         resumed = first or None
@@ -90,7 +90,7 @@ class RunLog:
         write_whole(Path(self._config.run_dir) / FACTS_FILE, text)
 
     def step(self, iteration: int, metrics: Mapping[str, Any]) -> None:
-        """Write the metrics of `iteration` (steps done), and show its line when it is its turn."""
+        """Write the metrics of `iteration` (steps done), and print its line if it is due."""
         self._metrics.log(iteration, metrics)
         self._line.record(metrics)
         if self._tracker is not None:
@@ -100,12 +100,12 @@ class RunLog:
             self._line.show(iteration, metrics)
 
     def alarm(self, iteration: int, message: str) -> None:
-        """Keep an alarm that was raised after `iteration` steps."""
+        """Record an alarm that was raised after `iteration` steps."""
         if self._alarms is not None:
             self._alarms.write(iteration, {"message": message})
 
     def samples(self, iteration: int, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Keep samples of the responses that step `iteration` trained on; consumed on rank 0 only."""
+        """Record samples of the responses that step `iteration` trained on; consumed on rank 0 only."""
         if self._samples is not None:
             for entry in entries:
                 self._samples.write(iteration, entry)
@@ -118,8 +118,8 @@ class RunLog:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, Python and what the results may depend on; packages that are not there are
-    left out.
+    """Versions of this package, Python and the packages that may affect the results; missing packages are
+    omitted.
     """
     found = {"megatron_mopd": megatron_mopd.__version__, "python": platform.python_version()}
     for name in _PACKAGES:
@@ -133,7 +133,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes: the GPU's name, or the processor's architecture and this process's threads."""
+    """The compute device: the GPU's name, or the CPU architecture and this process's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads a rank)"

@@ -1,4 +1,5 @@
-"""The see-saw of experts against the merged student: who is good at what, and the headroom recovered."""
+"""The see-saw chart of experts and the merged student: accuracy by model and domain, and headroom
+recovered."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from megatron_mopd.backend.messages import visible
 from megatron_mopd.observe.charts import STYLE, Chart
 from megatron_mopd.observe.palette import ACCURACY, INK, LINE, MUTED, SHADES, WARM
 
-# Space that sets the experts apart from the models they are compared with, and the mean from the domains.
+# Gaps that separate the experts from the other models, and the mean from the domains.
 _GAP = 0.35
 _COLORS = LinearSegmentedColormap.from_list("accuracy", ACCURACY)
 
@@ -67,7 +68,7 @@ def _draw_heat_map(
             cells.append([(left, top + 0.05), (right, top + 0.05), (right, bottom), (left, bottom)])
             text = f"{100 * value:.0f}" if is_known else "–"
             hints.append(f"{name} on {where}: {text}%")
-            # Not INK on a light cell: the page's dark theme would make it light.
+            # Not INK on a light cell: the page's dark theme would turn it light.
             color = MUTED if not is_known else "white" if _is_dark(colors[-1]) else ACCURACY[-1]
             weight = "normal" if is_expert and not is_own and where != "mean" else "bold"
             axes.text(
@@ -87,10 +88,10 @@ def _draw_heat_map(
 
 
 def _draw_headroom(axes: Axes, columns: Sequence[str], headroom: Mapping[str, float]) -> None:
-    # Each bar stands under its column of the heat map, the mean under the mean.
+    # Each bar is below its column of the heat map, the mean below the mean.
     shares = np.array([headroom.get(name, math.nan) for name in columns], dtype=float)
     shares = np.append(shares, headroom.get("mean", _mean(shares)))
-    # A domain where the expert hardly gained can give any ratio: the bar is cut, its number is not.
+    # A domain where the expert hardly gained can give any ratio: the bar is clipped, its number is not.
     heights = np.clip(np.nan_to_num(shares), -0.3, 1.3)
     colors = [*(SHADES[3] if share < 0 else SHADES[1] for share in shares[:-1]), SHADES[0]]
     bars = axes.bar(_centers(columns), heights, width=0.74, color=colors)
@@ -100,7 +101,7 @@ def _draw_headroom(axes: Axes, columns: Sequence[str], headroom: Mapping[str, fl
         inside = height > 0.2
         below = inside or height < 0
         x = bar.get_x() + bar.get_width() / 2
-        y = min(height, 1.0) - 0.05 if below else height + 0.04  # never on the line of the expert
+        y = min(height, 1.0) - 0.05 if below else height + 0.04  # never on the expert's line
         color, va = "white" if inside else INK, "top" if below else "bottom"
         axes.text(x, y, text, ha="center", va=va, color=color, weight="bold", fontsize=9.5)
     axes.axhline(1.0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
@@ -119,5 +120,5 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _centers(columns: Sequence[str]) -> list[float]:
-    """Where the columns stand: the domains side by side, and the mean a little apart."""
+    """Positions of the columns: the domains side by side, and the mean slightly apart."""
     return [j + 0.5 for j in range(len(columns))] + [len(columns) + _GAP + 0.5]

@@ -1,8 +1,8 @@
-"""Charts as SVG text in the report's page, which has neither scripts nor a network.
+"""Charts as inline SVG for the report page, which has no scripts and no network access.
 
-What matplotlib writes is made part of the page: colours of the theme become the style sheet's custom
-properties, so that a chart fits a light and a dark page; texts take the page's font; ids and everything that
-refers to one are gone; and a mark says what it means in its `<title>`, which browsers show under the pointer.
+Matplotlib's output is adapted to the page: colours of the theme become the style sheet's custom properties,
+so that a chart fits a light and a dark page; text uses the page's font; ids and all references to them are
+removed; and a mark has a `<title>`, which browsers show as a tooltip.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _THEME_COLOR = re.compile("|".join(_PROPERTY))
 
 @rc_context(STYLE)
 def inline(chart: Chart, label: str) -> str:
-    """The chart as one `<svg>` element on one line. `label` says what it is, for those who cannot see it."""
+    """The chart as one `<svg>` element on one line. `label` describes it for screen readers."""
     root = _drawn(chart)
     known = {element.get("id"): element for element in root.iter()}
     for element in list(root.iter()):
         for definitions in element.findall(f"{_SVG}defs"):
             element.remove(definitions)
-    for use in root.iter(f"{_SVG}use"):  # a marker, drawn once and placed many times
+    for use in root.iter(f"{_SVG}use"):  # a marker, defined once and placed many times
         mark = known[use.get(_HREF).removeprefix("#")]
         use.tag = f"{_SVG}path"
         use.set("d", mark.get("d"))
@@ -74,10 +74,10 @@ def inline(chart: Chart, label: str) -> str:
 
 def _drawn(chart: Chart) -> ElementTree.Element:
     for background in [chart.patch, *(axes.patch for axes in chart.axes)]:
-        background.set_visible(False)  # the page's
+        background.set_visible(False)  # the page has its own
     text = io.StringIO()
     with warnings.catch_warnings():
-        # The browser chooses the font, and has others than matplotlib for what this one lacks.
+        # The browser chooses the font, and has fallbacks for glyphs that matplotlib's font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         FigureCanvasSVG(chart).print_svg(text, metadata=nothing)
@@ -85,7 +85,7 @@ def _drawn(chart: Chart) -> ElementTree.Element:
 
 
 def _marks(element: ElementTree.Element) -> Iterator[ElementTree.Element]:
-    """What is seen: paths, texts, and groups with a title; not the groups around them."""
+    """The visible elements: paths, texts, and groups with a title; not the groups around them."""
     for child in element:
         if child.tag == f"{_SVG}g" and child.find(f"{_SVG}title") is None:
             yield from _marks(child)
@@ -99,7 +99,7 @@ def _tidy(value: str) -> str:
 
 
 def thin(points: Points, most: int = 160) -> list[tuple[float, float]]:
-    """Means of at most `most` neighbouring groups: what a chart of a long run can show."""
+    """Means over at most `most` groups of neighbours: as much as a chart of a long run can show."""
     size = max(1, math.ceil(len(points) / most))
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
@@ -114,7 +114,7 @@ def line_chart(lines: Sequence[Line], *, log: bool = False, percent: bool = Fals
         draw_lines(axes, lines, log=log, percent=percent)
     else:
         axes.set_axis_off()
-        axes.text(0.5, 0.5, "nothing yet", color=MUTED, ha="center")
+        axes.text(0.5, 0.5, "no data yet", color=MUTED, ha="center")
     return inline(chart, label)
 
 
@@ -128,15 +128,15 @@ def stacked_areas(lines: Sequence[Line], *, label: str = "") -> str:
 
 @rc_context(STYLE | {"font.size": 8})
 def timeline(panel: Panel, end: float) -> str:
-    """What each stage did when, on an axis of `end` seconds; see `draw_panel`."""
+    """The timeline of every stage, on an axis of `end` seconds; see `draw_panel`."""
     chart, axes = _chart(1120, 26 * len(panel.idle) + 40, left=110)
     draw_panel(axes, panel, end)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{format_number(value)} s"))
-    return inline(chart, "what every stage did when")
+    return inline(chart, "timeline of every stage")
 
 
 def _chart(width: int = 560, height: int = 230, left: int = 58) -> tuple[Chart, Axes]:
-    # Fixed margins: finding them takes longer than drawing.
+    # Fixed margins: computing them takes longer than drawing.
     chart = Chart(width, height)
     share = (left / width, 26 / height, (width - left - 12) / width, (height - 36) / height)
     return chart, chart.add_axes(share)
@@ -144,7 +144,7 @@ def _chart(width: int = 560, height: int = 230, left: int = 58) -> tuple[Chart, 
 
 @rc_context(STYLE)
 def spark(points: Points, color: str, *, log: bool = False) -> str:
-    """A curve the size of a word, its first and last value in words.
+    """A word-sized curve, with its first and last value in the label.
 
     Without axes, which take ten times as long to draw as the curve: a page may have hundreds of these.
     """
@@ -168,7 +168,7 @@ def spark(points: Points, color: str, *, log: bool = False) -> str:
 
 @rc_context(STYLE)
 def split_bar(shares: Sequence[tuple[str, float, str]], *, width: int = 1120) -> str:
-    """One bar in parts (name, share of the whole, colour)."""
+    """One bar split into parts (name, share of the whole, colour)."""
     chart, left = Chart(width, 26), 0.0
     for name, share, color in shares:
         part = Rectangle((left, 0), share, 1, color=color, linewidth=0, transform=chart.transFigure)
@@ -177,4 +177,4 @@ def split_bar(shares: Sequence[tuple[str, float, str]], *, width: int = 1120) ->
             text = f"{visible(name)} {100 * share:.0f}%"
             chart.text(left + 6 / width, 0.5, text, color="white", fontsize=8.5, va="center")
         left += share
-    return inline(chart, "where the time goes")
+    return inline(chart, "time breakdown")

@@ -1,4 +1,4 @@
-"""The final table on the terminal: the same see-saw as the picture, for those who only see text."""
+"""The final table on the terminal: the see-saw chart as text."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def seesaw_table(
 ) -> None:
     """Print accuracies (in per cent) of models by domain, and the headroom recovered, on rank 0.
 
-    Arguments are those of `report.draw_seesaw`. Domains are rows here, since a terminal is taller than wide:
-    the columns are every model that is no expert, the domain's own expert, the mean of the other experts
-    there, and the headroom recovered. Plain text where `file` (standard output by default) is not a terminal.
+    Arguments are those of `report.draw_seesaw`. Domains are rows here, to keep the table narrow: the columns
+    are every model that is not an expert, the domain's own expert, the mean of the other experts, and the
+    headroom recovered. The output is plain text if `file` (standard output by default) is not a terminal.
     """
     if not is_main_rank():
         return
@@ -56,7 +56,7 @@ def seesaw_table(
     table.add_section()
     table.add_row("mean", *map(_percent, means), _share(mean_recovered), style="bold")
     if not console.is_terminal:
-        console.width = 200  # a file has no width: never fold the columns
+        console.width = 200  # a file has no width: never wrap the columns
     console.print(table)
 
 
@@ -73,7 +73,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _name(text: str) -> Text:
-    return Text(visible(text))  # of plain text rich would follow what looks like its markup
+    return Text(visible(text))  # rich would interpret markup in a plain string
 
 
 def _percent(value: float) -> str:

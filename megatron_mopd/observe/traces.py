@@ -22,7 +22,7 @@ _MOST_LABELS = 1200
 
 
 class Box(NamedTuple):
-    """One thing that a stage did, in seconds from the first one."""
+    """One event of a stage, in seconds from the first event."""
 
     stage: int
     start: float
@@ -31,7 +31,7 @@ class Box(NamedTuple):
     name: str
     label: str
     is_load: bool
-    """A copy, beside the computation."""
+    """A copy, concurrent with the computation."""
 
 
 class Panel(NamedTuple):
@@ -59,7 +59,7 @@ def idle_shares(busy: Iterable[tuple[int, float, float]], stages: int) -> list[f
 
 
 def read_panels(events: Sequence[dict[str, Any]]) -> tuple[list[Panel], dict[str, str]]:
-    """The panels of a trace that have events, and its legend: what a colour means -> the colour."""
+    """The panels of a trace that have events, and its legend: meaning -> colour."""
     titles, spans = {}, []
     for event in events:
         if event.get("ph") == "M" and event.get("name") == "process_name":
@@ -99,7 +99,7 @@ def _box(event: dict[str, Any], work: re.Match | None, teachers: dict[str, str],
     elif kind in STUDENT:
         color = STUDENT[kind][int(parts.get("chunk") or 0) % 2]
     else:
-        color = OPTIMIZER if kind == "OptimizerStep" else "none"  # waiting for each other is not drawn
+        color = OPTIMIZER if kind == "OptimizerStep" else "none"  # synchronization is not drawn
     letter = {"TeacherForward": "T", "StudentForward": "F", "StudentBackward": "B"}.get(kind, "")
     label = f"{letter}{parts.get('microbatch', '')}" + "+" * min(int(parts.get("ahead") or 0), 3)
     if kind == "OptimizerStep":
@@ -109,14 +109,14 @@ def _box(event: dict[str, Any], work: re.Match | None, teachers: dict[str, str],
 
 
 def draw_panel(axes: Axes, panel: Panel, end: float, *, labels: bool = False) -> None:
-    """One timeline on an axis of `end` seconds, copies as thin lines below the work; with `labels`, boxes say
-    what they are, unless there are too many.
+    """Draw one timeline on an axis of `end` seconds, with copies as thin lines below the work; with `labels`,
+    boxes are labelled unless there are too many.
     """
     boxes = [box for box in panel.boxes if box.color != "none"]
     corners = []
     for box in boxes:
         top, bottom = (0.43, 0.5) if box.is_load else (-0.42, 0.42)
-        right = max(box.end, box.start + end / 3000)  # the shortest, too, can be seen
+        right = max(box.end, box.start + end / 3000)  # even the shortest must be visible
         top, bottom = box.stage + top, box.stage + bottom
         corners.append([(box.start, top), (right, top), (right, bottom), (box.start, bottom)])
         if labels and len(boxes) <= _MOST_LABELS and not box.is_load and box.end > box.start:

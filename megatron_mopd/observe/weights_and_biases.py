@@ -1,4 +1,4 @@
-"""A run's metrics on Weights & Biases, where `log.wandb_project` asks for it: an optional package."""
+"""Log a run's metrics to Weights & Biases, an optional package, if `log.wandb_project` is set."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from megatron_mopd.observe.metrics import flatten
 
 
 def check_tracking(log: LogConfig) -> None:
-    """`ConfigError`, on every rank alike, when Weights & Biases is asked for and not installed."""
+    """Raise `ConfigError`, on every rank, if Weights & Biases is requested but not installed."""
     if log.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            "log.wandb_project: the package wandb is not installed; pip install wandb, or leave the key out"
+            "log.wandb_project: the package wandb is not installed; pip install wandb, or remove the key"
         )
 
 
 class WeightsAndBiases:
-    """One run there for one run directory here: a resumed run goes on in the same one.
+    """One Weights & Biases run per run directory: a resumed run continues the same one.
 
     Metrics keep their names (`kl/gcd`), which Weights & Biases groups by their first part.
     """
@@ -52,5 +52,5 @@ class WeightsAndBiases:
         self._run.log(numbers, step=iteration)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining metrics."""
         self._run.finish()

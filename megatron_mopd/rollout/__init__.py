@@ -1,1 +1,1 @@
-"""How the student writes its own trajectories."""
+"""Rollout: the student samples its own trajectories."""

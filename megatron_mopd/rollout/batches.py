@@ -1,4 +1,4 @@
-"""Rows that are decoded together, and what each of them has produced so far."""
+"""A batch of rows that are decoded together, with their responses so far."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.write_ahead import CONTINUES, CUT, STOPPED, Piece
 
 _SHORTEST_SHARED = 8
-"""Tokens that prompts must begin with in common for these to be read only once."""
+"""The shortest common prefix of prompts, in tokens, that is computed only once."""
 _CACHE_GRANULARITY = 64
-"""Cache lengths are multiples of this, so that whatever megatron-core tabulates by length is made only a few
+"""Cache lengths are multiples of this, so that megatron-core rebuilds its length-dependent tables only a few
 times."""
 
 
@@ -25,18 +25,18 @@ class Request:
     """One response to produce: a row of a decoding batch."""
 
     index: int
-    """`Trajectory.index` of the response; names its random numbers."""
+    """`Trajectory.index` of the response; keys its random numbers."""
     token_ids: tuple[int, ...]
     """The prompt."""
     limit: int
-    """Most tokens the response may have."""
+    """The maximum number of response tokens."""
     given: tuple[int, ...] = ()
-    """Tokens that the response has already, from an interrupted start."""
+    """Response tokens that already exist, from an interrupted start."""
     given_logprobs: tuple[float, ...] = ()
 
     @property
     def read_ids(self) -> tuple[int, ...]:
-        """What the first forward pass reads."""
+        """The tokens of the first forward pass."""
         return (*self.token_ids, *self.given)
 
 
@@ -50,26 +50,26 @@ class Response:
     """Ended by a stop token."""
     routing: Tensor | None = None
     """[prompt + response - 1, layers of this stage, k] experts of every token that went through the model, in
-    host memory; where `SamplingParams.keep_routing` asks for them."""
+    host memory; only with `SamplingParams.keep_routing`."""
 
 
 def split_evenly(requests: Sequence[Request], most_rows: int, lanes: int) -> list[Sequence[Request]]:
-    """Consecutive batches of at most `most_rows` rows and nearly equal size; at least `lanes` of them if
-    there are enough rows, so that no pipeline stage waits for lack of a batch."""
+    """Split into consecutive batches of at most `most_rows` rows and nearly equal size; at least `lanes`
+    batches if there are enough rows, so that every pipeline stage has one."""
     count = max(-(-len(requests) // most_rows), min(lanes, len(requests)))
     bounds = [len(requests) * i // count for i in range(count + 1)] if count else [0]
     return [requests[start:end] for start, end in zip(bounds, bounds[1:])]
 
 
 class DecodingBatch:
-    """Prompts end to end, then one token a row; their KV cache, and the responses so far.
+    """Packed prompts, then one token per row; with their KV cache and the responses so far.
 
-    Its state is a function of the requests and of the sampled tokens, so every rank of a pipeline keeps its
-    own copy and only hidden states and sampled tokens travel. The first forward pass reads each distinct
-    prompt once, packed, so that no padding is computed, and what all begin with (a system prompt, examples)
-    once for all; rows are multiplied to the samples of a prompt afterwards, caches included. Rows that have
-    finished leave the batch when they are an eighth of it: below that, copying the cache costs more than the
-    rows do.
+    Its state is a function of the requests and the sampled tokens, so every rank of a pipeline keeps its own
+    copy and only hidden states and sampled tokens are communicated. The first forward pass computes each
+    distinct prompt once, packed without padding, and the common prefix of all prompts (a system prompt,
+    examples) only once; afterwards rows and caches are repeated for the samples of each prompt. Finished rows
+    are removed once they make up an eighth of the batch: below that, copying the cache costs more than
+    computing the rows.
     """
 
     def __init__(self, requests: Sequence[Request], sampling: SamplingParams, device: torch.device):
@@ -78,27 +78,27 @@ class DecodingBatch:
         row_of = {prompt: row for row, prompt in enumerate(prompts)}
         longest = max(map(len, prompts))
         self.position = 0
-        """Tokens that were sampled for every row so far."""
+        """Number of tokens sampled so far for every row."""
         self.finished = 0
-        """Responses that are complete."""
+        """Number of complete responses."""
         self._sampling, self._device = sampling, device
         self._stop = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
 
         def per_row(values) -> Tensor:
             return torch.tensor(values, dtype=torch.long, device=device)
 
-        # Of the rows now in the batch: which request, and of the prefill: which prompt's row it comes from.
+        # For each row in the batch: its request, and (for the prefill) the row of its prompt.
         self._slots = torch.arange(len(requests), device=device)
         self._source = per_row([row_of[request.read_ids] for request in requests])
         self._alive = torch.ones(len(requests), dtype=torch.bool, device=device)
         self._limits = per_row([request.limit - len(request.given) for request in requests])
-        self._starts = per_row([len(request.given) for request in requests])  # of all requests
+        self._starts = per_row([len(request.given) for request in requests])  # for all requests
         self._prompt_lengths = per_row([len(prompt) for prompt in prompts])
         self._indices = per_row([request.index for request in requests])
         self._routing: list[tuple[int, Tensor, Tensor]] = []  # forward pass, its rows' slots, their experts
-        # Of all requests, finished or not.
+        # For all requests, finished or not.
         steps = max(request.limit - len(request.given) for request in requests)
-        # Given tokens end at column `first`; what is before them repeats nothing.
+        # Given tokens end at column `first`; the values before them are distinct, so they form no repetition.
         self._first = first = int(self._starts.max())
         self._tokens = (-1 - torch.arange(first + steps, device=device)).repeat(len(requests), 1)
         for row, request in enumerate(requests):
@@ -117,51 +117,51 @@ class DecodingBatch:
         self.documents: PackedDocuments | None = PackedDocuments.from_lengths(
             list(map(len, documents)), device, whole=True, first_is_shared=shared > 0
         )
-        """Borders of the prompts while the next forward pass reads them, `None` afterwards."""
+        """Boundaries of the prompts for the prefill, `None` afterwards."""
         own = [token for prompt in prompts for token in prompt[shared:]]
         self.input_ids = per_row([[*prompts[0][:shared], *own]])
-        """Tokens that the next forward pass reads: [1, all prompts' tokens], then [rows, 1]."""
+        """Tokens of the next forward pass: [1, all prompts' tokens], then [rows, 1]."""
         self.position_ids = per_row([[position for document in documents for position in document]])
-        """Their positions in their own document, of the same shape."""
+        """Positions of these tokens in their own document, same shape."""
 
     @property
     def trajectories(self) -> Tensor:
-        """`Trajectory.index` of every row to sample, [b]."""
+        """`Trajectory.index` of every sampled row, [b]."""
         return self._indices[self._slots]
 
     @property
     def positions(self) -> Tensor:
-        """Position in its response of the token that every row samples next, [b]."""
+        """Position, in its response, of the token that each row samples next, [b]."""
         return self._starts[self._slots] + self.position
 
     def attention_mask(self) -> Tensor | None:
-        """[rows, 1, 1, stored + 1], True where a query must not look: before the prompt. `None` for the
-        prompts themselves, whose borders are `documents`."""
+        """[rows, 1, 1, stored + 1], True where a query must not attend: before the prompt. `None` for the
+        prefill, where `documents` are the boundaries."""
         if self.documents is not None:
             return None
         return self._is_before_prompt[:, None, None, : self.cache.sequence_len_offset + 1]
 
     def sampled_states(self, hidden: Tensor) -> Tensor:
-        """Final hidden states [new, rows, h] -> those that are sampled from, one per response [b, h]."""
+        """Final hidden states [new, rows, h] -> those to sample from, one per response [b, h]."""
         if self.documents is None:
             return hidden[0]
         return hidden[self._shared - 1 + (self._prompt_lengths - self._shared).cumsum(0), 0]
 
     def expand(self, logits: Tensor) -> Tensor:
-        """Logits of the rows of the forward pass, one row per response that is being sampled [b, V/tp]."""
+        """Expand the logits of the forward pass's rows to one row per sampled response [b, V/tp]."""
         return logits[self._source] if self.position == 0 else logits
 
     @property
     def samples(self) -> int:
-        """Tokens that the current step samples."""
+        """Number of tokens that the current step samples."""
         return len(self._slots)
 
     def new_tokens(self, tokens: Tensor) -> list[tuple[int, int]]:
-        """(`Trajectory.index`, token) of every row that is not finished, given the step's tokens [b]."""
+        """(`Trajectory.index`, token) of every unfinished row, given the step's tokens [b]."""
         return list(zip(self.trajectories[self._alive].tolist(), tokens[self._alive].tolist(), strict=True))
 
     def advance(self, tokens: Tensor, logprobs: Tensor) -> bool:
-        """Take the sampled tokens and fp64 log-probs [b]; True when every response is complete.
+        """Append the sampled tokens and fp64 log-probs [b]; True when every response is complete.
 
         No collectives.
         """
@@ -184,14 +184,15 @@ class DecodingBatch:
         first = self.position == 1
         if first or count <= 7 * len(self._slots) // 8:
             tokens = self._keep(tokens, source=self._source if first else None)
-        # A finished row that stays is decoded on, at its last position: none is beyond the rotary table.
+        # A finished row that stays is still decoded, at its last position, so that none exceeds the rotary
+        # table.
         self.input_ids = tokens.unsqueeze(1)
         position = self._prompt_lengths + torch.clamp(self._limits, max=self.position) - 1
         self.position_ids = position.unsqueeze(1)
         return False
 
     def _repeating(self) -> Tensor:
-        """Rows [b] whose last tokens are one pattern `repetition_stop` times in a row."""
+        """Rows [b] whose last tokens repeat one pattern `repetition_stop` times in a row."""
         times, have = self._sampling.repetition_stop, self._first + self.position
         repeating = torch.zeros_like(self._alive)
         longest = min(self._sampling.repetition_max_period, have // times) if times > 1 else 0
@@ -213,11 +214,11 @@ class DecodingBatch:
         return tokens[keep]
 
     def keep_routing(self, experts: Tensor) -> None:
-        """Take down what one forward pass of one model chunk chose: [layers, tokens, k]."""
+        """Record the experts chosen in one forward pass of one model chunk: [layers, tokens, k]."""
         self._routing.append((self.position, self._slots, experts))
 
     def responses(self) -> list[Response]:
-        """What every request got, in the order of `requests`."""
+        """The response to every request, in the order of `requests`."""
         lengths, stopped = self._lengths.tolist(), self._stopped.tolist()
         rows = zip(
             self._tokens.tolist(),
@@ -238,7 +239,7 @@ class DecodingBatch:
         ]
 
     def unlogged(self) -> list[Piece]:
-        """What was sampled since the last call."""
+        """Everything sampled since the last call."""
         going_on = torch.zeros_like(self._stopped)
         going_on[self._slots[self._alive]] = True
         pieces, lengths = [], self._lengths.cpu()
@@ -249,7 +250,7 @@ class DecodingBatch:
             logprobs = self._logprobs[row, start:end].tolist()
             place = len(request.given) + start
             pieces.append(Piece(request.index, place, tuple(tokens), tuple(logprobs), state[row]))
-        self._logged = lengths.clone()  # on the CPU it is the counter itself
+        self._logged = lengths.clone()  # on the CPU, `lengths` is the counter itself
         return pieces
 
     def _routes(self, lengths: list[int]) -> list[Tensor | None]:
@@ -280,11 +281,11 @@ class DecodingBatch:
 
 
 def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens of all prompts are read once: those they begin with in common, but not a whole prompt,
-    and none where it would hardly save anything."""
+    """Number of tokens that all prompts share as a prefix and that are computed once: never a whole prompt,
+    and 0 where it would save little."""
     if len(prompts) < 2:
         return 0
-    first, last = min(prompts), max(prompts)  # in the order of their tokens: all others lie between
+    first, last = min(prompts), max(prompts)  # in lexicographic order: all others lie between
     common = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
     common = min(common, min(map(len, prompts)) - 1)
     return common if common >= _SHORTEST_SHARED else 0

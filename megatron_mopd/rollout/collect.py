@@ -1,4 +1,4 @@
-"""The trajectories of a rollout batch: sampled by the student, or the data's own answers."""
+"""Collect the trajectories of a rollout batch: sampled by the student, or answers from the data."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def collect_trajectories(
 ) -> tuple[list[Trajectory], RoutingRecords | None]:
     """`samples_per_prompt` trajectories for each prompt, the same list on every rank, ordered by index.
 
-    Prompts of a domain that learns by `sft` get their `answer`, as often as the others get samples, so that
-    every prompt has the same number of trajectories. Index: position of the prompt x samples_per_prompt +
-    sample. With routing replay also the expert choices of the sampled ones, under the same indices.
+    Prompts of a domain trained with `sft` get their `answer`, repeated so that every prompt has the same
+    number of trajectories. The index is position of the prompt x samples_per_prompt + sample. With routing
+    replay, the expert choices of the sampled trajectories are also returned, under the same indices.
     """
     samples = samples_per_prompt
     given = [objectives.of(prompt.domain).kind == "sft" for prompt in prompts]

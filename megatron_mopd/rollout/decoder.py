@@ -1,4 +1,4 @@
-"""The decoding loop of one pipeline: batches circulate through its stages until every response is
+"""The decoding loop of one pipeline: batches circulate through its stages until all responses are
 complete."""
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from megatron_mopd.rollout.sampling import sample_tokens
 from megatron_mopd.rollout.write_ahead import RolloutLog
 
 OnToken = Callable[[int, int], None]
-"""Is told `Trajectory.index` and token id of every sampled token, as it is sampled, on every rank of the
+"""Called with `Trajectory.index` and token id of every token as it is sampled, on every rank of the
 pipeline."""
 
 
 class Decoder:
-    """Decodes batches on the pipeline of this rank, in ticks.
+    """Decodes batches on this rank's pipeline, in ticks.
 
-    A model of `stages` = pp x vpp consecutive pieces keeps one batch per pipeline rank in flight, a *lane*
-    each: in tick t, lane l is in piece (t - l) mod stages, so every rank computes exactly one piece of one
-    lane, and afterwards all exchange what they made in one group of sends and receives. Lane l samples when
-    it leaves the last piece; the tokens go to every rank of the pipeline, each of which keeps the books of
-    all lanes.
+    A model of `stages` = pp x vpp consecutive pieces has one batch per pipeline rank in flight, each in a
+    *lane*: in tick t, lane l is in piece (t - l) mod stages, so every rank computes exactly one piece of one
+    lane, and then all exchange their results in one group of sends and receives. Lane l samples when it
+    leaves the last piece; the tokens go to every rank of the pipeline, each of which tracks the state of all
+    lanes.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class Decoder:
     def run(self, batches: Sequence[Sequence[Request]]) -> list[tuple[Request, Response]]:
         """Every request of `batches` with its response. All ranks of a pipeline pass the same batches.
 
-        A bar on the terminal, if there is one, counts this pipeline's complete responses. Collectives: see
+        A progress bar, if there is a terminal, counts this pipeline's complete responses. Collectives: see
         `MegatronEngine.generate`.
         """
         queue, done = deque(batches), []
         total = sum(map(len, batches))
         advance(0, total)
         if self._size > 1:
-            # With NCCL the first point-to-point call of a group has to involve all its ranks.
+            # With NCCL, the first point-to-point call of a group must involve all its ranks.
             dist.all_reduce(torch.zeros(1, device=self._groups.device), group=self._groups.pp)
         tick, incoming = 0, None
         while True:
@@ -102,8 +102,8 @@ class Decoder:
             tick += 1
 
     def _anyone_has_work(self, here: bool) -> bool:
-        """Whether to go on: a rank without work still serves its experts to the others (all-reduce of one
-        integer)."""
+        """Whether to continue: a rank without work still computes its experts for the others (all-reduce of
+        one integer)."""
         if self._expert_peers is None:
             return here
         flag = torch.tensor(int(here), dtype=torch.int32, device=self._groups.device)
@@ -111,16 +111,15 @@ class Decoder:
         return bool(flag)
 
     def _unit(self, rank: int, tick: int) -> tuple[DecodingBatch | None, int | None]:
-        """What pipeline rank `rank` computes in a tick: the batch (None if the lane is empty) and the
-        piece."""
+        """The work of pipeline rank `rank` in a tick: the batch (None if the lane is empty) and the piece."""
         lane = (tick - rank) % self._size
         if tick < lane:
             return None, None
         return self._lanes[lane], (tick - lane) % self._stages
 
     def _compute(self, tick: int, incoming: Tensor | None) -> Tensor | None:
-        """One piece over `batch.input_ids` [rows, new]: hidden states [new, rows, h], or from the
-        last piece tokens and log-probs [b, 2]."""
+        """Run one piece on `batch.input_ids` [rows, new]: hidden states [new, rows, h], or from the last
+        piece tokens and log-probs [b, 2]."""
         batch, piece = self._unit(self._rank, tick)
         if batch is None:
             if piece is not None and self._expert_peers is not None:
@@ -150,11 +149,11 @@ class Decoder:
         return torch.stack(sampled, dim=1).double() if self._size > 1 else sampled
 
     def _exchange(self, tick: int, outgoing) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        """Pass on what the tick made: (hidden states for this rank's next piece, sampled tokens and
+        """Exchange the tick's results: (hidden states for this rank's next piece, sampled tokens and
         log-probs).
 
-        Point to point over the pipeline: new x rows x h elements to the next stage, 16 bytes a row from the
-        last stage to each of the others. Every rank derives all sizes from its own books.
+        Point to point over the pipeline: new x rows x h elements to the next stage, 16 bytes per row from the
+        last stage to each of the others. Every rank derives all sizes from its own copy of the state.
         """
         if self._size == 1:
             return None, outgoing
@@ -187,7 +186,7 @@ class Decoder:
         return incoming, None if sampled is None else (sampled[:, 0].long(), sampled[:, 1])
 
     def _dummy_forward(self, chunk: HiddenStateGPT) -> None:
-        """One token that nobody reads, so that this rank's experts take part in the others' forward pass."""
+        """Run one dummy token, so that this rank's experts take part in the others' forward pass."""
         device = self._groups.device
         hidden = torch.zeros((1, 1, self._hidden_size), dtype=self._hidden_dtype, device=device)
         zero = torch.zeros((1, 1), dtype=torch.long, device=device)
@@ -215,12 +214,12 @@ def _forward(
 
 
 def _ranks_sharing_experts(groups: ParallelGroups) -> dist.ProcessGroup | None:
-    """Ranks that must make the same number of forward passes; None when their work is the same anyway.
+    """Ranks that must run the same number of forward passes; None if their work is the same anyway.
 
     Tensor- and context-parallel ranks of one data-parallel rank, a block of consecutive ranks in each stage,
-    do the same work. So do those of an expert block (expert-tensor x expert-model parallel) inside one of
-    them; one that holds several makes them wait for each other. Blocks that overlap without nesting chain
-    everybody together.
+    do the same work. So do the ranks of an expert block (expert-tensor x expert-model parallel) inside such a
+    block; an expert block that contains several of them couples them. Blocks that overlap without nesting
+    couple all ranks.
     """
     experts, replica = groups.collection.tp_ep.size(), groups.tp_size * groups.cp_size
     if replica % experts == 0:

@@ -1,4 +1,4 @@
-"""What the trainer asks of whatever samples the student's trajectories."""
+"""The interface between the trainer and the engine that samples the student's trajectories."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from megatron_mopd.rollout.write_ahead import RolloutLog
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The distribution that tokens are drawn from, and what ends a response.
+    """The distribution that tokens are sampled from, and the conditions that end a response.
 
-    `temperature` divides the logits first; `top_k` and then `top_p` cut the tempered distribution.
+    `temperature` divides the logits first; `top_k` and then `top_p` truncate the tempered distribution.
     """
 
     max_new_tokens: int
-    """Longest response in tokens, the stop token included."""
+    """Maximum response length in tokens, including the stop token."""
     temperature: float = 1.0
-    """0 is greedy: the most likely token always."""
+    """0 means greedy: always the most likely token."""
     top_p: float = 1.0
-    """Keep the fewest most likely tokens whose probabilities add up to this; 1 keeps all."""
+    """Keep the smallest set of most likely tokens whose probabilities sum to this; 1 keeps all."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
     stop_token_ids: tuple[int, ...] = ()
-    """A response ends with the first of these; none means that every response runs to its length limit."""
+    """A response ends with the first of these; if empty, every response runs to its length limit."""
     repetition_stop: int = 0
-    """A response also ends, unfinished, when its last tokens are one pattern this many times in a row."""
+    """A response also ends, unfinished, when its last tokens repeat one pattern this many times in a row."""
     repetition_max_period: int = 16
-    """Longest such pattern in tokens."""
+    """Maximum length of such a pattern in tokens."""
     allow_not_finite: bool = False
-    """Return responses whose log-probs are not finite, because the model's weights are damaged, instead of
-    raising: the trainer leaves out the steps that they would go into."""
+    """Return responses with non-finite log-probs (from damaged weights) instead of raising: the trainer skips
+    the steps that would use them."""
     keep_routing: bool = False
-    """Take down which experts every token goes to (`RolloutEngine.routing`)."""
+    """Record the experts of every token (`RolloutEngine.routing`)."""
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -51,7 +51,7 @@ class SamplingParams:
 
     @classmethod
     def from_config(cls, rollout: RolloutConfig, stop_ids: Iterable[int]) -> SamplingParams:
-        """The run's sampling: its `rollout` section, and everything that ends a response (`StopIds`)."""
+        """The run's sampling parameters: its `rollout` section, and the stop tokens (`StopIds`)."""
         return cls(
             max_new_tokens=rollout.max_new_tokens,
             temperature=rollout.temperature,
@@ -66,7 +66,7 @@ class SamplingParams:
 
     @property
     def is_truncated(self) -> bool:
-        """Some tokens of the vocabulary can never be drawn."""
+        """Whether some tokens of the vocabulary can never be sampled."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
 
@@ -74,7 +74,7 @@ class RolloutEngine(Protocol):
     """Samples responses from the student's current weights."""
 
     routing: RoutingRecords | None
-    """Expert choices of the last `generate` with `keep_routing`, as far as this rank made them."""
+    """This rank's expert choices of the last `generate` with `keep_routing`."""
 
     def generate(
         self,
@@ -85,10 +85,10 @@ class RolloutEngine(Protocol):
         samples_per_prompt: int = 1,
         log: RolloutLog | None = None,
     ) -> list[Trajectory]:
-        """`samples_per_prompt` responses to every prompt, the same full list on every rank.
+        """Sample `samples_per_prompt` responses to every prompt; the full list is the same on every rank.
 
         Every rank passes the same arguments. The list is in the order of `Trajectory.index`, which is
-        position of the prompt x samples_per_prompt + sample. Equal seeds give equal tokens. `log` has what an
-        interrupted start sampled, which is not sampled again, and takes what is sampled now. Raises
-        `ValueError`, on every rank, for a prompt that leaves no room for a response.
+        position of the prompt x samples_per_prompt + sample. Equal seeds give equal tokens. `log` contains
+        the tokens of an interrupted start, which are not sampled again, and records new ones. Raises
+        `ValueError` on every rank for a prompt that leaves no room for a response.
         """

@@ -1,8 +1,8 @@
-"""Forward passes of megatron-core's layers that no backward pass follows, with fewer calls.
+"""Faster forward passes of megatron-core's layers when no backward pass follows.
 
-For the few rows of a decoding step on the CPU, what surrounds the matrix products can take as long as they
-do: autograd's wrappers, activations in four kernels, temporary results in fresh memory. The numbers are the
-same within the rounding of a sum.
+For the few rows of a decoding step on the CPU, the overhead around the matrix products can take as long as
+the products: autograd wrappers, activations in four kernels, newly allocated temporaries. The results are the
+same up to the rounding of a sum.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from megatron_mopd.backend.packed_weights import PackedWeights
 from megatron_mopd.model.norm import RMSNorm
 
 WithBias = tuple[Tensor, Tensor | None]
-"""A layer's output, and the bias that its caller adds: megatron-core's convention."""
+"""A layer's output, and the bias that its caller adds, as in megatron-core."""
 
 
 def forward_only(module: torch.nn.Module, weights: PackedWeights) -> Callable | None:
-    """What may stand for `module.forward` while nothing is differentiated; `None` for a module that is left
-    as it is.
+    """A replacement for `module.forward` while nothing is differentiated; `None` if the module is left
+    unchanged.
 
-    Linear layers multiply with `weights` where it has theirs. Only modules on the CPU, of exactly the kinds
-    that are known here: a subclass may compute something else. No dropout: it is for evaluation mode.
+    Linear layers multiply with `weights` if it has their panels. Only modules on the CPU and of exactly the
+    types known here are replaced: a subclass may compute something else. There is no dropout: this is for
+    evaluation mode.
     """
     if all(parameter.device.type != "cpu" for parameter in module.parameters()):
         return None
@@ -49,7 +50,8 @@ def forward_only(module: torch.nn.Module, weights: PackedWeights) -> Callable | 
 
 
 def is_plain_linear(module: torch.nn.Module) -> bool:
-    """One of megatron-core's own linear layers on the CPU, inside a tensor-parallel block."""
+    """Whether `module` is one of megatron-core's own linear layers on the CPU, inside a tensor-parallel
+    block."""
     if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
         return False
     if module.weight is None or module.weight.device.type != "cpu":
@@ -59,7 +61,7 @@ def is_plain_linear(module: torch.nn.Module) -> bool:
 
 
 def _linear(module: ColumnParallelLinear | RowParallelLinear, weights: PackedWeights) -> Callable:
-    """Collectives: a row-parallel layer's all-reduce of its output, as ever."""
+    """Collectives: a row-parallel layer's all-reduce of its output, as usual."""
     adds_bias, later = not module.skip_bias_add, module.bias if module.skip_bias_add else None
     reduces = (
         isinstance(module, RowParallelLinear)
@@ -79,7 +81,7 @@ def _linear(module: ColumnParallelLinear | RowParallelLinear, weights: PackedWei
 
 
 def _rms_norm(module: RMSNorm) -> Callable:
-    """In float32 and wider without the temporary results that `F.rms_norm` makes on the CPU."""
+    """RMSNorm in at least float32, without the temporaries that `F.rms_norm` allocates on the CPU."""
     epsilon = torch.full((), module.eps, dtype=module.weight.dtype, device=module.weight.device)
 
     def forward(x: Tensor) -> Tensor:
@@ -108,8 +110,8 @@ def _is_plain_swiglu(module: MLP) -> bool:
 def _swiglu(module: MLP) -> Callable:
     def forward(hidden_states: Tensor, per_token_scale: Tensor | None = None, **_unused) -> WithBias:
         gate, up = module.linear_fc1(hidden_states)[0].chunk(2, dim=-1)
-        gated = F.silu(gate, inplace=True).mul_(up)  # nobody else holds what the first layer made
-        if per_token_scale is not None:  # the router's weights, when this is an expert
+        gated = F.silu(gate, inplace=True).mul_(up)  # nothing else references the first layer's output
+        if per_token_scale is not None:  # the router's weights, if this is an expert
             gated = (gated * per_token_scale.unsqueeze(-1)).to(gated.dtype)
         return module.linear_fc2(gated)
 
@@ -137,7 +139,7 @@ def _transformer_layer(layer: TransformerLayer) -> Callable:
 
 
 def _add(output: WithBias, residual: Tensor) -> Tensor:
-    """Into the output, which nobody else holds."""
+    """Add in place: nothing else references the output."""
     x, bias = output
     if bias is not None:
         x.add_(bias)

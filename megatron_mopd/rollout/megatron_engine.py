@@ -1,4 +1,4 @@
-"""The in-process engine: the training weights themselves decode, on the layout that they are trained with."""
+"""The in-process rollout engine: it decodes with the training weights, on the training layout."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from megatron_mopd.rollout.routing_records import RoutingRecords
 from megatron_mopd.rollout.write_ahead import STOPPED, Known, RolloutLog
 
 _STEPS_WORTH_PACKING, _ROWS_WORTH_PACKING = 32, 4
-"""Decoding steps and rows from which on cutting the weights into panels for them pays."""
+"""The number of decoding steps and rows from which repacking the weights into panels pays off."""
 
 
 class MegatronEngine:
     """Samples from the student's chunks on this rank, with a KV cache; see `RolloutEngine`.
 
     Data-parallel ranks take every dp-th prompt in order of length. Tensor-parallel ranks share every matrix
-    and the vocabulary. Context-parallel ranks all do the same work. Pipeline stages pass hidden states on,
-    with one batch per stage in flight. Ranks that share experts make the same number of forward passes, with
-    a dummy row where one has nothing left to do. Tokens depend on none of this (up to the rounding of
+    and the vocabulary. Context-parallel ranks all do the same work. Pipeline stages pass on hidden states,
+    with one batch per stage in flight. Ranks that share experts run the same number of forward passes, with a
+    dummy row on ranks that have no work left. Tokens do not depend on any of this (up to the rounding of
     logits).
     """
 
@@ -63,16 +63,17 @@ class MegatronEngine:
         on_token: OnToken | None = None,
         log: RolloutLog | None = None,
     ) -> list[Trajectory]:
-        """See `RolloutEngine.generate`; `on_token` watches this data-parallel rank's tokens as they come.
+        """See `RolloutEngine.generate`; `on_token` receives this data-parallel rank's tokens as they are
+        sampled.
 
-        Sampling never changes the model: training mode, sequence parallelism and every gradient are as
-        before, also after an exception.
+        Sampling does not change the model: training mode, sequence parallelism and gradients are restored,
+        also after an exception.
 
         Collectives: those of the model's layers; per token those of `sample_tokens`, and in a pipeline the
-        hidden states to the next stage (b x h elements) and 16 bytes a row from the last stage to every
+        hidden states to the next stage (b x h elements) and 16 bytes per row from the last stage to every
         other; one integer per step among ranks whose experts span data-parallel ranks; at the end two
-        all-gathers over data-parallel ranks (16 bytes a response and 16 a token). Raises `ValueError` on
-        every rank when a log-prob is not finite, unless `sampling.allow_not_finite`.
+        all-gathers over data-parallel ranks (16 bytes per response and 16 per token). Raises `ValueError` on
+        every rank if a log-prob is not finite, unless `sampling.allow_not_finite`.
         """
         requests = self._requests(prompts, sampling, samples_per_prompt)
         groups, known = self._groups, log.known if log is not None else {}
@@ -161,7 +162,7 @@ class MegatronEngine:
     def _gather(
         self, mine: list[Response], shares: list[list[Request]], allow_not_finite: bool
     ) -> dict[int, Response]:
-        """Everyone's responses by `Trajectory.index`. Two all-gathers over data-parallel ranks, padded to the
+        """All ranks' responses by `Trajectory.index`. Two all-gathers over data-parallel ranks, padded to the
         largest share: length and ending of each response (16 bytes), token and log-prob of each token (16
         bytes)."""
         endings = torch.tensor([(len(r.token_ids), r.finished) for r in mine], dtype=torch.long).view(-1, 2)
@@ -182,7 +183,8 @@ class MegatronEngine:
         return responses
 
     def _all_gather(self, rows: torch.Tensor, most: int) -> torch.Tensor:
-        """[n, 2] on each data-parallel rank, n at most `most` -> [dp, most, 2] on all, in host memory."""
+        """[n, 2] on each data-parallel rank, with n at most `most` -> [dp, most, 2] on all, in host
+        memory."""
         if self._groups.dp_size == 1:
             return rows.unsqueeze(0)
         padded = torch.zeros((most, 2), dtype=rows.dtype, device=self._groups.device)

@@ -1,4 +1,4 @@
-"""Random numbers that are a function of what they are for, not of who draws them or when."""
+"""Counter-based random numbers: a function of their purpose, not of the rank or the order of draws."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _signed(value: int, bits: int) -> int:
 
 
 def _mix_64(x: Tensor) -> Tensor:
-    """splitmix64's finalizer (Steele, Lea, Flood 2014): every input bit reaches every output bit."""
+    """splitmix64's finalizer (Steele, Lea, Flood 2014): every input bit affects every output bit."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor, 64)
     return x ^ ((x >> 31) & ((1 << 33) - 1))
@@ -43,11 +43,11 @@ def gumbel_noise(
 ) -> Tensor:
     """Standard Gumbel noise for each (seed, trajectory, response position, vocabulary id): [b, columns] fp32.
 
-    `trajectories` [b] int64 names the rows, `position` is one number for all or [b], and the columns are the
-    ids `first_id`, `first_id + 1`, ...: any tensor-parallel shard, batch or order of work gets the same
-    number for the same four keys. Two 32-bit
-    words of a 64-bit key of (seed, trajectory, position) go into the hash of each id. The noise reaches from
-    about -3.1 to 21.5, so events rarer than about 5e-10 do not occur.
+    `trajectories` [b] int64 identifies the rows, `position` is one number for all rows or [b], and the
+    columns are the ids `first_id`, `first_id + 1`, ...: the same four keys give the same number for any
+    tensor-parallel shard, batch or order of work. The two 32-bit words of a 64-bit key of (seed, trajectory,
+    position) enter the hash of each id. The noise ranges from about -3.1 to 21.5, so events rarer than about
+    5e-10 do not occur.
     """
     key = _mix_64(_mix_64(trajectories + _signed(seed * _GOLDEN_64, 64)) + position)
     low, high = ((key << 32) >> 32).to(torch.int32), (key >> 32).to(torch.int32)
@@ -55,6 +55,6 @@ def gumbel_noise(
     bits = low.unsqueeze(1) + ((ids << 32) >> 32).to(torch.int32)
     bits = _mix_32_(_mix_32_(bits).bitwise_xor_(high.unsqueeze(1)))
     uniform = bits.bitwise_and_(0x7FFFFFFF).to(torch.float32).mul_(2.0**-31).add_(2.0**-32)
-    # -log(-log(1 - u)): small u, which makes large noise, keeps its full relative precision. The clamp keeps
-    # 1 - u above zero where rounding made u one.
+    # -log(-log(1 - u)): small u, which gives large noise, keeps its full relative precision. The clamp keeps
+    # 1 - u above zero where u was rounded to one.
     return uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()

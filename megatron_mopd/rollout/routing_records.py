@@ -1,4 +1,4 @@
-"""The experts that sampled tokens went to, on their way from the rank that sampled to the one that trains."""
+"""Expert choices of sampled tokens, sent from the rank that sampled to the rank that trains."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 
 @dataclass
 class RoutingRecords:
-    """Expert choices of this rank's rollouts: its pipeline stage, its share of the trajectories.
+    """Expert choices of this rank's rollouts, for its pipeline stage and its share of the trajectories.
 
-    A record is [tokens - 1, layers, k] in host memory: every token but the last went through the model. One
-    byte a choice up to 256 experts, two beyond: 128 trajectories of 8192 tokens through 48 layers with k = 8
-    are 0.4 GB over all data-parallel ranks.
+    A record is [tokens - 1, layers, k] in host memory: every token except the last went through the model. A
+    choice takes one byte for up to 256 experts, two beyond: 128 trajectories of 8192 tokens through 48 layers
+    with k = 8 are 0.4 GB over all data-parallel ranks.
     """
 
     records: Mapping[int, Tensor]
     """By trajectory index."""
     tokens: dict[int, int]
-    """Tokens of every trajectory of the batch, on whichever rank."""
+    """Number of tokens of every trajectory of the batch, on any rank."""
     record_shape: tuple[int, int]
     """(layers of this stage, k)."""
     dtype: torch.dtype
 
     def renumbered(self, index_of: Mapping[int, int], tokens: dict[int, int]) -> RoutingRecords:
-        """The same under other trajectory indices."""
+        """The same records under other trajectory indices."""
         records = {index_of[index]: record for index, record in self.records.items()}
         return RoutingRecords(records, tokens, self.record_shape, self.dtype)
 
@@ -37,8 +37,8 @@ class RoutingRecords:
     ) -> dict[int, Tensor]:
         """The records of the trajectories that this rank trains on; `wanted` lists them for every rank.
 
-        Collectives over the data-parallel group: an all-reduce of one integer a trajectory and one all-to-all
-        in which every record travels at most once.
+        Collectives over the data-parallel group: an all-reduce of one integer per trajectory and one
+        all-to-all that sends every record at most once.
         """
         mine = [index for index in wanted[group.rank()] if index in self.tokens]
         if group.size() == 1:

@@ -1,4 +1,4 @@
-"""Drawing tokens from logits that are split over tensor-parallel ranks, without gathering them."""
+"""Sample tokens from vocab-parallel logits without gathering them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.noise import gumbel_noise
 
 _NOISE_ELEMENTS = 1 << 24
-"""Noise is made for this many logits at a time (about 200 MB), whatever the batch and the vocabulary."""
+"""Noise is generated for this many logits at a time (about 200 MB), whatever the batch and the vocabulary
+size."""
 _CACHED_ELEMENTS = 1 << 18
-"""Exponentials on the CPU are made for this many logits at a time: 1 MB, which stays in a core's cache."""
+"""On the CPU, exponentials are computed for this many logits at a time: 1 MB, which fits in a core's
+cache."""
 _BLOCK = 512
-"""Logits that are searched together for a row's largest, on the CPU."""
+"""On the CPU, the number of logits per block in the search for a row's maximum."""
 _FIRST_CANDIDATES = 64
-"""Top-p looks at this many tokens of each shard first; a nucleus that is wider asks for eight times as
-many."""
+"""Top-p first looks at this many tokens of each shard; a wider nucleus requests eight times as many."""
 
 
 def sample_tokens(
@@ -29,20 +30,21 @@ def sample_tokens(
     trajectories: Tensor,
     position: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row from vocab-parallel logits [b, V/tp]: (token ids [b] int64, log-probs [b] fp64).
+    """Sample one token per row from vocab-parallel logits [b, V/tp]: (token ids [b] int64, log-probs [b]
+    fp64).
 
     The draw is argmax(logits / temperature + Gumbel noise), with noise keyed by (seed, trajectory, position,
-    id), so it does not depend on the batch or on the layout. A log-prob is the token's under the distribution
-    it was drawn from: tempered, cut by top-k and top-p, and renormalised. Greedy tokens (temperature 0) carry
-    their log-prob at temperature 1, because the point mass they come from would say nothing. Statistics are
-    fp32 at least. Padded columns of the vocabulary are cut off before anything else.
+    id), so it does not depend on the batch or on the layout. The log-prob is the token's under the
+    distribution it was drawn from: tempered, truncated by top-k and top-p, and renormalised. Greedy tokens
+    (temperature 0) get their log-prob at temperature 1, because that under their point mass would be
+    uninformative. Statistics are at least fp32. Padded columns of the vocabulary are removed first.
 
-    Collectives over the tensor-parallel group: one all-gather of 5 doubles a row. Top-k adds one of k logits
-    a row. Top-p without top-k adds one of 64 logits and one of 2 numbers a row, and the former again with 8
-    times as many, up to the whole shard, while the nucleus of some row is wider.
+    Collectives over the tensor-parallel group: one all-gather of 5 doubles per row. Top-k adds one of k
+    logits per row. Top-p without top-k adds one of 64 logits and one of 2 numbers per row, and repeats the
+    former with 8 times as many, up to the whole shard, while the nucleus of some row is wider.
     """
     logits = logits[:, : max(shard.valid, 1)].to(torch.promote_types(logits.dtype, torch.float32))
-    if shard.valid == 0:  # the vocabulary's padding fills this shard
+    if shard.valid == 0:  # this shard is all padding
         logits = torch.full_like(logits, -torch.inf)
     if sampling.temperature not in (0.0, 1.0):
         logits = logits / sampling.temperature
@@ -68,11 +70,11 @@ def sample_tokens(
 
 
 def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest logit of every row [b] and its column, the first where several are equal."""
+    """Largest logit of every row [b] and its column, the first among equals."""
     columns = logits.size(1)
     if logits.device.type != "cpu" or columns < 2 * _BLOCK:
         return logits.max(dim=1)
-    # On the CPU a maximum is vectorized only without its place: find the block first, then look into it.
+    # On the CPU a maximum is vectorized only without its index: find the block first, then search in it.
     whole = columns // _BLOCK * _BLOCK
     peaks = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(dim=2)
     if whole < columns:
@@ -84,7 +86,7 @@ def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _exponential_sum(logits: Tensor, largest: Tensor) -> Tensor:
     """Sum of exp(logits - largest) of every row [b], a bounded number of rows at a time."""
-    # A shard with nothing to draw from has -inf everywhere: subtract 0 there, inf - inf would be NaN.
+    # A shard without candidates has -inf everywhere: subtract 0 there, because inf - inf would be NaN.
     shift = largest.nan_to_num(neginf=0.0).unsqueeze(1)
     elements = _CACHED_ELEMENTS if logits.device.type == "cpu" else _NOISE_ELEMENTS
     rows = max(1, elements // logits.size(1))
@@ -95,7 +97,7 @@ def _exponential_sum(logits: Tensor, largest: Tensor) -> Tensor:
 def _noisy_max(
     logits: Tensor, first_id: int, seed: int, trajectories: Tensor, position: int | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Largest logit + noise of every row and its column, a bounded number of rows at a time."""
+    """Largest value of logit + noise of every row and its column, a bounded number of rows at a time."""
     rows = max(1, _NOISE_ELEMENTS // logits.size(1))
     best = []
     positions = torch.as_tensor(position, device=trajectories.device).expand_as(trajectories)
@@ -107,9 +109,9 @@ def _noisy_max(
 
 
 def _truncation_threshold(logits: Tensor, shard: VocabShard, sampling: SamplingParams) -> Tensor:
-    """The smallest logit of each row [b] that top-k and top-p keep (equal logits are kept together).
+    """The smallest logit of each row [b] that top-k and top-p keep (ties are all kept).
 
-    Every rank gathers the same candidates, so all take the same decisions.
+    Every rank gathers the same candidates, so all make the same decisions.
     """
     if sampling.top_k > 0:
         kept = _candidates(logits, shard, sampling.top_k)[0][:, : sampling.top_k]
@@ -127,7 +129,7 @@ def _truncation_threshold(logits: Tensor, shard: VocabShard, sampling: SamplingP
 def _candidates(logits: Tensor, shard: VocabShard, width: int) -> tuple[Tensor, Tensor]:
     """The `width` largest logits of every shard, merged in descending order [b, tp x width], and a bound [b].
 
-    No logit that was left out is larger than the bound. One all-gather of b x width elements.
+    No omitted logit is larger than the bound. One all-gather of b x width elements.
     """
     width = min(width, shard.columns)
     local = logits.new_full((logits.size(0), width), -torch.inf)
@@ -140,12 +142,12 @@ def _candidates(logits: Tensor, shard: VocabShard, width: int) -> tuple[Tensor, 
 
 
 def _nucleus_threshold(candidates: Tensor, normalizer: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Where the fewest of the descending `candidates` [b, n] with mass `top_p` end [b]; whether they reach it
-    [b]."""
+    """The smallest logit [b] of the smallest prefix of the descending `candidates` [b, n] with mass `top_p`;
+    and whether the candidates reach that mass [b]."""
     if top_p >= 1:
         return candidates[:, -1], torch.ones_like(normalizer, dtype=torch.bool)
     probabilities = (candidates - normalizer.unsqueeze(1)).double().exp()
     mass = probabilities.cumsum(dim=1)
-    # Of logits that are NaN none is kept; the first one's log-prob will say so.
+    # No NaN logit is kept; the first one's log-prob will be NaN.
     last = ((mass - probabilities < top_p).sum(dim=1, keepdim=True) - 1).clamp_(min=0)
     return candidates.gather(1, last).squeeze(1), mass[:, -1] >= top_p

@@ -1,7 +1,7 @@
-"""Which tokens end a response: everything that a model's directory and the run's configuration name.
+"""Stop tokens: all that a model's directory and the run's configuration name.
 
-Published chat models often name one end of sequence in the tokenizer and several in `generation_config.json`;
-`transformers` and vLLM stop at each of them.
+Published chat models often name one end-of-sequence token in the tokenizer and several in
+`generation_config.json`; `transformers` and vLLM stop at any of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FILES = ("generation_config.json", "config.json")
 
 @dataclass(frozen=True)
 class StopIds:
-    """Token id -> who names it, in the order of their finding."""
+    """Token id -> the sources that name it, in the order in which they were found."""
 
     sources: dict[int, tuple[str, ...]]
 
@@ -36,18 +36,18 @@ class StopIds:
 
 
 def model_directories(checkpoint: Path) -> list[Path]:
-    """Where a checkpoint, ours or a Hugging Face directory, keeps files of a model."""
+    """Directories with a model's files in a checkpoint, ours or a Hugging Face directory."""
     if tokenizer_directory(checkpoint) == checkpoint:
         return [checkpoint]
     return [checkpoint / HUGGING_FACE_DIRECTORY, tokenizer_directory(checkpoint)]
 
 
 def read_stop_ids(tokenizer: Tokenizer, directories: Iterable[Path], given: Sequence[int]) -> StopIds:
-    """The union of the tokenizer's end of sequence, the `eos_token_id` (a number or a list) of every
+    """The union of the tokenizer's end-of-sequence token, the `eos_token_id` (a number or a list) of every
     `generation_config.json` and `config.json` in `directories`, and `given` (`rollout.stop_token_ids`).
 
-    Ids that the tokenizer does not have are left out, because they are never sampled. Raises `ConfigError`
-    for a file that is not readable, or an `eos_token_id` that is neither. No collectives.
+    Ids that the tokenizer does not have are omitted, because they are never sampled. Raises `ConfigError` for
+    an unreadable file, or an `eos_token_id` that is neither. No collectives.
     """
     named = [("tokenizer", [tokenizer.eos_id])]
     for directory in directories:

@@ -1,8 +1,8 @@
-"""Sampled tokens on disk while a rollout is still going on, so that a killed run does not sample them again.
+"""Write sampled tokens to disk during a rollout, so that a killed run does not sample them again.
 
-A log is a directory with one append-only file a data-parallel rank and start. A file is a magic word and
-records of [length, CRC-32, payload]; the first record says what the tokens were sampled from, each other one
-holds pieces of responses. Reading stops at the first record that is torn or damaged.
+A log is a directory with one append-only file per data-parallel rank and start. A file consists of a magic
+word and records of [length, CRC-32, payload]; the first record identifies what the tokens were sampled from,
+each further one contains pieces of responses. Reading stops at the first truncated or damaged record.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from megatron_mopd.observe.progress import say
 _MAGIC = b"MOPDLOG1"
 _FRAME = struct.Struct("<II")
 CONTINUES, STOPPED, CUT = 0, 1, 2
-"""A response after a piece: goes on, ended by a stop token, ended by a limit."""
+"""State of a response after a piece: continues, ended by a stop token, ended by a limit."""
 FLUSH_SECONDS = 10.0
-"""Most seconds of sampling that a kill loses."""
+"""The maximum number of seconds of sampling lost when a run is killed."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Piece:
 
     index: int
     start: int
-    """Tokens of the response before these."""
+    """Number of response tokens before these."""
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     state: int
@@ -44,7 +44,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Known:
-    """What a log has of one response, from its first token on."""
+    """The part of one response that a log contains, from its first token on."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -56,10 +56,10 @@ class Known:
 
 
 class RolloutLog:
-    """What is known of a rollout batch from an earlier start, and where this start's tokens go.
+    """The tokens of a rollout batch from an earlier start, and the log for this start's tokens.
 
-    identity: everything that decides the tokens; files of another identity are not used. Collective over all
-    ranks: rank 0 reads, and broadcasts 16 bytes a token.
+    identity: everything that determines the tokens; files with a different identity are not used. Collective
+    over all ranks: rank 0 reads, and broadcasts 16 bytes per token.
     """
 
     def __init__(self, directory: Path, identity: str, groups: ParallelGroups):
@@ -81,12 +81,12 @@ class RolloutLog:
         """By `Trajectory.index`; the same on every rank."""
 
     def is_due(self) -> bool:
-        """Whether it is time to write down what was sampled."""
+        """Whether it is time to write the sampled tokens."""
         return self._writes and time.monotonic() - self._last >= FLUSH_SECONDS
 
     def append(self, pieces: Iterable[Piece]) -> None:
-        """Write pieces down; on ranks whose tokens another rank writes, nothing. A disk that cannot take them
-        costs the log, not the run."""
+        """Write pieces; a no-op on ranks whose tokens another rank writes. A disk error ends the log, not the
+        run."""
         self._last = time.monotonic()
         if not self._writes or not (pieces := list(pieces)):
             return
@@ -104,7 +104,7 @@ class RolloutLog:
             )
 
     def close(self) -> None:
-        """Everything appended is on disk."""
+        """Flush everything appended to disk."""
         if self._file is not None:
             os.fsync(self._file)
             os.close(self._file)
@@ -120,7 +120,8 @@ def _frame(payload: bytes) -> bytes:
 
 
 def encode(pieces: list[Piece]) -> bytes:
-    """Pieces as bytes: their number; index, start, length and state of each; all tokens; all log-probs."""
+    """Encode pieces as bytes: their number; index, start, length and state of each; all tokens; all
+    log-probs."""
     heads = np.array([(p.index, p.start, len(p.token_ids), p.state) for p in pieces], dtype="<i8")
     tokens = np.array([token for p in pieces for token in p.token_ids], dtype="<i4")
     logprobs = np.array([value for p in pieces for value in p.logprobs], dtype="<f8")
@@ -128,7 +129,7 @@ def encode(pieces: list[Piece]) -> bytes:
 
 
 def decode(payload: bytes) -> list[Piece]:
-    """What `encode` was given. Raises `ValueError` for anything else."""
+    """The inverse of `encode`. Raises `ValueError` for anything else."""
     if len(payload) < 4:
         raise ValueError("too short")
     (count,) = struct.unpack_from("<I", payload)
@@ -149,9 +150,7 @@ def decode(payload: bytes) -> list[Piece]:
 
 
 def read(path: Path, identity: str) -> Iterator[Piece]:
-    """The pieces of one file, up to the first record that is not whole; none when it is of another
-    identity.
-    """
+    """The pieces of one file, up to the first incomplete record; none if its identity differs."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -178,8 +177,8 @@ def read(path: Path, identity: str) -> Iterator[Piece]:
 
 
 def join(pieces: Iterable[Piece]) -> dict[int, Known]:
-    """Responses from their pieces, of whatever files; a piece after a gap is left out, and so is one with a
-    log-prob that is not finite: whatever damaged the weights then need not be there now."""
+    """Join pieces from any files into responses; a piece after a gap is dropped, and so is one with a
+    non-finite log-prob: the weights may no longer be damaged."""
     known: dict[int, Known] = {}
     for piece in sorted(pieces, key=lambda piece: (piece.index, piece.start, len(piece.token_ids))):
         before = known.get(piece.index, Known((), (), CONTINUES))

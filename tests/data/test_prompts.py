@@ -278,7 +278,7 @@ def test_without_training_prompts(load):
     held_out, train = load(*lines), load(*lines[:2])
     assert [(p.text, p.index) for p in held_out.without(train)] == [("y", 2), ("z", 3)]
     with pytest.raises(
-        ConfigError, match=r"p\.jsonl:1: every prompt of this source is a training prompt too"
+        ConfigError, match=r"p\.jsonl:1: every prompt of this source is also a training prompt"
     ):
         train.without(held_out)
 

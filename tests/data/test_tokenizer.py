@@ -192,7 +192,7 @@ def test_bad_paths(tmp_path):
     for missing in ("", tmp_path / "nowhere"):
         with pytest.raises(ConfigError, match="tokenizer not found"):
             load_tokenizer(missing)
-    with pytest.raises(ConfigError, match="holds no tokenizer"):
+    with pytest.raises(ConfigError, match="contains no tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "bad.model").write_text("not a model")
     with pytest.raises(ConfigError, match=r"bad\.model: not a SentencePiece model"):

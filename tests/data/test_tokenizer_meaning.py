@@ -139,9 +139,9 @@ def other_end(config):
     "change, configure, message",
     [
         (lambda c: swap(c, "!", "7"), None, r"id \d+ is '7', not '!' \(and 1 more ids differ\)"),
-        (drop_merge, None, "text is cut otherwise: "),
-        (digits_apart, None, "text is cut otherwise: "),
-        (to_lower, None, "text is cut otherwise: "),
+        (drop_merge, None, "text is tokenized differently: "),
+        (digits_apart, None, "text is tokenized differently: "),
+        (to_lower, None, "text is tokenized differently: "),
         (make_ordinary, None, r"token 3 '<\|user\|>' is not a special token"),
         (None, other_end, r"its end-of-sequence token is 3 '<\|user\|>', not 1 '</s>'"),
     ],

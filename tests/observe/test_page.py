@@ -236,7 +236,7 @@ def test_experts_named_on_the_command_line(tmp_path, capsys):
     assert "headroom recovered on gcd: 50%" in checked(tmp_path / "page.html").titles
     with pytest.raises(SystemExit):
         tool.main([str(tmp_path / "student"), "--expert", "gcd"])
-    with pytest.raises(ReportError, match="to take accuracies from"):
+    with pytest.raises(ReportError, match="to read accuracies from"):
         read_run(tmp_path / "student", base=tmp_path / "none")
 
 
@@ -258,7 +258,7 @@ def test_charts_of_any_values_stay_inside(values):
             places += re.findall(r"translate\((\S+) (\S+)\)", picture)
             for x, y in places:
                 assert -1 <= float(x) <= width + 1 and -1 <= float(y) <= height + 1
-    assert "nothing yet" in svg.line_chart([])
+    assert "no data yet" in svg.line_chart([])
 
 
 def test_charts_belong_to_the_page():

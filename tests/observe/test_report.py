@@ -54,7 +54,7 @@ def test_every_panel_with_its_own_title_and_data(tmp_path, figures):
         "Accuracy on held-out prompts",
         "Response length (tokens)",
         "Gradient norm",
-        "Time of a step (seconds)",
+        "Time per step (seconds)",
     ]
     lines = {axes.get_title(loc="left"): axes.get_lines() for axes in figures[0].axes}
     assert np.allclose(lines["Gradient norm"][0].get_ydata(), [2 / i for i in range(1, 51)])
@@ -68,8 +68,8 @@ def test_every_panel_with_its_own_title_and_data(tmp_path, figures):
         ([{"loss": 2.0}], ["Loss"]),
         ([{"loss": 2.0}, {"loss": math.nan}, {"loss": 0.0}], ["Loss"]),
         ([{"accuracy/gcd": 0.5}], ["Accuracy on held-out prompts"]),
-        ([{"time/rollout": 1.0}], ["Time of a step (seconds)"]),
-        ([{"time/rollout": 1.0}, {"time/rollout": 1.0, "time/save": 2.0}], ["Time of a step (seconds)"]),
+        ([{"time/rollout": 1.0}], ["Time per step (seconds)"]),
+        ([{"time/rollout": 1.0}, {"time/rollout": 1.0, "time/save": 2.0}], ["Time per step (seconds)"]),
     ],
 )
 def test_runs_that_measured_little(tmp_path, figures, lines, expected):

@@ -199,7 +199,7 @@ def test_another_tokenizer_is_refused_with_what_differs_unless_allowed(models, t
     assert f"warning: teachers.expert.load: {expert} has a different tokenizer" in capsys.readouterr().out
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (expert / name).unlink()
-    with pytest.raises(ConfigError, match="holds no tokenizer"):
+    with pytest.raises(ConfigError, match="contains no tokenizer"):
         check()
 
 
