@@ -44,7 +44,7 @@ COMMANDS = {
     "python tools/generate.py": FLOW,
     "python tools/plan_pipeline.py": FLOW,
     "python tools/doctor.py": "tools/test_doctor.py",
-    "python tools/estimate.py": "training/test_memory.py",
+    "python tools/estimate.py": "estimate/test_memory.py",
     "python tools/upcycle_to_moe.py": MODEL,
     "python -m megatron_mopd.train --config launch/recipes/": LONG,
     "python -m tests.": LONG,

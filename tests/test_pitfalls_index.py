@@ -26,12 +26,12 @@ GUARDS = {
     "A detached divergence as the advantage of the sampled token: zero in expectation": (
         "objectives/test_pitfalls.py::test_which_sampled_token_losses_have_the_gradient_of_the_divergence",
         "objectives/test_pitfalls.py::test_the_per_token_divergence_cannot_be_differentiated",
-        "training/test_alarms.py::test_combinations_with_a_wrong_gradient_are_refused",
+        "run/test_alarms.py::test_combinations_with_a_wrong_gradient_are_refused",
     ),
     "The sampled token's log-ratio back-propagated: a gradient without the teacher in it": (
         "objectives/test_pitfalls.py::test_which_sampled_token_losses_have_the_gradient_of_the_divergence",
-        "training/test_alarms.py::test_combinations_with_a_wrong_gradient_are_refused",
-        "training/test_objectives.py::test_batch_equals_the_equations",
+        "run/test_alarms.py::test_combinations_with_a_wrong_gradient_are_refused",
+        "losses/test_objectives.py::test_batch_equals_the_equations",
     ),
     "Hidden states compared with their own tokens instead of the next ones": (
         "data/test_batching.py::test_a_hidden_state_predicts_the_token_after_it",
@@ -49,7 +49,7 @@ GUARDS = {
         "objectives/test_unwritten_memory.py::test_losses_of_states_and_heads_with_gaps_between_their_rows",
     ),
     "A gradient buffer of the head for every domain, teacher and term of a micro-batch": (
-        "training/test_head_gradient.py::test_twelve_domains_take_the_memory_of_one",
+        "losses/test_head_gradient.py::test_twelve_domains_take_the_memory_of_one",
         "objectives/test_micro_batch_head.py::test_gradients_are_those_of_the_sum",
     ),
     # Normalisation
@@ -77,8 +77,8 @@ GUARDS = {
     ),
     # Teachers
     "The student's own checkpoint as teacher, or one of another model, unnoticed": (
-        "training/test_alarms.py::test_a_teacher_that_equals_the_student_at_the_first_step",
-        "training/test_alarms.py::test_a_teacher_that_has_nothing_in_common_with_the_student",
+        "run/test_alarms.py::test_a_teacher_that_equals_the_student_at_the_first_step",
+        "run/test_alarms.py::test_a_teacher_that_has_nothing_in_common_with_the_student",
     ),
     "Gradient and optimizer memory for frozen teachers": (
         "training/test_teachers_leave_no_trace.py::test_teachers_leave_no_trace",
@@ -137,14 +137,14 @@ GUARDS = {
     ),
     # Operation
     "A verifier that gives every answer the same reward": (
-        "training/test_alarms.py::test_rewards_that_are_all_the_same",
+        "run/test_alarms.py::test_rewards_that_are_all_the_same",
     ),
     "Alarms that sound in every healthy run": (
-        "training/test_alarms.py::test_a_healthy_run_raises_none",
-        "training/test_alarms.py::test_a_mastered_task_is_no_broken_verifier",
+        "run/test_alarms.py::test_a_healthy_run_raises_none",
+        "run/test_alarms.py::test_a_mastered_task_is_no_broken_verifier",
     ),
     "A NaN that ends the run before the guard against NaN is asked": (
-        "training/test_not_finite.py::test_every_loss_leaves_its_step_out_and_goes_on",
+        "losses/test_not_finite.py::test_every_loss_leaves_its_step_out_and_goes_on",
         "faults/test_faults.py::test_weights_that_are_not_finite",
     ),
     "Interrupted rollouts sampled anew, which favours short ones": (
@@ -152,12 +152,12 @@ GUARDS = {
         "rollout/test_megatron_engine.py::test_tokens_follow_from_seed_and_index_alone",
     ),
     "Settings changed on resume and silently ignored; prompts skipped or repeated by another batch size": (
-        "training/test_resume.py::test_changed_settings_of_the_optimizer_take_effect",
-        "training/test_resume.py::test_a_run_goes_on_with_what_may_change_and_refuses_the_rest",
-        "training/test_resume_classes.py::test_a_changed_key_does_what_its_class_says",
+        "run/test_resume.py::test_changed_settings_of_the_optimizer_take_effect",
+        "run/test_resume.py::test_a_run_goes_on_with_what_may_change_and_refuses_the_rest",
+        "run/test_resume_classes.py::test_a_changed_key_does_what_its_class_says",
     ),
     "Ranks with other prompts, settings, tokenizers or models than the rest, training all the same": (
-        "training/test_ranks_agree.py::test_whatever_differs_is_named_with_the_ranks",
+        "run/test_ranks_agree.py::test_whatever_differs_is_named_with_the_ranks",
         "backend/test_agreement.py::test_the_first_difference_is_named_with_values_and_ranks",
     ),
     # What others wrote

@@ -1,9 +1,9 @@
 """Verifiers: score the correctness of a response, in [0, 1].
 
-``score(prompt, response)`` applies the verifier named by the prompt. A verifier that fails never stops a run:
-there is then no verdict, and failures are counted, so that a broken parser is not mistaken for a bad model.
-All verifiers look at the final answer only: what is outside ``<think>``, and inside ``<answer>`` tags if any.
-A response that never stops thinking has none, and scores 0 with every verifier.
+``score(prompt, response)`` applies the verifier named by the prompt. A failing verifier never stops a run:
+there is no verdict then, and failures are counted, so that a broken parser is not mistaken for a bad model.
+All verifiers score only the final answer: the part outside ``<think>``, and inside ``<answer>`` tags if there
+are any. A response that never stops thinking has no answer, and scores 0 with every verifier.
 
 Exact matches are computed here. Every other verifier parses or evaluates model output, so it runs in a
 confined process (`confinement`), with time and memory limits for answers and references.

@@ -20,7 +20,7 @@ from megatron_mopd.training.step import train_step
 from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import RankPool
-from tests.training.test_objectives import Known
+from tests.losses.test_objectives import Known
 
 COUNTS = (3, 1, 2)
 """Samples of each step: an odd number, fewer than ranks, and then enough."""

@@ -16,7 +16,7 @@ from megatron_mopd.run import checkpointing as checkpoint
 from tests import _runs
 from tests._distributed import RankPool
 from tests._models import GQA, MOE
-from tests.training.test_checkpoint import Tokenizer, make, steps
+from tests.run.test_checkpoint import Tokenizer, make, steps
 
 OTHER_OPTIMIZER = dict(
     lr=3e-3,

@@ -18,7 +18,7 @@ from megatron_mopd.training.step import train_step
 from megatron_mopd.training.step_batch import plan_step
 from tests import _models
 from tests._distributed import RankPool
-from tests.training.objective_oracle import Sample, batch_loss
+from tests.losses.objective_oracle import Sample, batch_loss
 
 MIMO = dict(  # MiMo-V2-Flash, arXiv 2601.02780, 4.4
     kind="sampled_token",
