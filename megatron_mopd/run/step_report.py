@@ -51,7 +51,7 @@ def alarms_of(
     skipped = run.learner.skipped
     if skipped.in_a_row:
         message = (
-            f"step {batch.iteration + 1} was left out: its loss or a gradient is not finite (see evidence/)"
+            f"step {batch.iteration + 1} was skipped: its loss or a gradient is not finite (see evidence/)"
         )
         return [*messages, message + "".join(f"; {cause}" for cause in skipped.causes[:1])]
     messages += alarms.step(metrics)

@@ -183,7 +183,7 @@ def test_gradients_that_are_not_finite(directory):
     assert names == {"chunk 0: module.decoder.final_layernorm.weight": {"not_finite": 1, "elements": 32}}
     batch = json.loads((evidence / "batch.json").read_text())
     assert len(batch["batch"]) == 4 and all(sample["response_ids"] for sample in batch["batch"])
-    assert "ALARM: step 2 was left out" in job.stdout[0]
+    assert "ALARM: step 2 was skipped" in job.stdout[0]
 
 
 def test_a_flipped_exponent_bit_of_a_gradient(directory):
@@ -194,7 +194,7 @@ def test_a_flipped_exponent_bit_of_a_gradient(directory):
     assert [line.get("skipped_steps") for line in read_metrics(directory / "flipped")][1] == 1
     (found,) = json.loads((directory / "flipped/evidence/iter_0000002/rank_1.json").read_text()).values()
     assert found["not_finite"] == 1
-    assert "ALARM: step 2 was left out" in job.stdout[0]
+    assert "ALARM: step 2 was skipped" in job.stdout[0]
 
 
 def test_weights_that_are_not_finite(directory, reference):
