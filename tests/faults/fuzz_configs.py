@@ -117,7 +117,7 @@ def changed(base: dict, mutations) -> dict:
 
 
 def cut_down(config: Config, directory: str) -> Config:
-    """The same configuration with its own run directory and sizes at which a step takes less than a second."""
+    """The same configuration with its own run directory and sizes small enough for sub-second steps."""
 
     def limited(section, **limits):
         smaller = {name: limit for name, limit in limits.items() if (getattr(section, name) or 0) > limit}

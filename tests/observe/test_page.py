@@ -1,4 +1,4 @@
-"""The report page: complete and self-contained whatever the run recorded; one error line if it has nothing."""
+"""The report page: complete and self-contained whatever the run recorded; one error line for an empty run."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture
 def hold(tmp_path):
-    """`hold(work)`: start another process that locks the directory, does `work` and then waits to be killed."""
+    """`hold(work)`: start a process that locks the directory, does `work` and then waits to be killed."""
     processes = []
 
     def hold(work=lambda: None):
@@ -106,7 +106,7 @@ def test_a_lock_that_goes_while_it_is_taken(tmp_path, monkeypatch):
 
 
 def test_a_lock_that_another_host_left(tmp_path, hold, monkeypatch, capsys):
-    """No process touches it: it is free after `SILENCE_SECONDS`, or at once if it was last touched long ago."""
+    """No process touches it: it is free after `SILENCE_SECONDS`, at once if its last touch is older."""
     monkeypatch.setattr(run_lock, "SILENCE_SECONDS", 1.5)
     holder = hold()
     holder.kill()
@@ -130,7 +130,7 @@ def test_a_lock_that_another_host_left(tmp_path, hold, monkeypatch, capsys):
 
 
 def test_a_lock_that_another_host_holds(tmp_path, hold, monkeypatch):
-    """Where file locks are not visible to other hosts, a recent modification time shows that the run is alive."""
+    """Where other hosts cannot see file locks, a recent modification time shows that the run is alive."""
 
     def no_lock(*arguments):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
