@@ -65,7 +65,7 @@ class Reduced:
 
 
 def blind(real: dict) -> Reduced:
-    """An `OrderedDict` with the entries of `real` that iterates over none: its `items` is `torch.Size`."""
+    """An `OrderedDict` with the entries of `real` whose `items()` returns an empty `torch.Size`."""
     return Reduced(OrderedDict, (), {"items": torch.Size}, None, iter(real.items()))
 
 

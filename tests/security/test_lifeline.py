@@ -203,7 +203,7 @@ def test_several_hosts_with_a_secret(job):
 
 
 def test_several_hosts_without_a_secret(job):
-    """They still detect a death, and rank 0 warns that the connection is not protected."""
+    """They still detect a death, and rank 0 warns about the missing secret."""
     ranks = [job.start(rank, world_size=2, environment=SEVERAL_HOSTS) for rank in (0, 1)]
     wait_for(lambda: ranks[0].do(joined) == 1)
     key = job.announced()[1]
