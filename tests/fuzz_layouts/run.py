@@ -39,7 +39,7 @@ class Outcome:
 
     metrics: list[dict[str, float]] = field(default_factory=list)
     gradients: list[list[tuple]] = field(default_factory=list)
-    """Those of every step; empty where the distributed optimizer leaves each rank only a shard of the sums."""
+    """Those of every step; empty where the distributed optimizer leaves each rank a shard of the sums."""
     weights: list[tuple] = field(default_factory=list)
     expert_biases: dict[int, Tensor] = field(default_factory=dict)
     """By layer."""
