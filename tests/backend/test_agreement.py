@@ -1,4 +1,4 @@
-"""Ranks that disagree are told so: one small collective while they agree, else one message on all of them."""
+"""Agreement between ranks: one small collective if they agree, otherwise one message on all of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def counted(collective, sent):
 
 
 def answer(rank, by_rank, errors):
-    """What a rank is told, and (collective, bytes this rank puts in) of everything that was sent."""
+    """A rank's error message or `None`, and (collective, bytes that this rank sends) of every collective."""
     sent = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("all_reduce", "all_gather", "broadcast_object_list"):
@@ -63,8 +63,8 @@ def test_the_first_difference_is_named_with_values_and_ranks(pool):
     assert [name for name, _ in sent] == [
         "all_reduce", "all_gather", "broadcast_object_list", "broadcast_object_list", "all_gather",
     ]  # fmt: skip
-    assert [size for name, size in sent if name == "all_gather"] == [8, 8], "bytes a rank, whatever the facts"
-    # Two ranks that differ in different things: that of the first is told, and on which ranks it is.
+    assert [size for name, size in sent if name == "all_gather"] == [8, 8], "bytes per rank for any facts"
+    # Two ranks differ in different facts: the message names the first rank's, and the ranks of each value.
     message, _ = told(pool, {None: same, 1: same | {"seed": "2"}, 3: same | {"torch": "2.10"}})
     assert message == "ranks differ in seed: <1> on ranks 0, 2-3, <2> on rank 1; mend it"
     # Rank 0 is the odd one out.
@@ -78,7 +78,8 @@ def test_what_one_rank_lacks(pool):
 
 
 def test_errors(pool):
-    """One that all ranks have is told as it is; one of some ranks, with them; settings come before it."""
+    """An error on all ranks is reported as it is, one on some ranks with those ranks, and differing settings
+    before either."""
     whole, part = {"lr": "0.1", "prompts": "x"}, {"lr": "0.1"}
     message, sent = told(pool, {None: part}, dict.fromkeys(range(4), "a.yaml: wrong"))
     assert message == "a.yaml: wrong" and sent == [("all_reduce", 16)]

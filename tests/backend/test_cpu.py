@@ -1,4 +1,4 @@
-"""What the CPU backend asks of the C library."""
+"""Settings that the CPU backend requests from the C library."""
 
 import ctypes
 import os

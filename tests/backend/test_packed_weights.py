@@ -1,4 +1,4 @@
-"""Products with weights cut into panels equal the plain ones, and are used only where they gain."""
+"""Products with weights packed into panels equal the plain ones, and are used only where they are faster."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ from megatron_mopd.backend.packed_weights import PackedWeights
 
 @pytest.fixture(params=[1, 2], ids="{} threads".format)
 def threads(request, monkeypatch):
-    """What is asked how many there are; two real ones in this process would break the ranks it forks."""
+    """Fake the number of threads, because two real ones in this process would break the ranks it forks."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
 
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("outputs", [640, 700])  # whole panels, and a rest
+@pytest.mark.parametrize("outputs", [640, 700])  # whole panels, and a remainder
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 4, 32, 128, 129])
 def test_products_equal_plain_ones(rows, bias, outputs, dtype, atol):
@@ -27,7 +27,7 @@ def test_products_equal_plain_ones(rows, bias, outputs, dtype, atol):
     assert len(weights) == 1
     with torch.no_grad():
         found = weights.linear(x, weight, added)
-        # Rows that do not lie together, as after a transposition.
+        # Non-contiguous rows, as after a transposition.
         apart = weights.linear(x.transpose(0, 1).contiguous().transpose(0, 1), weight, added)
     exact = F.linear(x.double(), weight.double(), added.double() if bias else None)
     # 500 products of size 1: rounding of at most a few 1e-6 each; a wrong panel is off by 20.
@@ -38,16 +38,16 @@ def test_products_equal_plain_ones(rows, bias, outputs, dtype, atol):
 
 @pytest.mark.usefixtures("threads")
 def test_the_packed_copy_is_what_is_multiplied():
-    """It does not follow the weight, so results show which of the two was read."""
+    """The packed copy does not follow the weight, so results show which of the two was read."""
     weight, x = torch.ones(600, 500), torch.ones(129, 500)
     weights = PackedWeights([weight])
     weight.zero_()
     assert weights.linear(x[:128], weight).eq(500).all()
     assert weights.linear(x[:4], weight).eq(500).all()
     assert weights.linear(x, weight).eq(0).all()  # more rows than a decoding step has
-    assert weights.linear(x[:3], weight).eq(0).all()  # so few that the plain product is as fast
+    assert weights.linear(x[:3], weight).eq(0).all()  # so few rows that the plain product is as fast
     assert weights.linear(x[:0], weight).shape == (0, 600)
-    assert weights.linear(x[:4], weight.clone()).eq(0).all()  # a weight that it does not know
+    assert weights.linear(x[:4], weight.clone()).eq(0).all()  # a weight that was not packed
 
 
 def test_what_is_not_packed():

@@ -1,4 +1,4 @@
-"""Starting the ranks and laying groups over them: who is missing, which sizes fit, what is patched where."""
+"""Starting the ranks and creating their groups: missing ranks, sizes that fit, and patches per backend."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def store(monkeypatch):
-    """A rendezvous that an agent serves, as under torchrun; this process is rank 1 of three."""
+    """A rendezvous served by an agent, as under torchrun; this process is rank 1 of three."""
     with Agent() as agent:
         for name, value in dict(
             RANK="1",
@@ -49,7 +49,7 @@ def test_missing_ranks_are_named(store, monkeypatch):
         parallel.start_ranks(CPU, 0.01)
     assert time.monotonic() - begun < 30
     assert not dist.is_initialized()
-    # Rank 0 of the same attempt arrived; a rank of the attempt before does not count.
+    # Rank 0 of the same attempt has arrived; ranks of the previous attempt do not count.
     store.set("megatron_mopd/0/arrived/0", "yes")
     with pytest.raises(ConfigError, match="only 2 of 3 ranks started .* missing: 2. "):
         parallel.start_ranks(CPU, 0.01)
@@ -68,7 +68,7 @@ def test_ranks_on_other_devices_are_named(store):
 
 
 def test_agents_that_count_restarts_differently(store, monkeypatch):
-    """Rank 0 serves the store (launch/train.sh on several nodes): a replaced node's count begins at 0."""
+    """Rank 0 serves the store (launch/train.sh on several nodes): a replaced node's count starts at 0."""
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     store.set("megatron_mopd/0/arrived/0", "yes")
@@ -118,7 +118,7 @@ def test_variables_of_the_launcher(variables, changes, expected):
 
 
 def test_whether_a_job_is_on_one_host():
-    """Known only where the launcher says so: the lifeline then needs no secret from the user."""
+    """Known only if the launcher says so; the lifeline then needs no secret from the user."""
     assert Launch(0, 1, 0, None).is_on_one_host
     for here, is_on_one_host in ((3, True), (2, False), (None, False)):
         assert Launch(1, 3, 1, ("127.0.0.1", 29500), here).is_on_one_host is is_on_one_host
@@ -196,7 +196,7 @@ def test_sizes_that_fit():
     fits = dict(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=3)
     parallel.validate_layout(ParallelConfig(**fits, virtual_pipeline_model_parallel_size=2), 12, **MODEL)
     parallel.validate_layout(ParallelConfig(**fits, expert_model_parallel_size=2), 12, **EXPERTS)
-    # More tensor-parallel ranks than query groups: each group is on several of them.
+    # More tensor-parallel ranks than query groups: each group is replicated on several of them.
     few = MODEL | dict(num_query_groups=2)
     parallel.validate_layout(ParallelConfig(tensor_model_parallel_size=4), 12, **few)
 
@@ -225,7 +225,7 @@ def who_speaks(rank, reports):
     os.environ["TORCHELASTIC_ERROR_FILE"] = f"{reports}/{rank}.json"
     if rank == 1:
         return failure.is_first_to_fail("rank 1 ran out of luck")
-    time.sleep(0.3)  # the consequence comes after the cause
+    time.sleep(0.3)  # the consequential failure comes after its cause
     return failure.is_first_to_fail("rank 1 has gone")
 
 
@@ -234,7 +234,7 @@ def test_only_the_first_failing_rank_speaks(tmp_path):
     (report,) = tmp_path.iterdir()
     assert report.name == "1.json"
     failed = ProcessFailure(local_rank=1, pid=1, exitcode=1, error_file=str(report))
-    assert failed.message["message"] == "rank 1 ran out of luck", "as torchrun reads it"
+    assert failed.message["message"] == "rank 1 ran out of luck", "torchrun reads this key"
     assert abs(failed.timestamp - time.time()) < 300
 
 
@@ -276,7 +276,7 @@ print(json.dumps([on_cuda, changed("auto")]))
 
 
 def test_nothing_is_patched_on_cuda():
-    """In an interpreter of its own: what `select_device` changes cannot be taken back."""
+    """In a separate interpreter, because the changes of `select_device` cannot be undone."""
     result = subprocess.run(
         [sys.executable, "-c", WHAT_IS_PATCHED],
         capture_output=True,
@@ -289,7 +289,7 @@ def test_nothing_is_patched_on_cuda():
     assert device == "cuda:0"
     assert on_cuda == []
     assert {"torch.zeros", "Tensor.cuda", "cuda.Stream", "dist.all_to_all_single"} <= set(on_cpu)
-    # The package's filter, seen from outside: nobody is told that Apex is not there.
+    # The package's log filter works: no warning about missing Apex or Transformer Engine appears.
     assert not re.search("Apex|Transformer Engine", result.stderr), result.stderr
 
 

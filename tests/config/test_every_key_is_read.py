@@ -1,7 +1,7 @@
-"""Every configuration key is read by something outside the configuration's own definition.
+"""Every configuration key is read outside the configuration's own definition.
 
-The package's source is searched for reads of the key as an attribute of its section: `config.optimizer.lr`,
-or of a variable that stands for the section. A key that nothing reads would be a promise that nobody keeps.
+The test searches the package's source for reads of the key as an attribute of its section, as in
+`config.optimizer.lr`, or of a variable that holds the section. A key that nothing reads has no effect.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_mopd.config import Config, schema
 
 PACKAGE = Path(megatron_mopd.__file__).parent
 
-# What a section is called where its keys are read: its own name, and the variables that hold it.
+# The names under which a section's keys are read: the section's own, and those of variables that hold it.
 ALIASES = {
     "Config": {"config"},
     "ModelConfig": {"student", "model", "loaded", "architecture"},
@@ -38,7 +38,7 @@ ALIASES = {
 
 
 def sections(cls=Config) -> set[type]:
-    """Every dataclass that a configuration is made of."""
+    """Every dataclass of the configuration."""
     found = {cls}
     for hint in typing.get_type_hints(cls).values():
         for inner in (hint, *typing.get_args(hint)):
@@ -48,7 +48,7 @@ def sections(cls=Config) -> set[type]:
 
 
 def reads(source: str) -> set[tuple[str, str]]:
-    """(name of what is before the dot, attribute) of every attribute that is read."""
+    """(name before the dot, attribute) of every attribute that is read."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
@@ -66,7 +66,7 @@ def unread(cls: type, found: set[tuple[str, str]]) -> list[str]:
 
 
 def all_reads() -> set[tuple[str, str]]:
-    # The schema defines; the loader checks ranges, which is no use of a key.
+    # The schema defines keys, and the loader's range checks do not count as uses.
     files = [p for p in PACKAGE.rglob("*.py") if p.name not in ("schema.py", "loading.py")]
     return set().union(*(reads(path.read_text()) for path in files))
 
@@ -77,7 +77,7 @@ def test_every_section_is_walked():
 
 
 EXCEPTIONS = {
-    # Resolved on the nested dictionaries, before there are dataclasses (`recipes.with_recipe`).
+    # Resolved on the nested dictionaries, before the dataclasses are created (`recipes.with_recipe`).
     "Config": {"recipe"},
 }
 

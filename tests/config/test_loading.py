@@ -1,4 +1,4 @@
-"""Reading a configuration: types, unknown keys and the nearest known one, overrides, YAML that is none."""
+"""Reading a configuration: types, unknown keys and the nearest known one, overrides, invalid YAML."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def test_every_kind_of_value(tmp_path):
         (None, "gcd", 1),
     ]
     assert config.objective.per_domain == {"math": {"kind": "forward_kl"}, "code": {"kind": "sampled_token"}}
-    assert config.optimizer.lr == 1e-4, "YAML 1.1 reads 1e-4 as text"
+    assert config.optimizer.lr == 1e-4, "YAML 1.1 reads 1e-4 as a string"
     assert isinstance(config.optimizer.clip_grad, float) and isinstance(config.data.prompts[0].weight, float)
     assert config.rollout.stop_token_ids == [7, 8]
     assert config.parallel.sequence_parallel is True
-    assert config.schedule == Config().schedule, "sections that are not named have their defaults"
+    assert config.schedule == Config().schedule, "omitted sections must have their defaults"
 
 
 def test_saved_and_read_again_it_is_the_same(tmp_path):
@@ -97,11 +97,11 @@ def test_fields_of_megatron_core_are_as_the_user_wrote_them():
     written = dict(layernorm_epsilon="1e-6", moe_aux_loss_coeff=1, q_lora_rank=None, softmax_scale=None)
     model = config_from_dict({"run_dir": "x", "student": written}).student
     assert model.transformer == written | {"layernorm_epsilon": 1e-6}
-    assert type(model.transformer["moe_aux_loss_coeff"]) is int, "a checkpoint's fingerprint has its spelling"
+    assert type(model.transformer["moe_aux_loss_coeff"]) is int, "a checkpoint's fingerprint depends on it"
 
 
 def test_every_text_may_come_from_the_environment():
-    """A plain `str` would lose what `interpolation.EnvironmentText` says: that its value is not shown."""
+    """A plain `str` would lose `interpolation.EnvironmentText`, which marks values that must not be shown."""
     texts = {
         f"{cls.__name__}.{name}": hint
         for cls in vars(schema).values()

@@ -1,4 +1,4 @@
-"""What the configuration refuses about objectives, and how domains and recipes are put together."""
+"""Objectives that the configuration rejects, and how domains and recipes combine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def build(objective=None, **sections):
 PG = dict(kind="sampled_token")
 REFUSED = [
     (dict(kind="full_vocab"), {}, "'full_vocab' is not one of .*did you mean 'full_vocab_kl'"),
-    # KL as a detached advantage, and the log-ratio back-propagated directly.
+    # KL as a detached advantage, and a log-ratio that is differentiated directly.
     (dict(apply_as="advantage"), {}, "expected gradient of a divergence is zero.*sampled_token, grpo"),
     (PG | dict(apply_as="loss"), {}, "does not depend on the teacher.*full_vocab_kl"),
     (dict(policy_loss="ppo_clip"), {}, "does not apply to kind full_vocab_kl.*sampled_token or grpo"),
@@ -82,7 +82,7 @@ def test_domains_override_and_inherit():
     config = build(objective, rollout=dict(samples_per_prompt=2))
     of = DomainObjectives(config.objective).of
     assert of("elsewhere") is config.objective
-    # What is inherited and means something stays, what means nothing for the kind goes.
+    # Inherited keys that apply to the kind are kept, the others are dropped.
     assert (of("chat").kind, of("chat").rollout_correction, of("chat").log_ratio_clamp) == (
         "jsd",
         "icepop",

@@ -1,4 +1,4 @@
-"""Every file under launch/recipes is a configuration, and the tiny ones differ in nothing but the recipe."""
+"""Every file under launch/recipes is a valid configuration, and the tiny ones differ only in the recipe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_real_scale(name):
     published = RECIPES[name]
     for section in ("objective", "optimizer", "schedule"):
         for key, value in published[section].items():
-            assert getattr(getattr(config, section), key) == value, f"{section}.{key} is the recipe's"
+            assert getattr(getattr(config, section), key) == value, f"{section}.{key} is not the recipe's"
 
 
 def test_the_larger_student_is_an_override():
@@ -66,7 +66,7 @@ echo "trained $run_dir"
 
 
 def test_the_stages_of_iterated_find_each_other(tmp_path):
-    """The script with a stand-in for training, which wants the checkpoints that its stage needs and leaves
+    """Run the script with a stand-in for training that requires the checkpoints its stage needs, and writes
     one itself."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text(STAND_IN)

@@ -1,5 +1,5 @@
-"""Micro-batches: which hidden state predicts which token, what counts in the loss, and equal counts on all
-ranks."""
+"""Micro-batches: which hidden state predicts which token, which tokens count in the loss, and equal numbers
+of micro-batches on all ranks."""
 
 import random
 
@@ -25,7 +25,7 @@ LAYOUTS = [
 
 
 def trajectories(count=7, seed=0):
-    """Every token of the batch is another number, so a token says where it came from."""
+    """Every token of the batch has a different id, so a token identifies its position."""
     rng, number, result = random.Random(seed), 1, []
     for index in range(count):
         prompt, response = rng.randint(1, 9), rng.randint(0, 9)
@@ -47,7 +47,7 @@ def micro_batches(batch, layout, fixed=False):
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_hidden_state_predicts_the_token_after_it(layout, fixed):
-    """Without this shift a model learns to copy. Ids are consecutive, so the next token is one more."""
+    """Without this shift a model learns to copy. Ids are consecutive, so the next token is one higher."""
     batch = trajectories()
     predicted = []
     for parts in micro_batches(batch, layout, fixed):
@@ -61,7 +61,7 @@ def test_a_hidden_state_predicts_the_token_after_it(layout, fixed):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_neither_prompts_nor_padding_count(layout):
-    """Prompt tokens, a response's missing successor, padding rows and columns: none has a loss."""
+    """Prompt tokens, the position after a response's last token, and padding have no loss."""
     batch = trajectories()
     for parts in micro_batches(batch, layout, fixed=True):
         members = parts[0].trajectories
@@ -77,7 +77,7 @@ def test_neither_prompts_nor_padding_count(layout):
 
 
 def test_every_rank_gets_as_many_micro_batches(seed=0):
-    """Ranks that share a collective wait for ever for a micro-batch that one of them lacks."""
+    """Ranks in a collective would wait forever for a micro-batch that one of them lacks."""
     rng = random.Random(seed)
     for dp_size in (1, 2, 3, 4):
         for count in (0, 1, 5, 16):

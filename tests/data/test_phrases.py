@@ -1,4 +1,4 @@
-"""Phrases that a task's prompts share, and a tokenizer that reads them as single tokens."""
+"""Phrases shared by a task's prompts, and a tokenizer that encodes them as single tokens."""
 
 import random
 
@@ -13,7 +13,7 @@ def test_the_fixed_parts_are_found_and_what_varies_is_not_in_them():
 
 
 def test_phrases_do_not_end_inside_words_or_numbers():
-    """All prompts begin with 'number 1' and end in 'items', but 12 and 17 are other numbers than 1."""
+    """All prompts begin with 'number 1' and end in 'items', but 12 and 17 are not the number 1."""
     texts = [f"number 1{n} of {m}9 items" for n in range(10) for m in range(10)]
     for phrase in shared_phrases(texts, shortest=3):
         assert not phrase[-1:].isdigit() and not phrase[:1].isdigit(), phrase

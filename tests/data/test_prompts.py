@@ -1,4 +1,4 @@
-"""Prompts: reading, checking, mixing in exact proportion, and the same batch on every rank and resume."""
+"""Prompts: reading, checking, mixing in exact proportions, and the same batch on every rank and resume."""
 
 import collections
 import json
@@ -23,7 +23,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def load(tokenizer, tmp_path):
-    """Loads one source written as lines, or given as keywords."""
+    """Loads one source, given as lines or as keywords."""
 
     def load(*lines, seq_length=256, **source):
         if lines:
@@ -106,7 +106,7 @@ def test_source_settings_over_lines(load):
         ),
         ({"prompt": "divisor " * 300, "domain": "a"}, r"p\.jsonl:2: prompt of \d+ tokens leaves no room"),
         ({"prompt": "x", "domain": "  "}, r"p\.jsonl:2: `domain` must be a name"),
-        # What JSON can say and nobody can use.
+        # Valid JSON that is unusable.
         (
             '{"prompt": "a\\ud83d b", "domain": "a"}',
             r"p\.jsonl:2: `prompt` has half a character at position 1",
@@ -121,7 +121,7 @@ def test_source_settings_over_lines(load):
         ('{"prompt": "a", "domain": "a", "answer": 1e400}', r"p\.jsonl:2: `answer` is inf"),
         ('{"prompt": "a", "domain": "a", "answer": NaN}', r"p\.jsonl:2: `answer` is nan"),
         ('{"prompt": "a", "x": ' + 100_000 * "[" + 100_000 * "]" + "}", r"p\.jsonl:2: .*nested too deeply"),
-        # What a chat template would show, and we would leave out.
+        # Fields that a chat template would render and this package would drop.
         ({"prompt": "x", "domain": "a", "tools": [{"type": "function"}]}, r"p\.jsonl:2: `tools` is not supp"),
         (
             {"prompt": [{"role": "assistant", "content": "", "tool_calls": [{}]}], "domain": "a"},
@@ -151,7 +151,7 @@ def test_bad_lines_are_named(load, line, message):
 
 
 def test_a_prompt_that_ends_inside_thinking(load):
-    """As the prompts of chat templates do that open `<think>` for the model."""
+    """Some chat templates end the prompt with an open `<think>`."""
     texts = ["a <think>\n", "<think>a</think> b", "b", "c <think>d</think><think>"]
     prompts = load(*({"prompt": text, "domain": "a"} for text in texts))
     assert [p.opens_thinking for p in prompts] == [True, False, False, True]
@@ -248,7 +248,7 @@ def test_fingerprint_sees_answers_and_order(load):
 
 
 def test_prompts_do_not_depend_on_string_hashing():
-    """Two ranks are two processes, and Python orders sets of strings differently in each."""
+    """Ranks are separate processes, and Python orders sets of strings differently in each."""
     script = (
         "import reasoning_gym; dataset = reasoning_gym.create_dataset('ransom_note', seed=2**20, size=2);"
     )

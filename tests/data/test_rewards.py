@@ -1,4 +1,4 @@
-"""Rewards in worker processes: order, verifiers that fail or hang, and that the caller does not wait."""
+"""Rewards in worker processes: order, verifiers that fail or hang, and submission without waiting."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_scores_come_back_in_order(workers):
 
 
 def test_a_verifier_that_hangs_or_crashes_costs_one_reward(workers):
-    """The sample stays with its reward missing and counted; the ones after it are judged."""
+    """The sample stays, its reward is missing and counted; the samples after it are scored."""
     pairs = [
         (prompt("4", "math_verify"), "4"),
         (prompt("4", "math_verify"), "9**9**9**9"),
@@ -33,7 +33,7 @@ def test_a_verifier_that_hangs_or_crashes_costs_one_reward(workers):
         (prompt("5", "math_verify"), "5"),
     ]
     futures = workers.submit(pairs)
-    assert not futures[0].done(), "handing over must not wait for a verifier, and one hangs for 3 s"
+    assert not futures[0].done(), "submitting must not wait for a verifier, and one hangs for 3 s"
     scores = scores_of(futures)
     assert [s.raw for s in scores] == [1.0, None, None, None, None, 1.0]
     assert [s.crashed for s in scores] == [False, True, True, True, False, False]

@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, special tokens, chat templates, fingerprints, saving, and bad directories."""
+"""Tokenizers: round trips, special tokens, chat templates, fingerprints, saving, and invalid directories."""
 
 import json
 import random
@@ -204,7 +204,7 @@ def test_bad_paths(tmp_path):
 
 
 def test_a_tokenizer_that_cannot_encode(huggingface_directory, tmp_path):
-    """It loads, and fails at the first text: refused before a run."""
+    """A tokenizer that loads but fails on the first text is refused before a run."""
     directory = shutil.copytree(huggingface_directory, tmp_path / "copy")
     settings = json.loads((directory / "tokenizer_config.json").read_text()) | {"model_max_length": "long"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -1,5 +1,5 @@
-"""Fingerprints of tokenizers: equal for equal meanings however they are written, and what messages say of
-others."""
+"""Tokenizer fingerprints: equal for tokenizers that behave the same, however they are stored; messages name
+the differences of others."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def copy(original, tmp_path):
-    """A copy whose `tokenizer.json` and `tokenizer_config.json` were changed by functions."""
+    """A copy whose `tokenizer.json` and `tokenizer_config.json` are changed by functions."""
 
     def make(change=unchanged, configure=unchanged, **layout):
         directory = tmp_path / "copy"
@@ -36,7 +36,7 @@ def copy(original, tmp_path):
 
 
 def as_an_older_release(content):
-    """What later releases of `tokenizers` added or write otherwise, taken back."""
+    """Rewrite `tokenizer.json` as older releases of `tokenizers` wrote it."""
     model = content["model"]
     for default in ("ignore_merges", "byte_fallback", "fuse_unk", "dropout", "unk_token"):
         model.pop(default, None)
@@ -81,7 +81,7 @@ def test_a_sentencepiece_model_and_its_conversion_are_the_same(tokenizer_class, 
     (both / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": tokenizer_class, "eos_token": "</s>", "unk_token": "<unk>"})
     )
-    if saved:  # tokenizer.json beside tokenizer.model
+    if saved:  # tokenizer.json next to tokenizer.model
         transformers.AutoTokenizer.from_pretrained(both).save_pretrained(both)
     alone, converted = load_tokenizer(tmp_path / "model"), load_tokenizer(both)
     assert type(alone) is not type(converted)

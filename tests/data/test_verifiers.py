@@ -1,4 +1,4 @@
-"""Verifiers: right answers, wrong ones, failures that are counted, and other threads."""
+"""Verifiers: correct and wrong answers, failures that are counted, and other threads."""
 
 import dataclasses
 import os
@@ -132,7 +132,7 @@ def test_math_verify_off_the_main_thread():
 
 
 def test_an_answer_that_never_ends_is_given_up(monkeypatch):
-    """One C call that takes forever: no signal and no thread could end it. The next response is scored."""
+    """One C call takes forever, and no signal or thread can end it. The next response is scored."""
     monkeypatch.setattr(verifiers, "TIMEOUT_SECONDS", 0.5)
     assert score(task_prompt("countdown"), "9**9**9**9") == Score(None, crashed=True)
     monkeypatch.setattr(verifiers, "TIMEOUT_SECONDS", 20.0)
@@ -150,7 +150,7 @@ def test_a_forked_child_has_its_own_scoring_process():
 
 
 def test_alarms_of_others_survive():
-    """math-verify's own timeout would cancel this one."""
+    """math-verify's own timeout would cancel this alarm."""
     before = signal.getitimer(signal.ITIMER_REAL)[0]
     old = signal.signal(signal.SIGALRM, lambda *_: None)
     try:
@@ -184,7 +184,7 @@ def test_final_answer():
 
 @pytest.mark.parametrize("response", ["<think>is it {}", "<think>no</think><think><answer>{}</answer>"])
 def test_an_answer_inside_thinking_that_never_ends(response):
-    """Every verifier judges what was answered, and nothing was; after the thinking the same text is right."""
+    """No verifier accepts an answer inside unfinished thinking; after `</think>` the same text is correct."""
     task = task_prompt("gcd")
     for example in (prompt("7"), prompt("7", "math_verify"), task):
         inside = response.format(example.answer)

@@ -1,13 +1,14 @@
-"""Mutated configurations: each trains one step of a small model, or is refused with a key's name.
+"""Mutated configurations: each trains one step of a small model, or is rejected with an error naming a key.
 
     python -m tests.faults.fuzz_configs [--count 10000] [--seed 0] [--train-every 1]
-    python -m tests.faults.fuzz_configs --every-key    # each key with each value at an edge, one at a time
+    python -m tests.faults.fuzz_configs --every-key    # each key with each edge-case value, one at a time
 
 Each configuration is a valid one with one to three changes: a value of any type and size, a missing or
-misspelt key, a section that is none. What is accepted runs in a process of its own: everything is built and
-one rollout and one optimizer step are done, with sizes cut down (a model of 10^12 weights is a valid
-configuration). Anything but success and `ConfigError` is a failure, and so is an error that names no key, and
-more than `--seconds` for one of them. Prints each failure once, and the tally; status 1 when there was one.
+misspelt key, or a section that is not a mapping. Each accepted configuration runs in a separate process,
+which builds everything and runs one rollout and one optimizer step, with sizes reduced (a model of 10^12
+weights is a valid configuration). Anything other than success or a `ConfigError` is a failure, and so are an
+error that names no key and a configuration that takes more than `--seconds`. Prints each distinct failure
+once, then the tally; exits with status 1 if there were failures.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from tests.faults import harness
 
 
 def choices_of(hint: Any) -> list[str]:
-    """Every name that some key of a section chooses from."""
+    """Every name that some key of a section accepts as a choice."""
     is_section = dataclasses.is_dataclass(hint)
     inner = typing.get_type_hints(hint).values() if is_section else typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
@@ -65,7 +66,7 @@ ODD += ["\ud83d", {"\udc00": "x"}, 10**5000, -(10**400), functools.reduce(lambda
 
 
 def paths_of(cls: type, prefix: tuple = ()) -> list[tuple]:
-    """Every key of the configuration's sections as a path; list sections by their first entry."""
+    """Every key of the configuration's sections as a path; in a list of sections, the first entry's keys."""
     found = []
     for name, hint in typing.get_type_hints(cls).items():
         inner = next(iter(typing.get_args(hint)), None) if typing.get_origin(hint) is list else None
@@ -89,8 +90,8 @@ ACTIONS = ["set", "set", "set", "set", "drop", "misspell"]
 
 
 def some_changes(rng: random.Random) -> list[tuple]:
-    """One to three mutations: what to do, where, and with which value. They follow from the state of `rng`
-    alone (hypothesis also draws from the constants of whatever modules happen to be imported).
+    """One to three mutations: (action, path, value). They depend on the state of `rng` alone (hypothesis also
+    draws from the constants of whichever modules happen to be imported).
     """
     return [
         (rng.choice(ACTIONS), rng.choice(PATHS), rng.choice(rng.choice((NUMBERS, WORDS, ODD))))
@@ -99,7 +100,7 @@ def some_changes(rng: random.Random) -> list[tuple]:
 
 
 def changed(base: dict, mutations) -> dict:
-    """The configuration `base` after some mutations; those whose place is gone are left out."""
+    """The configuration `base` with the mutations applied; those whose path no longer exists are skipped."""
     result = copy.deepcopy(base)
     for action, path, value in mutations:
         place: Any = result
@@ -116,7 +117,7 @@ def changed(base: dict, mutations) -> dict:
 
 
 def cut_down(config: Config, directory: str) -> Config:
-    """The same with sizes at which a step takes a fraction of a second, in a run directory of its own."""
+    """The same configuration with its own run directory and sizes small enough for sub-second steps."""
 
     def limited(section, **limits):
         smaller = {name: limit for name, limit in limits.items() if (getattr(section, name) or 0) > limit}
@@ -145,7 +146,7 @@ def cut_down(config: Config, directory: str) -> Config:
 
 
 def one_step(config: Config, directory: str) -> None:
-    """Everything that `train` builds, one rollout and one optimizer step."""
+    """Build everything that `train` builds, then run one rollout and one optimizer step."""
     run = build_run(cut_down(config, directory))
     sampler = PromptSampler(run.prompts, config.seed)
     trajectories, routing = train.sample(run, sampler, 0)
@@ -155,8 +156,10 @@ def one_step(config: Config, directory: str) -> None:
 
 
 def in_a_process(act: Callable[[], None], seconds: float) -> tuple[str, str]:
-    """`act` in a fork of this process, which ends with it: models, process groups and their threads are gone
-    then, and a crash of native code is an outcome like others. What it came to, and the message.
+    """Run `act` in a fork of this process, and return the outcome and the message.
+
+    Models, process groups and their threads end with the fork, and a crash in native code is just another
+    outcome.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -191,7 +194,7 @@ def _where(error: BaseException) -> str:
 
 
 class Fuzzer:
-    """Counts what configurations come to, and keeps each kind of failure with its first example."""
+    """Counts the outcomes of configurations, and keeps the first example of each kind of failure."""
 
     def __init__(self, directory: Path, train_every: int = 1, seconds: int = 120):
         harness.write_inputs(directory)
@@ -272,7 +275,7 @@ def main() -> None:
     torch.set_num_threads(1)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
-        os.chdir(temporary)  # relative run directories land there
+        os.chdir(temporary)  # relative run directories end up here
         fuzzer = Fuzzer(Path(temporary), options.train_every, options.seconds)
         if options.every_key:
             fuzzer.run_every_key()

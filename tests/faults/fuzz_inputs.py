@@ -1,18 +1,18 @@
-"""Damaged input files: each is read all the same, or refused with a `ConfigError`.
+"""Damaged input files: each is either read anyway or rejected with a `ConfigError`.
 
     python -m tests.faults.fuzz_inputs [--count 1000] [--seed 0] [--seconds 60]
 
 The files are prompts (JSONL), tokenizers (SentencePiece, and a Hugging Face directory), a Hugging Face model
 (safetensors, configuration) and a checkpoint (its JSON files, checksums, pickles and tensors; half of the
-time without the list of checksums, as another program would leave it). Each is damaged in one to three
-places: bytes flipped, cut off, put in, overwritten, or a JSON value changed, also into what JSON can say and
-few expect (half characters, numbers of 5,000 digits, 100,000 brackets). One in three is instead changed
-as only somebody who means it would: a file becomes a link out of the directory, a device or a pipe, or a
-sparse file of gigabytes; a safetensors header or a `.metadata` gets another value; names of files get a
-directory. Of the models one in three is rearranged instead, soundly or not (`rearranged_models.py`): experts
-fused, weights in shards or there twice, directories of other kinds; what contradicts itself must be refused.
-It is then read in a process of its own, so that a crash of native code and a hang count as
-failures as well. Prints each failure once, and the tally; status 1 when there was one.
+time without the list of checksums, as another program would write it). Each is damaged in one to three
+places: bytes are flipped, truncated, inserted or overwritten, or a JSON value is changed, also to values that
+JSON allows and few readers expect (lone surrogates, numbers of 5,000 digits, 100,000 brackets). One in three
+is instead changed as only an attacker would: a file becomes a link out of the directory, a device or a pipe,
+or a sparse file of gigabytes; a value in a safetensors header or a `.metadata` is replaced; file names gain
+a directory. One in three of the models is rearranged instead, validly or not (`rearranged_models.py`): fused
+experts, sharded or duplicated weights, directories of other kinds; contradictory models must be rejected.
+Each input is read in a separate process, so that a crash in native code or a hang counts as a failure too.
+Prints each distinct failure once, then the tally; exits with status 1 if there were failures.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ ODD_JSON = [
     rb'[{"role": "user", "content": "\ud83d"}]',
     b'[{"role": "user", "content": [{"type": "text", "text": "x"}]}]',
 ]
-"""What JSON can say, or Python takes for JSON, and few expect: half characters, huge numbers, nesting."""
+"""Unusual values that JSON allows or Python accepts as JSON: lone surrogates, huge numbers, deep nesting."""
 
 
 def read_prompts(directory: Path) -> None:
@@ -81,7 +81,7 @@ def read_tokenizer(path: Path) -> None:
 
 
 def read_model(directory: Path) -> None:
-    """Description and every weight, of either format."""
+    """Read the description and every weight, in either format."""
     path = find_checkpoint(directory, "student.load")
     read_model_config(path, "student.load")
     verify_checksums(path, "student.load")
@@ -93,7 +93,7 @@ def read_model(directory: Path) -> None:
 
 
 def make_inputs(directory: Path) -> dict[str, tuple[Path, Callable[[Path], None]]]:
-    """Kind -> a sound directory and what reads it."""
+    """Kind -> an undamaged directory and the function that reads it."""
     sound = directory / "sound"
     sound.mkdir()
     harness.write_inputs(sound)
@@ -122,7 +122,7 @@ def make_inputs(directory: Path) -> dict[str, tuple[Path, Callable[[Path], None]
 
 
 def damage(path: Path, rng: random.Random) -> str:
-    """Change a file; says how."""
+    """Damage a file; returns a description of the change."""
     data = bytearray(path.read_bytes())
     kind = rng.choice(["flip", "flip", "cut", "insert", "overwrite", "empty", "json", "spell", "spell"])
     place = rng.randrange(len(data)) if data else 0
@@ -155,7 +155,7 @@ def damage(path: Path, rng: random.Random) -> str:
 
 
 def disguise(path: Path, rng: random.Random) -> str:
-    """Change a file as no accident would; says how."""
+    """Change a file as an attacker would; returns a description of the change."""
     kind = rng.choice(["link", "sparse", "inside", "inside", "inside"])
     if kind == "link":
         outside = path.parents[1] / "outside"
@@ -174,7 +174,7 @@ def disguise(path: Path, rng: random.Random) -> str:
             stream.truncate(size)
         return f"{path.name} is sparse, {size} bytes"
     data = path.read_bytes()
-    with contextlib.suppress(Exception):  # damaged before: nothing left to change
+    with contextlib.suppress(Exception):  # unparsable after earlier damage: nothing left to change
         if path.suffix == ".safetensors":
             (length,) = struct.unpack("<Q", data[:8])
             header = json.dumps(_changed(json.loads(data[8 : 8 + length]), rng)).encode()
@@ -190,7 +190,7 @@ def disguise(path: Path, rng: random.Random) -> str:
 
 
 def _changed_description(metadata, rng: random.Random):
-    """torch's description of a checkpoint with one attribute of one record changed."""
+    """torch's checkpoint metadata with one attribute of one record changed."""
     key = rng.choice(list(metadata.state_dict_metadata))
     records = [metadata, metadata.state_dict_metadata[key], rng.choice(list(metadata.storage_data.values()))]
     record = rng.choice([*records, *getattr(records[1], "chunks", [])])
@@ -215,7 +215,7 @@ def _changed(value, rng: random.Random):
 
 
 def outcome(read: Callable[[Path], None], directory: Path, seconds: float) -> str | None:
-    """Read in a process of its own: "read", "refused", or what went wrong."""
+    """Read in a separate process. Returns "read", "refused", or what went wrong."""
     report = directory.parent / "report"
     report.unlink(missing_ok=True)
     process = multiprocessing.get_context("fork").Process(target=_read, args=(read, directory, report))
@@ -252,11 +252,11 @@ def _read(read: Callable[[Path], None], directory: Path, report: Path) -> None:
 def fuzz(
     directory: Path, count: int, seed: int, seconds: float
 ) -> tuple[collections.Counter, dict[str, str]]:
-    """`count` damaged inputs; how they came out by kind, and each way of failing with its first example."""
+    """Read `count` damaged inputs. Returns outcome counts by kind, and the first example of each failure."""
     kinds, rng = make_inputs(directory), random.Random(seed)
     tally, failures = collections.Counter(), {}
     for kind, (sound, read) in kinds.items():
-        assert outcome(read, sound, 10 * seconds) == "read", f"{kind}: the sound input is not read"
+        assert outcome(read, sound, 10 * seconds) == "read", f"{kind}: the undamaged input is not read"
     for number in range(count):
         kind = list(kinds)[number % len(kinds)]
         sound, read = kinds[kind]

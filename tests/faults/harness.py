@@ -1,7 +1,7 @@
-"""Whole runs on forked ranks, with something going wrong at a chosen point.
+"""Complete runs on forked ranks, with a fault injected at a chosen point.
 
-`Job(arguments, 2, fault).wait()` starts `python -m megatron_mopd.train ARGUMENTS` on two ranks as torchrun
-would, calls `fault(rank)` in each before it begins (to plant what goes wrong), and collects what they left.
+`Job(arguments, fault).wait()` starts `python -m megatron_mopd.train ARGUMENTS` on two ranks as torchrun
+would, calls `fault(rank)` in each before it begins (to inject the fault), and collects statuses and output.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests._agent import Agent
 
 RANKS = 2
 PATIENCE = float(os.environ.get("FAULT_PATIENCE", "120"))
-"""Seconds that a run may take, and that the other ranks may take to end after the first one has."""
+"""Seconds that a run may take, and that the other ranks may take to exit after the first one."""
 LAUNCHER_PATIENCE = 30.0
 """Seconds from torchrun's SIGTERM to its SIGKILL."""
 TIME_TO_END = 30.0
@@ -42,7 +42,7 @@ TIME_TO_END = 30.0
 
 
 class Job:
-    """One start of a run. `statuses` and `texts` are there after `wait`."""
+    """One start of a run. `statuses`, `stdout` and `stderr` are available after `wait`."""
 
     def __init__(
         self,
@@ -52,8 +52,8 @@ class Job:
         as_launcher: bool = False,
         kill: tuple[int, float] | None = None,
     ):
-        """as_launcher: SIGTERM to the other ranks at the first failure, as torchrun does. kill: this rank, so
-        many seconds after the start, wherever it is then."""
+        """as_launcher: send SIGTERM to the other ranks at the first failure, as torchrun does. kill: (rank,
+        seconds): kill this rank so many seconds after the start, wherever it is."""
         self._as_launcher, self._kill, self._started = as_launcher, kill, time.monotonic()
         context = multiprocessing.get_context("fork")
         self._directory = tempfile.TemporaryDirectory()
@@ -68,7 +68,7 @@ class Job:
             process.start()
 
     def wait(self, timeout: float = 2 * PATIENCE) -> Job:
-        """Until all ranks have ended. Fails when some are still there long after the first."""
+        """Wait until all ranks have exited. Fails if some still run long after the first exited."""
         deadline = time.monotonic() + timeout
         first_end = None
         while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
@@ -112,8 +112,8 @@ def _rank(rank, ranks, agent, directory, arguments, fault) -> None:
 
 
 def configuration(directory: Path, name: str, **sections) -> dict:
-    """A run with everything that has to survive: sampling, a teacher, dropout, rollout batches of two steps,
-    a learning rate that moves. `name`: its run directory below `directory`.
+    """A run with all the state that must survive a restart: sampling, a teacher, dropout, rollout batches of
+    two steps, a learning-rate schedule. `name`: its run directory under `directory`.
     """
     values = {
         "run_dir": str(directory / name),
@@ -142,12 +142,12 @@ def arguments(directory: Path, name: str, **sections) -> list[str]:
 
 
 def fingerprint(run_dir: Path, iteration: int = 6) -> dict[str, str]:
-    """What a checkpoint holds: weights and optimizer state, to the bit."""
+    """A checkpoint's contents, bit-exact: weights and optimizer state."""
     return _runs.contents(run_dir / "checkpoints" / f"iter_{iteration:07d}")
 
 
 def agree(found: list[dict], expected: list[dict]) -> bool:
-    """Whether two runs' metrics have the same keys and values, numbers up to rounding."""
+    """Whether two runs' metrics have the same keys and values, with floats equal up to rounding."""
 
     def alike(a, b) -> bool:
         return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-8) if isinstance(a, float) else a == b
@@ -157,7 +157,7 @@ def agree(found: list[dict], expected: list[dict]) -> bool:
     )
 
 
-# Faults: what `fault(rank)` plants. `train` looks its functions up at the call, so they can be replaced.
+# Faults, injected by `fault(rank)`. `train` looks up functions when it calls them, so they can be replaced.
 
 
 def before(
@@ -182,7 +182,7 @@ def before(
 
 
 def kill_after(seconds: float) -> Callable[[], None]:
-    """`kill -9` of this process after so long, wherever it is then."""
+    """`kill -9` this process after so many seconds, wherever it is."""
 
     def act() -> None:
         def die() -> None:
@@ -195,8 +195,8 @@ def kill_after(seconds: float) -> Callable[[], None]:
 
 
 def kill_while_sampling(number: int, victim: int, records: int) -> Callable[[int], None]:
-    """Write every token down at once; `kill -9` of rank `victim` in its `number`-th rollout, after so many
-    records of it."""
+    """Log every token immediately, and `kill -9` rank `victim` in its `number`-th rollout after it has
+    logged this many records."""
 
     def fault(rank: int) -> None:
         write_ahead.FLUSH_SECONDS = 0.0
@@ -218,15 +218,15 @@ def kill_while_sampling(number: int, victim: int, records: int) -> Callable[[int
 
 
 def random_kill(rng: random.Random, seconds: float) -> tuple[str, dict]:
-    """A random rank dies at a random moment: of a start that takes about `seconds`, or of a random phase.
+    """Kill a random rank at a random moment, of a run that takes about `seconds` or of a random phase.
 
-    Returns a description, and what to give to `Job`.
+    Returns a description, and keyword arguments for `Job`.
     """
     victim = rng.randrange(RANKS)
     if rng.random() < 0.5:
         after = rng.uniform(0, seconds)
         return f"rank {victim}, {after:.2f} s after the start", {"kill": (victim, after)}
-    if rng.random() < 0.4:  # while a checkpoint is written, summed up or put in its place
+    if rng.random() < 0.4:  # while a checkpoint is written, checksummed or moved into place
         name, number = rng.choice(["plan_save", "sum_up", "put_in_place"]), rng.randint(1, 2)
         victim = 0 if name == "put_in_place" else victim
         after = rng.uniform(0, 0.02)
@@ -240,7 +240,7 @@ def random_kill(rng: random.Random, seconds: float) -> tuple[str, dict]:
 
 
 def broken_gradients(steps: set[int], victim: int = 1, value: float = float("nan")) -> Callable[[int], None]:
-    """On rank `victim` one gradient element is `value` in the given optimizer steps (from 1)."""
+    """On rank `victim`, set one gradient element to `value` in the given optimizer steps (from 1)."""
 
     def fault(rank: int) -> None:
         if rank != victim:
@@ -261,8 +261,8 @@ def broken_gradients(steps: set[int], victim: int = 1, value: float = float("nan
 
 
 def flipped_gradient_bit(number: int, victim: int, bit: int) -> Callable[[int], None]:
-    """On rank `victim` one bit of one float32 gradient element, of those that its optimizer reads, is flipped
-    in its `number`-th step."""
+    """On rank `victim`, flip one bit of one float32 gradient element that its optimizer reads, in its
+    `number`-th step."""
 
     def fault(rank: int) -> None:
         if rank != victim:
@@ -272,7 +272,7 @@ def flipped_gradient_bit(number: int, victim: int, bit: int) -> Callable[[int], 
         def wrapped(loss, chunks, groups):
             calls[0] += 1
             if calls[0] == number:
-                # The distributed optimizer of a rank reads its own share of the reduced gradients.
+                # A rank's distributed optimizer reads its own shard of the reduced gradients.
                 buffer = chunks[0].buffers[0]
                 bits = buffer.buckets[0].grad_data.view(torch.int32)
                 mine = bits.chunk(buffer.data_parallel_world_size)[buffer.data_parallel_group.rank()]
@@ -285,7 +285,8 @@ def flipped_gradient_bit(number: int, victim: int, bit: int) -> Callable[[int], 
 
 
 def broken_logits(number: int, victim: int, value: float = float("nan")) -> Callable[[int], None]:
-    """On rank `victim` one element of the student's last hidden states is `value` in its `number`-th step."""
+    """On rank `victim`, set one element of the student's last hidden states to `value` in its `number`-th
+    step."""
 
     def fault(rank: int) -> None:
         original = batch_loss.response_hidden
@@ -305,7 +306,8 @@ def broken_logits(number: int, victim: int, value: float = float("nan")) -> Call
 
 
 def broken_teacher(number: int, victim: int, value: float = float("nan")) -> Callable[[int], None]:
-    """On rank `victim` a teacher's hidden states of one micro-batch are `value` in its `number`-th step."""
+    """On rank `victim`, fill a teacher's hidden states of one micro-batch with `value` in its `number`-th
+    step."""
 
     def fault(rank: int) -> None:
         def act() -> None:
@@ -323,7 +325,7 @@ def broken_teacher(number: int, victim: int, value: float = float("nan")) -> Cal
 
 
 def damaged_weight(number: int, victim: int, value: float = float("nan")) -> Callable[[int], None]:
-    """On rank `victim` one weight of the student becomes `value` before its `number`-th step, for good."""
+    """On rank `victim`, permanently set one weight of the student to `value` before its `number`-th step."""
 
     def fault(rank: int) -> None:
         if rank != victim:
@@ -345,8 +347,8 @@ def damaged_weight(number: int, victim: int, value: float = float("nan")) -> Cal
 def hang(
     number: int, victim: int, timeout: float, how: Callable[[], None] = lambda: time.sleep(600)
 ) -> Callable[[int], None]:
-    """Rank `victim` sleeps (or does `how`) in its `number`-th optimizer step; from then on the watchdogs wait
-    `timeout` seconds only (so that a slow machine's start does not count).
+    """Rank `victim` sleeps (or calls `how`) in its `number`-th optimizer step. Only from then on do the
+    watchdogs use the short `timeout`, in seconds, so that a slow start-up does not trigger them.
     """
 
     def fault(rank: int) -> None:
@@ -358,7 +360,7 @@ def hang(
                 made.append(self)
 
         def act() -> None:
-            # The others' patience is longer: a victim that can notices first.
+            # The other ranks' timeout is longer, so that a victim that still can reports first.
             made[0]._timeout = timeout if rank == victim else 3 * timeout
             if rank == victim:
                 how()
@@ -370,7 +372,7 @@ def hang(
 
 
 def no_room(size: int) -> Callable[[], None]:
-    """From now on this process cannot write files beyond `size` bytes, as on a full disk."""
+    """Limit the files that this process writes to `size` bytes from now on, as on a full disk."""
 
     def act() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -386,24 +388,23 @@ def flip_bit(path: Path, position: int) -> None:
 
 @dataclass
 class Tally:
-    """What the random deaths of `survive` came to."""
+    """Counts of the random kills of `survive`."""
 
     deaths: int = 0
     during_a_save: int = 0
-    """Deaths that left an incomplete checkpoint behind."""
+    """Deaths that left an incomplete checkpoint."""
     late: int = 0
-    """Deaths that the whole job outlived by more than `TIME_TO_END`."""
+    """Deaths after which the whole job took more than `TIME_TO_END` to exit."""
     slowest: float = 0.0
-    """Most seconds from a death to the end of the whole job."""
+    """Longest time from a death to the end of the whole job, in seconds."""
 
 
 def survive(
     directory: Path, name: str, kills: int, rng: random.Random, seconds: float, tally: Tally, say=print
 ) -> None:
-    """Start the run `name` again after each of `kills` random deaths, then let it finish.
+    """Restart the run `name` after each of `kills` random deaths, then let it finish.
 
-    seconds: what a start takes that nothing happens to. Fails when a job ends in another way than by death or
-    success.
+    seconds: the duration of an undisturbed run. Fails if a job neither dies of the kill nor succeeds.
     """
     command = arguments(directory, name)
     for _ in range(kills):

@@ -1,12 +1,12 @@
-"""Kills a tiny run on two ranks at many random points, and compares it with one that nothing happened to.
+"""Kills a tiny run on two ranks at many random points, and compares it with an undisturbed run.
 
     python -m tests.faults.kill_points [--kills 100] [--seed 0] [--kills-per-run 5] [--directory DIR]
 
 Each death is `kill -9` of a random rank at a random moment of start-up, sampling, training or saving; the run
-is then started again, and again after the next death, until it ends by itself. Every byte of its last
-checkpoint's tensors has to be that of the undisturbed run, and so have its metrics; those that are made of
-the log-probs of responses continued from the rollout log agree to rounding, and the run's line says so.
-Prints the tally; exit status 1 when a run differs.
+is then restarted, and again after the next death, until it finishes. Its last checkpoint's tensors must be
+identical to those of the undisturbed run in every byte, and so must its metrics; metrics computed from the
+log-probs of responses that were continued from the rollout log agree up to rounding, which the run's line
+reports. Prints the tally; exits with status 1 if a run differs.
 """
 
 from __future__ import annotations

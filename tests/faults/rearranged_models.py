@@ -1,4 +1,4 @@
-"""Model directories rearranged as programs and people leave them: weights twice, in shards, fused, elsewhere;
+"""Model directories as other programs and people leave them: duplicated, sharded, fused or moved weights, and
 directories of other kinds."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OTHERS = (
 
 
 def rearrange(directory: Path, rng: random.Random) -> tuple[str, bool]:
-    """Change which files a Hugging Face model has. Returns how, and whether it must not be read as it is."""
+    """Rearrange the files of a Hugging Face model. Returns a description, and whether it must be rejected."""
     kind = rng.choice(["shards", "shards", "twice", "head", "fused", "other", "other"])
     if kind == "other":
         return _other(directory, rng)
@@ -60,7 +60,7 @@ def _other(directory: Path, rng: random.Random) -> tuple[str, bool]:
 
 
 def _fuse(tensors: dict[str, torch.Tensor], rng: random.Random) -> None:
-    """The experts of some layers in one tensor each, as transformers 5 keeps them."""
+    """Fuse the experts of some layers into one tensor each, as transformers 5 stores them."""
     for layer in {match[1] for match in map(re.compile(r"model\.layers\.(\d+)\.").match, tensors) if match}:
         prefix = f"model.layers.{layer}.mlp.experts."
         names = sorted(name for name in tensors if name.startswith(prefix))
@@ -78,7 +78,8 @@ def _fuse(tensors: dict[str, torch.Tensor], rng: random.Random) -> None:
 def _shards(
     directory: Path, tensors: dict[str, torch.Tensor], keep_single: bool, rng: random.Random
 ) -> tuple[str, bool]:
-    """Two or three shards and an index; perhaps a tensor in two of them, a value changed, a shard missing."""
+    """Write two or three shards and an index, perhaps with a duplicated tensor, a changed value or a missing
+    shard."""
     count = rng.randint(2, 3)
     files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     shards: dict[str, dict[str, torch.Tensor]] = {file: {} for file in files}

@@ -1,9 +1,9 @@
-"""The alarms that recorded runs would raise under the rules of now, without running them again.
+"""The alarms that recorded runs would raise under the current rules, without rerunning them.
 
     python -m tests.faults.replay_alarms RUN_DIR [RUN_DIR ...]
 
-Judges what the metrics of each step say: divergences, entropies, gradients. Rewards and cut-off responses are
-judged one by one in a run, and its metrics have only their means.
+Checks the metrics of each step: divergences, entropies, gradients. Alarms about rewards and truncated
+responses are not replayed: a run checks those one by one, and its metrics contain only their means.
 """
 
 from __future__ import annotations

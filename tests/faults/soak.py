@@ -1,11 +1,11 @@
-"""A run that goes on for long: does its memory, or its number of open files or threads, grow?
+"""A long run: does its memory, or its number of open files or threads, grow?
 
     python -m tests.faults.soak [--minutes 60] [--save-interval 20]
 
-Trains the tiny configuration of the harness on two ranks, saving, logging and sampling all the time, and
-looks at each rank every two seconds. Printed for each rank: the first and last value after a warm-up of a
-quarter of the time, and the least-squares slope per hour. Status 1 when files or threads grew, or memory by
-more than `--megabytes-per-hour`.
+Trains the tiny configuration of the harness on two ranks, which save, log and sample all the time, and
+measures each rank every two seconds. Prints for each rank the first and last value after a warm-up of a
+quarter of the time, and the least-squares slope per hour. Exits with status 1 if files or threads grew, or
+memory grew by more than `--megabytes-per-hour`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.faults import harness
 
 
 def watch(job: harness.Job, seconds: float) -> list[list[tuple[float, float, int, int]]]:
-    """(seconds, resident megabytes, open files, threads) of each rank, every two seconds."""
+    """Sample (seconds, resident megabytes, open files, threads) of each rank every two seconds."""
     samples: list[list[tuple[float, float, int, int]]] = [[] for _ in job.processes]
     ranks = [psutil.Process(process.pid) for process in job.processes]
     started = time.monotonic()

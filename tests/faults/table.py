@@ -1,11 +1,11 @@
-"""Every fault on a real run of two ranks, and what its user sees, as a table.
+"""A table of every fault on a real run of two ranks, and what the user sees.
 
     python -m tests.faults.table [--write]
 
-Each row is one run (or two: the fault, and the start after it) of the tiny configuration of the harness, with
-a launcher that does as torchrun does: SIGTERM to the others at the first failure, SIGKILL 30 s later. The
-last column says how the run that was started again ended, and whether its weights, optimizer state and
-metrics are those of a run that nothing happened to. --write puts the table into docs/reliability.md.
+Each row is one run (or two: the fault, and the restart after it) of the tiny configuration of the harness,
+under a launcher that behaves like torchrun: SIGTERM to the other ranks at the first failure, SIGKILL 30 s
+later. The last column says how the restarted run ended, and whether its weights, optimizer state and metrics
+equal those of an undisturbed run. --write puts the table into docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ BETWEEN: list[tuple[str, Callable[[Path], None]]] = [
 
 
 def seen(job: Job) -> str:
-    """The lines that tell a user what happened, each once, the directories left out."""
+    """The lines that tell a user what happened, without duplicates and without directory names."""
     lines = [line for line in job.printed.splitlines() if any(word in line for word in _WORTH_SHOWING)]
     lines = [line for line in lines if "Warning" not in line]
     short = dict.fromkeys(re.sub(r"\S*/(?=[\w.]+)", "", line.strip())[:170] for line in lines)

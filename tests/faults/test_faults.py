@@ -1,4 +1,4 @@
-"""A run that is killed, asked to stop, starved or poisoned loses nothing and says what happened."""
+"""A run that is killed, preempted, short of disk space or given bad values loses nothing and reports why."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(directory):
-    """The run that nothing happens to."""
+    """The undisturbed run."""
     job = Job(harness.arguments(directory, "reference")).wait()
     assert job.statuses == DONE, job.printed
     metrics = _runs.comparable(directory / "reference")
@@ -43,11 +43,11 @@ def reference(directory):
 
 def assert_equal(run_dir, reference):
     assert _runs.comparable(run_dir) == _runs.comparable(reference)
-    assert fingerprint(run_dir) == fingerprint(reference), "weights and optimizer state, to the bit"
+    assert fingerprint(run_dir) == fingerprint(reference), "weights or optimizer state differ"
 
 
 def test_asked_to_stop(directory, reference):
-    """One rank gets the signal in the middle of a rollout batch: all save at its end, and leave with 75."""
+    """One rank gets the signal in the middle of a rollout batch: all save at its end and exit with 75."""
     command = harness.arguments(
         directory, "stopped", checkpoint={"save_interval": 0, "save_optimizer": False}
     )
@@ -61,7 +61,7 @@ def test_asked_to_stop(directory, reference):
 
 
 def test_a_second_start_and_ctrl_c(directory, reference):
-    """While a run goes on, another start in its directory is refused; Ctrl-C then ends it like SIGTERM."""
+    """A second start in the directory of an active run is refused; Ctrl-C then stops the run like SIGTERM."""
     at_step, refused = directory / "at step", directory / "refused"
 
     def wait_and_interrupt():
@@ -96,7 +96,8 @@ def test_a_second_start_and_ctrl_c(directory, reference):
 
 
 def test_damaged_checkpoints(directory, reference):
-    """A flipped bit and a torn file are found; the newest undamaged checkpoint is used, and said so."""
+    """A flipped bit and a truncated file are detected; the run reports it and resumes from the newest intact
+    checkpoint."""
     run_dir = directory / "damaged"
     shutil.copytree(reference, run_dir)
     checkpoints = run_dir / "checkpoints"
@@ -112,7 +113,7 @@ def test_damaged_checkpoints(directory, reference):
     assert f"{newest.name} differs from its checksum" in said and f"{second.name} has" in said
     assert ".iter_0000010.incomplete" in said and "step 3/6" in said and "step 2/6" not in said
     assert_equal(run_dir, reference)
-    # keep_last 1 keeps 6, keep_every 4 keeps 4, and 2 is gone.
+    # keep_last 1 keeps 6, keep_every 4 keeps 4, and 2 is deleted.
     kept = sorted(path.name for path in checkpoints.glob("iter_*"))
     assert kept == ["iter_0000004", "iter_0000006"]
 
@@ -124,7 +125,7 @@ def test_damaged_checkpoints(directory, reference):
 
 
 def test_full_disk(directory, reference):
-    """One rank cannot write its part of a checkpoint: the last one stays, and the run goes on from it."""
+    """One rank cannot write its part of a checkpoint: the previous one stays, and the run resumes from it."""
     job = Job(
         harness.arguments(directory, "full", schedule={"eval_interval": 0}),
         before("save", 2, 0, harness.no_room(8192)),
@@ -143,8 +144,8 @@ def test_full_disk(directory, reference):
 
 
 def test_a_disk_that_fills_while_training(directory, reference):
-    """The metrics of a step do not fit any more: one line names the file, and the run goes on from the last
-    checkpoint once there is room."""
+    """No space is left for the metrics of a step: a one-line error names the file, and the run resumes from
+    the last checkpoint once there is space."""
     metrics = directory / "filled" / "metrics.jsonl"
 
     def fill():
@@ -158,14 +159,15 @@ def test_a_disk_that_fills_while_training(directory, reference):
         f"error: {metrics}: the file may not grow any further; make room, and the same command continues "
         "from the last checkpoint\n"
     )
-    assert not metrics.read_bytes().endswith(b"\n"), "a line was cut"
+    assert not metrics.read_bytes().endswith(b"\n"), "no line was truncated"
     assert [path.name for path in (directory / "filled" / "checkpoints").glob("iter_*")] == ["iter_0000002"]
     assert Job(command).wait().statuses == DONE
     assert_equal(directory / "filled", reference)
 
 
 def test_gradients_that_are_not_finite(directory):
-    """One bad element on one rank: the step is left out on all, counted, with evidence; many end the run."""
+    """One bad element on one rank: all ranks skip the step, count it and record evidence; too many skipped
+    steps end the run."""
     command = harness.arguments(directory, "poisoned", guard={"max_skipped_steps": 1})
     job = Job(command, harness.broken_gradients({2, 4, 5})).wait()
     assert job.statuses == [1] * RANKS
@@ -187,7 +189,7 @@ def test_gradients_that_are_not_finite(directory):
 
 
 def test_a_flipped_exponent_bit_of_a_gradient(directory):
-    """The element is finite, its square is not: the step is left out instead of clipped to nothing."""
+    """The element is finite but its square is not: the step is skipped, not clipped to zero."""
     command = harness.arguments(directory, "flipped")
     job = Job(command, harness.flipped_gradient_bit(2, 1, bit=30)).wait()
     assert job.statuses == DONE, job.printed
@@ -198,8 +200,8 @@ def test_a_flipped_exponent_bit_of_a_gradient(directory):
 
 
 def test_weights_that_are_not_finite(directory, reference):
-    """One weight of one rank is NaN from step 3 on: steps are left out, sampling goes on for as long as the
-    guard lets it, nothing of it is saved, and the next start is as if nothing had happened."""
+    """One weight on one rank is NaN from step 3 on: steps are skipped, sampling continues as long as the
+    guard allows, nothing of this is saved, and the next start resumes as if nothing had happened."""
     command = harness.arguments(directory, "rotten")
     job = Job(command, harness.damaged_weight(3, 1)).wait()
     assert job.statuses == [1] * RANKS, job.printed
@@ -220,7 +222,7 @@ def test_weights_that_are_not_finite(directory, reference):
 
 
 def test_a_hang_is_cut_with_every_rank_s_stack(directory):
-    """Rank 1 sleeps inside an optimizer step while rank 0 waits for it in a collective."""
+    """Rank 1 sleeps in an optimizer step while rank 0 waits for it in a collective."""
     job = Job(harness.arguments(directory, "hanging"), harness.hang(2, 1, timeout=5)).wait()
     assert job.statuses == [1] * RANKS, job.printed
     for rank in range(RANKS):
@@ -234,13 +236,13 @@ def test_a_hang_is_cut_with_every_rank_s_stack(directory):
 
 
 def test_random_kills(directory, reference):
-    """`kill -9` of a random rank at five random moments; `python -m tests.faults.kill_points` has more."""
+    """`kill -9` of a random rank at five random moments; `python -m tests.faults.kill_points` tries more."""
     tally = harness.Tally()
     harness.survive(directory, "killed", 5, random.Random(7), 8.0, tally)
     assert tally.deaths >= 1
     assert fingerprint(directory / "killed") == fingerprint(reference)
     found, expected = (_runs.comparable(path) for path in (directory / "killed", reference))
-    # A death may have come while responses were sampled: see the next test. Their log-probs say the entropy.
+    # A rank may have died while sampling (see the next test); `rollout_entropy` comes from the log-probs.
     assert harness.agree(found, expected)
     found, expected = (
         [{k: v for k, v in line.items() if not k.startswith("rollout_entropy")} for line in lines]
@@ -250,7 +252,7 @@ def test_random_kills(directory, reference):
 
 
 def test_killed_while_sampling(directory, reference):
-    """What was sampled is not sampled again, and the rest is what would have been sampled."""
+    """Finished responses are not sampled again, and the others continue as they would have."""
     command = harness.arguments(directory, "sampling")
     job = Job(command, harness.kill_while_sampling(2, 1, 2)).wait()
     assert job.statuses == [1, -signal.SIGKILL], job.printed
@@ -260,7 +262,7 @@ def test_killed_while_sampling(directory, reference):
     pattern = r"rollout batch 1: \d+ of \d+ responses were sampled before the run was interrupted"
     assert re.search(pattern, job.stdout[0]), job.stdout[0]
     assert fingerprint(directory / "sampling") == fingerprint(reference)
-    # Rows that are continued sit in other batches: their log-probs agree to rounding.
+    # Continued rows are in different batches, so their log-probs agree only up to rounding.
     for line, expected in zip(
         _runs.comparable(directory / "sampling"), _runs.comparable(reference), strict=True
     ):
@@ -271,7 +273,7 @@ def test_killed_while_sampling(directory, reference):
 
 
 def test_batches_sampled_ahead_resume_exactly(directory):
-    """Two batches wait in the checkpoint for their steps; they come from older weights than it has."""
+    """Two batches in the checkpoint wait for their steps; they were sampled with older weights."""
     ahead = {"rollout": {"batches_ahead": 1}}
     job = Job(harness.arguments(directory, "ahead", **ahead)).wait()
     assert job.statuses == DONE, job.printed
@@ -285,14 +287,14 @@ def test_batches_sampled_ahead_resume_exactly(directory):
 
 
 def test_the_faults_replace_what_train_calls():
-    """The harness would test nothing if these names were not looked up at the call."""
+    """The harness tests nothing unless these names are looked up when they are called."""
     callers = (inspect.unwrap(train.train), train.iterate)
     looked_up = {name for caller in callers for name in caller.__code__.co_names}
     assert looked_up >= {"build_run", "resume", "sample", "train_step", "save"}
 
 
 def test_mutated_configurations_train_or_name_a_key(tmp_path, monkeypatch):
-    """Forty of what `python -m tests.faults.fuzz_configs` makes; one in three of the accepted is trained."""
+    """Forty cases of `python -m tests.faults.fuzz_configs`; one in three of the accepted ones is trained."""
     monkeypatch.chdir(tmp_path)
     fuzzer = fuzz_configs.Fuzzer(tmp_path, train_every=3)
     fuzzer.run(40, seed=1)
@@ -301,7 +303,7 @@ def test_mutated_configurations_train_or_name_a_key(tmp_path, monkeypatch):
 
 
 def test_damaged_inputs_are_read_or_refused(tmp_path):
-    """Ten of what `python -m tests.faults.fuzz_inputs` makes."""
+    """Ten cases of `python -m tests.faults.fuzz_inputs`."""
     tally, failures = fuzz_inputs.fuzz(tmp_path, 10, seed=2, seconds=60)
     assert not failures
     assert sum(tally.values()) == 10

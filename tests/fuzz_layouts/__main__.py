@@ -1,15 +1,15 @@
-"""Random layouts against one rank: the same losses, gradients and weights, or a failure.
+"""Compares random layouts with one rank: losses, gradients and weights must be the same.
 
     python -m tests.fuzz_layouts [--count 1000] [--seed 0] [--ranks 8] [--workers 1]
-    python -m tests.fuzz_layouts --replay FILE.json      # one case again
-    python -m tests.fuzz_layouts --shrink FILE.json      # a smaller one that fails in the same way
+    python -m tests.fuzz_layouts --replay FILE.json      # rerun one case
+    python -m tests.fuzz_layouts --shrink FILE.json      # find a smaller case that fails in the same way
 
 A case is a student, its teachers, objectives of all kinds and two steps' samples, trained on a random layout
-of up to `--ranks` ranks (TP, PP, virtual stages, CP, EP, ETP, DP) with random schedule, batching, teacher
+of up to `--ranks` ranks (TP, PP, virtual stages, CP, EP, ETP, DP) with a random schedule, batching, teacher
 storage, recomputation and optimizer. The reference is one rank in float64 with micro-batches of one sample,
-megatron-core's schedule and nothing limited; `tests/training/test_oracle.py` ties that to formulas. A case
-follows from its seed alone. One that fails is shrunk and kept in `--keep`, where
-`tests/fuzz_layouts/test_fuzz_layouts.py` replays all of them. Status 1 when there was a failure.
+megatron-core's schedule and no limits; `tests/training/test_oracle.py` checks that against formulas. A case
+depends on its seed alone. Cases that fail are shrunk and stored in `--keep`, where
+`tests/fuzz_layouts/test_fuzz_layouts.py` replays them. Exits with status 1 if there was a failure.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Result:
     case: Case
     verdict: Verdict
     kept: Path | None = None
-    """Where the shrunk case is, when it failed."""
+    """Path of the shrunk case if it failed."""
 
 
 def run_seeds(options: argparse.Namespace) -> Iterator[Result]:
-    """The verdicts on `options.count` cases as they come, from several processes.
+    """Yield the results of `options.count` cases as they finish in several processes.
 
-    Cases of many ranks come first, so that a process forks its ranks once for each size, and all processes
-    are busy to the end.
+    Cases with many ranks come first, so that a process forks its ranks only once for each size, and all
+    processes stay busy until the end.
     """
     seeds = range(options.seed, options.seed + options.count)
     ordered = sorted(seeds, key=lambda seed: -draw_case(seed, options.ranks).ranks)
@@ -62,7 +62,7 @@ def run_seeds(options: argparse.Namespace) -> Iterator[Result]:
 
 
 _worker: tuple[argparse.Namespace, Pools] | None = None
-"""Of a worker process: what it was started with."""
+"""The state of a worker process: its options and pools."""
 
 
 def _start_worker(options: argparse.Namespace) -> None:
@@ -84,7 +84,7 @@ def _run_seed(seed: int) -> Result:
 
 
 def fuzz(options: argparse.Namespace) -> int:
-    """Run the cases, print failures as they come and the tally at the end; the number of failures."""
+    """Run the cases, print failures as they occur and a tally at the end; returns the number of failures."""
     started, tally = time.monotonic(), collections.Counter()
     for result in progress(run_seeds(options), "layouts", options.count):
         tally[result.verdict.kind] += 1
@@ -99,7 +99,7 @@ def fuzz(options: argparse.Namespace) -> int:
 
 
 def replay(path: Path, shrink_minutes: float, pools: Pools) -> int:
-    """Run one case, and find a smaller one when minutes are given for that; 1 when it fails."""
+    """Run one case, and shrink it if it fails and `shrink_minutes` allows; returns 1 if it fails."""
     case = Case.load(path)
     verdict = judge(case, pools)
     print(f"{case}\n{verdict.kind}\n{verdict.detail}".rstrip())

@@ -1,4 +1,4 @@
-"""A case: student, teachers, two steps' samples, and the layout that has to compute what one rank does."""
+"""A case: student, teachers, two steps' samples, and a layout whose results must equal those of one rank."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _RECOMPUTED = ("recompute_method", "recompute_modules")
 
 @dataclass(frozen=True)
 class Case:
-    """Everything that a run depends on, as JSON can hold it. The sections are a configuration's."""
+    """Everything that a run depends on, as JSON values. The sections are those of a configuration."""
 
     ranks: int
     vocab_size: int
@@ -40,27 +40,27 @@ class Case:
     """Architecture, as `tests._models.DENSE`."""
     domains: list[str]
     teachers: dict[str, dict[str, Any]]
-    """Name -> {"model": architecture, "seed": of its weights}; "self" -> {}, the student as it starts."""
+    """Name -> {"model": architecture, "seed": of its weights}; "self" -> {}, the initial student."""
     routing: dict[str, Any]
     objective: dict[str, Any]
     batches: list[list[dict[str, Any]]]
-    """For each of the steps the samples: prompt and response (token ids), domain, logprobs, reward."""
+    """The samples of each step: prompt and response (token ids), domain, logprobs, reward."""
     schedule: dict[str, Any]
     storage: dict[str, Any]
     """Section `teacher_storage`."""
     optimizer: dict[str, Any]
     rollout: dict[str, Any]
     recompute: dict[str, Any] = field(default_factory=dict)
-    """Activation recomputation, which one rank does without."""
+    """Activation recomputation, which the reference does not use."""
     spare: dict[str, float] = field(default_factory=dict)
-    """Limits of the hidden-state cache, in micro-batches above the fewest that a plan needs: "bytes" for
+    """Limits of the hidden-state cache, in micro-batches above the minimum that a plan needs: "bytes" for
     `hidden_cache_bytes`, "states" for `max_cached_states`."""
     offered: int = 1
-    """How many of the coming steps `train_step` sees: with 2, teachers may score ahead."""
+    """Number of upcoming steps that `train_step` sees; with 2, teachers may score ahead."""
     steps_per_rollout: int = 1
     routing_replay: bool = False
     params_dtype: str = "float64"
-    """The layout's; the reference is always computed in float64."""
+    """The dtype of the layout's run; the reference always uses float64."""
 
     @classmethod
     def load(cls, path: Path) -> Case:
@@ -74,7 +74,7 @@ class Case:
 
     @property
     def models(self) -> list[dict[str, Any]]:
-        """Architectures of the student and of all teachers but itself."""
+        """Architectures of the student and of all teachers except "self"."""
         return [self.student, *(teacher["model"] for teacher in self.teachers.values() if teacher)]
 
     @property
@@ -103,7 +103,7 @@ class Case:
         ]
 
     def config_values(self, run_dir: str, reference: bool) -> dict[str, Any]:
-        """The configuration: the case's own, or the plainest there is for one rank."""
+        """The configuration: the case's own, or the simplest one, for the reference on one rank."""
         adam = {"use_distributed_optimizer": False, "lr": 1e-2, "adam_eps": 1e-3}
         values = {
             "run_dir": run_dir,
@@ -152,7 +152,7 @@ class Case:
         return trajectories, rewards
 
     def __str__(self) -> str:
-        """One line: the layout and what else tells this case from others."""
+        """One line: the layout and the case's other distinctive settings."""
         student, schedule = self.student, self.schedule
         tokens = schedule.get("max_tokens_per_micro_batch")
         parts = [

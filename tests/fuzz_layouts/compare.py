@@ -1,4 +1,4 @@
-"""How far a layout may be from one rank, and where it is further."""
+"""Tolerances between a layout and one rank, and the differences that exceed them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from tests.fuzz_layouts.run import Outcome
 _COMPARED = {"loss", "tokens", "grad_norm", "lr", "skipped_steps"}
 _COMPARED_PER_DOMAIN = {"kl", "ce", "entropy", "ratio", "in_band", "clipped", "advantage"}
 _LATER = 50
-"""Rounding that a second step may have made of a first one's: Adam divides by gradients of any size."""
+"""Factor on the second step's tolerances: Adam divides by gradients of any size, which amplifies rounding."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest relative errors of the first step's metrics, its gradients, and the last weights; tensors
-    relative to the largest element of all of them."""
+    """Largest relative errors of the first step's metrics, its gradients, and the final weights; those of
+    tensors are relative to the largest element of all of them."""
 
     metric: float
     gradient: float
     weight: float
     least: float = 1e-3
-    """Metrics below this are compared as if they were this large: one that is 0 is a difference of numbers
-    that are not."""
+    """Errors of metrics below this value are relative to this value: a metric of 0 can be a difference of
+    nonzero numbers."""
 
     @classmethod
     def of(cls, case: Case) -> Tolerance:
         if case.params_dtype == "float32":
-            # A teacher that equals the student leaves the rounding of log-probs of about -4, 5e-7.
+            # For a teacher equal to the student, the rounding of log-probs of about -4 remains, 5e-7.
             return cls(2e-4, 2e-4, 5e-3, least=1e-2)
         if case.has_experts:  # megatron-core computes sigmoid routing scores in float32
             return cls(5e-6, 1e-5, 2e-4)
@@ -41,7 +41,7 @@ class Tolerance:
 
 
 def differences(case: Case, reference: Outcome, outcomes: list[Outcome]) -> list[str]:
-    """Every value in which the ranks' outcomes are not what one rank computed, a line each."""
+    """Every value in which the ranks' outcomes differ from those of one rank, one line each."""
     allowed = Tolerance.of(case)
     problems = []
     for step, expected in enumerate(reference.metrics):
@@ -67,7 +67,7 @@ def differences(case: Case, reference: Outcome, outcomes: list[Outcome]) -> list
 
 
 def _comparable(metrics: dict[str, float]) -> dict[str, float]:
-    """Those that do not tell of time or memory."""
+    """The metrics except those of time and memory."""
 
     def is_compared(name: str) -> bool:
         head, _, rest = name.partition("/")
@@ -93,7 +93,7 @@ def _tensor_differences(case: Case, expected: list, pieces: list[list], toleranc
     try:
         wanted = _models.assemble([expected], case.vocab_size)
         found = _models.assemble(pieces, case.vocab_size)
-    except AssertionError as error:  # replicas that differ, or a part that no rank holds
+    except AssertionError as error:  # replicas differ, or no rank holds a part
         return [str(error)]
     if wanted.keys() != found.keys():
         return [f"other tensors: {', '.join(sorted(wanted.keys() ^ found.keys()))}"]
@@ -102,7 +102,7 @@ def _tensor_differences(case: Case, expected: list, pieces: list[list], toleranc
     for name, value in wanted.items():
         if found[name].shape != value.shape:
             problems.append(f"{name}: {list(found[name].shape)} instead of {list(value.shape)}")
-        elif not (error := _largest(found[name] - value) / scale) <= tolerance:  # NaN is not either
+        elif not (error := _largest(found[name] - value) / scale) <= tolerance:  # also true for NaN
             problems.append(f"{name}: off by {error:.2e} of {scale:.2e}")
     return problems
 

@@ -16,7 +16,7 @@ _RANKS = (1, 2, 2, 2, 2, 3, 4, 4, 4, 4, 6, 8)
 
 
 def draw_case(seed: int, most_ranks: int = 8) -> Case:
-    """The case of a seed; it follows from the arguments alone."""
+    """The case of a seed; it depends on the arguments alone."""
     rng = Random(seed)
     ranks = rng.choice([number for number in _RANKS if number <= most_ranks])
     layout = draw_layout(rng, ranks)
@@ -58,7 +58,7 @@ def draw_case(seed: int, most_ranks: int = 8) -> Case:
 
 
 def draw_layout(rng: Random, ranks: int) -> dict[str, int]:
-    """Sizes `tp`, `pp`, `vpp`, `cp`, `ep` and `etp` that can be laid over so many ranks."""
+    """Sizes `tp`, `pp`, `vpp`, `cp`, `ep` and `etp` that fit this number of ranks."""
 
     def size(options: list[int], chance: float) -> int:
         return rng.choice([n for n in options if ranks % n == 0]) if rng.random() < chance else 1
@@ -70,7 +70,7 @@ def draw_layout(rng: Random, ranks: int) -> dict[str, int]:
         if ranks % (tp * pp * cp) or (ranks // pp) % (ep * etp):
             continue
         if ranks > 1 and tp * pp * cp * ep == 1 and rng.random() < 0.6:
-            continue  # data parallelism alone is the least interesting
+            continue  # pure data parallelism is the least interesting
         vpp = rng.choice([1, 1, 2, 3]) if pp > 1 else 1
         return dict(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp)
 
@@ -106,7 +106,7 @@ def _teachers(
 
 
 def _mixture(rng: Random, teachers: list[str]) -> Any:
-    """One domain's entry in `routing`: a teacher, several with weights, or weights that change."""
+    """One domain's entry in `routing`: one teacher, several with weights, or a schedule of weights."""
     chosen = rng.sample(teachers, min(len(teachers), rng.choice([1, 1, 2, 3])))
     if len(chosen) == 1 and rng.random() < 0.7:
         return chosen[0]
@@ -123,7 +123,7 @@ def _objective(
         domain: draw_objective(rng, samples_per_prompt, temperature, vocab_size, rng.random() < 0.85)
         for domain in domains
     }
-    if rng.random() < 0.3:  # one objective in several domains
+    if rng.random() < 0.3:  # the same objective in several domains
         for domain in domains[1:]:
             if rng.random() < 0.7:
                 per_domain[domain] = copy.deepcopy(per_domain[domains[0]])

@@ -15,7 +15,7 @@ def draw_model(rng: Random, layout: dict[str, int], stages: int, experts: bool) 
         num_layers=layers,
         hidden_size=rng.choice([16, 32, 48] if heads < 8 else [32, 64]),
         num_attention_heads=heads,
-        ffn_hidden_size=rng.choice([16, 24, 48]),  # tp divides each
+        ffn_hidden_size=rng.choice([16, 24, 48]),  # divisible by every tp
         init_method_std=0.3,  # large, so that attention and routing matter in a model this small
     )
     model |= _latent_attention(rng) if rng.random() < 0.15 else _attention(rng, heads)
@@ -98,8 +98,8 @@ def _experts(rng: Random, ep: int, layers: int) -> dict[str, Any]:
 def draw_router_losses(rng: Random, model: dict[str, Any], alone: bool) -> dict[str, Any]:
     """Coefficients of auxiliary and z losses for a student with experts; often none.
 
-    alone: every micro-batch is one sample, as the reference's are. `aux_loss`, which is of a micro-batch,
-    depends on how samples are cut into them.
+    alone: every micro-batch is one sample, as in the reference. `aux_loss` is computed per micro-batch, so it
+    depends on how samples are split into micro-batches.
     """
     losses: dict[str, Any] = {}
     if model.get("moe_router_load_balancing_type") != "none" and rng.random() < 0.3:

@@ -1,4 +1,4 @@
-"""Random objectives of a domain."""
+"""Random objectives for a domain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DIVERGENCES = ("full_vocab_kl", "forward_kl", "jsd", "top_k_kl")
 def draw_objective(
     rng: Random, samples_per_prompt: int, temperature: float, vocab_size: int, has_teachers: bool
 ) -> dict[str, Any]:
-    """The objective of one domain, with every key that belongs to its kinds now and then."""
+    """The objective of one domain, which sets each key that applies to its kinds with some probability."""
     grouped = samples_per_prompt > 1
     if not has_teachers:
         objective: dict[str, Any] = dict(kind=rng.choice(["sft", "grpo"] if grouped else ["sft"]))

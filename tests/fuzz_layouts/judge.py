@@ -1,4 +1,4 @@
-"""The verdict on a case: both sides run on pools of forked ranks, and are compared."""
+"""The verdict on a case: runs both sides on pools of forked ranks and compares them."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ class Verdict:
 
     @property
     def signature(self) -> str:
-        """What a smaller case must share to fail in the same way."""
+        """The part of the verdict that a smaller case must share to count as the same failure."""
         return self.kind if self.kind == "wrong" else f"{self.kind}: {self.last_line[:70]}"
 
     @property
     def last_line(self) -> str:
-        """An exception's own words."""
+        """The message of the exception."""
         lines = [line for line in self.detail.splitlines() if line.strip()]
         return next((line for line in reversed(lines) if not line.startswith("on pipeline stage")), "")
 
 
 _CASES_PER_FORK = 8
-"""Cases that a pool serves. megatron-core's DistributedDataParallel is part of a circle that the garbage
-collector does not see, and keeps its process groups, whose threads cost all later cases time."""
+"""Cases per pool. megatron-core's DistributedDataParallel is part of a reference cycle that the garbage
+collector does not see, so its process groups stay alive, and their threads slow down all later cases."""
 
 
 class Pools:
-    """Pools of ranks by size: one of a single rank, and the others that fit `most` processes."""
+    """Pools of ranks by size: one of a single rank, and others as long as they fit into `most` processes."""
 
     def __init__(self, timeout: float = 150, most: int = 8):
         self._timeout, self._most = timeout, most
@@ -54,7 +54,7 @@ class Pools:
         self._served: Counter[int] = Counter()
 
     def pool(self, ranks: int) -> RankPool:
-        """The pool of this size, forked when it is not there or has served enough cases."""
+        """The pool of this size, forked if it does not exist or has served `_CASES_PER_FORK` cases."""
         if ranks in self._pools and self._served[ranks] >= _CASES_PER_FORK:
             self._pools.pop(ranks).close()
         self._served[ranks] += 1
@@ -67,7 +67,7 @@ class Pools:
         return self._pools[ranks]
 
     def run_both(self, case: Case, directory: str) -> tuple[list, list]:
-        """One rank's outcome and the layout's, computed side by side. Raises `RankError`."""
+        """The outcomes of one rank and of the layout, computed concurrently. Raises `RankError`."""
         if case.ranks == 1:
             one = many = self.pool(1)
             expected = one.run(run_case, case, f"{directory}/reference", True)
@@ -83,7 +83,7 @@ class Pools:
             raise
 
     def drop(self, *sizes: int) -> None:
-        """Kill these pools: what they still do is of no use."""
+        """Kill these pools; their remaining work is discarded."""
         for size in sizes:
             if (pool := self._pools.pop(size, None)) is not None:
                 pool.close(kill=True)
@@ -119,7 +119,7 @@ def judge(case: Case, pools: Pools) -> Verdict:
 
 
 def refusal(case: Case) -> str | None:
-    """What is said about a case before anything is built; `None` when it may start."""
+    """The error that rejects a case before anything is built; `None` if it may start."""
     try:
         config = config_from_dict(case.config_values("unused", reference=False))
         student = case.model_config(case.student | case.recompute)

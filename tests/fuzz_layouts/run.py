@@ -1,4 +1,4 @@
-"""What one rank does with a case: two optimizer steps, and what came of them."""
+"""One rank's part of a case: two optimizer steps and their outcome."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from tests._megatron_schedules import MegatronSchedules
 from tests.fuzz_layouts.case import STUDENT_SEED, Case
 
 LONGEST = 64
-"""Tokens of the longest sequence."""
+"""Length of the longest sequence in tokens."""
 
 
 @dataclass
 class Outcome:
-    """What a rank has after the steps of a case; pieces are `tests._models.pieces`."""
+    """A rank's results after the steps of a case; tensors are in pieces as of `tests._models.pieces`."""
 
     metrics: list[dict[str, float]] = field(default_factory=list)
     gradients: list[list[tuple]] = field(default_factory=list)
-    """Of every step; none where the distributed optimizer leaves each rank a part of the sums."""
+    """Those of every step; empty where the distributed optimizer leaves each rank a shard of the sums."""
     weights: list[tuple] = field(default_factory=list)
     expert_biases: dict[int, Tensor] = field(default_factory=dict)
     """By layer."""
 
 
 class Known:
-    """Rewards that are there already; a `PendingRewards`."""
+    """Rewards that are already known; a `PendingRewards`."""
 
     def __init__(self, rewards: dict[int, float | None]):
         self._rewards = rewards
@@ -56,7 +56,8 @@ class Known:
 
 
 def run_case(rank: int, case: Case, directory: str, reference: bool) -> Outcome | str:
-    """The steps of a case on this rank, or why its configuration is refused. Collective over all ranks."""
+    """Run the steps of a case on this rank. Returns the outcome, or why the configuration is refused.
+    Collective over all ranks."""
     torch.manual_seed(0)
     try:
         learner = make_learner(case, directory, reference)
@@ -71,8 +72,8 @@ def run_case(rank: int, case: Case, directory: str, reference: bool) -> Outcome 
         metrics = train_step(learner, list(queue)[:offered])
         batch = queue.popleft()
         budget = learner.config.teacher_storage.hidden_cache_bytes
-        assert len(batch.cache) == 0, "every cached hidden state is used exactly once"
-        assert budget is None or batch.cache.peak_bytes <= budget, "the cache outgrew its budget"
+        assert len(batch.cache) == 0, "a cached hidden state was not used"
+        assert budget is None or batch.cache.peak_bytes <= budget, "the cache exceeded its budget"
         outcome.metrics.append({name: float(value) for name, value in metrics.items()})
         if not learner.config.optimizer.use_distributed_optimizer:
             outcome.gradients.append(_models.pieces(learner, gradients=True))
@@ -86,7 +87,7 @@ def run_case(rank: int, case: Case, directory: str, reference: bool) -> Outcome 
 
 
 def make_learner(case: Case, directory: str, reference: bool) -> Learner:
-    """Student, teachers and optimizer, on this rank's place in the layout. Collective over all ranks."""
+    """Build this rank's part of the student, teachers and optimizer. Collective over all ranks."""
     values = case.config_values(directory, reference)
     config = config_from_dict(values)
     groups = _models.groups_for(values["parallel"], only=True)
@@ -120,10 +121,10 @@ def make_learner(case: Case, directory: str, reference: bool) -> Learner:
 
 
 class RoundedTeachers(TeacherBank):
-    """Teachers on one rank whose weights are rounded to 8 bits as the shards of a layout are.
+    """Teachers on one rank whose weights are rounded to 8 bits as the shards of a layout would be.
 
-    A row of a matrix has one scale for every 128 columns, counted from the first column of the shard: layouts
-    differ only where they divide columns.
+    A row of a matrix has one scale for every 128 columns, counted from the first column of the shard, so
+    layouts differ only where they split columns.
     """
 
     def __init__(self, *args, case: Case, **kwargs):
@@ -146,7 +147,7 @@ class RoundedTeachers(TeacherBank):
 
 
 def rounded(block: Tensor, dtype: str) -> Tensor:
-    """`block` [rows, columns], every row to 8-bit numbers of one scale: int8, or float8 (e4m3)."""
+    """Round `block` [rows, columns] to 8-bit numbers with one scale per row: int8, or float8 (e4m3)."""
     largest = {"int8": 127.0, "fp8": 448.0}[dtype]
     scale = block.float().abs().amax(dim=1, keepdim=True) / largest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -168,7 +169,7 @@ def _plan(learner: Learner, case: Case) -> list[StepBatch]:
 
 
 def _limit_cache(learner: Learner, case: Case) -> None:
-    """Limit the hidden-state cache to a little more than the fewest micro-batches that any step needs."""
+    """Limit the hidden-state cache to slightly more than the minimum of micro-batches that any step needs."""
     storage, schedule = learner.config.teacher_storage, learner.config.schedule
     fewest, largest = 1, 1
     for step in range(len(case.batches)):
@@ -192,9 +193,9 @@ def _routers(learner: Learner) -> list[TopKRouter]:
 
 
 def _records(case: Case, learner: Learner, trajectories: list[Any]) -> RoutingRecords | None:
-    """Expert choices that follow from trajectory, position and layer alone, on any layout."""
+    """Expert choices that depend only on trajectory, position and layer, so they are equal on any layout."""
     groups, layers = learner.groups, [router.layer_number for router in _routers(learner)]
-    if not case.routing_replay or not layers:  # as rollouts do on a stage without experts
+    if not case.routing_replay or not layers:  # rollouts return none either on a stage without experts
         return None
     experts, topk = case.student["num_moe_experts"], case.student.get("moe_router_topk", 2)
     records = {}

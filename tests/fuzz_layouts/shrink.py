@@ -23,11 +23,11 @@ _ARCHITECTURE = {
     "moe_aux_loss_coeff",
     "multi_latent_attention",
 }
-"""What an architecture is not one without."""
+"""Keys that an architecture cannot do without."""
 
 
 def shrink(case: Case, verdict: Verdict, judge: Callable[[Case], Verdict], minutes: float) -> Case:
-    """The smallest case found in so many minutes that `judge` gives a verdict of the same signature."""
+    """The smallest case found within `minutes` for which `judge` gives a verdict of the same signature."""
     deadline = time.monotonic() + 60 * minutes
     progressing = True
     while progressing:
@@ -42,7 +42,7 @@ def shrink(case: Case, verdict: Verdict, judge: Callable[[Case], Verdict], minut
 
 
 def simpler(case: Case) -> Iterator[Case]:
-    """Cases with one thing less than `case`, those that save most first. Some are refused."""
+    """Cases one simplification away from `case`, those that save most first. Some are refused."""
     yield from _less_data(case)
     yield from _fewer_domains_and_teachers(case)
     yield from _plainer_settings(case)
@@ -160,7 +160,7 @@ def _smaller_layout(case: Case) -> Iterator[Case]:
 
 
 def _simpler_student(case: Case) -> Iterator[Case]:
-    """The student with less, and with it the teachers that are like it."""
+    """Simplify the student, along with the teachers that have the same architecture."""
 
     def with_student(student: dict[str, Any], **changes: Any) -> Case:
         teachers = {

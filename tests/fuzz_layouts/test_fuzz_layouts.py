@@ -1,4 +1,4 @@
-"""Random layouts compute what one rank does; so do the cases that once did not; and the fuzzer can fail."""
+"""Random layouts match one rank, and so do cases that once failed; the fuzzer finds a planted bug."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_layout_that_was_wrong_once(path, pools):
 
 
 def test_a_planted_bug_is_found(monkeypatch):
-    """Without the experts' mark their gradients are reduced over the ranks of the other parameters."""
+    """If experts are not marked, their gradients are reduced over the other parameters' ranks."""
     monkeypatch.setattr(optimizer, "mark_experts", _unmark_experts)
     drawn = (draw_case(seed, most_ranks=2) for seed in range(1000))
     affected = (case for case in drawn if case.student.get("num_moe_experts") and _splits_experts(case))
@@ -62,7 +62,7 @@ def _splits_experts(case: Case) -> bool:
 
 
 def test_every_number_is_compared():
-    """A difference in one metric, one element of a gradient or a weight, one expert's bias: each is seen."""
+    """A difference in one metric, one element of a gradient or weight, or one expert's bias is detected."""
     case = draw_case(0)
 
     def outcome() -> Outcome:
@@ -91,7 +91,7 @@ def test_a_case_follows_from_its_seed_and_survives_its_file(tmp_path):
 
 
 def test_everything_is_drawn():
-    """Every size, schedule, storage, recomputation, objective and switch is among a few hundred cases."""
+    """A few hundred cases cover every size, schedule, storage, recomputation, objective and switch."""
     cases = [draw_case(seed) for seed in range(600)]
 
     def values(section: str, key: str) -> set:
@@ -118,7 +118,7 @@ def test_everything_is_drawn():
 
 
 def test_shrinking_keeps_what_makes_a_case_fail():
-    """Everything goes but the pipeline and the one sample that the failure is made of."""
+    """Everything is removed except the pipeline and the one sample that cause the failure."""
 
     def verdict(case: Case) -> Verdict:
         tokens = {token for batch in case.batches for sample in batch for token in sample["prompt"]}

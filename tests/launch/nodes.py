@@ -1,7 +1,7 @@
-"""Two "nodes" on one machine, in network namespaces of their own where that is permitted, and agents on them.
+"""Two "nodes" on one machine, in separate network namespaces where that is permitted, and agents on them.
 
-A node is where one torchrun agent runs. Namespaces have a virtual network card each, `mopd0`, and reach each
-other through nothing else; without the permission both nodes are the loopback interface.
+A node runs one torchrun agent. Each namespace has a virtual network interface, `mopd0`, and the nodes are
+connected only through these; without the permission both nodes use the loopback interface.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LAUNCHER = Path(__file__).parents[2] / "launch" / "train.sh"
 
 @dataclass(frozen=True)
 class Node:
-    """Where an agent runs: its address, its network card, and what a command there begins with."""
+    """Where an agent runs: its address, its network interface, and the prefix of commands that run there."""
 
     name: str
     address: str
@@ -35,7 +35,7 @@ def _ip(*arguments: str) -> None:
 
 @contextlib.contextmanager
 def two_nodes() -> Iterator[tuple[Node, Node]]:
-    """Two nodes in namespaces, removed afterwards; two names for loopback where those are not permitted."""
+    """Two nodes in namespaces, removed afterwards; on loopback if namespaces are not permitted."""
     tag, address = os.getpid(), "10.213.77."
     nodes = [
         Node(f"node-{n}", f"{address}{n}", "mopd0", ["ip", "netns", "exec", f"mopd-{tag}-{n}"])
@@ -66,7 +66,7 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
 
 
 class Agent:
-    """`launch/train.sh` on one node, with everything that it starts; what they say goes to `log`."""
+    """`launch/train.sh` on one node, with all processes that it starts; their output goes to `log`."""
 
     def __init__(self, node: Node, log: Path, settings: dict[str, str], arguments: list[str]):
         self.node, self.log = node, log
@@ -85,7 +85,7 @@ class Agent:
             )
 
     def processes(self) -> list[int]:
-        """The agent and the ranks that it started; ranks are in sessions of their own."""
+        """The agent and the ranks that it started, which are in separate sessions."""
         tree = [self.process.pid]
         for pid in tree:
             with contextlib.suppress(OSError):
@@ -94,7 +94,7 @@ class Agent:
         return tree
 
     def kill(self) -> None:
-        """As if the node lost its power: the agent and its ranks are gone at once."""
+        """Kill the agent and its ranks at once, as if the node lost power."""
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

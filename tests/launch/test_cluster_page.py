@@ -1,4 +1,4 @@
-"""docs/cluster.md: a line of its table is what the estimate says."""
+"""docs/cluster.md: a row of its table equals the estimate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_the_table_says_what_the_estimate_says(tmp_path):
     row = re.search(r"^\| 32 GPUs: TP 2, PP 2, EP 8 \(the recipe\) \|(.*)\|$", PAGE, re.MULTILINE)[1]
     written = [float(cell) for cell in row.split("|")]
     load = cluster_memory.describe("qwen3_30b_a3b", tmp_path)
-    context = multiprocessing.get_context("fork")  # the imagined world leaves nothing behind here
+    context = multiprocessing.get_context("fork")  # so that the simulated ranks leave no state here
     answers = context.SimpleQueue()
     child = context.Process(
         target=lambda: answers.put(cluster_memory.estimated("qwen3_30b_a3b", load, (32, 2, 2, 8, 1)))

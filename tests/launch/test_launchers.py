@@ -1,4 +1,4 @@
-"""The launchers' command lines, with recorders in place of torchrun, srun and the interpreter."""
+"""The launchers' command lines, with recorders instead of torchrun, srun and the interpreter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ print(json.dumps({{"arguments": sys.argv[1:], "environment": dict(os.environ)}})
 
 @pytest.fixture
 def record(tmp_path):
-    """Start a launcher with a recorder as its interpreter; its exit status, and what the recorder saw."""
+    """Start a launcher with a recorder as its interpreter; returns its exit status and the recorded call."""
     recorder = tmp_path / "recorder"
     recorder.write_text(RECORDER)
     recorder.chmod(0o755)
@@ -50,7 +50,7 @@ def record(tmp_path):
 
 
 def torchrun(seen):
-    """What torchrun itself makes of the recorded arguments."""
+    """The recorded arguments as parsed by torchrun itself."""
     assert seen["arguments"][:2] == ["-m", "megatron_mopd.commands.elastic"]
     return parse_args(seen["arguments"][2:])
 
@@ -68,7 +68,7 @@ def test_one_node(record):
 
 
 def test_ranks_have_time_to_save(record):
-    """Slurm's signal is passed on, and ranks get longer than torchrun's 30 s; less than a pod does."""
+    """Slurm's signal is forwarded, and ranks get more time than torchrun's 30 s, but less than a pod."""
     _, seen = record("train.sh", "--config", "c.yaml")
     handled = config_from_args(torchrun(seen))[0].signals_to_handle.split(",")
     assert {"SIGTERM", "SIGINT", "SIGUSR1"} <= set(handled)
@@ -81,10 +81,10 @@ def test_ranks_have_time_to_save(record):
 
 
 def test_torchrun_passes_slurms_signal_on(tmp_path):
-    """For real: without being told, torchrun ends at once and leaves its ranks behind (torch 2.13), with a
-    traceback."""
+    """With the real torchrun, which by default exits at once with a traceback and leaves its ranks running
+    (torch 2.13)."""
     (tmp_path / "stoppable.py").write_text(
-        "import os, signal, sys, time\n"  # os.write: a line of one rank is not broken by another's
+        "import os, signal, sys, time\n"  # os.write: lines of different ranks do not interleave
         "def save(*_):\n    time.sleep(0.5)\n    os.write(1, b'saved\\n')\n    sys.exit(75)\n"
         "signal.signal(signal.SIGUSR1, save)\nos.write(1, b'started\\n')\ntime.sleep(120)\n"
     )
@@ -158,7 +158,7 @@ def test_gpus_are_found_however_slowly_they_are_listed(record, tmp_path):
 
 @pytest.fixture
 def job(tmp_path):
-    """A job's environment, with srun that starts its command once, as on the first of two nodes."""
+    """A job's environment, with an srun that starts its command once, as on the first of two nodes."""
     programs = {
         "srun": '[[ $1,$2 == --kill-on-bad-exit=1,--cpu-bind=none ]] || exit 9\nshift 2\nexec "$@"',
         "scontrol": f'[[ $1 == requeue ]] && echo "$2" >> {tmp_path}/requeued && exit\n'
@@ -182,7 +182,7 @@ def test_slurm(record, job):
     assert (config.max_nodes, config.nproc_per_node) == (2, 8)
     assert (config.run_id, config.rdzv_endpoint) == ("1042", "n3:29442")
     assert seen["arguments"][-2:] == ["--config", "c.yaml"]
-    # A secret of the job's own, on no command line; one that the user has set stays.
+    # A secret per job, on no command line; one that the user has set is kept.
     runs = [record("slurm.sbatch", **job)[1] for _ in range(2)]
     first, second = [run["environment"]["MOPD_JOB_SECRET"] for run in runs]
     assert re.fullmatch("[0-9a-f]{64}", first) and first != second
@@ -201,11 +201,11 @@ def test_slurm(record, job):
     [
         (1, {}, "1042\n"),
         (1, {"SLURM_ARRAY_JOB_ID": "1040", "SLURM_ARRAY_TASK_ID": "2"}, "1040_2\n"),
-        (0, {}, None),  # that was the last iteration
+        (0, {}, None),  # it was the last iteration
     ],
 )
 def test_a_slurm_job_that_is_asked_to_stop(job, tmp_path, saves_with, array, requeued):
-    """The script waits until the step has saved, and is requeued when its time limit came first."""
+    """The script waits until the step has saved, and is requeued if the time limit stopped the run."""
     launched = tmp_path / "python"
     launched.write_text(
         "#!/usr/bin/env bash\n"
@@ -218,9 +218,9 @@ def test_a_slurm_job_that_is_asked_to_stop(job, tmp_path, saves_with, array, req
     command = ["bash", str(LAUNCH / "slurm.sbatch"), "--config", "c.yaml"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout.readline() == "started\n"
-    process.send_signal(signal.SIGTERM)  # of a preemption, which the step gets by itself
+    process.send_signal(signal.SIGTERM)  # from a preemption, which the step receives directly
     time.sleep(0.3)
-    assert process.poll() is None, "it waits for the step"
+    assert process.poll() is None, "the script did not wait for the step"
     process.send_signal(signal.SIGUSR1)
     assert process.communicate(timeout=60)[0] == "saved\n"
     assert process.returncode == saves_with
@@ -229,7 +229,7 @@ def test_a_slurm_job_that_is_asked_to_stop(job, tmp_path, saves_with, array, req
 
 
 def test_kubernetes():
-    """The file is YAML, sets what train.sh reads, and says the number of nodes everywhere alike."""
+    """The file is YAML, sets only what train.sh reads, and states the number of nodes consistently."""
     (job_set,) = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
     assert job_set["kind"] == "JobSet"
     (job,) = job_set["spec"]["replicatedJobs"]
@@ -238,7 +238,7 @@ def test_kubernetes():
     assert (LAUNCH.parent / container["command"][0]).samefile(LAUNCH / "train.sh")
     environment = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert set(environment) <= SETTINGS
-    # Embedded Jobs have been refused without it: https://github.com/kubernetes/kubernetes/issues/131512
+    # Embedded Jobs were refused without it: https://github.com/kubernetes/kubernetes/issues/131512
     for rule in spec["podFailurePolicy"]["rules"]:
         assert [condition["status"] for condition in rule["onPodConditions"]] == ["True"]
     assert spec["completions"] == spec["parallelism"] == int(environment["NNODES"])

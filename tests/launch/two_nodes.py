@@ -1,9 +1,9 @@
-"""The two-node launch with a lost node, for real: python -m tests.launch.two_nodes [--work DIR]
+"""A real two-node launch that loses a node: python -m tests.launch.two_nodes [--work DIR]
 
 Two torchrun agents, started by `launch/train.sh` with an elastic rendezvous, train one tiny run on two nodes
-(see `nodes.py`). After the first checkpoint the second node is killed, agent and rank. The first notices,
-stops its own rank and waits; the second comes back, and both go on from the newest checkpoint. Prints what
-happened and when; exit status 1 when the run did not end complete, or differs from one that nobody disturbed.
+(see `nodes.py`). After the first checkpoint the second node's agent and rank are killed. The first node
+detects this, stops its own rank and waits; the second comes back, and both resume from the newest checkpoint.
+Prints events with times; exits with status 1 if the run does not complete or differs from an undisturbed run.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tests.launch.nodes import Agent, Node, two_nodes
 ITERATIONS, SAVE_EVERY = 24, 3
 SECRET = secrets.token_hex(32)
 PATIENCE = float(os.environ.get("LAUNCH_PATIENCE", "900"))
-"""Seconds that any one thing may take."""
+"""Timeout of each wait in seconds."""
 
 
 class Story:
-    """What happened, with seconds since the start."""
+    """Prints events with the seconds since the start."""
 
     def __init__(self):
         self._start = time.monotonic()
@@ -40,7 +40,7 @@ class Story:
         print(f"{time.monotonic() - self._start:7.1f} s  {text}", flush=True)
 
     def wait_for(self, what: str, condition: Callable[[], object], agents: list[Agent]):
-        """Poll until `condition()` is true; fails when the time is up or all agents have ended."""
+        """Poll until `condition()` is true; fails on timeout or when all agents have exited."""
         deadline = time.monotonic() + PATIENCE
         while not (value := condition()):
             ended = all(agent.process.poll() is not None for agent in agents)
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def configuration(work: Path, name: str) -> list[str]:
-    """Arguments of a run of both nodes' ranks: a distillation from `self` on two replicas."""
+    """Arguments of a run on both nodes' ranks: a distillation from `self` on two replicas."""
     values = _runs.values(
         work,
         run_dir=str(work / name),
@@ -84,7 +84,7 @@ def configuration(work: Path, name: str) -> list[str]:
 
 
 def settings(first: Node, port: int = 29400) -> dict[str, str]:
-    """The same on both nodes, as a user sets them for `launch/train.sh`."""
+    """The settings for `launch/train.sh`, the same on both nodes."""
     return {
         "NNODES": "2",
         "NPROC_PER_NODE": "1",
@@ -98,7 +98,7 @@ def settings(first: Node, port: int = 29400) -> dict[str, str]:
 
 
 def lose_a_node(work: Path, nodes: tuple[Node, Node]) -> bool:
-    """The whole story; whether the run ended as one that nobody disturbed."""
+    """Run the scenario; returns whether the run ended like an undisturbed one."""
     story = Story()
     _runs.write_inputs(work)
     arguments, run = configuration(work, "disturbed"), work / "disturbed"
@@ -114,7 +114,7 @@ def lose_a_node(work: Path, nodes: tuple[Node, Node]) -> bool:
         )
         agents[1].kill()
         saved, said = latest_iteration(checkpoints), [len(log.read_text()) for log in logs]
-        assert saved < ITERATIONS, "the run was over before its node was lost"
+        assert saved < ITERATIONS, "the run ended before its node was lost"
         story.tell(f"{second.name} killed: agent and rank; newest checkpoint: iteration {saved}")
         story.wait_for(
             f"{first.name}: its rank has ended too, the agent waits for another node",

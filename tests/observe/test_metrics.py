@@ -1,4 +1,4 @@
-"""Metrics: one valid JSON object a step, nothing twice after a resume, nothing from other ranks."""
+"""Metrics: one valid JSON object per step, no duplicates after a resume, nothing from other ranks."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from megatron_mopd.observe.metrics import METRICS_FILE, MetricsWriter, is_main_r
 
 
 def strict(text):
-    """JSON as other programs read it: NaN and Infinity are errors."""
+    """Parse JSON strictly, as other programs do: NaN and Infinity are errors."""
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 

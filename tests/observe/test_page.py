@@ -1,4 +1,4 @@
-"""The report's page: whole and self-contained whatever the run has, and one sentence when it has nothing."""
+"""The report page: complete and self-contained whatever the run recorded; one error line for an empty run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _VOID = {"meta", "link", "img", "br", "hr", "input", "line", "rect", "circle", "
 
 
 class Page(HTMLParser):
-    """Elements opened and closed in order, ids, links, and every attribute that could load something."""
+    """Collects ids, links and attributes that could load something, and checks that elements nest."""
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -59,13 +59,13 @@ class Page(HTMLParser):
 
 
 def checked(path):
-    """The page, parsed: every element closed, every link to an id that is there, nothing from elsewhere."""
+    """Parse the page and check that elements are closed, links target existing ids, and nothing is loaded."""
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert len(page.ids) == len(set(page.ids)) and page.links
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
     assert page.loads == []
-    assert not re.search(r"(https?:)?//[a-z]|@import|url\(", text), "nothing is fetched"
+    assert not re.search(r"(https?:)?//[a-z]|@import|url\(", text), "something is fetched"
     return page
 
 
@@ -118,7 +118,7 @@ def accuracies(directory, values):
 
 @pytest.fixture
 def demo(tmp_path):
-    """A demo's directory with everything that a run can have; the run is going, its last line is torn."""
+    """A demo directory with everything that a run can record; the run is active, its last line incomplete."""
     accuracies(tmp_path / "base", [0.2, 0.4, 0.5])
     accuracies(tmp_path / "experts" / "gcd", [1.0, 0.0, 0.0])
     accuracies(tmp_path / "experts" / "sorting", [0.0, 0.9, 0.0])
@@ -194,7 +194,7 @@ def test_tokens_are_coloured_by_their_divergence(demo):
 
 
 def test_a_run_of_an_older_version(tmp_path):
-    """Only a loss, in a line per step; a configuration with keys that nobody knows any more."""
+    """Metrics with only a loss, and a configuration with keys that no longer exist."""
     (tmp_path / "metrics.jsonl").write_text(
         "".join(f'{{"iteration": {i}, "loss": {1 / i}}}\n' for i in (1, 2))
     )
@@ -262,7 +262,7 @@ def test_charts_of_any_values_stay_inside(values):
 
 
 def test_charts_belong_to_the_page():
-    """The same text every time, in the page's colours and font; nothing that refers to anything else."""
+    """Charts are deterministic, use the page's colours and font, and refer to nothing outside."""
     lines = [
         Line("mean", [(1, 0.5), (2, 5.0)], THEME["ink"][0]),
         Line("#1f2933 1.23456", [(1, 1)], "#ff0000"),

@@ -1,4 +1,4 @@
-"""Progress: quiet where nobody watches, silent on other ranks, and never in the way of the iteration."""
+"""Progress: brief without a terminal, silent on other ranks, and never in the way of the iteration."""
 
 import io
 import time
@@ -86,7 +86,7 @@ def test_a_phase_on_a_terminal_is_shown_after_a_moment_and_gone_at_its_end(capfd
 
 
 def shown_bars(monkeypatch):
-    """(bar, whether it counts, what was called) of every bar from now on, on what counts as a terminal."""
+    """(bar, whether it counts, calls so far) of every bar from now on, with output treated as a terminal."""
     bars, make = [], module._bar
 
     def recorded(counted=True):
@@ -107,9 +107,9 @@ def wait_for(condition):
 
 
 def test_a_phase_counts_what_goes_on_in_it(monkeypatch):
-    """Sampling says how many responses are complete, then the same bar how many were verified."""
+    """The bar shows how many responses are complete, then how many were verified."""
     bars = shown_bars(monkeypatch)
-    advance(1, 2)  # no phase: nothing to show it on
+    advance(1, 2)  # no phase, so nothing is shown
     monkeypatch.setattr(module, "_BAR_AFTER_SECONDS", 0.05)
     with phase("evaluating"):
         advance(0, 8)

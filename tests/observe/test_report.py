@@ -1,4 +1,4 @@
-"""Pictures and the final table: drawn from whatever a run has measured, readable sizes, right numbers."""
+"""Plots and the final table: drawn from whatever a run measured, with readable sizes and correct numbers."""
 
 import io
 import math
@@ -18,7 +18,7 @@ DOMAINS = [f"domain_number_{i}" for i in range(13)]
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Every figure that was saved, to look at what is in it."""
+    """Every saved figure, for inspection."""
     saved = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, path: (saved.append(self), save(self, path)))

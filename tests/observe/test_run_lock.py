@@ -1,4 +1,4 @@
-"""One run at a time in a directory: refusals name the other run, and no dead one's lock is in the way."""
+"""One run at a time per directory: refusals name the other run, and a dead run's lock blocks nobody."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture
 def hold(tmp_path):
-    """`hold(work)`: another process that holds the directory, does `work` and then waits to be ended."""
+    """`hold(work)`: start a process that locks the directory, does `work` and then waits to be killed."""
     processes = []
 
     def hold(work=lambda: None):
@@ -56,13 +56,13 @@ def test_a_second_start_is_refused(tmp_path, hold):
     )
     with pytest.raises(ConfigError, match=words):
         RunLock(tmp_path)
-    with pytest.raises(ConfigError, match=words):  # the refused start has not taken the lock away
+    with pytest.raises(ConfigError, match=words):  # the refused start has not removed the lock
         RunLock(tmp_path)
 
 
 def test_a_killed_run_is_in_nobody_s_way(tmp_path, hold):
-    """Not even when a helper that it had forked lives on."""
-    children = FORK.SimpleQueue()  # whose `put` has written when it returns
+    """Not even if a helper process that it forked is still alive."""
+    children = FORK.SimpleQueue()  # its `put` writes before it returns
 
     def fork():
         child = FORK.Process(target=time.sleep, args=(60,))
@@ -91,7 +91,7 @@ def test_an_ended_run_leaves_the_directory_free(tmp_path):
 
 
 def test_a_lock_that_goes_while_it_is_taken(tmp_path, monkeypatch):
-    """The run before removes its file between another's opening and locking it."""
+    """The previous run removes its lock file after the next one opened it and before that one locks it."""
     (tmp_path / LOCK_FILE).write_text("")
     lock = RunLock._lock
 
@@ -106,7 +106,7 @@ def test_a_lock_that_goes_while_it_is_taken(tmp_path, monkeypatch):
 
 
 def test_a_lock_that_another_host_left(tmp_path, hold, monkeypatch, capsys):
-    """Nobody touches it: after the silence it is free, and at once when the silence is old."""
+    """No process touches it: it is free after `SILENCE_SECONDS`, at once if its last touch is older."""
     monkeypatch.setattr(run_lock, "SILENCE_SECONDS", 1.5)
     holder = hold()
     holder.kill()
@@ -130,7 +130,7 @@ def test_a_lock_that_another_host_left(tmp_path, hold, monkeypatch, capsys):
 
 
 def test_a_lock_that_another_host_holds(tmp_path, hold, monkeypatch):
-    """Where the file system's locks are known to one host only, touching says that the run is alive."""
+    """Where other hosts cannot see file locks, a recent modification time shows that the run is alive."""
 
     def no_lock(*arguments):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -145,7 +145,7 @@ def test_a_lock_that_another_host_holds(tmp_path, hold, monkeypatch):
 
 
 def test_a_run_whose_directory_was_taken_ends(tmp_path, monkeypatch):
-    """It was frozen for longer than the silence, for example: two runs must not go on in one directory."""
+    """It was suspended for too long, for example: two runs must not continue in one directory."""
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
     lock = RunLock(tmp_path)
     lock.check()

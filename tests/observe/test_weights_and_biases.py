@@ -1,4 +1,4 @@
-"""Weights & Biases, with a module in its place that takes down what it is told."""
+"""Weights & Biases, replaced by a module that records the calls."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Run:
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Every run that was begun."""
+    """Every run that was started."""
     begun = []
     fake = types.ModuleType("wandb")
     fake.__spec__ = importlib.util.spec_from_loader("wandb", None)
@@ -50,7 +50,7 @@ def test_metrics_are_sent_by_rank_0(tmp_path, runs, monkeypatch, capsys):
     assert [run.logged for run in runs] == [[(1, {"kl/gcd": 0.5})]] * 2 and all(r.finished for r in runs)
     first, second = (run.arguments for run in runs)
     assert first["project"] == "mopd" and first["name"] == "math" and first["resume"] == "allow"
-    assert first["id"] == second["id"], "a resumed run goes on"
+    assert first["id"] == second["id"], "a resumed run must keep its id"
     assert first["config"]["schedule"]["train_iters"] == 2
     monkeypatch.setenv("RANK", "1")
     RunLog(settings, 0).close()

@@ -1,4 +1,4 @@
-"""What tests of the lifeline share: a process that is one rank, with a lifeline and nothing else."""
+"""Shared by the lifeline tests: a process that acts as one rank, with a lifeline and nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_mopd.backend import lifeline, reception
 
 PATIENCE = 60.0
-"""Seconds that anything may take on a machine that stands still. Nothing here needs more than one."""
+"""Timeout in seconds, for a machine that stalls. Nothing here needs more than one second."""
 KEY = bytes(range(32))
 LOOPBACKS = ["127.0.0.1"]
 with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
@@ -25,13 +25,13 @@ with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socke
 def wait_for(condition):
     deadline = time.monotonic() + PATIENCE
     while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.01)
     return value
 
 
 class Rank:
-    """A process that is one rank of a job whose store `agent` serves."""
+    """A process that acts as one rank of a job whose store is served by `agent`."""
 
     def __init__(self, agent, rank, world_size=3, environment=None, settings=None, directory=None):
         context = multiprocessing.get_context("fork")
@@ -44,14 +44,14 @@ class Rank:
         theirs.close()
 
     def do(self, function):
-        """The answer of `function(lifeline)`, a function of a module."""
+        """Call `function(lifeline)` in the rank and return its result. The function must be module-level."""
         self._pipe.send(function)
         assert self._pipe.poll(PATIENCE), "no answer"
         return self._pipe.recv()
 
     def end(self):
         self.process.join(PATIENCE)
-        assert self.process.exitcode is not None, "it goes on"
+        assert self.process.exitcode is not None, "it is still running"
         return self.process.exitcode
 
     @property
@@ -77,7 +77,7 @@ def _rank(pipe, agent, rank, world_size, environment, settings, output):
 
 
 def joined(line):
-    """Ranks that rank 0 has let in; on another, whether it has been."""
+    """The number of ranks that have joined, on rank 0; on another rank, whether it has joined."""
     return len(line._reception._ranks) if line._reception is not None else line._session is not None
 
 
@@ -86,7 +86,7 @@ def pending(line):
 
 
 def ends(connection):
-    """Whether the other end closes: the end, or a reset when it had not read everything."""
+    """Wait until the peer closes the connection: end of stream, or a reset if it had unread data."""
     with contextlib.suppress(ConnectionError):
         while connection.recv(4096):
             pass

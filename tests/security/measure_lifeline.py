@@ -1,8 +1,8 @@
-"""How fast ranks join, and how soon a death is noticed: python -m tests.security.measure_lifeline
+"""How fast ranks join, and how soon a death is detected: python -m tests.security.measure_lifeline
 
-Prints the time until all of 512 and of 4,095 simulated ranks (threads of four processes, on loopback) have
-joined rank 0 (with `ulimit -n` 4300), and the time from the `kill -9` of a rank to the end of another
-while 0 and 64 strangers hold silent connections.
+Prints the time until 512 and 4,095 simulated ranks (threads of four processes, on loopback) have all joined
+rank 0 (with `ulimit -n` 4300), and the time from `kill -9` of one rank to the exit of another while 0 and 64
+strangers hold silent connections.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROCESSES = 4
 
 
 def join(address, ranks, world_size, done):
-    """Each of `ranks` joins in a thread of its own, trying again as the lifeline does."""
+    """Let each of `ranks` join in its own thread, retrying as the lifeline does."""
 
     def one(rank):
         while True:
@@ -50,7 +50,7 @@ def join(address, ranks, world_size, done):
 
 
 def seconds_to_join(ranks: int) -> float:
-    """From the first connection to the last rank's joining; clients are started before, and included."""
+    """The time until the last rank has joined, including the start of the client processes."""
     context = multiprocessing.get_context("fork")
     done, complete = context.Event(), threading.Event()
     reception = Reception("127.0.0.1", KEY, ranks + 1, threading.Lock())
@@ -65,7 +65,7 @@ def seconds_to_join(ranks: int) -> float:
         client.start()
     serving = threading.Thread(target=reception.serve, args=(complete.set, lambda rank: None), daemon=True)
     serving.start()
-    assert complete.wait(600), "not all have joined"
+    assert complete.wait(600), "some ranks have not joined"
     taken = time.monotonic() - begun
     reception.leave()
     done.set()
@@ -75,7 +75,7 @@ def seconds_to_join(ranks: int) -> float:
 
 
 def seconds_to_notice(strangers: int) -> float:
-    """From the death of rank 1 to the end of rank 0, which still waits for rank 2."""
+    """The time from the death of rank 1 to the exit of rank 0, which is still waiting for rank 2."""
     with Agent() as agent, tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         store = dist.TCPStore("127.0.0.1", agent.port, timeout=timedelta(seconds=60))
         zero, one = (Rank(agent, rank, directory=Path(directory)) for rank in (0, 1))

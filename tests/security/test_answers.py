@@ -1,4 +1,4 @@
-"""What a model answers is never run in the trainer, decides about itself alone, and ends in time."""
+"""A model's answers never run in the trainer, affect only their own score, and are scored in bounded time."""
 
 import contextlib
 import random
@@ -14,7 +14,7 @@ from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.scoring_process import ScoringProcess
 from megatron_mopd.data.verifiers import Score, final_answer, score
 
-# Tasks whose scorers evaluate the answer, in three ways: eval, parse_expr, literal_eval.
+# Tasks whose scorers evaluate the answer with eval, parse_expr or literal_eval.
 EVALUATING = [
     "binary_matrix",
     "countdown",
@@ -83,7 +83,8 @@ def test_every_verifier_but_exact_match_scores_in_the_confined_process(monkeypat
     assert score(exact, "a  b") == Score(1.0) and len(asked) == 2
 
 
-# As answers and as references. Some end soon, with this release of the libraries; none may take longer.
+# Used as answers and as references. Some finish quickly with this release of the libraries; none may exceed
+# the limit.
 ENDLESS = [
     "9**9**9**9",
     "$9^{9^{9^{9}}}$",
@@ -106,17 +107,17 @@ def test_no_text_takes_longer_than_its_limit(text, process):
     for request in (("math_verify", text, "7", None), ("math_verify", "7", text, None)):
         started = time.monotonic()
         assert process.score([request], limit)[0] in (None, 0.0)
-        assert time.monotonic() - started < limit + 10, "a busy machine may add some, not minutes"
+        assert time.monotonic() - started < limit + 10, "far over the limit, even for a busy machine"
     assert process.score([("math_verify", "$\\frac{14}{2}$", "7", None)], 60.0) == [1.0]
 
 
 def test_a_response_of_many_opening_tags_is_read_in_linear_time():
-    """A lazy regular expression searches to the end of the text once for each opening."""
+    """A lazy regular expression scans to the end of the text once per opening tag."""
     response = "<answer>" * 200_000
     started = time.monotonic()
     assert final_answer(response) == response
     assert final_answer(response + "</answer>") == "<answer>" * 199_999
-    assert time.monotonic() - started < 30, "quadratic: about an hour"
+    assert time.monotonic() - started < 30, "quadratic time would be about an hour"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,8 @@ def test_more_than_an_expression_is_refused(text):
     "text", ["certainly not a number", "(x", "1 + x +", "__import__('os') \\\n ", "x\0", "'x"]
 )
 def test_what_the_check_cannot_parse_nobody_may_compile(text):
-    """The hook raises what the parser raises, so that two readers cannot see two texts."""
+    """The hook raises what the parser raises, so that the check and the compiler cannot read a text
+    differently."""
     with contextlib.suppress(SyntaxError, ValueError):
         assert not is_expression(text, pure=True)
 
@@ -183,7 +185,7 @@ def test_text_without_letters_can_name_nothing_and_is_left_to_the_compiler(text)
 
 
 def test_what_is_allowed_compiles_to_code_that_only_calls_allowed_names():
-    """Random texts: whatever passes has no attribute, no import, no inner code and no reserved name."""
+    """Random texts: whatever passes has no attribute, import, nested code object or reserved name."""
     rng = random.Random(0)
     parts = "1 x Symbol abs __import__ eval ( ) [ ] , . : ' \" lambda for in if * ** + - = := import # f' {"
     parts = [*parts.split(), "\\\n", "\n"]
@@ -208,7 +210,7 @@ def test_what_is_allowed_compiles_to_code_that_only_calls_allowed_names():
 
 
 def answers_of_all_kinds():
-    """Right ones, wrong ones, and the same in other words; and what the evaluating tasks are given."""
+    """Right, wrong and rephrased math answers, and answers for the tasks whose scorers evaluate them."""
     for line in (Path(__file__).parent / "math_answers.txt").read_text().splitlines():
         reference, *given = line.split(" | ")
         yield from (("math_verify", answer, reference, None) for answer in given)
@@ -227,11 +229,11 @@ def answers_of_all_kinds():
 
 
 def test_confinement_changes_no_verdict(process):
-    """Also where the libraries generate code of their own, which the check has to let pass."""
+    """Not even where the libraries generate code themselves, which the check must allow."""
     requests = list(answers_of_all_kinds())
     differing = []
     for request, confined in zip(requests, process.score(requests, 60.0)):
-        direct = scoring.SCORES[request[0]](*request[1:])  # these answers are ours
+        direct = scoring.SCORES[request[0]](*request[1:])  # these answers are trusted
         if confined != direct:
             differing.append((request[:3], direct, confined))
     assert not differing

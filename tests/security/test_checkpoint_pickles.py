@@ -1,4 +1,4 @@
-"""A checkpoint's pickles: what the check saw is what torch uses, and neither calls what the file names."""
+"""A checkpoint's pickles: torch uses exactly what the check saw, and neither calls what the file names."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Hostile:
 
 
 class Reduced:
-    """Pickled as a call of `function` with `arguments`, then given a state and items."""
+    """Pickled as a call of `function` with `arguments`, followed by a state and items."""
 
     def __init__(self, function, arguments, *more):
         self.made = (function, arguments, *more)
@@ -65,7 +65,7 @@ class Reduced:
 
 
 def blind(real: dict) -> Reduced:
-    """An `OrderedDict` that has the entries of `real` and iterates over none: `items` makes an empty Size."""
+    """An `OrderedDict` with the entries of `real` whose `items()` returns an empty `torch.Size`."""
     return Reduced(OrderedDict, (), {"items": torch.Size}, None, iter(real.items()))
 
 
@@ -76,7 +76,7 @@ def saved(value) -> bytes:
 
 
 def make(directory: Path, objects=(None,)) -> Metadata:
-    """A checkpoint of two tensors, one of them in two parts, and an object; returns what describes it."""
+    """Write a checkpoint of two tensors, one of them in two parts, and an object; returns its metadata."""
     directory.mkdir(parents=True, exist_ok=True)
     listed, places, data = {}, {}, b""
     for name, tensor, parts in (("layer.weight", WEIGHT, 1), ("layer.bias", BIAS, 2)):
@@ -111,7 +111,7 @@ def describe(directory: Path, metadata) -> None:
 
 
 class Chunk(torch.nn.Module):
-    """A part of a model that asks for what `make` writes."""
+    """A model chunk that loads what `make` writes."""
 
     def __init__(self):
         super().__init__()
@@ -134,7 +134,7 @@ class Chunk(torch.nn.Module):
 
 
 def load(rank, directories, tamper=None):
-    """Load as a run does; the values, or the error."""
+    """Load as a run does; returns the values, or the error message."""
     chunk, directory = Chunk(), Path(directories[rank])
     if tamper is not None:
         original = checkpoints.refuse_code
@@ -174,7 +174,7 @@ def test_what_a_run_writes_is_loaded(tmp_path):
     assert torch.equal(reader.read("layer.bias", (2,), (3,)), BIAS[2:5])
 
 
-# name -> (how the description is changed, what the message says)
+# name -> (how the metadata is changed, what the message says)
 def _places(change):
     def apply(metadata):
         places = dict(metadata.storage_data)
@@ -320,7 +320,7 @@ ATTACKS = {
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack(tmp_path, name):
-    """With an object that would run code, so that a check which sees nothing is found out by what happens."""
+    """Every manipulation of the metadata is rejected with its message."""
     change, message = ATTACKS[name]
     metadata = make(tmp_path / "checkpoint")
     describe(tmp_path / "checkpoint", change(metadata))
@@ -363,7 +363,8 @@ def test_descriptions_are_not_links_out(tmp_path, name):
 
 def test_number_of_a_memo_costs_no_memory(tmp_path):
     make(tmp_path)
-    describe(tmp_path, b"\x80\x02Nr\x00\x00\x00\x04.")  # in C: 2 ** 27 places of 8 bytes, for 9 bytes of file
+    # The C unpickler would allocate 2 ** 27 slots of 8 bytes for this file of 9 bytes.
+    describe(tmp_path, b"\x80\x02Nr\x00\x00\x00\x04.")
 
     def peak(rank):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -426,7 +427,7 @@ def test_objects_that_change_after_the_check_run_no_code(tmp_path):
 
 
 def test_every_rank_uses_what_rank_0_checked(tmp_path):
-    """Each has its own copy, as on node-local disks; rank 1's was made by somebody else."""
+    """Each rank has its own copy, as on node-local disks; rank 1's was written by an attacker."""
     trace = tmp_path / "was here"
     for rank in range(2):
         make(tmp_path / str(rank))
@@ -458,14 +459,14 @@ def test_tensor_is_the_one_that_is_listed(tmp_path, value):
 
 
 def test_pickles_of_transformer_engine_are_not_asked_for():
-    """It unpickles them when they are loaded, whatever they hold."""
+    """Transformer Engine unpickles them on load, whatever they contain."""
     names = ["w", "a._extra_state", "b._extra_state3", "_extra_state_of_mine.w"]
     state = checkpoints.without_extra_state({"model0": dict.fromkeys(names, 1)})
     assert list(state["model0"]) == ["w", "_extra_state_of_mine.w"]
 
 
 class Independent(pickle.Unpickler):
-    """The real classes, for what the check let pass."""
+    """Unpickles into the real classes, for metadata that passed the check."""
 
     def find_class(self, module, name):
         assert module.split(".")[0] in ("torch", "collections", "pathlib"), (module, name)
@@ -473,11 +474,11 @@ class Independent(pickle.Unpickler):
 
 
 def same(a, b) -> bool:
-    """Equal, and of the very same types throughout."""
+    """Whether two values are equal, with identical types throughout."""
     if type(a) is not type(b):
         return False
     if type(a) is TensorProperties:
-        return a.dtype is b.dtype  # the others are deprecated, and are not handed on
+        return a.dtype is b.dtype  # the other attributes are deprecated and not passed on
     if dataclasses.is_dataclass(a):
         return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
     if isinstance(a, dict):
@@ -488,7 +489,7 @@ def same(a, b) -> bool:
 
 
 def mutated(metadata: Metadata, rng: random.Random):
-    """The description with one value anywhere in it replaced; or its pickle with bytes changed."""
+    """The metadata with one value anywhere in it replaced, or its pickle with bytes changed."""
     if rng.random() < 0.5:
         data = bytearray(pickle.dumps(metadata, protocol=rng.choice([2, 4, 5])))
         for _ in range(rng.randint(1, 3)):
@@ -538,8 +539,8 @@ def mutated(metadata: Metadata, rng: random.Random):
 
 
 def test_what_the_check_saw_is_what_torch_uses(tmp_path, monkeypatch):
-    """Damaged descriptions: whatever passes is equal to what the real classes make of the same file, and is
-    read with no unpickling but torch's restricted one."""
+    """Damaged metadata: whatever passes equals what the real classes read from the same file, and is read
+    only with torch's restricted unpickler."""
     metadata, rng = make(tmp_path), random.Random(5)
     sound = (tmp_path / "common.pt").read_bytes()
     restricted, passed = torch.load, 0

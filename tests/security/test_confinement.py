@@ -1,5 +1,5 @@
-"""Confined processes: what hostile code can do in them, how they end, and what is said when parts are
-missing."""
+"""Confined processes: what hostile code can do in them, how they end, and what is reported when protections
+are missing."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.observe.run_log import RunLog
 from megatron_mopd.run import setup
 
-# The attacks that may succeed where `Confinement.missing` says so.
+# The attacks that may succeed where `Confinement.missing` reports it.
 READING = ("read a file", "list a directory", "read /etc/passwd", "read the trainer's environment")
 EXPLAINED = {
     "read this user's files and processes": (*READING, "read another process's memory"),
@@ -65,7 +65,7 @@ def explained(missing):
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """Make a module that a confined process can run."""
+    """Create a module that a confined process can run."""
     monkeypatch.syspath_prepend(str(tmp_path))
     count = iter(range(1000))
 
@@ -127,7 +127,7 @@ HANDLERS = """
 
 
 def test_the_attacks_on_this_machine():
-    """All are refused where the kernel and libseccomp give what they can, else those that are said to be."""
+    """All are refused if the kernel and libseccomp support it; otherwise only reported ones succeed."""
     findings = attack_findings()
     missing = examine().missing()
     assert set(possible(findings)) <= explained(missing), findings
@@ -163,8 +163,8 @@ def test_where_the_kernel_gives_less_it_works_and_what_is_possible_has_been_said
     assert findings[0].level == Level.WARNING and ", ".join(missing) in findings[0].text
     found = set(possible(findings))
     assert found <= explained(missing), (found - explained(missing), missing)
-    assert found, "the attacks do not notice that something is missing"
-    # What resource limits and the supervisor guarantee everywhere.
+    assert found, "the attacks do not detect the missing protection"
+    # Resource limits and the supervisor prevent these everywhere.
     assert not found & {"use 8 GiB of memory", "map 8 GiB of memory", "run for ever", "overwrite a file"}
 
 
@@ -195,7 +195,7 @@ def test_an_answer_alone_leaves_nothing_behind(confined):
     assert process.ask("remember", 1, seconds=30, alone=True) == [1]
     assert process.ask("remember", 2, seconds=30, alone=True) == [2]
     assert process.ask("remember", 3, seconds=30) == [3]
-    assert process.ask("remember", 4, seconds=30) == [3, 4], "a worker that is reused is one process"
+    assert process.ask("remember", 4, seconds=30) == [3, 4], "a reused worker keeps its state"
 
 
 @pytest.mark.parametrize("name", ["interrupt", "end"])
@@ -298,7 +298,7 @@ def silent_process(tmp_path, first):
     ids=lambda item: item[0],
 )
 def test_a_process_that_was_taken_over_holds_nobody_up(takeover, confined, tmp_path, monkeypatch):
-    """Neither writing a request nor reading an answer nor ending it waits for ever; its children end too."""
+    """Writing a request, reading an answer and ending the process all have timeouts; its children end too."""
     monkeypatch.setattr(client, "_GRACE_SECONDS", 0.5)
     process = confined(silent_process(tmp_path, takeover[1]))
     process.start()
@@ -312,7 +312,7 @@ def test_a_process_that_was_taken_over_holds_nobody_up(takeover, confined, tmp_p
     started = time.monotonic()
     with pytest.raises(Unanswered):
         process.ask("score", "x" * 2_000_000, seconds=0.5)
-    assert time.monotonic() - started < 30, "the limit is a second; what is more is the machine's"
+    assert time.monotonic() - started < 30, "far over the limit of one second"
     assert process._process is None
     gone, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
@@ -330,7 +330,7 @@ def test_an_answer_that_is_none_is_refused(reply, confined, tmp_path):
 
 
 def test_a_trainer_that_is_killed_leaves_no_process(module, tmp_path):
-    """Its end of the pipes closes, whatever the worker is doing."""
+    """The trainer's end of the pipes closes, whatever the worker is doing."""
     name = module(HANDLERS)
     trainer = f"""
 import sys, threading, time

@@ -1,4 +1,4 @@
-"""What a run writes does not grow without bound, and nothing that a resume or a reader needs is lost."""
+"""A run's files do not grow without bound, and nothing that a resume or a reader needs is lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from megatron_mopd.training import skipped_steps as nonfinite
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Bounds that a test can reach."""
+    """Set bounds small enough for a test to reach."""
     monkeypatch.setattr(module, "PART_BYTES", 1000)
     monkeypatch.setattr(metrics_module, "FULL_STEPS", 8)
     monkeypatch.setattr(nonfinite, "MOST_EVIDENCE", 6)
@@ -44,7 +44,7 @@ def small(monkeypatch):
 
 
 def step(iteration):
-    """Metrics of a step: one each step, one irregular, one each 10 steps."""
+    """Metrics of a step: some logged every step, one irregularly, one every 10 steps."""
     metrics = {"loss": 1 / iteration, "kl/gcd": 0.25 * iteration}
     if iteration % 7 in (1, 2):
         metrics["kl/rare"] = float(iteration)
@@ -61,7 +61,7 @@ def write(directory, first, last, resumed=None, say=None, total=None):
 
 
 def points(directory):
-    """What TensorBoard shows: tag -> [(step, value)]."""
+    """The points that TensorBoard shows: tag -> [(step, value)]."""
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
     return {
         tag: [(event.step, repr(event.value)) for event in events.Scalars(tag)]
@@ -89,7 +89,7 @@ def test_the_file_stays_small_and_every_step_is_there(tmp_path):
         assert [line["iteration"] for line in recent] == list(
             range(iteration - len(recent) + 1, iteration + 1)
         )
-        assert len(recent) >= min(iteration, 10), "the recent steps"
+        assert len(recent) >= min(iteration, 10), "recent steps are missing"
     writer.close()
     parts = parts_of(tmp_path / METRICS_FILE)
     assert len(parts) > 10 and parts[0].path.name == f"metrics-00000001-{parts[0].last:08d}.jsonl.gz"
@@ -105,7 +105,7 @@ def test_the_file_stays_small_and_every_step_is_there(tmp_path):
 
 @pytest.fixture
 def seconds(monkeypatch):
-    """Starts are seconds apart: TensorBoard orders their files by that."""
+    """Put starts seconds apart, because TensorBoard orders event files by their start time."""
     clock = itertools.count(int(time.time()))
     values = vars(time) | {"time": lambda: next(clock)}
     monkeypatch.setattr(event_file_writer, "time", types.SimpleNamespace(**values))
@@ -121,7 +121,7 @@ def test_a_killed_run_resumes_with_the_uninterrupted_one_s_metrics(tmp_path, uni
         if end == 300:
             writer.close()
             break
-        writer._tensorboard.flush()  # and then it is killed
+        writer._tensorboard.flush()  # before it is killed
         with open(tmp_path / METRICS_FILE, "a") as file:
             file.write('{"iteration": 301, "lo' * rng.randrange(2))
         done = rng.randint(max(0, end - 60), end)
@@ -133,7 +133,7 @@ def test_a_killed_run_resumes_with_the_uninterrupted_one_s_metrics(tmp_path, uni
 
 @pytest.mark.parametrize("after", range(4))
 def test_killed_while_lines_are_moved(tmp_path, monkeypatch, after):
-    """At every replacement of a file: readers see each step once, and so does the next start."""
+    """Killed at any file replacement: readers see each step once, and so does the next start."""
     writer = Journal(tmp_path / METRICS_FILE)
     for iteration in range(1, 101):
         writer.write(iteration, step(iteration) | {"nothing": None})
@@ -154,7 +154,7 @@ def test_killed_while_lines_are_moved(tmp_path, monkeypatch, after):
     assert [line["iteration"] for line in read_journal(tmp_path / METRICS_FILE)] == list(range(1, last + 1))
     left[0] = 0
     monkeypatch.setattr(module.os, "replace", die)
-    with pytest.raises(KeyboardInterrupt):  # the next start dies while it removes what is too new
+    with pytest.raises(KeyboardInterrupt):  # the next start dies while it removes newer steps
         Journal(tmp_path / METRICS_FILE, 60)
     monkeypatch.setattr(module.os, "replace", replace)
     Journal(tmp_path / METRICS_FILE, 60)
@@ -163,7 +163,7 @@ def test_killed_while_lines_are_moved(tmp_path, monkeypatch, after):
 
 
 def test_moved_while_it_is_read(tmp_path):
-    """A report of a running run misses nothing and counts nothing twice."""
+    """A report on an active run misses nothing and counts nothing twice."""
     writer = Journal(tmp_path / METRICS_FILE)
     for iteration in range(1, 61):
         writer.write(iteration, step(iteration) | {"nothing": None})
@@ -220,7 +220,7 @@ def test_tensorboard_gets_ever_fewer_points(uninterrupted):
     for begin in (16, 32, 64, 128):
         assert 7 <= sum(begin <= number < 2 * begin for number in steps) <= 9
     rare = [number for number, _ in shown["kl/rare"]]
-    assert rare[:4] == [1, 2, 8, 9] and len(rare) <= len(steps), "one that comes rarely is not missed"
+    assert rare[:4] == [1, 2, 8, 9] and len(rare) <= len(steps), "points of a rare metric are missing"
     assert [n for n, _ in shown["accuracy/gcd"]][:12] == list(range(10, 130, 10)) and "nothing" in shown
 
 
@@ -233,7 +233,7 @@ def test_it_is_said_once(tmp_path):
 
 
 def test_samples_and_alarms(tmp_path, monkeypatch, capsys):
-    """The first samples and the newest ones stay; alarms all do, compressed, and the page shows some."""
+    """The first and the newest samples are kept; all alarms are, compressed, and the page shows some."""
     monkeypatch.setattr(run_log, "_MOST_SAMPLE_PARTS", 3)
     config = config_from_dict({"run_dir": str(tmp_path), "log": {"tensorboard": False}})
     log = RunLog(config, 0)
@@ -255,7 +255,7 @@ def test_samples_and_alarms(tmp_path, monkeypatch, capsys):
 
 
 def test_readers_of_a_long_run(tmp_path, monkeypatch):
-    """Every n-th step, the last one, and every evaluation."""
+    """Readers get every n-th step, the last one, and every evaluation."""
     write(tmp_path, 1, 299).close()
     lines = read_metrics(tmp_path, most=50)
     found = [line["iteration"] for line in lines]
@@ -280,7 +280,7 @@ def test_the_step_line_s_memory():
 
 
 def test_evidence(tmp_path, capsys):
-    """The first and the last steps that were left out; in bytes, too."""
+    """Evidence of the first and the last skipped steps is kept, within a limit in bytes too."""
     groups = types.SimpleNamespace(rank=0)
     prompt = Prompt("p", (1, 2), "gcd", None, "none", None, 0, "here")
     batch = [Trajectory(prompt, (3,) * 20, 0, (-0.5,) * 20)]
@@ -300,7 +300,8 @@ def test_evidence(tmp_path, capsys):
 
 @pytest.mark.parametrize("size, expected", [(10, [0, 1, 37, 38, 39]), (4000, [0, 1, 38, 39])])
 def test_rollout_logs_between_checkpoints(tmp_path, capsys, size, expected):
-    """Without a checkpoint, the oldest go, except what came from weights that only a checkpoint has."""
+    """Without a checkpoint the oldest are removed, except those sampled from weights before the current ones,
+    which only a checkpoint has."""
 
     def sampled(number):
         directory = tmp_path / "rollouts" / f"batch_{number:09d}"

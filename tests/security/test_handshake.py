@@ -1,4 +1,4 @@
-"""The handshake of the lifeline, rank 0's end driven turn by turn in this process; addresses and keys."""
+"""The lifeline's handshake, with rank 0's end driven turn by turn in this process; addresses and keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECRET = "correct horse battery staple"
 
 
 class Desk:
-    """Rank 0's end, with what it reports."""
+    """Rank 0's end, with the events it reports."""
 
     def __init__(self, host="127.0.0.1"):
         self.reception = reception.Reception(host, KEY, WORLD, threading.Lock())
@@ -57,7 +57,7 @@ def desk(request):
 
 
 class Guest:
-    """The other end, step by step."""
+    """A peer's end, step by step."""
 
     def __init__(self, desk):
         self.desk = desk
@@ -69,7 +69,7 @@ class Guest:
         return self.connection.recv(size, socket.MSG_WAITALL)
 
     def hello(self, rank, world_size=WORLD, key=KEY, claimed=None):
-        """Say HELLO; `claimed`: another rank in the clear. Returns the message."""
+        """Send HELLO and return the message. claimed: a different rank to send in the clear."""
         address = self.connection.getpeername()
         self.session = Session(key, address, rank, world_size, self.nonce_of_rank_0, self.nonce)
         said = self.session.say(Word.HELLO)
@@ -99,7 +99,8 @@ class Guest:
 
 
 def test_who_joins_and_finishes(desk):
-    """After the last, nobody can connect. A rank that ends without a goodbye is lost; the others are told."""
+    """After the last rank has joined, nobody can connect. A rank that leaves without GOODBYE is reported as
+    lost to the other ranks."""
     one, two = Guest(desk).join(1), Guest(desk).join(2)
     silent = Guest(desk)
     three = Guest(desk).join(3)
@@ -107,7 +108,7 @@ def test_who_joins_and_finishes(desk):
     assert silent.is_sent_away()
     with pytest.raises(OSError):
         socket.create_connection(desk.reception.address, timeout=PATIENCE)
-    one.send(bytes(32))  # nonsense on a connection that has joined
+    one.send(bytes(32))  # garbage on a connection that has joined
     one.say(Word.GOODBYE)
     one.close()
     assert desk.ranks == [2, 3] and desk.lost == []
@@ -117,7 +118,7 @@ def test_who_joins_and_finishes(desk):
     desk.reception.leave()
     assert three.session.hear(three.receive(32), [Word.GOODBYE_OF_RANK_0])
     three.close()
-    assert desk.lost == [2], "rank 0 has finished"
+    assert desk.lost == [2], "rank 0 had already finished"
 
 
 @pytest.mark.parametrize(
@@ -148,8 +149,8 @@ def test_a_rank_joins_once(desk):
     first.close()
     again = Guest(desk)
     again.hello(1)
-    assert again.is_sent_away(), "it had finished"
-    # Two at the same time: the first to complete the handshake.
+    assert again.is_sent_away(), "the rank had already finished"
+    # Of two at the same time, the first to complete the handshake joins.
     early, late = Guest(desk), Guest(desk)
     early.hello(2)
     late.hello(2)
@@ -176,7 +177,7 @@ def test_a_hello_is_good_for_its_connection_only(desk):
     another = Guest(desk)
     another.send(recorded)
     assert another.is_sent_away()
-    # Nor is rank 0's word one of a rank's.
+    # Rank 0's own message, reflected, is not accepted either.
     third = Guest(desk)
     third.hello(1)
     third.send(third.receive(32))
@@ -196,7 +197,7 @@ def test_so_many_strangers_and_no_more(desk):
 
 
 def introduced(address, serve):
-    """What becomes of rank 1 that connects to `address` while `serve` is called in a thread."""
+    """The outcome for a rank 1 that connects to `address` while `serve` runs in a thread."""
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     with socket.create_connection(address, timeout=PATIENCE) as connection:
@@ -218,7 +219,7 @@ def test_rank_0_is_recognised(desk):
 
 
 def test_rank_0_without_the_key_is_not_believed():
-    """Neither a word of its own, nor one that it has heard on another connection."""
+    """Neither with a random reply, nor with one that reflects the rank's own message."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         for word in (secrets.token_bytes(32), None):
 
@@ -259,13 +260,13 @@ def test_what_rank_0_once_said_is_not_believed_again(desk):
         handshake.introduce(connection, KEY, 1, WORLD, PATIENCE)
     thread.join(PATIENCE)
     assert [len(said) for said in heard] == [32, 32]
-    desk.close()  # its port is free for somebody else
+    desk.close()  # another process can now take its port
     with socket.create_server(address, family=family) as listener:
         assert "is not rank 0" in introduced(address, false_rank_0)
 
 
 def test_a_stranger_in_the_middle_is_noticed(desk):
-    """Who can write the store may announce itself and pass everything on to rank 0 and back."""
+    """A process that can write to the store may announce itself and relay everything to and from rank 0."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve():
@@ -283,10 +284,10 @@ def test_a_stranger_in_the_middle_is_noticed(desk):
 
 
 def test_which_address(monkeypatch):
-    for host in LOOPBACKS:  # the other ranks have reached the rendezvous there, so they are on this host
+    for host in LOOPBACKS:  # the other ranks reached the rendezvous there, so they are on this host
         assert network.own_address(host, {}) == host
     gloo = {network.GLOO_INTERFACES: "lo"}
-    for loopback in ("127.0.0.1", None):  # what this host takes its own name for
+    for loopback in ("127.0.0.1", None):  # what this host resolves its own name to
         found = {"a-node": loopback, "192.0.2.1": "198.51.100.7"}
         monkeypatch.setattr(network, "_source_towards", found.get)
         assert network.own_address("a-node", {}) == "198.51.100.7"

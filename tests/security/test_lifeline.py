@@ -1,6 +1,6 @@
-"""The lifeline on a network with strangers: they end nothing, delay nothing, and are believed nothing.
+"""The lifeline on a network with strangers: they can end nothing, delay nothing, and are never trusted.
 
-Ranks are forked processes; a stranger is this process, or a socket of it.
+Ranks are forked processes; a stranger is this process or one of its sockets.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def secret_in_the_environment(line):
 
 
 def fork_a_helper(line):
-    """A process that outlives its parent."""
+    """Fork a process that outlives its parent."""
     if (child := os.fork()) == 0:
         time.sleep(2 * PATIENCE)
         os._exit(0)
@@ -42,7 +42,7 @@ def fork_a_helper(line):
 
 @pytest.fixture
 def job(tmp_path):
-    """`start(rank, ...)` starts a rank of three; `store` is what they and strangers reach."""
+    """`start(rank, ...)` starts one of three ranks; ranks and strangers can access `store`."""
 
     class Job:
         def start(self, rank, **options):
@@ -50,7 +50,7 @@ def job(tmp_path):
             return ranks[-1]
 
         def announced(self):
-            """Where rank 0 listens, and the rest of what the store says."""
+            """Rank 0's address, and the rest of its entry in the store."""
             host, port, rest = self.store.get(lifeline._ADDRESS).decode().split(maxsplit=2)
             return (host, int(port)), rest
 
@@ -68,13 +68,13 @@ def job(tmp_path):
             rank.process.join()
         for connection in strangers:
             connection.close()
-        with contextlib.suppress(OSError):  # a rank 0 that was killed before all had joined leaves its file
+        with contextlib.suppress(OSError):  # a rank 0 killed before all ranks had joined leaves its file
             os.unlink(Job.store.get(lifeline._ADDRESS).decode().split()[2])
 
 
 @pytest.fixture
 def two(job):
-    """Ranks 0 and 1 of three: rank 0 still waits for the last."""
+    """Ranks 0 and 1 of three: rank 0 is still waiting for the last."""
     ranks = [job.start(rank) for rank in (0, 1)]
     wait_for(lambda: ranks[0].do(joined) == 1)
     return ranks
@@ -88,8 +88,8 @@ def assert_death_is_noticed(victim, other, number):
 
 
 def says(connection, message):
-    """`message`, and nothing after it."""
-    with contextlib.suppress(OSError):  # it may be refused before its end
+    """Send `message` and nothing after it."""
+    with contextlib.suppress(OSError):  # it may be rejected before all is sent
         connection.sendall(message)
         connection.shutdown(socket.SHUT_WR)
     assert ends(connection)
@@ -112,7 +112,7 @@ def stops_in_the_middle(connection, announcement):
 
 
 def says_what_the_store_says(connection, announcement):
-    """As the token of the store used to be enough."""
+    """The token in the store used to be sufficient."""
     try:
         token = bytes.fromhex(announcement)
     except ValueError:
@@ -136,7 +136,7 @@ def test_strangers_end_nothing(job, two):
 
 
 def test_silent_connections_delay_nothing(job):
-    """However long the handshake may take: it is a minute here, and a death is noticed in the middle."""
+    """A death is detected at once even while strangers have a long time left for their handshakes."""
     patient = {"reception.HANDSHAKE_SECONDS": 2 * PATIENCE}
     zero = job.start(0, settings=patient)
     one = job.start(1)
@@ -147,7 +147,7 @@ def test_silent_connections_delay_nothing(job):
 
 
 def test_a_byte_at_a_time(job):
-    """The deadline is that of the handshake, not of a byte; meanwhile ranks join."""
+    """The deadline applies to the whole handshake, not to each byte; meanwhile ranks can join."""
     zero = job.start(0, settings={"reception.HANDSHAKE_SECONDS": 0.5})
     stranger, sent = job.visit(), 0
     stranger.setblocking(False)
@@ -160,7 +160,7 @@ def test_a_byte_at_a_time(job):
             stranger.send(b"\0")
             sent += 1
             time.sleep(0.4)
-    assert sent < 20, "every byte had a deadline of its own"
+    assert sent < 20, "every byte has its own deadline"
     wait_for(lambda: zero.do(joined) == 1)
 
 
@@ -191,7 +191,7 @@ SECRET = "correct horse battery staple"
 
 
 def test_several_hosts_with_a_secret(job):
-    """It is neither in the store nor in what a rank prints or passes on to the processes that it starts."""
+    """The secret is neither in the store nor in a rank's output nor in its child processes' environment."""
     environment = SEVERAL_HOSTS | {JOB_SECRET: SECRET}
     ranks = [job.start(rank, world_size=2, environment=environment) for rank in (0, 1)]
     wait_for(lambda: ranks[0].do(joined) == 1 and ranks[1].do(joined))
@@ -203,7 +203,7 @@ def test_several_hosts_with_a_secret(job):
 
 
 def test_several_hosts_without_a_secret(job):
-    """They still notice a death, and rank 0 says what it is worth."""
+    """They still detect a death, and rank 0 warns about the missing secret."""
     ranks = [job.start(rank, world_size=2, environment=SEVERAL_HOSTS) for rank in (0, 1)]
     wait_for(lambda: ranks[0].do(joined) == 1)
     key = job.announced()[1]
@@ -227,7 +227,7 @@ def test_different_secrets(job, second):
 
 
 def test_a_false_rank_0(job):
-    """It is asked again and again, whatever it says, until the true one is there."""
+    """A rank keeps retrying, whatever the false rank 0 answers, until the real one appears."""
     hurry = {"lifeline._BETWEEN_ATTEMPTS": 0.01}
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(PATIENCE)

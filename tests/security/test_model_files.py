@@ -1,4 +1,4 @@
-"""Files of a model that somebody else prepared: links, names, headers and JSON that are not as they seem."""
+"""Model files from an untrusted source: malicious links, names, headers and JSON."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def model(original, tmp_path):
-    """A copy to spoil."""
+    """A copy to modify."""
     return Path(shutil.copytree(original, tmp_path / "model"))
 
 
@@ -66,7 +66,7 @@ def secret(tmp_path):
 
 
 def refused(read, *parts):
-    """`read` raises a `ConfigError` of one line that has all `parts`."""
+    """Check that `read` raises a one-line `ConfigError` that contains all `parts`."""
     with pytest.raises(ConfigError) as error:
         read()
     message = str(error.value)
@@ -114,7 +114,7 @@ def test_directories_behind_links_are_not_entered(model, secret, tmp_path):
     assert not (tmp_path / "target" / "additional").exists()
     HuggingFaceTokenizer(model).save(tmp_path / "tokenizer")
     (model / "additional").rename(model / "additional_chat_templates")
-    with pytest.raises(ConfigError):  # the directory is refused as a file, or its templates are
+    with pytest.raises(ConfigError):  # either the directory or its templates are refused
         HuggingFaceTokenizer(model).save(tmp_path / "other")
     assert not list((tmp_path / "other").rglob("passwd*"))
 
@@ -149,7 +149,7 @@ def test_links_inside_the_model_are_followed(model, tmp_path):
 
 @pytest.fixture
 def hub(original, tmp_path):
-    """The model as `huggingface_hub` keeps it."""
+    """The model as `huggingface_hub` stores it."""
     repository = tmp_path / "hub" / "models--somebody--model"
     snapshot = repository / "snapshots" / "0123abc"
     (repository / "blobs").mkdir(parents=True)
@@ -210,7 +210,7 @@ def test_pipes_are_not_waited_for(model, name):
         refused(lambda: checkpoint_fingerprints(model), name)
 
 
-# What travels.
+# Which files are copied.
 
 TRAVEL = (
     "config.json generation_config.json tokenizer.model Tokenizer.JSON chat_template.jinja vocab.txt "
@@ -244,7 +244,7 @@ def test_large_files_do_not_travel(model, tmp_path):
 
 @pytest.fixture
 def record(original, tmp_path, monkeypatch):
-    """What a converted checkpoint keeps of a Hugging Face model."""
+    """The files of a Hugging Face model that a converted checkpoint keeps."""
     monkeypatch.setattr(companions.dist, "get_rank", lambda: 0)
     directory = tmp_path / "checkpoint" / "hugging_face"
     directory.mkdir(parents=True)
@@ -497,7 +497,7 @@ def test_model_type_is_a_name(model, model_type):
 
 
 def test_other_configuration_that_is_named_is_not_read(model):
-    """`transformers` reads the file that `configuration_files` names in place of `config.json`."""
+    """`transformers` reads the file that `configuration_files` names instead of `config.json`."""
     config = json.loads((model / "config.json").read_text())
     (model / "config.4.0.0.json").write_text(json.dumps(config | {"vocab_size": 7}))
     (model / "config.json").write_text(json.dumps(config | {"configuration_files": ["config.4.0.0.json"]}))

@@ -1,4 +1,4 @@
-"""What the environment and other people's files hold does not end up in what a run writes or says."""
+"""Contents of the environment and of other users' files do not appear in a run's files or output."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def test_the_run_has_the_value_and_the_file_the_name(tmp_path, monkeypatch):
     assert load_config(tmp_path / "config.yaml") == config
     assert config_from_dict(to_dict(config)) == config and pickle.loads(pickle.dumps(config)) == config
     monkeypatch.setenv("MOPD_ROOT", "/elsewhere")
-    assert load_config(tmp_path / "config.yaml").run_dir == "/elsewhere/run", "as the user wrote it"
+    assert load_config(tmp_path / "config.yaml").run_dir == "/elsewhere/run", "not resolved again"
 
 
 def test_nothing_of_it_in_what_a_run_records(tmp_path, monkeypatch):
-    """config.yaml, the page and what goes to Weights & Biases."""
+    """Neither config.yaml, nor the page, nor the data sent to Weights & Biases."""
     sent = {}
     run = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
     fake = types.SimpleNamespace(init=lambda **arguments: sent.update(arguments) or run)
@@ -120,7 +120,7 @@ def test_elsewhere_it_is_refused_and_not_quoted(tmp_path, text):
     with pytest.raises(ConfigError) as raised:
         load(tmp_path, text)
     message = str(raised.value)
-    if not text.startswith("include"):  # the path of a file that is not there is said
+    if not text.startswith("include"):  # the path of a missing file is reported
         assert SECRET not in message
         assert (
             raised.value.__cause__ is None
@@ -232,7 +232,7 @@ def umask():
 
 
 def test_a_run_is_closed_to_others(tmp_path, umask):
-    """Everything that a run writes, by whichever library, for a usual umask and a stricter one."""
+    """All files of a run, whichever library writes them, under a common umask and a stricter one."""
     _runs.write_inputs(tmp_path)
     for mask, name in ((0o022, "run"), (0o077, "strict")):
         umask(mask)
@@ -255,7 +255,7 @@ def test_a_directory_that_was_there_is_left_and_said(tmp_path, umask):
     assert modes(tmp_path / "run") == {".": 0o755, "file": 0o640}
     os.chmod(tmp_path / "run", 0o750)
     assert others_may_enter(tmp_path / "run") is None and others_may_enter(tmp_path / "none") is None
-    assert umask(0o022) == 0o022, "the umask is as it was"
+    assert umask(0o022) == 0o022, "the umask has changed"
 
 
 def test_the_page_is_closed_to_others(tmp_path, umask):

@@ -1,4 +1,4 @@
-"""Control characters and markup in names, prompts and what models write are shown, and do nothing."""
+"""Control characters and markup in names, prompts and model output are displayed and have no effect."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def assert_harmless(text, lines=None):
     assert r"\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\u2028\r" in text, text
     assert "[red]x[/red][link=http://a]y[/][/]" in text
     if lines is not None:
-        assert text.count("\n") == lines, "no line that the program did not write"
+        assert text.count("\n") == lines, "injected lines"
 
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Bars as on a terminal, into a buffer."""
+    """Draw bars as on a terminal, into a buffer."""
     drawn = io.StringIO()
     monkeypatch.setattr(progress_module, "is_terminal", lambda: True)
     monkeypatch.setattr(progress_module, "_BAR_AFTER_SECONDS", -1.0)
@@ -92,7 +92,7 @@ def test_lines_of_a_run(capsys, monkeypatch):
 
 
 def test_errors(capfd, monkeypatch):
-    """Of the trainer, of tools on ranks, of the doctor."""
+    """Errors of the trainer, of tools on ranks, and of the doctor."""
     monkeypatch.setattr(command_line, "_leave", sys.exit)
     for error, lines in ((ConfigError(EVIL), 1), (RuntimeError(EVIL), None)):
         told = []
@@ -127,8 +127,8 @@ def test_the_final_table(capsys):
     assert not ACTS.search(text) and text.count("[red]x[/red]") == 2
 
 
-# Expressions that a `print` of the package may show as they are: numbers, the program's own words, texts that
-# are escaped where they are made.
+# Expressions that a `print` in the package may show unescaped: numbers, the program's own words, and texts
+# that are escaped where they are created.
 _OWN = {
     "description",
     "line",
@@ -158,14 +158,14 @@ _OWN = {
     "'  OFF'",
 }
 _ESCAPED_BEFORE = {
-    "backend/lifeline.py",  # tests/security has its own tests of it
+    "backend/lifeline.py",  # tests/security tests it separately
     "confinement",
     "data",
 }
 
 
 def _is_safe(value):
-    """Whether an expression inside a `print` is escaped, a number by its format, or on the list."""
+    """Whether an expression in a `print` is escaped, formatted as a number, or on the list."""
     if isinstance(value, ast.Constant):
         return True
     if isinstance(value, ast.JoinedStr):
@@ -219,7 +219,7 @@ def test_what_a_model_writes_on_a_terminal_and_into_a_pipe(monkeypatch):
     with os.fdopen(follower, "w", encoding="utf-8") as stream:
         _written(monkeypatch, stream)
         data = b""
-        while not data.endswith(b"u202e\r\n"):  # a terminal hands over what has arrived
+        while not data.endswith(b"u202e\r\n"):  # a terminal returns partial reads
             data += os.read(leader, 1000)
     shown = data.decode()
     monkeypatch.undo()
@@ -228,7 +228,7 @@ def test_what_a_model_writes_on_a_terminal_and_into_a_pipe(monkeypatch):
     pipe = io.StringIO()
     _written(monkeypatch, pipe)
     monkeypatch.undo()
-    assert pipe.getvalue() == "a\tb\n\x1b[2J\r\u202e\n", "as the model wrote it"
+    assert pipe.getvalue() == "a\tb\n\x1b[2J\r\u202e\n", "the output must be unchanged"
 
 
 def test_tags(tmp_path, monkeypatch):
@@ -249,7 +249,7 @@ def test_tags(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run whose every name and text is hostile."""
+    """A run in which every name and text is hostile."""
     directory = tmp_path / EVIL_PAGE.replace("/", "∕").replace("\n", "")
     directory.mkdir()
     lines = []
@@ -309,7 +309,7 @@ def test_pictures_in_the_page():
 
 @pytest.mark.filterwarnings("error")
 def test_pictures_of_names_with_formulas(tmp_path):
-    """`$` begins a formula in matplotlib, and one that is none raises, after training."""
+    """`$` starts a formula in matplotlib, and an invalid formula raises, after training."""
     name = r"$\frac{$ \x $a_$"
     line = {
         "iteration": 1,

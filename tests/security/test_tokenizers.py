@@ -1,4 +1,4 @@
-"""Downloaded tokenizers and chat templates cannot hang, fill the memory or run code; prompts are bounded."""
+"""Downloaded tokenizers and chat templates cannot hang, exhaust memory or run code; prompts are bounded."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def copy(directory, tmp_path):
-    """Make a copy of the tokenizer with another chat template, or with changes to `tokenizer.json`."""
+    """Copy the tokenizer with another chat template, or with changes to `tokenizer.json`."""
 
     def make(chat_template=None, change=None):
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory))
@@ -88,7 +88,7 @@ def test_a_hostile_template_is_one_line(template, message, copy, monkeypatch):
 
 
 def test_a_panic_of_the_tokenizer_is_an_error_of_the_configuration(copy):
-    """Rust's panic is no `Exception`: it passed everything and ended the rank with a traceback."""
+    """A Rust panic is not an `Exception`: no handler caught it, and the rank ended with a traceback."""
 
     def change(content):
         split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
@@ -100,7 +100,7 @@ def test_a_panic_of_the_tokenizer_is_an_error_of_the_configuration(copy):
 
 
 def test_a_text_that_takes_too_long_is_given_up(copy, monkeypatch):
-    """Each word stays below the limit of the regular expression library, all of them together take hours."""
+    """Each word stays below the limit of the regular expression library, but all together take hours."""
 
     def change(content):
         pattern = {"Regex": "(?:(a+)+$)|(?:(b+)+c|b)"}

@@ -1,4 +1,4 @@
-"""The layers of docs/architecture.md: no import goes up, and the picture's arrows leave out none."""
+"""The layers of docs/architecture.md: no import goes up, and the diagram's arrows cover every import."""
 
 from __future__ import annotations
 

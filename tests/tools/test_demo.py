@@ -1,4 +1,4 @@
-"""The demo's stages: valid configurations, skipping what is done, and the numbers it reports."""
+"""The demo's stages: valid configurations, skipping finished stages, and the reported numbers."""
 
 import importlib.util
 import json

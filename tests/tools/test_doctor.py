@@ -1,4 +1,4 @@
-"""The doctor on this machine, and on ones with something wrong: what it says, and its exit status."""
+"""The doctor on this machine and on machines with problems: its output and exit status."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def inputs(tmp_path_factory):
 
 
 def examined(tmp_path, *arguments, world_size=1, **environment):
-    """(exit status of every rank, what all printed) of the doctor on ranks as torchrun starts them."""
+    """Run the doctor on ranks as torchrun starts them: (exit status of every rank, output of all)."""
     context = multiprocessing.get_context("fork")
     output = tmp_path / "doctor.log"
     with Agent() as agent:
@@ -67,7 +67,7 @@ def _examine(rank, world_size, agent, output, arguments, environment):
         status = end.code
     finally:
         sys.stdout.flush()
-        time.sleep(0.3 * rank)  # the others must not take rank 0, which ends first, for dead
+        time.sleep(0.3 * rank)  # rank 0 exits first, and the others must not take it for dead
         os._exit(status)
 
 
@@ -102,7 +102,7 @@ def test_a_healthy_run(inputs, tmp_path):
     ):
         assert part in text, f"{part!r} is not in:\n{text}"
     assert "PROBLEM" not in text
-    assert not list(tmp_path.glob("run/*")), "examining writes nothing into the run's directory"
+    assert not list(tmp_path.glob("run/*")), "the doctor must not write to the run directory"
 
 
 def test_too_few_processes_for_the_layout(inputs, tmp_path):
@@ -122,7 +122,7 @@ def test_a_wrong_interface_stops_before_the_ranks_wait_for_each_other(tmp_path):
 
 @pytest.mark.parametrize("missing", ["megatron", "torch"])
 def test_a_missing_package(missing):
-    """In an interpreter of its own, which must not need the package to say that it is missing."""
+    """In a separate interpreter: the doctor must not need the package to report that it is missing."""
     hide = f"""
 import runpy, sys, importlib.metadata as metadata
 class Hidden:
@@ -145,7 +145,7 @@ def test_versions_and_optional_packages(monkeypatch):
     _, too_new, fits = software.required_findings()
     assert too_new.level == Level.PROBLEM and too_new.text.endswith("but this package needs <1")
     assert fits.level == Level.OK
-    # The package of that name on PyPI; and one that was built for another torch.
+    # The unrelated package of that name on PyPI, and one built for another torch version.
     other = type(sys)("apex")
     monkeypatch.setitem(sys.modules, "apex", other)
     assert "not NVIDIA's Apex" in software.find_optional("Apex").error
@@ -174,7 +174,7 @@ def test_names_of_interfaces():
 
 @contextlib.contextmanager
 def small_disk(directory, size):
-    """A file system of `size` bytes at `directory` where mounting is permitted; says whether it is."""
+    """Mount a file system of `size` bytes at `directory`; returns whether mounting is permitted."""
     directory.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
     is_mounted = (
@@ -236,7 +236,7 @@ def test_memory_that_is_not_there():
 
 
 def test_size_of_a_checkpoint(inputs):
-    """Beside what the sizes of the model say, at two layouts."""
+    """Compared with a count from the model's sizes, with two layouts."""
     values = _runs.values(inputs, params_dtype="bfloat16")
     for parallel, world_size in (({}, 1), ({"expert_model_parallel_size": 2}, 2)):
         config = _models.config_from_dict(values | {"parallel": parallel})
@@ -279,7 +279,7 @@ def test_bandwidth_of_every_group():
     ]
     assert all(min(group.bandwidth.values()) > 0 for group in results[0])
     wrong = {group.ranks: group.wrong for group in results[0] if group.kind == "PP"}
-    assert wrong == {(0, 2): (), (1, 3): ("point-to-point",)}, "what arrived is compared with what was sent"
+    assert wrong == {(0, 2): (), (1, 3): ("point-to-point",)}, "received data must be compared with sent data"
     findings = examination.bandwidth_findings(results[0])
     (problem,) = [f for f in findings if f.level == Level.PROBLEM and f.subject == "PP"]
     assert "point-to-point between ranks 1, 3" in problem.text and "wrong data" in problem.text

@@ -1,4 +1,4 @@
-"""docs/configuration.md says what the dataclasses say, about every key."""
+"""docs/configuration.md matches the dataclasses for every key."""
 
 import dataclasses
 
