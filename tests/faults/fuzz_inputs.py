@@ -291,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=60.0, help="most time to read one of them")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time limit for one input")
     options = parser.parse_args()
     torch.set_num_threads(1)
     started = time.monotonic()

@@ -114,15 +114,17 @@ def replay(path: Path, shrink_minutes: float, pools: Pools) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0, help="of the first case; the others follow")
-    parser.add_argument("--ranks", type=int, default=8, help="of the largest layout")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the first case; the next cases use the following seeds"
+    )
+    parser.add_argument("--ranks", type=int, default=8, help="ranks of the largest layout")
     workers = max(1, (os.cpu_count() or 1) // 2)
     parser.add_argument("--workers", type=int, default=workers, help="cases at a time")
-    parser.add_argument("--seconds", type=float, default=150, help="after which a case hangs")
-    parser.add_argument("--shrink-minutes", type=float, default=4, help="for each case that fails")
+    parser.add_argument("--seconds", type=float, default=150, help="time limit for one case")
+    parser.add_argument("--shrink-minutes", type=float, default=4, help="time to shrink each failing case")
     parser.add_argument("--keep", type=Path, default=CASES, help="where failed cases are written")
     parser.add_argument("--verbose", action="store_true", help="a line for every case")
-    parser.add_argument("--replay", type=Path, metavar="FILE", help="run this case alone")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="run only this case")
     parser.add_argument("--shrink", type=Path, metavar="FILE", help="run this case and find a smaller one")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
