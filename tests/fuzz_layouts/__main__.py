@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the first case; the next cases use the following seeds"
+        "--seed", type=int, default=0, help="seed of the first case, then one more each"
     )
     parser.add_argument("--ranks", type=int, default=8, help="ranks of the largest layout")
     workers = max(1, (os.cpu_count() or 1) // 2)
