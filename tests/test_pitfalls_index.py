@@ -1,7 +1,7 @@
-"""Bugs that distillation and pipeline frameworks have shipped, and the tests here that fail when one is put
-back.
+"""Bugs that distillation and pipeline frameworks have shipped, and the tests here that fail if one is
+reintroduced.
 
-`GUARDS` is the index: the bug in one sentence -> tests, as "folder/file.py::function" below `tests/`.
+`GUARDS` is the index: the bug in one line -> tests, as "folder/file.py::function" below `tests/`.
 """
 
 import ast
@@ -148,7 +148,7 @@ GUARDS = {
         "faults/test_faults.py::test_weights_that_are_not_finite",
     ),
     "Interrupted rollouts sampled anew, which favours short ones": (
-        # Sampled anew they are the same tokens: which ones are kept cannot depend on their length.
+        # Resampling gives the same tokens, so which ones are kept cannot depend on their length.
         "rollout/test_megatron_engine.py::test_tokens_follow_from_seed_and_index_alone",
     ),
     "Settings changed on resume and silently ignored; prompts skipped or repeated by another batch size": (
