@@ -31,7 +31,7 @@ def run_student(
     groups: ParallelGroups,
     loss_function: LossFunction,
 ) -> list[dict[str, Any]]:
-    """Forward and backward of every micro-batch, then gradient synchronisation and per-token normalisation.
+    """Forward and backward of every micro-batch, then gradient synchronization and per-token normalization.
 
     Returns what `loss_function` reported for each micro-batch on the last stage, an empty list elsewhere.
     Every rank of a pipeline, and every rank that shares experts with it, must pass the same number of

@@ -10,7 +10,7 @@ import pytest
 from tests import _distributed, _unwritten_memory  # noqa: F401  (one intra-op thread before anything else)
 
 _MOST_PROCESSES = 4
-"""Of pytest-xdist: a test starts up to eight ranks, and every process imports everything."""
+"""Maximum pytest-xdist workers: a test starts up to eight ranks, and every process imports everything."""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

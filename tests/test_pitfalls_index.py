@@ -52,7 +52,7 @@ GUARDS = {
         "training/test_head_gradient.py::test_twelve_domains_take_the_memory_of_one",
         "objectives/test_micro_batch_head.py::test_gradients_are_those_of_the_sum",
     ),
-    # Normalisation
+    # Normalization
     "A loss that depends on the micro-batch size, or is a mean of means": (
         "training/test_parallel_invariance.py::test_loss_gradients_and_weights_do_not_depend_on_the_layout",
         "training/test_parallel_invariance.py::test_named_reductions",
@@ -160,7 +160,7 @@ GUARDS = {
         "training/test_ranks_agree.py::test_whatever_differs_is_named_with_the_ranks",
         "backend/test_agreement.py::test_the_first_difference_is_named_with_values_and_ranks",
     ),
-    # What others wrote
+    # Untrusted and third-party input
     "A filter in front of `eval`: answers that it did not match ran code in the trainer": (
         "security/test_answers.py::test_every_verifier_but_exact_match_scores_in_the_confined_process",
         "security/test_answers.py::test_code_in_an_answer_is_not_run_and_the_next_answer_is_judged_as_ever",

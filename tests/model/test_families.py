@@ -143,7 +143,7 @@ def test_same_greedy_continuation_as_transformers(ranks, case, layout, models, p
 
 
 def loaded_after_our_start(rank, directory):
-    torch.utils._device._device_constructors.cache_clear()  # as in a process that has not filled it yet
+    torch.utils._device._device_constructors.cache_clear()  # as in a process that has not filled the cache
     select_device("cpu")
     return _families.reference_logits(directory, ROWS, torch.float32)
 

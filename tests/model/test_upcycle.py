@@ -69,7 +69,7 @@ def test_same_function(dense, architecture, options, tmp_path, pool):
 
 
 def test_from_either_format_to_either_format(tmp_path, pool):
-    """The format of the dense model does not change the mixture; config.json is written too."""
+    """The format of the dense model does not change the mixture of experts; config.json is written too."""
     options = Upcycling(4, 2, granularity=2, router_noise=0.1)
     hf, megatron = tmp_path / "hf", tmp_path / "megatron"
     _families.make("qwen3", hf, torch.bfloat16)

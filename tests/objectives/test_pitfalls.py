@@ -175,7 +175,7 @@ def test_a_detached_divergence_has_another_gradient(ranks):
 
 
 def sampled_token_gradients(rank):
-    """Gradients for the student's logits [V], in expectation over the sampled token y ~ p (no noise).
+    """Gradients for the student's logits [V], as exact expectations over the sampled token y ~ p.
 
     The losses are sg[KL(p || q)] log p(y); log p(y) - log q(y), for two teachers; sg[log p(y) - log q(y)]
     log p(y); and KL(p || q) from `vocab_parallel_kl`.

@@ -182,7 +182,7 @@ def test_eight_bits_cost_little_accuracy_and_save_most_bytes(pool):
         (other, encoded, other_norm) = pool.run(encoded_step, dtype)[0]
         assert other == pytest.approx(loss, rel=error) and other_norm == pytest.approx(norm, rel=3 * error)
         assert other != loss
-        assert encoded < 0.5 * size  # float32 has `size`; rows of 32 need many scales
+        assert encoded < 0.5 * size  # `size` is float32; rows of 32 need many scales
 
 
 def vanishing(rank, directory):

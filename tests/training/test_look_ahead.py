@@ -75,7 +75,7 @@ def test_a_tight_cache_ends_no_run_and_changes_no_loss(pool):
 
 
 def refusals(rank):
-    """Error messages for caches that do not hold all teachers of one micro-batch."""
+    """Error messages for caches that cannot hold the states of all teachers of one micro-batch."""
     messages = []
     for states, in_bytes in ((1, True), (1, False)):
         schedule = dict(micro_batch_size=1) | ({} if in_bytes else dict(max_cached_states=states))

@@ -95,7 +95,8 @@ def poison_teacher(monkeypatch, teacher, value):
 
 
 def poison_weight(learner, value):
-    """Poison one element of the last stage's final norm on the ranks that have it; returns an undo."""
+    """Poison one element of the last stage's final norm, if this rank has it; returns a function that
+    restores it."""
     found = dict(unwrap(learner.chunks[-1]).named_parameters()).get("decoder.final_layernorm.weight")
     if found is None:
         return lambda: None

@@ -26,7 +26,7 @@ def _stopped(signals, path, rank):
         ([signal.SIGTERM], 75),
         ([signal.SIGUSR1], 75),
         ([signal.SIGINT], 75),
-        ([signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM], 75),  # Slurm's warning, then its termination
+        ([signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM], 75),  # Slurm's warning, then its SIGTERM
         ([signal.SIGTERM, signal.SIGINT], 75),
         ([signal.SIGINT, signal.SIGINT], INTERRUPTED_STATUS),
         ([signal.SIGINT, signal.SIGTERM], INTERRUPTED_STATUS),  # torchrun forwards the second one as SIGTERM

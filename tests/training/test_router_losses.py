@@ -135,6 +135,6 @@ def router_gradient(rank, prompt, transformer):
 def test_the_coefficient_does_not_depend_on_where_responses_begin(pools, kind):
     transformer = Z_LOSS if kind == "z" else balanced(kind)
     (short,), (long,) = (pools[1].run(router_gradient, prompt, transformer) for prompt in (20, 2))
-    # Differences of gradients through float32 probabilities.
+    # These are differences of gradients that depend on float32 probabilities.
     torch.testing.assert_close(short, long, rtol=0, atol=1e-3 * short.abs().max().item())
     assert short.norm() > 1e-3

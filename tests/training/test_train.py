@@ -98,7 +98,7 @@ def distilled(directory, base, experts):
 
 
 def test_run_directory(directory, distilled):
-    """A run leaves the files that DESIGN.md promises, and no incomplete ones."""
+    """A run leaves the documented files and no incomplete ones."""
     path = directory / "mopd"
     found = {entry.name for entry in path.iterdir()}
     (events,) = [name for name in found if name.startswith("events.")]
