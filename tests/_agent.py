@@ -1,4 +1,4 @@
-"""What torchrun's agent gives the ranks it starts: a rendezvous store, and their environment."""
+"""A stand-in for torchrun's agent: the rendezvous store and the environment of the ranks that it starts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests import _distributed  # noqa: F401  (one thread before the fork)
 class Agent:
     """A store that outlives the ranks, on `port`, until `close`.
 
-    Served by a process of its own. One in the tests' own process would have a thread that its forks lack: a
-    rank that collected garbage with such a store in it (a failed test's traceback is enough) would wait for
-    that thread for ever.
+    A separate process serves it. A store in the tests' own process would have a thread that forked ranks do
+    not have: a rank whose garbage collection frees such a store (a failed test's traceback can hold one)
+    would wait for that thread forever.
     """
 
     def __init__(self):
@@ -38,7 +38,7 @@ class Agent:
         self.close()
 
     def set_environment(self, rank: int, world_size: int) -> None:
-        """Make this process `rank` of a job on one host, as far as the environment tells."""
+        """Set the environment variables of `rank` in a job on one host."""
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
         os.environ.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port), GLOO_SOCKET_IFNAME="lo")
@@ -48,5 +48,5 @@ class Agent:
 def _serve(connection) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     connection.send(store.port)
-    multiprocessing.parent_process().join()  # killed before that, unless the tests were
+    multiprocessing.parent_process().join()  # returns only if the tests were killed before `close`
     os._exit(0)

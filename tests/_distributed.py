@@ -1,4 +1,4 @@
-"""Forked gloo ranks for the tests: one function, run on every rank, its results brought back.
+"""Forked gloo ranks for the tests: run one function on every rank and return the results to the parent.
 
     results = run_ranks(2, check_gradient, "reverse_kl")     # check_gradient(rank, "reverse_kl") on 2 ranks
 
@@ -6,20 +6,20 @@
         for case in cases:
             results = pool.run(check_gradient, case)
 
-Ranks are forked from the calling process, so whatever it has imported (megatron-core takes about 6 s) is
-there at once. Rules that follow from forking:
+Ranks are forked from the calling process, so they start with everything that it has imported (megatron-core
+takes about 6 s). Rules that follow from forking:
 
-- The parent must not hold a process group of its own, nor serve a store (see `_agent.py`), nor use CUDA.
+- The parent must not have a process group, serve a store (see `_agent.py`) or use CUDA.
 - Import this module before any torch work: it sets the parent to one intra-op thread, because a child that
-  inherits an OpenMP pool's book-keeping without its threads waits for them for ever. Children run one thread.
+  inherits the state of an OpenMP pool without its threads waits for them forever. Children run one thread.
 - `run_ranks` inherits `fn` and its arguments through the fork, so closures and lambdas work. `RankPool.run`
-  pickles them: `fn` must be a module-level function of a module imported before the pool was made.
-- What a task builds on megatron-core's groups ends with it: the next `run` starts without any.
+  pickles them: `fn` must be a module-level function of a module imported before the pool was created.
+- megatron-core's process groups do not outlive a task: the next `run` starts without any.
 - Return values are pickled by value: detached tensors, numbers, strings and containers of them.
 
-A failing rank's traceback is raised in the parent at once and the other ranks are killed; so is a rank that
-dies without a word, or a run that outlasts `timeout` (unfinished ranks then print their stacks to stderr
-first).
+When a rank fails, its traceback is raised in the parent at once and the other ranks are killed. The same
+applies to a rank that exits without an error message and to a run that exceeds `timeout` (unfinished ranks
+first print their stacks to stderr).
 """
 
 import faulthandler
@@ -39,12 +39,12 @@ import torch.distributed as dist
 from megatron_mopd.backend.gloo import share_device
 
 torch.set_num_threads(1)
-# A collection in a fork would go through half a million objects of its parent, and copy their pages.
+# A garbage collection in a fork would visit half a million objects of the parent and copy their pages.
 os.register_at_fork(after_in_child=gc.freeze)
 
 
 class RankError(RuntimeError):
-    """A rank raised, died or hung; the message carries the rank and its traceback."""
+    """A rank raised, died or hung; the message contains the rank and its traceback."""
 
 
 class RankPool:
@@ -52,7 +52,7 @@ class RankPool:
 
     def __init__(self, world_size, timeout=60, _inherited_task=None):
         if dist.is_initialized():
-            raise RuntimeError("ranks are forked: the parent must not have a process group of its own")
+            raise RuntimeError("ranks are forked: the parent must not have a process group")
         self.timeout = timeout
         context = multiprocessing.get_context("fork")
         self._connections, self._processes = [], []
@@ -65,8 +65,8 @@ class RankPool:
             theirs.close()  # so that a dead child reads as end-of-file here
             self._connections.append(ours)
             self._processes.append(process)
-        # Rank 0 serves the rendezvous, on a port the kernel picks, so two pools never race for one. Not the
-        # parent: a pool forked while a server's thread holds a lock would wait for that lock for ever.
+        # Rank 0 serves the rendezvous, on a port that the kernel picks, so that two pools never race for one.
+        # The parent must not: a pool forked while a server thread holds a lock would wait for it forever.
         port = pickle.loads(self._connections[0].recv_bytes()) if self._connections[0].poll(timeout) else None
         if not isinstance(port, int):
             self.close(kill=True)
@@ -80,7 +80,7 @@ class RankPool:
         return self.collect(timeout)
 
     def start(self, fn, *args):
-        """Have every rank call `fn(rank, *args)`; `collect` waits for the results."""
+        """Start `fn(rank, *args)` on every rank; `collect` waits for the results."""
         if not self._processes:
             raise RankError("the pool is closed (an earlier run failed, or close() was called)")
         task = pickle.dumps((fn, args))
@@ -88,7 +88,7 @@ class RankPool:
             connection.send_bytes(task)
 
     def collect(self, timeout=None):
-        """The results of what was started, rank 0 first."""
+        """Wait for the task of `start` and return its results, rank 0 first."""
         timeout = timeout or self.timeout
         deadline = time.monotonic() + timeout
         results, waiting = {}, dict(enumerate(self._connections))
@@ -110,7 +110,7 @@ class RankPool:
         return [results[rank] for rank in range(len(results))]
 
     def close(self, kill=False):
-        """End the ranks: politely, or at once with `kill`."""
+        """Stop the ranks: ask them to exit, or kill them with `kill`."""
         for connection, process in zip(self._connections, self._processes, strict=True):
             if kill:
                 process.kill()
@@ -137,12 +137,12 @@ def run_ranks(world_size, fn, *args, timeout=60):
 
 
 def _rank_main(rank, world_size, connection, parents_ends, timeout, inherited_task):
-    """Life of one rank: join the group, answer tasks until told to stop with None."""
+    """Join the process group and run tasks until the task is None."""
     for inherited in parents_ends:
-        inherited.close()  # so that the parent's death, however it comes, reads as end-of-file here
+        inherited.close()  # so that the parent's death, whatever its cause, reads as end-of-file here
     torch.set_num_threads(1)
     share_device()
-    # megatron-core's checkpoint writer starts processes, which children of a daemon may not.
+    # megatron-core's checkpoint writer starts processes, which a daemonic process must not do.
     multiprocessing.current_process()._config["daemon"] = False
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -162,15 +162,15 @@ def _rank_main(rank, world_size, connection, parents_ends, timeout, inherited_ta
             _forget_groups()
     except BaseException:
         connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
-    # No interpreter shutdown: the parent's exit handlers and test plugins are not this process's to run.
+    # No interpreter shutdown: this process must not run the parent's exit handlers and test plugins.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
 def _forget_groups():
-    """Destroy megatron-core's groups of the tasks before, which all ranks have finished: every gloo group has
-    threads of its own, and a pool serves many layouts."""
+    """Destroy megatron-core's groups of the previous tasks, which all ranks have finished: every gloo group
+    has its own threads, and a pool serves many layouts."""
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     if parallel_state is not None and parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -183,7 +183,7 @@ def _answer(connection, rank, fn, args, timeout):
     try:
         answer = pickle.dumps((True, fn(rank, *args)))
     except BaseException:
-        # Live on until the parent kills us: an early exit would drown the cause in the peers' socket errors.
+        # Stay alive until the parent kills us: an early exit would bury the cause in peers' socket errors.
         answer = pickle.dumps((False, traceback.format_exc()))
     finally:
         faulthandler.cancel_dump_traceback_later()

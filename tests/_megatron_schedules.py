@@ -1,5 +1,5 @@
-"""Megatron-core's own schedules, an oracle for ours: a teacher's forward passes are one call, the student's
-forward and backward passes another.
+"""Megatron-core's schedules as an oracle for ours: one call for a teacher's forward passes, one for the
+student's forward and backward passes.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def run_student(
     groups: ParallelGroups,
     loss_function: LossFunction,
 ) -> list[dict[str, Any]]:
-    """Forward and backward of every micro-batch, then gradient synchronisation and per-token normalisation.
+    """Forward and backward of every micro-batch, then gradient synchronization and per-token normalization.
 
     Returns what `loss_function` reported for each micro-batch on the last stage, an empty list elsewhere.
-    Every rank of a pipeline, and every rank that shares experts with it, must bring the same number of
+    Every rank of a pipeline, and every rank that shares experts with it, must pass the same number of
     micro-batches.
     """
     return _run(chunks, micro_batches, shape, groups, loss_function, forward_only=False)
@@ -58,9 +58,10 @@ def run_forward(
     groups: ParallelGroups,
     on_hidden: Callable[[MicroBatch, Tensor], None],
 ) -> None:
-    """Forward passes without gradients. `on_hidden` receives the last stage's hidden states as they appear.
+    """Forward passes without gradients. `on_hidden` receives the last stage's hidden states as soon as each
+    is computed.
 
-    The schedule keeps what its loss function returns until it ends, so `on_hidden` must take what it needs
+    The schedule keeps what its loss function returns until it ends, so `on_hidden` must copy what it needs
     off the device and return nothing.
     """
 
@@ -105,7 +106,7 @@ def _run(chunks, micro_batches, shape, groups, loss_function, forward_only):
 
 
 class MegatronSchedules:
-    """Takes the place of a `PipelineDriver`: one step after another, every teacher before the student."""
+    """Replaces a `PipelineDriver`: runs one step after another, every teacher before the student."""
 
     def __init__(self, groups: ParallelGroups):
         self.groups, self.idle_shares = groups, []
@@ -120,7 +121,7 @@ class MegatronSchedules:
         return MegatronExecution(list(chunks), steps[0], self.groups, loss_function, teachers)
 
     def plan_next(self) -> None:
-        """Nothing is planned."""
+        """Do nothing: these schedules need no plan."""
 
     def forward(self, chunks, micro_batches, shape, on_hidden) -> None:
         run_forward(chunks, micro_batches, shape, self.groups, on_hidden)
@@ -131,7 +132,7 @@ class MegatronSchedules:
 
 @dataclass
 class MegatronExecution:
-    """The step that `MegatronSchedules` has started; like `pipeline.runtime.Execution`."""
+    """A step that `MegatronSchedules` started, with the interface of `pipeline.runtime.Execution`."""
 
     chunks: list[torch.nn.Module]
     step: StepInput
@@ -152,4 +153,4 @@ class MegatronExecution:
         self.reports += run_student(self.chunks, self.step.student, shape, groups, self.loss_function)
 
     def run_rest(self) -> None:
-        """Nothing is scored ahead."""
+        """Do nothing: no later step is scored ahead."""

@@ -1,4 +1,4 @@
-"""Tiny models, batches and learners for the tests, and gradients brought back from any layout."""
+"""Tiny models, batches and learners for the tests, and gradients gathered from any layout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_mopd.training.learner import Learner
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
 from tests._megatron_schedules import MegatronSchedules
 
-VOCAB = 83  # not divisible by anything a layout divides by
+VOCAB = 83  # prime, so no layout divides it evenly
 
 DENSE = dict(
     num_layers=4,
@@ -81,8 +81,8 @@ def batch(count: int = 16, seed: int = 0, longest: int = 20) -> list[Trajectory]
 
 
 def groups_for(parallel: dict, seed: int = 1, only: bool = False) -> ParallelGroups:
-    """Groups of one layout inside a test rank; earlier ones in the same process are forgotten, or destroyed
-    when these are to be the `only` ones.
+    """Build the groups of one layout in a test rank. megatron-core forgets this process's earlier groups;
+    with `only`, they are also destroyed.
     """
     config = config_from_dict({"run_dir": "unused", "parallel": parallel})
     device = select_device("cpu")
@@ -104,10 +104,10 @@ def make_learner(
     sources: list[TeacherSource] | None = None,
     **sections,
 ) -> Learner:
-    """A learner on this rank's layout; weights follow from seeds alone, so every layout has the same ones.
+    """A learner on this rank's layout. Weights depend on the seeds alone, so they are equal in every layout.
 
-    `sources`: teachers of architectures of their own, with `routing` as a section. `schedule.kind: megatron`
-    stands for megatron-core's own schedules, the oracle of ours.
+    `sources`: teachers with their own architectures, with `routing` as a section. `schedule.kind: megatron`
+    selects megatron-core's schedules, the oracle for ours.
     """
     values = {
         "run_dir": "unused",
@@ -115,7 +115,7 @@ def make_learner(
         "objective": {"kind": kind},
         "params_dtype": "float64",
     }
-    # Adam divides by the gradient's own size; with the usual epsilon, rounding in a nearly zero gradient
+    # Adam divides by the gradient's magnitude: with the usual epsilon, rounding in a nearly zero gradient
     # becomes a full step of the learning rate, and tests would compare noise.
     values["optimizer"] = {"use_distributed_optimizer": False, "lr": 1e-2, "clip_grad": 0.0, "adam_eps": 1e-3}
     schedule = dict(sections.pop("schedule", {}))
@@ -162,7 +162,7 @@ def assemble_learner(
     routing: Routing | None = None,
     bank: TeacherBank | None = None,
 ) -> Learner:
-    """A learner of what has been built, with gradient buffers and an optimizer. Collective over all ranks."""
+    """Build a learner with gradient buffers and an optimizer from these parts. Collective over all ranks."""
     wrapped = wrap_data_parallel(chunks, config, groups)
     optimizer, scheduler = build_optimizer(wrapped, config, groups)
     return Learner(
@@ -213,11 +213,11 @@ def _inside(view: torch.Tensor, whole: torch.Tensor) -> bool:
 def assemble(
     per_rank: list[list[tuple]], vocab_size: int = VOCAB, rtol: float = 1e-4, atol: float = 1e-6
 ) -> dict[str, torch.Tensor]:
-    """Full tensors from every rank's slices; replicas agree where they overlap, up to rounding."""
+    """Full tensors from every rank's slices; asserts that overlapping replicas agree up to rounding."""
     full: dict[str, torch.Tensor] = {}
     seen: dict[str, torch.Tensor] = {}
     for key, shape, offset, values in (piece for pieces_ in per_rank for piece in pieces_):
-        if "word_embeddings" in key or "output_layer" in key:  # padded to a layout's own width
+        if "word_embeddings" in key or "output_layer" in key:  # the padded width depends on the layout
             shape = (vocab_size, *shape[1:])
             values = values[: max(0, min(vocab_size - offset[0], len(values)))]
         target = full.setdefault(key, torch.zeros(shape, dtype=values.dtype))

@@ -1,7 +1,7 @@
 """Whole runs for the tests: small inputs on disk, and the command line in forked ranks.
 
-`run_main(["--config", ...], 2)` runs `python -m megatron_mopd.train` on two ranks as torchrun would start
-them, without an interpreter start: the ranks are forked from this process and call `main`.
+`run_main(["--config", ...], 2)` runs `python -m megatron_mopd.train` on two ranks as torchrun would, without
+starting an interpreter: the ranks are forked from this process and call `main`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MODEL = dict(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the ranks of one command line left behind, rank 0 first."""
+    """Exit statuses and output of the ranks of one command line, rank 0 first."""
 
     statuses: list[int]
     stdout: list[str]
@@ -126,7 +126,7 @@ def write_inputs(directory: Path) -> None:
 
 
 def values(directory: Path, **sections) -> dict:
-    """A configuration on those inputs as nested dictionaries; `sections` are merged over it."""
+    """A configuration for the inputs of `write_inputs`, as nested dictionaries, with `sections` merged in."""
     merged = {
         "run_dir": str(directory / "run"),
         "device": "cpu",
@@ -148,13 +148,13 @@ def values(directory: Path, **sections) -> dict:
 
 
 def write_config(path: Path, configuration: dict) -> list[str]:
-    """The command-line arguments for a valid configuration, written to `path`."""
+    """Write a valid configuration to `path` and return the command-line arguments that load it."""
     save_config(config_from_dict(configuration), path)
     return ["--config", str(path)]
 
 
 def describe_checkpoint(directory: Path, tokenizer: Path, **model) -> Path:
-    """A checkpoint's description without weights: enough for every check that comes before they are read."""
+    """Write a checkpoint's description without weights: enough for every check that precedes reading them."""
     directory.mkdir(parents=True)
     description = {
         "model": MODEL | {"vocab_size": load_tokenizer(tokenizer).vocab_size} | model,
@@ -165,8 +165,8 @@ def describe_checkpoint(directory: Path, tokenizer: Path, **model) -> Path:
 
 
 def comparable(run_dir: Path) -> list[dict]:
-    """The run's metrics without what clocks say, and without the teachers' loads: after a start the bank is
-    empty.
+    """The run's metrics without timings and without the teachers' loads, because the bank is empty after a
+    start.
     """
     clocks = ("time/", "tokens_per_second", "idle/", "tflops")
     loads = ("/loads", "/load_seconds", "/load_hidden", "/score_seconds")
@@ -177,8 +177,9 @@ def comparable(run_dir: Path) -> list[dict]:
 
 
 def _comparable(value):
-    """megatron-core 0.19 keeps what is no tensor beside the tensors: here without the settings, which name
-    another run_dir, and the entropies that alarms remember, which continued responses have to rounding.
+    """`value` without the settings, which name another run_dir, and without the entropies that alarms
+    remember, which agree only up to rounding for continued responses. megatron-core 0.19 stores objects that
+    are not tensors next to the tensors.
     """
     if isinstance(value, list):
         return [_comparable(item) for item in value]
@@ -189,9 +190,8 @@ def _comparable(value):
 
 
 def contents(checkpoint: Path) -> dict[str, str]:
-    """What a checkpoint of these tests holds: of a tensor the SHA-256 of its bytes, of everything else its
-    value as far as it is comparable. A pickle of equal values may differ in what it writes once and refers to
-    afterwards.
+    """The contents of a checkpoint: the SHA-256 of every tensor's bytes, and the comparable part of every
+    other value. Pickles of equal values may differ in which objects they write once and refer to afterwards.
     """
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     found = {}

@@ -1,10 +1,10 @@
-"""Memory that was never written, made visible on any CPU: importing this module turns it on for the process
+"""Detects reads of uninitialized memory on any CPU. Importing this module turns the checks on for the process
 and for all that are forked from it.
 
-- Fresh tensors hold NaN (integers their largest value) instead of what happens to lie there.
-- A matrix product fails where memory that it may read beside the rows of an operand is not finite. With AMX,
+- Fresh tensors hold NaN (integers their largest value) instead of arbitrary data.
+- A matrix product fails if memory that it may read next to the rows of an operand is not finite. With AMX,
   oneDNN multiplies bfloat16 in pairs and reads one element past a row of odd length, times 0: NaN if that
-  element is NaN. Other CPUs and dtypes read no further than the row, so only this check shows it there.
+  element is NaN. Other CPUs and dtypes do not read past the row, so only this check finds the error there.
 """
 
 import functools
@@ -17,12 +17,12 @@ _FACTORS = {
     1: ("addmm", "addmm_", "addmm.out", "baddbmm", "baddbmm_", "baddbmm.out", "addmv", "addmv_", "addmv.out")
     + ("_addmm_activation", "_addmm_activation.out"),
 }
-"""Place of the first factor among the arguments -> operators of ATen to which every product comes down."""
+"""Index of the first factor among the arguments -> the ATen operators that implement every product."""
 
 
 def beside_rows(matrix: Tensor) -> list[Tensor]:
-    """Views of what lies between the rows of a matrix [..., m, n] (of a transposed one: its columns), and of
-    the element after the last row if rows are of odd length; as far as it belongs to the same storage."""
+    """Views of the gaps between the rows of a matrix [..., m, n] (the columns, if it is transposed), and of
+    the element after the last row if the row length is odd and the element belongs to the same storage."""
     if matrix.dim() < 2 or matrix.numel() == 0 or (matrix.size(-1) % 2 == 0 and matrix.is_contiguous()):
         return []
     if matrix.stride(-1) != 1:
@@ -43,10 +43,10 @@ def beside_rows(matrix: Tensor) -> list[Tensor]:
 def _checked(name: str, first: int, product, keys, *arguments, **options):
     for factor in arguments[first : first + 2]:
         beside = beside_rows(factor)
-        # A factor that is not finite itself, as of a model with a damaged weight, hides nothing.
+        # A factor that is not finite itself, such as a damaged weight, gives NaN anyway.
         if not all(view.isfinite().all() for view in beside) and factor.isfinite().all():
             raise AssertionError(
-                f"{name}: unwritten memory beside the rows of {list(factor.shape)} with strides "
+                f"{name}: unwritten memory next to the rows of {list(factor.shape)} with strides "
                 f"{factor.stride()}: fill it, or multiply a contiguous matrix"
             )
     return product.call_boxed(keys, *arguments, **options)
@@ -55,7 +55,7 @@ def _checked(name: str, first: int, product, keys, *arguments, **options):
 def _make_visible() -> torch.library.Library:
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)  # without it torch fills nothing
-    torch.are_deterministic_algorithms_enabled = lambda: False  # megatron-core shall take its usual paths
+    torch.are_deterministic_algorithms_enabled = lambda: False  # so that megatron-core takes its usual paths
     library = torch.library.Library("aten", "IMPL")
     for first, names in _FACTORS.items():
         for name in names:
@@ -64,4 +64,4 @@ def _make_visible() -> torch.library.Library:
     return library
 
 
-_library = _make_visible()  # what it registers is gone when it is
+_library = _make_visible()  # deleting the library would unregister its kernels

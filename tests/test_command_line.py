@@ -1,4 +1,4 @@
-"""Mistakes at the command line: one line, before training, the same on every rank, and exit status 2."""
+"""User errors at the command line: one line before training, the same on every rank, and exit status 2."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests._agent import Agent
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Inputs with things wrong with them, beside good ones."""
+    """Valid and invalid inputs."""
     directory = tmp_path_factory.mktemp("command_line")
     _runs.write_inputs(directory)
     good = (directory / "prompts.jsonl").read_text().splitlines()
@@ -134,7 +134,7 @@ CASES = {
 
 
 def replaced(value, directory):
-    """`value` with the inputs' directory for every "@"."""
+    """`value` with every "@" replaced by the inputs' directory."""
     if isinstance(value, dict):
         return {key: replaced(item, directory) for key, item in value.items()}
     if isinstance(value, list):
@@ -143,7 +143,7 @@ def replaced(value, directory):
 
 
 def check(outcome, world_size, parts):
-    """One line from one rank, all ranks with the same message and status 2, nothing else said."""
+    """All ranks fail with the same message and status 2, and one rank prints it as the only output."""
     assert outcome.statuses == [2] * world_size, outcome.printed
     (message,) = set(outcome.failures)
     assert outcome.printed.splitlines() == [message]
@@ -160,7 +160,7 @@ def test_one_line_on_every_rank(inputs, tmp_path, case):
     path = tmp_path / "config.yaml"
     OmegaConf.save(OmegaConf.create(configuration), path)
     check(_runs.run_main(["--config", str(path)], world_size), world_size, replaced(parts, inputs))
-    assert not list(tmp_path.rglob("metrics.jsonl")), "nothing was started"
+    assert not list(tmp_path.rglob("metrics.jsonl")), "training was started"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_configuration_file_and_overrides(tmp_path, text, arguments, parts):
 
 
 def test_a_run_says_nothing_but_its_own_lines(inputs, tmp_path):
-    """In an interpreter of its own: no library's warnings, also where the run saves and is resumed."""
+    """In a separate interpreter: libraries print no warnings, including when the run saves and resumes."""
     values = _runs.values(inputs, **mopd({"self": None}, {"default": "self"}), run_dir=str(tmp_path / "run"))
     arguments = _runs.write_config(tmp_path / "config.yaml", values)
     command = [sys.executable, "-m", "megatron_mopd.train", *arguments]
@@ -222,7 +222,7 @@ def _fail_on_rank_1(config):
 
 
 def _launch(path, config):
-    """torchrun's own agent, with forked ranks; what it and they say goes to `path`."""
+    """Run torchrun's agent with forked ranks; the output of all of them goes to `path`."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -268,7 +268,8 @@ def test_a_rank_that_ends_first_is_not_taken_for_dead(capfd):
 
 
 def test_one_failing_rank_ends_the_job_with_its_message(tmp_path):
-    """Under torchrun: within seconds, the cause once and again in the closing report, no consequences."""
+    """Under torchrun: within seconds, the cause appears once in the output and once in the final report,
+    without follow-up errors from other ranks."""
     arguments = _runs.write_config(tmp_path / "config.yaml", {"run_dir": str(tmp_path / "run")})
     launcher = multiprocessing.get_context("fork").Process(
         target=_launch, args=(tmp_path / "output", arguments)
@@ -286,4 +287,4 @@ def test_one_failing_rank_ends_the_job_with_its_message(tmp_path):
     assert "\nRuntimeError: rank 1 ran out of luck\n" in ranks
     root = report.split("Root Cause")[1]
     assert "rank      : 1" in root and "RuntimeError: rank 1 ran out of luck" in root
-    assert took < 60, "not the collective's timeout"
+    assert took < 60, "the job waited for the collective's timeout"

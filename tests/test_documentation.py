@@ -1,5 +1,5 @@
-"""Every command of README.md and docs/ is executed by a test, or marked here with what it needs; links and
-files that the documentation names are there.
+"""Every command of README.md and docs/ is executed by a test, or marked here with the reason why it is not;
+the links and files that the documentation names exist.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CLUSTER, LONG, MODEL = "needs a cluster", "takes long", "needs a dense model to start from"
 FLOW = "test_documentation.py::test_from_hugging_face_directories_to_a_merged_one"
-# Not executed whole: what it does is tested, and that the command starts.
+# Not executed in full: other tests cover its function, and this one that the command starts.
 STARTED = "test_packaging.py::test_every_tool_is_a_program_or_belongs_to_the_repository"
 DOCUMENTED = "tools/test_document_configuration.py::test_a_changed_page_is_noticed"
 _PROGRAMS = tuple("python torchrun make pytest pip sbatch srun bash sh kubectl mopd-".split())
 _FILES = r"\b(?:tools|benchmarks|tests|launch|megatron_mopd)/[a-z_\d/]+\.(?:py|sh|sbatch|yaml)\b"
 
-# Beginning of a command -> a test that executes it, or why none does. The longest that fits counts.
+# Prefix of a command -> a test that executes it, or why none does. The longest matching prefix counts.
 COMMANDS = {
     "python tools/make_small_experts.py": FLOW,
     "python -m megatron_mopd.train --config runs/own/mopd.yaml": FLOW,
@@ -60,7 +60,7 @@ COMMANDS = {
 }
 
 
-# Commands of other pages, with what there is after the flow in place of a user's own.
+# Commands of other pages, applied to the files that the flow leaves instead of a user's own files.
 OTHERS = [
     ["tools/generate.py", "--checkpoint", "runs/own/merged", "--prompt", "3+4="],
     "tools/plan_pipeline.py --stages 4 --microbatches 12 --teachers 3 --steps-per-rollout 2".split(),
@@ -68,7 +68,7 @@ OTHERS = [
 
 
 def commands(page):
-    """Shell lines of a page, from fenced and from indented blocks; continued lines are one."""
+    """Shell commands of a page, from fenced and indented blocks, with continued lines joined."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     fenced = re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     others = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
@@ -88,7 +88,7 @@ def test_every_command_is_executed_or_marked():
     found = {(page.name, command) for page in PAGES for command in commands(page)}
     assert len(found) > 15
     unknown = [f"{page}: {command}" for page, command in sorted(found) if entry_of(command) is None]
-    assert not unknown, "give each a test or a mark in COMMANDS"
+    assert not unknown, "add a test or a reason to COMMANDS for each"
 
 
 def test_the_tests_that_are_named_are_there():
@@ -109,7 +109,7 @@ def test_files_and_links_that_a_page_names_are_there(page):
     for module in re.findall(r"-m ((?:tests|megatron_mopd)(?:\.[a-z_\d]+)*)", text):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
-    for path in re.findall(r"`([a-z_\d/]+\.py)`", text):  # also as seen from inside a folder
+    for path in re.findall(r"`([a-z_\d/]+\.py)`", text):  # also relative to a folder
         assert (ROOT / path).exists() or any(ROOT.glob(f"[a-z]*/**/{path}")), path
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (page.parent / link).exists(), link
@@ -181,7 +181,7 @@ def _script(arguments):
 
 
 def test_from_hugging_face_directories_to_a_merged_one(tmp_path, monkeypatch):
-    """The commands of docs/your_own_experts.md in their order, with fewer steps."""
+    """The commands of docs/your_own_experts.md in order, with fewer steps."""
     monkeypatch.chdir(tmp_path)
     (yaml,), (python,) = _blocks("yaml"), _blocks("python")
     fewer = {

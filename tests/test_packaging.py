@@ -1,4 +1,4 @@
-"""What `pip install .` brings: every package, launchers and recipes, and programs that can be started."""
+"""`pip install .` installs every package, the launchers and recipes, and programs that start."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Bugs that distillation and pipeline frameworks have shipped, and the tests here that fail when one is put
-back.
+"""Bugs that distillation and pipeline frameworks have shipped, and the tests here that fail if one is
+reintroduced.
 
-`GUARDS` is the index: the bug in one sentence -> tests, as "folder/file.py::function" below `tests/`.
+`GUARDS` is the index: the bug in one line -> tests, as "folder/file.py::function" below `tests/`.
 """
 
 import ast
@@ -52,7 +52,7 @@ GUARDS = {
         "losses/test_head_gradient.py::test_twelve_domains_take_the_memory_of_one",
         "objectives/test_micro_batch_head.py::test_gradients_are_those_of_the_sum",
     ),
-    # Normalisation
+    # Normalization
     "A loss that depends on the micro-batch size, or is a mean of means": (
         "training/test_parallel_invariance.py::test_loss_gradients_and_weights_do_not_depend_on_the_layout",
         "training/test_parallel_invariance.py::test_named_reductions",
@@ -148,7 +148,7 @@ GUARDS = {
         "faults/test_faults.py::test_weights_that_are_not_finite",
     ),
     "Interrupted rollouts sampled anew, which favours short ones": (
-        # Sampled anew they are the same tokens: which ones are kept cannot depend on their length.
+        # Resampling gives the same tokens, so which ones are kept cannot depend on their length.
         "rollout/test_megatron_engine.py::test_tokens_follow_from_seed_and_index_alone",
     ),
     "Settings changed on resume and silently ignored; prompts skipped or repeated by another batch size": (
@@ -160,7 +160,7 @@ GUARDS = {
         "run/test_ranks_agree.py::test_whatever_differs_is_named_with_the_ranks",
         "backend/test_agreement.py::test_the_first_difference_is_named_with_values_and_ranks",
     ),
-    # What others wrote
+    # Untrusted and third-party input
     "A filter in front of `eval`: answers that it did not match ran code in the trainer": (
         "security/test_answers.py::test_every_verifier_but_exact_match_scores_in_the_confined_process",
         "security/test_answers.py::test_code_in_an_answer_is_not_run_and_the_next_answer_is_judged_as_ever",

@@ -1,4 +1,4 @@
-"""FLOPs against those that torch counts while the model runs, and against the peak of the device."""
+"""Estimated FLOPs against torch's FLOP counter, and utilization against the peak of the device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _counted(rank):
         (chunk,) = build_model(
             _models.model_config(transformer), groups, "float32", max_sequence_length=64, seed=1
         )
-        # The plain form of attention: torch does not count the fused ones on a CPU.
+        # The math backend of attention: torch does not count the fused ones on a CPU.
         plain = sdpa_kernel(SDPBackend.MATH)
         with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
             chunk(tokens, tokens, None)
@@ -46,7 +46,7 @@ def test_a_forward_pass_costs_what_torch_counts():
     (found,) = run_ranks(1, _counted, timeout=120)
     for name, (cost, linear, attention) in found.items():
         assert cost.token * TOKENS == linear, name
-        # torch computes the whole square of scores, of which a causal model needs the lower half.
+        # torch computes the full matrix of scores, of which a causal model needs the lower half.
         assert cost.pair * TOKENS**2 == attention, name
         assert cost.head == 2 * CASES[name]["hidden_size"] * _models.VOCAB
 
@@ -69,7 +69,7 @@ def test_share_of_the_peak():
     assert peak_flops("NVIDIA H200 NVL", "bfloat16") == peak_flops("NVIDIA H100 NVL", "bfloat16") == 835.5e12
     assert peak_flops("NVIDIA H20-3e", "bfloat16") == 148e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
-    # Names that only contain one: other devices, whose peak is not known here.
+    # Other devices whose names contain a known name; their peak is not listed.
     for name in ("NVIDIA RTX A1000 Laptop GPU", "NVIDIA A10G", "NVIDIA L40", "NVIDIA H2000"):
         assert peak_flops(name, "bfloat16") is None
     assert peak_flops("NVIDIA H100 80GB HBM3", "float32") is None

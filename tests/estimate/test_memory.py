@@ -1,4 +1,4 @@
-"""The estimate of a run's memory beside what one real step allocates, and a world that no machine has."""
+"""The memory estimate against what one real step allocates, and for a world larger than any machine."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ OVER_HEADS = dict(qk_layernorm=True, qk_layernorm_over_heads=True)
 
 
 def in_a_process(function, *arguments):
-    """Run `function` in a forked process of its own: the imagined world leaves nothing behind here."""
+    """Run `function` in a separate forked process, so that the imagined world leaves nothing behind here."""
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     child = context.Process(target=lambda: queue.put(function(*arguments)))
     child.start()
     child.join(120)
-    assert not queue.empty(), "the process ended without an answer"
+    assert not queue.empty(), "the process exited without a result"
     return queue.get()
 
 
@@ -73,16 +73,16 @@ EP2_PP2 = dict(expert_model_parallel_size=2, pipeline_model_parallel_size=2)
     ids=["dense", "moe", "moe-norms-over-heads", "dense-tp2-pp2-bf16", "moe-ep2-pp2-files"],
 )
 def test_a_small_run_allocates_what_was_estimated(inputs, tmp_path, student, parallel, sections):
-    """Every component of every rank within a tenth."""
+    """Every component of every rank agrees within 10%."""
     config = configuration(inputs, student, parallel=parallel, run_dir=str(tmp_path), **sections)
     statuses, printed = on_ranks(4 if parallel else 1, estimate.check, config)
     print(printed)
     assert set(statuses) == {0}, printed
-    assert "bytes on rank 0" in printed and ("bytes on rank 2" in printed) == bool(parallel), "every stage"
+    assert "bytes on rank 0" in printed and ("bytes on rank 2" in printed) == bool(parallel), "missing stage"
 
 
 def on_ranks(count, function, *arguments):
-    """Results of `function` on forked ranks as torchrun would start them, and what rank 0 printed."""
+    """Results of `function` on ranks forked as torchrun would start them, and the output of rank 0."""
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
 
@@ -90,7 +90,7 @@ def on_ranks(count, function, *arguments):
         agent.set_environment(rank, count)
         with contextlib.redirect_stdout(io.StringIO()) as out:
             status = function(*arguments)
-        time.sleep(0.3 * rank)  # the others must not take rank 0, which ends first, for dead
+        time.sleep(0.3 * rank)  # rank 0 exits first; the others must not report it as failed
         answers.put((rank, status, out.getvalue()))
 
     with Agent() as agent:
@@ -125,16 +125,16 @@ def test_components_of_a_large_world_shrink_as_the_layout_says(inputs):
     first, last = in_a_process(estimate.estimate, config, 64, ranks).values()
     whole = in_a_process(estimate.estimate, configuration(inputs, MOE), 1, [0])[0]
     both = first.device["student weights"] + last.device["student weights"]
-    # Dense weights over TP 2, experts over EP 4, norms and the router on every rank.
+    # Dense weights are split over TP 2, experts over EP 4; norms and the router are on every rank.
     assert whole.device["student weights"] / 4 < both < whole.device["student weights"] / 1.6
     assert "loss" not in first.device and last.device["loss"] > 0
-    # 16 replicas of the optimizer's dense part, 8 of its experts.
+    # The optimizer state of dense weights is sharded over 16 replicas, that of experts over 8.
     assert first.device["optimizer"] < first.device["gradients"] * 2 / 7
     assert first.host["teacher storage"] < first.device["student weights"] / 7
 
 
 def head_slots(config):
-    """Head slots of four teachers that are up to three for a sample, by the estimate."""
+    """Estimated head slots of four teachers, of which up to three score a sample."""
     select_device("cpu")
     model = _models.model_config(_models.DENSE)
     teachers = [TeacherSource(f"t{number}", model, number) for number in range(4)]
@@ -146,7 +146,7 @@ def head_slots(config):
 
 
 def test_log_probs_of_sampled_tokens_need_one_head_at_a_time(inputs):
-    """Whatever the mixture, and the run's bank is built with the same number."""
+    """For every mixture. The run's bank is built with the same number."""
     for kind, heads, slots in (("full_vocab_kl", 3, 4), ("sampled_token", 1, 2)):
         config = configuration(inputs, DENSE, objective={"kind": kind, "temperature": 1.0})
         assert DomainObjectives(config.objective).heads_at_once(3) == heads

@@ -1,7 +1,7 @@
-"""The papers' equations, written out for a whole batch in fp64 and plain autograd; no code of the package.
+"""The papers' equations for a whole batch in fp64 with plain autograd, without code from the package.
 
 A sample is one response: its logits, its teachers' logits, the sampler's log-probs, its reward. Everything
-is a Python loop over responses, as the equations are sums over them.
+is a Python loop over responses, because the equations are sums over them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Sample:
 
 
 def batch_loss(samples: list[Sample], objectives: dict[str, dict], reduction: str) -> Tensor:
-    """L for the batch: per-token losses times weights of the named reduction."""
+    """Loss of the batch: per-token losses times the weights of the named reduction."""
     total = torch.zeros((), dtype=torch.float64)
     tokens = sum(len(s.tokens) for s in samples)
     domains = sorted({s.domain for s in samples})
@@ -167,7 +167,7 @@ def group_advantage(sample, samples, o) -> float:
 
 
 def correction(policy: Tensor, behaviour: Tensor, o: dict) -> Tensor:
-    """w_t of one response, a constant."""
+    """w_t of one response; no gradient flows through it."""
     ratio = (policy - behaviour).exp()
     low, high = o["importance_low"], o["importance_high"]
     weights = []

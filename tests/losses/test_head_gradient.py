@@ -1,4 +1,4 @@
-"""The head's gradient of a micro-batch: one sum, however many domains, teachers and terms it has."""
+"""The LM head's gradient of a micro-batch is one sum, however many domains, teachers and terms it has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def memory(rank, directory, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_twelve_domains_take_the_memory_of_one(tmp_path, dtype):
-    """Forward and backward: 24 losses of one head beside 2."""
+    """Forward and backward of 24 losses on one head, compared with 2."""
     (one, head), (twelve, _) = run_ranks(1, memory, str(tmp_path), dtype)[0]
     assert twelve <= 1.05 * one
-    assert one < 4 * head, "the sum, logits and tiles of one response"
+    assert one < 4 * head, "more than the sum, logits and tiles of one response"

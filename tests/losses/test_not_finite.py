@@ -1,4 +1,4 @@
-"""Logits that are NaN or infinite: every kind of loss leaves its step out on all ranks, says why, goes on."""
+"""NaN or infinite logits: with every kind of loss, all ranks skip the step, report the cause and continue."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KINDS = {
         "other": dict(kind="grpo"),
     },
 }
-"""Every kind of objective, each alone or with another in some domain."""
+"""Every kind of objective, alone or combined with another in some domain."""
 LAYOUTS = {
     "tp": dict(tensor_model_parallel_size=2, sequence_parallel=True),
     "pp": dict(pipeline_model_parallel_size=2),
@@ -63,7 +63,7 @@ def weights(learner):
 
 
 def poison_token(monkeypatch, domain, value):
-    """One element of one hidden state of the student, before the first response token of a domain."""
+    """Poison one element of the student's hidden state before the first response token of a domain."""
     original, done = batch_loss.response_hidden, []
 
     def poisoned(hidden, micro_batch, groups):
@@ -82,7 +82,7 @@ def poison_token(monkeypatch, domain, value):
 
 
 def poison_teacher(monkeypatch, teacher, value):
-    """One element of one hidden state of a teacher in every micro-batch that it scores."""
+    """Poison one channel of a teacher's hidden states in every micro-batch that it scores."""
     original = TeacherScores.keep
 
     def poisoned(self, name, micro_batch, hidden):
@@ -95,7 +95,8 @@ def poison_teacher(monkeypatch, teacher, value):
 
 
 def poison_weight(learner, value):
-    """One element of the last stage's final norm, on the ranks that have it; returns how to undo it."""
+    """Poison one element of the last stage's final norm, if this rank has it; returns a function that
+    restores it."""
     found = dict(unwrap(learner.chunks[-1]).named_parameters()).get("decoder.final_layernorm.weight")
     if found is None:
         return lambda: None
@@ -109,7 +110,7 @@ def poison_weight(learner, value):
 
 
 def skipped(learner, directory):
-    """Run one step that has to be left out; the causes in its evidence."""
+    """Run one step that must be skipped and return the causes in its evidence."""
     before, total = weights(learner), learner.skipped.total
     metrics = train_step(learner, [plan(learner)])
     assert metrics["skipped_steps"] == learner.skipped.total == total + 1 and math.isnan(metrics["grad_norm"])
@@ -121,9 +122,9 @@ def skipped(learner, directory):
 
 
 def every_fault(rank, case, layout, schedule, directory):
-    """Each kind of fault, one after the other in one run, with a sound step after each: what was found."""
+    """Inject each kind of fault in one run, with a healthy step after each; returns the reported causes."""
     learner = _models.make_learner(
-        # Sigmoid routing with expert biases, which megatron-core moves before the guard is asked.
+        # Sigmoid routing with expert biases, which megatron-core updates before the guard runs.
         _models.SHARED if layout == "ep" else _models.GQA,
         LAYOUTS[layout],
         objective=dict(per_domain=KINDS[case], chunk_size=7),
@@ -143,7 +144,7 @@ def every_fault(rank, case, layout, schedule, directory):
     found = {}
     for domain in KINDS[case]:
         with pytest.MonkeyPatch.context() as patch:
-            # One rank alone; under tensor parallelism hidden states are the same on all.
+            # On one rank only, except under tensor parallelism, where all ranks have the same hidden states.
             if rank == 1 or layout == "tp":
                 poison_token(patch, domain, math.nan if domain == "arith" else math.inf)
             found["token", domain] = skipped(learner, directory)

@@ -1,6 +1,6 @@
 """Loss and gradient of whole batches against the papers' equations, in every layout.
 
-`objective_oracle.py` writes the equations out in fp64 for logits that the model computes one response at a
+`objective_oracle.py` evaluates the equations in fp64 for logits that the model computes one response at a
 time; gradients of all weights are compared.
 """
 
@@ -115,7 +115,7 @@ def make_batch():
             index = len(trajectories)
             response = [rng.randrange(_models.VOCAB) for _ in range(rng.randint(1, 9))]
             trajectory = _models.trajectory(index, ids, response, domain)
-            # Set from the student's own log-probs in `with_policies`, with deviations drawn here.
+            # Deviations from the student's log-probs, which `expected` and `found` add.
             deviations = [rng.gauss(0, 0.3) for _ in response]
             trajectories.append(dataclasses.replace(trajectory, logprobs=tuple(deviations)))
             proximal[index] = torch.tensor([rng.gauss(0, 0.3) for _ in response], dtype=torch.float64)
@@ -148,7 +148,7 @@ def response_logits(model, head, trajectory):
 
 
 def expected(rank, case, architecture):
-    """(loss, gradients, log-probs of each response under the student) from the equations, one process."""
+    """(loss, gradients, the student's log-probs of each response) from the equations, in one process."""
     torch.set_grad_enabled(True)
     learner = make_learner(case, architecture, {}, {})
     student = unwrap(learner.chunks[0]).train()
@@ -185,7 +185,7 @@ def expected(rank, case, architecture):
 
 
 class Known:
-    """Rewards that are already there."""
+    """Rewards that are already available."""
 
     def __init__(self, rewards):
         self._rewards = rewards
@@ -206,7 +206,7 @@ def found(rank, case, model, parallel, schedule, logprobs):
     stored = {i: d + torch.tensor(logprobs[i], dtype=torch.float64) for i, d in proximal.items()}
     batch = dataclasses.replace(batch, proximal=stored)
     metrics = train_step(learner, [batch])
-    assert len(batch.cache) == 0, "every cached hidden state is used exactly once"
+    assert len(batch.cache) == 0, "a cached hidden state was not used"
     return metrics, _models.pieces(learner, gradients=True), batch.cache.peak_bytes
 
 
@@ -225,8 +225,8 @@ def reference(pool, case, model):
 def check(pools, ranks, case, model, parallel, schedule):
     loss, gradients, logprobs = reference(pools[1], case, model)
     results = pools[ranks].run(found, case, model, parallel, schedule, logprobs)
-    # megatron-core rounds 1/tokens to float32, and routing probabilities too, on which the shapes of
-    # micro-batches have a say.
+    # megatron-core rounds 1/tokens and routing probabilities to float32, and the latter depend on the shapes
+    # of micro-batches.
     tolerance = 1e-6 if model == "MOE" else 1e-7
     for metrics, *_ in results:
         assert metrics["loss"] == pytest.approx(loss, rel=tolerance, abs=tolerance * 0.1)
@@ -244,7 +244,7 @@ def check(pools, ranks, case, model, parallel, schedule):
 def test_batch_equals_the_equations(pools, case):
     (peak,) = check(pools, 1, case, "GQA", {}, dict(micro_batch_size=3))
     if all(kinds == {"sampled_token"} for kinds in map(kinds_of_domain, CASES[case][1].values())):
-        # One float64 log-prob for each token and teacher (`text` has two) was cached, not 32 numbers.
+        # The cache held one float64 log-prob per token and teacher (`text` has two), not 32 channels.
         assert 0 < peak <= 8 * 2 * sum(len(t.response_ids) for t in make_batch()[0])
 
 

@@ -6,7 +6,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-VOCAB = 83  # not divisible by anything a layout divides by
+VOCAB = 83  # prime, so no layout divides it evenly
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 LLAMA3 = dict(
     rope_type="llama3",
@@ -64,7 +64,7 @@ _GLM = _BASE | dict(
     num_nextn_predict_layers=0,
 )
 
-# name -> (model_type, configuration): what varies between checkpoints of a family varies here.
+# name -> (model_type, configuration); the cases cover the variants that occur within a family.
 CASES: dict[str, tuple[str, dict]] = {
     "llama": ("llama", _BASE | dict(tie_word_embeddings=True)),
     "llama-mha-biases-llama3": (
@@ -145,7 +145,7 @@ CASES: dict[str, tuple[str, dict]] = {
 
 
 def make(name: str, directory, dtype=torch.float32, seed: int = 0, **save) -> None:
-    """Write the random model of a case as `save_pretrained` does; biases and norms are random too."""
+    """Write a case's random model with `save_pretrained`; biases and norms are random too."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model_type, values = CASES[name]
@@ -164,14 +164,14 @@ def hash_of(name: str) -> int:
 
 
 def reference_logits(directory, rows: list[list[int]], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Logits [length, vocabulary] of each row on its own, so that neither padding nor packing is involved."""
+    """Logits [length, vocabulary] of each row, computed separately, without padding or packing."""
     model = _model(directory, dtype)
     with torch.no_grad():
         return [model(torch.tensor([row])).logits[0] for row in rows]
 
 
 def _model(directory, dtype: torch.dtype):
-    """In float64 the norms are replaced by the plain formula: `transformers` computes them in float32."""
+    """Load the model; in float64 the plain formula replaces the norms, which are otherwise float32."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(

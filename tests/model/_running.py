@@ -1,4 +1,4 @@
-"""Our model on one rank's layout: load a checkpoint of either format, and compute logits or generate."""
+"""Our model in one rank's layout: load a checkpoint of either format, and compute logits or generate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LONGEST = 64
 
 
 def load(directory, parallel: dict, dtype: str, frozen: bool = True):
-    """(groups, architecture, chunks) with the weights of a checkpoint."""
+    """(groups, architecture, chunks) of a model with the weights of a checkpoint."""
     groups = _models.groups_for(parallel)
     path = find_checkpoint(directory, "test")
     model = read_architecture(path, "test")
@@ -35,8 +35,8 @@ def load(directory, parallel: dict, dtype: str, frozen: bool = True):
 
 
 def logits(rank, directory, parallel, dtype, rows) -> list[dict[int, tuple]]:
-    """For a padded and a packed batch: row number -> (positions, their logits [n, vocabulary]) as far as this
-    rank has them; nobody has the last position, which predicts nothing.
+    """For a padded and a packed batch: row number -> (positions, their logits [n, vocabulary]) that this rank
+    has; no rank has the last position, which predicts nothing.
     """
     groups, model, (chunk,) = load(directory, parallel, dtype)
     return [_logits(groups, model, chunk, rows, packed) for packed in (False, True)]
@@ -63,7 +63,7 @@ def _logits(groups, model, chunk, rows, packed) -> dict[int, tuple]:
         parts = [torch.empty_like(local) for _ in range(groups.tp_size)]
         dist.all_gather(parts, local.contiguous(), group=groups.tp)
         full = torch.cat(parts, dim=1)
-        assert full.size(1) >= model.vocab_size and not full[:, model.vocab_size :].any(), "padding is zero"
+        assert full.size(1) >= model.vocab_size and not full[:, model.vocab_size :].any(), "padding not zero"
         full = full[:, : model.vocab_size]
         positions = micro_batch.position_ids[0][micro_batch.loss_index // micro_batch.tokens.size(0)]
         counts = micro_batch.loss_counts

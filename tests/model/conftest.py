@@ -1,4 +1,4 @@
-"""Pools of forked ranks that the tests of one file share."""
+"""Pools of forked ranks shared by the tests of one file."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests._distributed import RankPool
 
 @pytest.fixture(scope="module")
 def pools():
-    """Pools by size, forked once; a pool that a failure has killed is replaced for the next test."""
+    """Pools by size, forked once; after a failure kills a pool, the next test gets a new one."""
     made = {}
 
     def pool(size: int) -> RankPool:

@@ -1,4 +1,4 @@
-"""Values of an architecture that make no sense: refused by name when the model's configuration is made."""
+"""Invalid architecture values are refused by name when the model's configuration is built."""
 
 import pytest
 import torch
@@ -100,7 +100,7 @@ def test_biases_with_other_recomputation(transformer):
 
 @pytest.mark.parametrize("chosen", [2, 3, 4])
 def test_experts_from_groups(chosen):
-    """The first forward pass of megatron-core takes what is accepted."""
+    """megatron-core's router accepts in its first forward pass what the configuration accepts."""
     groups = dict(moe_router_num_groups=4, moe_router_group_topk=2, moe_router_topk=chosen)
     config = made(EXPERTS | groups)
     scores = torch.rand(5, 8)
@@ -113,7 +113,7 @@ def test_a_teacher_may_have_what_only_training_cannot():
 
 
 def test_whatever_megatron_core_raises():
-    """Its own checks of this field end in a KeyError or an AttributeError, which name nothing."""
+    """megatron-core's checks of these fields raise a KeyError or AttributeError without the field's name."""
     for field, value in (("pipeline_model_parallel_layout", 0.5), ("cuda_graph_scope", "int8")):
         with pytest.raises(ConfigError, match="megatron-core refuses this model"):
             made({field: value})

@@ -1,4 +1,4 @@
-"""Averaged checkpoints: sums of weights, whatever the layout they are read at, and what is refused."""
+"""Averaged checkpoints: weighted sums in every layout, and what is refused."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a user can get wrong about a checkpoint: one message that names it, and nothing left behind."""
+"""User errors with checkpoints: one message that names the error, and no output left behind."""
 
 import json
 import runpy
@@ -40,12 +40,12 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def model(original, tmp_path):
-    """A copy of it to spoil."""
+    """A copy of `original` for tests to damage."""
     return Path(shutil.copytree(original, tmp_path / "model"))
 
 
 def refused(path, *parts, where="student.load"):
-    """Opening `path` is refused with a message of one line that has all `parts`."""
+    """Assert that opening `path` fails with a one-line message that contains all `parts`."""
     with pytest.raises(ConfigError) as error:
         HuggingFaceCheckpoint.open(path, where)
     message = str(error.value)
@@ -216,7 +216,7 @@ def test_output_directory(tmp_path):
 
 
 class Breaks:
-    """A source that fails at the n-th tensor."""
+    """A source that fails after `after` tensors."""
 
     def __init__(self, source, after):
         self._source, self._left = source, after
@@ -285,7 +285,7 @@ def test_damaged_checkpoints_of_ours(original, tmp_path):
     ],
 )
 def test_every_tool_leaves_what_is_in_the_output_alone(original, tmp_path, capfd, name, source, others):
-    """Also with --overwrite, when what it would replace is what it reads."""
+    """Even with --overwrite if the output contains the model to be read."""
     output = Path(shutil.copytree(original, tmp_path / "output"))
     for arguments in (
         (source, original, "--output", output),
@@ -301,7 +301,7 @@ def test_every_tool_leaves_what_is_in_the_output_alone(original, tmp_path, capfd
 
 
 def test_overwriting_replaces_a_model_whole(original, tmp_path):
-    """What was there is gone: weights of another size, further files, a later iteration."""
+    """Existing weights of another size, other files and a later iteration are deleted."""
     megatron, back = tmp_path / "megatron", tmp_path / "back"
     _families.make("llama", back, max_shard_size="20KB")
     (back / "left over.txt").write_text("")
@@ -343,14 +343,14 @@ def test_sizes_and_dtypes():
 
 
 def tool(rank, name, *arguments):
-    """Run a tool in this rank as if from the command line."""
+    """Run a tool in this rank as from the command line."""
     sys.argv = [name, *map(str, arguments)]
     sys.path.insert(0, str(TOOLS))
     runpy.run_path(str(TOOLS / name), run_name="__main__")
 
 
 def test_the_tools(original, tmp_path, capfd):
-    """Convert, upcycle, generate and convert back from the command line; a mistake is one line, status 2."""
+    """Convert, upcycle, generate and convert back from the command line; a user error is one line."""
     megatron, back, moe = tmp_path / "megatron", tmp_path / "back", tmp_path / "moe"
     run_ranks(1, tool, "convert_hf_to_megatron.py", "--hf", original, "--output", megatron)
     run_ranks(1, tool, "convert_megatron_to_hf.py", "--checkpoint", megatron, "--output", back)

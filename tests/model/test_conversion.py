@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron -> Hugging Face changes not one byte, and the checkpoint loads at any layout."""
+"""Hugging Face -> Megatron -> Hugging Face preserves every byte, and the checkpoint loads in any layout."""
 
 import dataclasses
 import filecmp
@@ -59,7 +59,7 @@ def add_tokenizer(directory: Path) -> None:
 
 @pytest.mark.parametrize("ranks, case", enumerate(_families.CASES), ids=lambda value: str(value))
 def test_there_and_back_is_bitwise_equal(ranks, case, tmp_path, pools):
-    """Whole files: names, headers, dtypes, order; one to three ranks, one file and several, fp32 and bf16."""
+    """Whole files (names, headers, dtypes, order): 1 to 3 ranks, one or several files, fp32 and bf16."""
     ranks = ranks % 3 + 1
     hf, megatron, back = tmp_path / "hf", tmp_path / "megatron", tmp_path / "back"
     dtype = torch.bfloat16 if case.startswith(("qwen3", "glm")) else torch.float32
@@ -97,7 +97,7 @@ def weights_of(rank, directory, parallel):
 def test_a_converted_checkpoint_gives_the_weights_that_the_directory_gives(
     ranks, case, layout, tmp_path, pools
 ):
-    """Converted once, by megatron-core's own loader at every layout; the directory, by each rank's slices."""
+    """megatron-core's loader reads the converted checkpoint; each rank reads its slices of the directory."""
     hf, megatron = tmp_path / "hf", tmp_path / "megatron"
     _families.make(case, hf)
     pools(2).run(to_megatron, hf, megatron)
@@ -110,7 +110,7 @@ def test_a_converted_checkpoint_gives_the_weights_that_the_directory_gives(
 
 
 def train_twice(rank, directory, parallel, first, second):
-    """What training does: load, save as a checkpoint of its own; then another run from there, two saves."""
+    """As training does: load and save a checkpoint; then another run from that checkpoint with two saves."""
     groups, model, chunks = _running.load(directory, parallel, "float32", frozen=False)
     for start, output, iteration in ((directory, first, 1), (first, second, 1), (first, second, 2)):
         model = dataclasses.replace(model, load=str(start))
@@ -119,7 +119,7 @@ def train_twice(rank, directory, parallel, first, second):
 
 
 def test_training_runs_hand_on_what_came_with_the_model(tmp_path, pools):
-    """Tokenizer, templates and untrained tensors survive two runs at another layout, then come back out."""
+    """Tokenizer, templates and untrained tensors survive two runs in another layout and the export."""
     hf, first, second, back = (tmp_path / name for name in ("hf", "first", "second", "back"))
     _families.make("deepseek-v3", hf, max_shard_size="60KB")
     add_tokenizer(hf)
@@ -139,7 +139,7 @@ STORED_BESIDE = """
 
 
 def test_what_is_stored_beside_a_model_stays_out_of_runs_and_exports(tmp_path, pools):
-    """Weights of other programs, optimizer states, archives, logs; a large tokenizer travels."""
+    """Weights of other programs, optimizer states, archives and logs; a large tokenizer is copied."""
     hf, first, second, back = (tmp_path / name for name in ("hf", "first", "second", "back"))
     _families.make("llama", hf)
     add_tokenizer(hf)
@@ -158,7 +158,7 @@ def test_what_is_stored_beside_a_model_stays_out_of_runs_and_exports(tmp_path, p
 
 
 def add_untrained_layer(hf: Path) -> None:
-    """A multi-token-prediction layer, as DeepSeek-V3's files have it after the last layer."""
+    """Add a multi-token-prediction layer after the last layer, as in DeepSeek-V3's files."""
     name = "model-extra.safetensors"
     tensors = {
         "model.layers.4.eh_proj.weight": torch.randn(32, 64),
@@ -171,7 +171,7 @@ def add_untrained_layer(hf: Path) -> None:
 
 
 def test_dtype_and_shard_size(tmp_path, pools):
-    """Cast to bf16 (the router's bias stays fp32), cut into files of at most a size, and loadable."""
+    """Cast to bf16 (the router's bias stays fp32), split into shards of limited size, and loadable."""
     hf, megatron, back = tmp_path / "hf", tmp_path / "megatron", tmp_path / "back"
     _families.make("glm4-moe", hf)
     add_tokenizer(hf)
@@ -188,14 +188,14 @@ def test_dtype_and_shard_size(tmp_path, pools):
     model = AutoModelForCausalLM.from_pretrained(back)
     assert model.dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(back).chat_template
-    # Into Megatron in bf16 and out again as fp32.
+    # To Megatron in bf16 and back to Hugging Face in fp32.
     pools(1).run(to_megatron, hf, tmp_path / "half", torch.bfloat16)
     pools(1).run(to_hugging_face, tmp_path / "half", tmp_path / "single", torch.float32)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "single").dtype == torch.float32
 
 
 def save_new_model(rank, transformer, output):
-    """A checkpoint of a new model, its vocabulary padded, without starting megatron-core's own writer."""
+    """Save a new model with a padded vocabulary, without starting megatron-core's writer."""
     groups = _models.groups_for({})
     model = _models.model_config(transformer)
     chunks = build_model(model, groups, "float32", max_sequence_length=64, seed=3)
@@ -214,7 +214,7 @@ def _chunk_of(sharded) -> Chunk:
 
 
 def test_a_model_trained_from_scratch_becomes_the_architecture_that_fits(tmp_path, pools):
-    """Our own mixture of experts goes out as Qwen3-MoE and computes the same there; no padding goes along."""
+    """A mixture of experts is exported as Qwen3-MoE without padding and computes the same there."""
     run, out = tmp_path / "run", tmp_path / "out"
     pools(1).run(save_new_model, _models.MOE, run)
     pools(2).run(to_hugging_face, run, out)
@@ -228,7 +228,7 @@ def test_a_model_trained_from_scratch_becomes_the_architecture_that_fits(tmp_pat
 
 @pytest.mark.parametrize("case", _families.CASES)
 def test_configuration_there_and_back(case):
-    """Our description of a model, written as its family's `config.json`, describes the same model again."""
+    """A model configuration written as its family's `config.json` is read back as the same model."""
     model_type, values = _families.CASES[case]
     family = FAMILIES[model_type]
     model = family.model_config(AutoConfig.for_model(model_type, **values), "test")

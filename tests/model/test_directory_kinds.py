@@ -1,4 +1,4 @@
-"""Paths that are no model we can read: each is told apart, with what to do."""
+"""Paths that are not a readable model: the message names the kind and what to do."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def message(read, path, where) -> str:
     return said
 
 
-# What a directory holds -> what every message about it has to say.
+# Kind of directory -> (its files, parts of every message about it)
 KINDS = {
     "empty": ({}, ["the directory is empty"]),
     "LoRA": (
@@ -107,7 +107,7 @@ def test_configurations_without_weights_are_told_apart(model, tmp_path, files, p
 
 
 def test_an_adapter_beside_a_model(model, tmp_path):
-    """transformers would read the base that the adapter names, and ignore the model."""
+    """transformers would load the base that the adapter names and ignore the model."""
     for file in model.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "adapter_config.json").write_text(ADAPTER)

@@ -1,4 +1,4 @@
-"""Every family computes what `transformers` computes, on every parallel layout, padded and packed."""
+"""Every family computes the same as `transformers` in every parallel layout, padded and packed."""
 
 import random
 
@@ -55,7 +55,7 @@ GRID = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Case -> directory; made when first asked for."""
+    """Case -> directory, written on first use."""
     made = {}
 
     def directory(case):
@@ -69,7 +69,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def references(models):
-    """(case, dtype) -> logits of every row by `transformers`."""
+    """(case, dtype) -> logits of every row from `transformers`."""
     made = {}
 
     def logits(case, dtype):
@@ -81,7 +81,7 @@ def references(models):
 
 
 def difference(results, expected) -> float:
-    """Largest difference; every position but the last of every row must have been computed by some rank."""
+    """Largest difference; asserts that some rank computed every position of every row but the last."""
     worst = 0.0
     for batch in (0, 1):  # padded, packed
         seen = set()
@@ -96,8 +96,8 @@ def difference(results, expected) -> float:
 
 @pytest.mark.parametrize("case", _families.CASES)
 def test_same_logits_as_transformers(case, models, references, pools):
-    """1e-4 in fp32. In fp64 only fp32 parts are left: rotary tables (the same on both sides) and, in some
-    routers, the softmax or sigmoid of the scores.
+    """Within 1e-4 in fp32. In fp64, only some parts are still fp32: rotary tables (the same on both sides)
+    and, in some routers, the softmax or sigmoid of the scores.
     """
     pool = pools(1)
     results = pool.run(_running.logits, models(case), {}, "float32", ROWS)
@@ -115,7 +115,7 @@ def test_same_logits_as_transformers(case, models, references, pools):
 
 @pytest.mark.parametrize("ranks, case, layout", GRID, ids=str)
 def test_same_logits_on_every_layout(ranks, case, layout, models, references, pools):
-    if ranks == 8:  # CP gathers and its masks differ too much for a pool's default time limit
+    if ranks == 8:  # may exceed the time limit of `pools`
         with RankPool(8, timeout=240) as pool:
             results = pool.run(_running.logits, models(case), layout, "float32", ROWS)
     else:
@@ -134,7 +134,7 @@ def test_same_logits_on_every_layout(ranks, case, layout, models, references, po
     ids=str,
 )
 def test_same_greedy_continuation_as_transformers(ranks, case, layout, models, pools):
-    """Decoding with our KV cache, prompts of different lengths in one batch, against full forward passes."""
+    """Decoding with our KV cache, with prompts of different lengths in one batch, against full forwards."""
     expected = _families.reference_greedy(models(case), ROWS, NEW_TOKENS)
     for result in pools(ranks).run(_running.greedy, models(case), layout, "float64", ROWS, NEW_TOKENS):
         assert [tokens for tokens, _ in result] == [tokens for tokens, _ in expected]
@@ -143,12 +143,12 @@ def test_same_greedy_continuation_as_transformers(ranks, case, layout, models, p
 
 
 def loaded_after_our_start(rank, directory):
-    torch.utils._device._device_constructors.cache_clear()  # as in a process that has not used it yet
+    torch.utils._device._device_constructors.cache_clear()  # as in a process that has not filled the cache
     select_device("cpu")
     return _families.reference_logits(directory, ROWS, torch.float32)
 
 
 def test_transformers_loads_the_same_model_after_our_start(models, references):
-    """The CPU backend wraps torch's factories; `transformers` makes models under `torch.device("meta")`."""
+    """The CPU backend wraps torch's factories; `transformers` builds models under `torch.device("meta")`."""
     (found,) = run_ranks(1, loaded_after_our_start, models("llama"))
     assert all(map(torch.equal, found, references("llama", "float32")))

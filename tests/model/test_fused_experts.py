@@ -1,4 +1,4 @@
-"""Experts as transformers 5 keeps them in memory, one tensor for all of a layer, read from files."""
+"""Files with fused experts: one tensor for all experts of a layer, as transformers 5 holds them in memory."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("ranks, case, layout", LAYOUTS, ids=str)
 def test_same_logits_as_transformers(ranks, case, layout, tmp_path, pools):
-    """Gate above up, not transposed, each expert its own: of every family, by TP, EP and ETP shards."""
+    """[experts, gate then up, hidden], not transposed: every family, with TP, EP and ETP shards."""
     _families.make(case, tmp_path, save_original_format=False, max_shard_size="40KB")
     names = {name for file in tmp_path.glob("*.safetensors") for name in load_file(file)}
     assert "model.layers.3.mlp.experts.gate_up_proj" in names and not any(".0.w1" in name for name in names)
@@ -33,7 +33,7 @@ def test_same_logits_as_transformers(ranks, case, layout, tmp_path, pools):
 
 @pytest.mark.parametrize("case", ["mixtral", "deepseek-v3"])
 def test_goes_out_one_tensor_per_expert(case, tmp_path, pools):
-    """The names of published checkpoints, which transformers, vLLM and SGLang read."""
+    """Exports use the names of published checkpoints, which transformers, vLLM and SGLang read."""
     fused, usual, megatron, back = (tmp_path / name for name in ("fused", "usual", "megatron", "back"))
     _families.make(case, fused, save_original_format=False)
     _families.make(case, usual)

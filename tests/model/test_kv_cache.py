@@ -1,4 +1,4 @@
-"""The KV cache: what was stored comes back, row by row, whatever rows have left or multiplied."""
+"""The KV cache returns what was stored for each row, also after rows were removed or duplicated."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from megatron_mopd.model.kv_cache import KeyValueCache
 
 @pytest.mark.parametrize("shared", [0, 2])
 def test_rows_multiply_and_leave(shared):
-    """Packed prompts and one token a row, rows reordered in between, against plain slices; views, not
-    copies. With shared tokens, every prompt begins with the first of the packed row."""
+    """Packed prompts, then reordered rows with one more token each, against plain slices; the cache returns
+    views, not copies. With shared tokens, every prompt begins with the first tokens of the packed row."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([2, 5, 1])
     first = [torch.randn(8 + shared, 1, 2, width, generator=generator) for width in (4, 6)]  # key, value

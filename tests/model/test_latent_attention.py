@@ -1,4 +1,4 @@
-"""Latent attention trains alike on every layout: gradients, not only logits."""
+"""Multi-head latent attention has the same gradients in every layout."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Checkpoints as Megatron-LM's own training writes them, read with the architecture of the configuration."""
+"""Checkpoints written by Megatron-LM's training, read with the architecture of the configuration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def arguments_of(transformer: dict) -> argparse.Namespace:
-    """What `validate_args` leaves of a command line: numbers, texts, and values of Megatron-LM's classes."""
+    """Arguments as `validate_args` leaves them: numbers, strings, and values of Megatron-LM's classes."""
     width = transformer["hidden_size"] // transformer["num_attention_heads"]
     return argparse.Namespace(
         **transformer,
@@ -60,7 +60,7 @@ def arguments_of(transformer: dict) -> argparse.Namespace:
 
 
 def save(rank, directory, transformer, optimizer=False, prefix="", key_per_layer=False, vocab_size=None):
-    """One rank saves as `generate_state_dict` and `save_checkpoint` do; returns the weights by name."""
+    """Save on one rank as `generate_state_dict` and `save_checkpoint` do; returns the weights by name."""
     learner = _models.make_learner(
         transformer, kind="sft", optimizer={"use_distributed_optimizer": True}, params_dtype="float32"
     )
@@ -83,7 +83,7 @@ def save(rank, directory, transformer, optimizer=False, prefix="", key_per_layer
         ),
     }
     if optimizer:
-        learner.optimizer.step()  # moments and their number of steps exist after the first
+        learner.optimizer.step()  # moments and the step count exist after the first step
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
             "dp_cp_group": learner.groups.collection.dp_cp,
@@ -102,7 +102,7 @@ def save(rank, directory, transformer, optimizer=False, prefix="", key_per_layer
 
 
 def load(rank, path, parallel, transformer, **model):
-    """The weights of this rank, or the error."""
+    """This rank's weights, or the error message."""
     groups = _models.groups_for(parallel)
     given = _models.model_config(transformer, **model)
     try:
@@ -126,7 +126,7 @@ def load_without_arguments(rank, path, transformer):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A directory with `iter_0000010`, optimizer and all, and its weights."""
+    """A directory with `iter_0000010`, including the optimizer, and its weights."""
     directory = tmp_path_factory.mktemp("megatron")
     (weights,) = run_ranks(1, save, directory / "iter_0000010", _models.MOE, True)
     (directory / TRACKER).write_text("10")
@@ -141,7 +141,7 @@ def same(found: dict, weights: dict) -> None:
 
 
 def test_weights_are_read_with_the_configured_architecture(saved, pools):
-    """From the directory and from one iteration of it; on another layout than the one that wrote it."""
+    """From the directory and from one iteration of it, in a different layout from the one that wrote it."""
     directory, weights = saved
     (found,) = pools(1).run(load, directory, {}, _models.MOE)
     same(found, weights)
@@ -155,8 +155,8 @@ def test_weights_are_read_with_the_configured_architecture(saved, pools):
 
 @pytest.mark.parametrize("prefix, key_per_layer", [("model.", False), ("module.", True)])
 def test_names_of_other_versions(tmp_path, pools, prefix, key_per_layer):
-    """A release without optimizer, under a prefix, each layer under keys of its own, the vocabulary padded
-    further than here."""
+    """A release without optimizer, with a prefix, with separate keys per layer or not, and with a vocabulary
+    padded further than here."""
     (weights,) = run_ranks(1, save, tmp_path / "release", _models.GQA, False, prefix, key_per_layer, 120)
     (tmp_path / TRACKER).write_text("release")
     (found,) = pools(1).run(load, tmp_path, {}, _models.GQA)
@@ -180,7 +180,7 @@ def test_names_of_other_versions(tmp_path, pools, prefix, key_per_layer):
     ids=str,
 )
 def test_another_architecture_is_refused(saved, pools, model, parts):
-    """Also where every shape agrees."""
+    """Even if every shape agrees."""
     directory, _ = saved
     (said,) = pools(1).run(load, directory, {}, _models.MOE | model)
     assert isinstance(said, str) and said.startswith("student.load: ") and "\n" not in said
@@ -189,7 +189,7 @@ def test_another_architecture_is_refused(saved, pools, model, parts):
 
 
 def test_a_tensor_without_a_place_is_refused_on_every_rank(saved, pools):
-    """Also where Megatron-LM's arguments are not there to tell."""
+    """Even if Megatron-LM's arguments are not available."""
     directory, _ = saved
     without = {key: value for key, value in _models.MOE.items() if key != "qk_layernorm"}
     (said,) = {*pools(2).run(load_without_arguments, directory, without)}
@@ -226,7 +226,7 @@ def test_arguments_are_read_without_calling_what_they_name(tmp_path):
 
 
 def test_a_run_starts_from_megatron_lm(tmp_path):
-    """Student and teacher; the student's architecture is the configuration's, the teacher's the student's."""
+    """As student and teacher; both use the architecture that the configuration gives for the student."""
     write_inputs(tmp_path)
     start = tmp_path / "megatron" / "iter_0000010"
     transformer = {key: value for key, value in MODEL.items() if key != "make_vocab_size_divisible_by"}
@@ -242,7 +242,7 @@ def test_a_run_starts_from_megatron_lm(tmp_path):
     )
     outcome = run_main(write_config(tmp_path / "config.yaml", configuration))
     assert outcome.statuses == [0], outcome.printed
-    assert "equals the student" in outcome.printed, "the teacher has the student's weights"
+    assert "equals the student" in outcome.printed, "the teacher does not have the student's weights"
     del configuration["student"]["num_layers"]
     outcome = run_main(
         write_config(tmp_path / "config.yaml", configuration | {"run_dir": str(tmp_path / "x")})

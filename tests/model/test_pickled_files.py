@@ -1,4 +1,4 @@
-"""A checkpoint that somebody prepared cannot run code in whoever loads it."""
+"""A malicious checkpoint cannot run code in the process that loads it."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def saved(value) -> bytes:
 
 
 def write(directory, extra=None, common=None, small=None, name="__0_0.distcp"):
-    """A checkpoint's pickles: one tensor, one small object, the common state."""
+    """Write a checkpoint's pickles: one tensor, one small object, the common state."""
     data = saved([None] if small is None else small)
     tensor = saved(torch.zeros(2, dtype=torch.bfloat16))
     (directory / "__0_0.distcp").write_bytes(data + tensor)
@@ -71,7 +71,7 @@ def test_code_is_refused_and_not_run(tmp_path, place):
         refuse_code(tmp_path, "student.load")
     assert not trace.exists()
     pickle.loads(pickle.dumps(Hostile(trace)))
-    assert trace.exists(), "the code would have run"
+    assert trace.exists(), "the pickle is harmless"
 
 
 def test_damage_is_an_error_with_the_file_s_name(tmp_path):

@@ -1,4 +1,4 @@
-"""Rotary embedding: rounded like `transformers`, and what it leaves alone."""
+"""Rotary embedding: rounded like `transformers`, and the channels that it leaves unchanged."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_pairs_turn_by_their_angle_and_the_rest_passes(interleaved):
     turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angle), angle)
     expected = torch.cat((turned.real, turned.imag, x[..., 8:]), dim=-1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # the angles themselves are float32
-    assert torch.equal(found[0, ..., :4], pairs[0, ..., 0])  # position 0 turns nothing
+    assert torch.equal(found[0, ..., :4], pairs[0, ..., 0])  # position 0 has angle 0
 
 
 _LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -58,7 +58,7 @@ def _read(rope):
     ids=["linear", "linear-factors", "yarn", "default", "default-of-others"],
 )
 def test_keys_that_change_nothing_are_accepted(rope, extra):
-    """Angles are those of `transformers` for the same mapping, and of the mapping without the keys."""
+    """Angles equal those of `transformers` for the same mapping and for the mapping without the keys."""
     config, model = _read(rope | extra)
     assert model == _read(rope)[1]
     positions = torch.arange(50).unsqueeze(0)

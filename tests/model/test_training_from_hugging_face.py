@@ -1,4 +1,4 @@
-"""A training run whose student and teachers are Hugging Face directories, and whose result is one again."""
+"""A training run whose student and teachers are Hugging Face directories, exported to one again."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def test_from_hugging_face_to_hugging_face(tmp_path):
     ]
     prompts.write_text("\n".join(json.dumps(line) for line in lines))
     metrics = run_ranks(2, one_iteration, student, teacher, prompts, tmp_path / "run", out, timeout=200)[0]
-    # The other model pulls; the student's own copy, read from the same directory, is where it stands.
+    # The expert differs from the student; `self`, read from the same directory, equals it.
     assert metrics["kl/letters"] > 0.1 and abs(metrics["kl/more"]) < 1e-5
     assert math.isfinite(metrics["loss"])
     assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in student.iterdir())

@@ -1,4 +1,4 @@
-"""An upcycled model computes what the dense one computes, here and in `transformers`."""
+"""An upcycled model computes the same as the dense one, here and in `transformers`."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ ROWS = [[3, 80, 12, 5, 66, 41, 9, 9, 30], [7, 1], [50, 51, 52, 53]]
 # (dense case, architecture that it becomes, options)
 CASES = [
     ("llama", "MixtralForCausalLM", Upcycling(4, 2)),
-    ("llama-mha-biases-llama3", None, Upcycling(4, 2)),  # biases in the MLP: no such mixture
+    ("llama-mha-biases-llama3", None, Upcycling(4, 2)),  # no mixture of experts has biases in the MLP
     ("llama", "MixtralForCausalLM", Upcycling(8, 2, granularity=2, router_noise=0.5)),
     ("qwen3", "Qwen3MoeForCausalLM", Upcycling(8, 4, granularity=4, router_noise=0.02, seed=3)),
     ("qwen3", "Glm4MoeForCausalLM", Upcycling(9, 6, granularity=4, shared_experts=1, router_noise=0.1)),
@@ -61,7 +61,7 @@ def test_same_function(dense, architecture, options, tmp_path, pool):
     layout = tp(2) | ep(2) if options.num_experts % 2 == 0 else tp(2)
     for result in pool.run(_running.logits, moe, layout, "float64", ROWS):
         for row, (positions, values) in result[0].items():
-            # Routing weights are float32 in part: 1/k is not 1/k exactly.
+            # Routing weights are float32 in part, so 1/k is not exact.
             assert (values - expected[row][positions]).abs().max() < 5e-6
     pool.run(export, moe, out)
     for found, wanted in zip(_families.reference_logits(out, ROWS, torch.float64), expected):
@@ -69,7 +69,7 @@ def test_same_function(dense, architecture, options, tmp_path, pool):
 
 
 def test_from_either_format_to_either_format(tmp_path, pool):
-    """The same mixture whatever the dense model comes from; the tokenizer's ids go along."""
+    """The format of the dense model does not change the mixture of experts; config.json is written too."""
     options = Upcycling(4, 2, granularity=2, router_noise=0.1)
     hf, megatron = tmp_path / "hf", tmp_path / "megatron"
     _families.make("qwen3", hf, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Weights that a directory holds twice, or under a configuration that says otherwise: never one silently."""
+"""Directories that hold weights twice or contradict their configuration: no weight is dropped silently."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def same_as_transformers(pools, model: Path) -> None:
         assert (values - expected[row][positions]).abs().max() < 1e-4
 
 
-# A head beside a tied embedding.
+# A separate LM head in a model with tied embeddings.
 
 
 def test_a_tied_model_s_own_head_is_kept(copy, tmp_path, pools):
-    """As transformers keeps it: in logits and through conversion; the configuration that goes out is true."""
+    """As in transformers: in logits and through conversion, and the exported configuration is untied."""
     model, megatron, back = copy("tied"), tmp_path / "megatron", tmp_path / "back"
     head = torch.randn(load_file(model / SINGLE)[EMBEDDING].shape)
     change(model / SINGLE, lambda tensors: tensors.update({HEAD: head}))
@@ -114,7 +114,7 @@ def test_a_tied_model_whose_file_has_the_head_alone(copy, pools):
 
 
 def test_an_untied_model_without_a_head(copy):
-    """transformers draws one at random."""
+    """transformers would initialize one at random."""
     model = copy("tied")
     configure(model, tie_word_embeddings=False)
     refused(model, f"tensor {HEAD} is missing", "tie_word_embeddings to true")
@@ -172,7 +172,7 @@ def test_an_index_of_the_single_file_is_one_set_of_weights(copy, originals):
 
 
 def test_a_tensor_that_is_equal_in_two_shards(copy, tmp_path, pools):
-    """Read, converted, and written into both on the way back."""
+    """It is read, converted, and written to both shards again."""
     model, megatron, back = copy("shards"), tmp_path / "megatron", tmp_path / "back"
     put_twice(model)
     same_as_transformers(pools, model)
@@ -187,7 +187,7 @@ def test_a_tensor_that_is_equal_in_two_shards(copy, tmp_path, pools):
     ids=["one row", "another size", "signs"],
 )
 def test_a_tensor_that_differs_in_two_shards(copy, edit):
-    """transformers takes the last shard's, whatever the index says."""
+    """transformers would take the last shard's, whatever the index says."""
     model = copy("shards")
     indexed, other = put_twice(model, edit)
     refused(model, f"tensor {NORM} is in", model / indexed, model / other, "the two differ")
@@ -217,7 +217,7 @@ def test_shards_in_a_subfolder(copy):
 
 
 def load_changed(rank, directory, changes):
-    """Load a model with a changed architecture; the error."""
+    """Load a model with a changed architecture and return the error message."""
     groups = _models.groups_for({"pipeline_model_parallel_size": 2})
     path = find_checkpoint(directory, "student.load")
     model = _models.replace_model(read_architecture(path, "student.load"), **changes)
@@ -232,7 +232,7 @@ def load_changed(rank, directory, changes):
     "changes", [{"qk_layernorm": False}, {"num_layers": 2}, {"add_qkv_bias": True}], ids=str
 )
 def test_tensors_that_the_configured_model_leaves_unused(originals, pools, changes):
-    """Keys of the section `student` change a loaded architecture; they must not drop weights."""
+    """Keys of the section `student` may change a loaded architecture, but must not drop weights."""
     said = pools(2).run(load_changed, originals / "single", changes)
     adds = "add_qkv_bias" in changes
     assert ("has nothing for" if adds else "does not match the configured model") in said[0], said

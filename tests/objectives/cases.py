@@ -1,4 +1,4 @@
-"""One `linear_kl` problem, described in a few numbers, so that every rank and the oracle build it alike."""
+"""A `linear_kl` problem described by a few numbers, so that every rank and the oracle build the same one."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class Case:
 
     @property
     def padded(self):
-        return 4 * -(-self.vocab_size // 4) + 4  # at least one shard of four columns may be all padding
+        return 4 * -(-self.vocab_size // 4) + 4  # at TP 4, a shard may be all padding
 
     def but(self, **changes):
         return replace(self, **changes)
@@ -79,7 +79,7 @@ def shard(weight, rank):
 
 
 def run_linear_kl(rank, case, loss_scale=1.0):
-    """loss, per_token, and the gradients of loss_scale * loss: hidden, and this rank's weight."""
+    """loss, per_token, and the gradients of loss_scale * loss for hidden and for this rank's weight."""
     inputs = build(case)
     hidden, weight = inputs.hidden.requires_grad_(), shard(inputs.weight, rank).requires_grad_()
     loss, per_token = linear_kl(
@@ -103,7 +103,7 @@ def run_linear_kl(rank, case, loss_scale=1.0):
 
 
 def assert_matches(results, expected, rtol=1e-9, atol=1e-10):
-    """Each rank's loss, per_token and hidden gradient and the joined weight gradients against `expected`."""
+    """Compare each rank's loss, per_token and hidden gradient, and the joined weight gradients."""
     loss, per_token, hidden_grad, weight_grad = expected
     for result in results:
         torch.testing.assert_close(result[0].double(), loss, rtol=rtol, atol=atol)

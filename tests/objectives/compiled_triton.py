@@ -1,6 +1,6 @@
 """Compiles every tuning configuration of the Triton kernels for Hopper (sm_90), which needs no GPU.
 
-Run by `test_triton_kernels.py`, in a process of its own like `interpreted_triton.py`. Prints one JSON object
+Run by `test_triton_kernels.py` in a separate process, like `interpreted_triton.py`. Prints one JSON object
 {kernel: [[block, warps, 128-bit loads, local memory accesses (spills)], ...]}.
 """
 

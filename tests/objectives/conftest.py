@@ -1,4 +1,4 @@
-"""`ranks(tp, fn, *args)` runs a module-level `fn(rank, *args)` on `tp` forked ranks, kept for the session."""
+"""`ranks(tp, fn, *args)` runs a module-level `fn(rank, *args)` on `tp` ranks, forked once per session."""
 
 import pytest
 
@@ -15,7 +15,7 @@ class Ranks:
         try:
             return self._pools[world_size].run(fn, *args, timeout=timeout)
         except RankError:
-            del self._pools[world_size]  # its ranks are gone; the next test gets new ones
+            del self._pools[world_size]  # its ranks were killed; the next test gets new ones
             raise
 
     def close(self):

@@ -1,7 +1,7 @@
 """Compares the Triton kernels with the PyTorch path under Triton's interpreter, for `test_triton_kernels.py`.
 
-The interpreter must be chosen before Triton is first imported, which other tests may already have done: hence
-a process of its own. Prints one JSON object {check: "ok" or what differs}.
+The interpreter must be selected before Triton is first imported, which other tests may already have done:
+hence a separate process. Prints one JSON object {check: "ok" or what differs}.
 """
 
 import json
@@ -22,20 +22,20 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, to
 
 
 def logits(dtype, noise, masked=None, rows=ROWS):
-    """Student and teacher blocks [rows, COLUMNS], rows further apart than COLUMNS, as in a padded buffer."""
+    """Student and teacher blocks [rows, COLUMNS], with a row stride above COLUMNS as in a padded buffer."""
     torch.manual_seed(0)
     student = 3 * torch.randn(rows, COLUMNS + 3, dtype=torch.float64)
     teacher = student + noise * torch.randn(rows, COLUMNS + 3, dtype=torch.float64)
-    if masked is not None:  # a token both models exclude, and one that only the divergence's numerator does
+    if masked is not None:  # a token that both models exclude, and one that only the numerator excludes
         student[0, 3] = teacher[0, 3] = -torch.inf
         (teacher if masked == "forward_kl" else student)[1, 20] = -torch.inf
     return student.to(dtype)[:, :COLUMNS], teacher.to(dtype)[:, :COLUMNS]
 
 
 def compare(kind, dtype, temperature, noise, masked):
-    """Run the three passes of both paths on the same blocks."""
+    """Run the three passes of both paths on the same blocks and compare the results."""
     spec = DivergenceSpec(kind, 0.3, temperature)
-    rows = 2  # interpreted one by one; each of the masked ones is there
+    rows = 2  # rows are interpreted one by one; these two contain all masked tokens
     student, teacher = logits(dtype, noise, kind if masked else None, rows)
     shard = VocabShard.of(COLUMNS, None, None)
     expected = torch_kernels.statistics(student, teacher, spec, masked, entropy=True)
@@ -46,7 +46,7 @@ def compare(kind, dtype, temperature, noise, masked):
     moments = merge_statistics(expected, shard, spec)
     if kind == "jsd":
         score = torch_kernels.mean_score(student, teacher, moments, spec, masked)
-        # Signed terms cancel here, so errors are relative to them and not to their sum.
+        # Signed terms cancel here, so errors are relative to the terms and not to their sum.
         interpreted = triton_kernels.mean_score(student, teacher, moments, spec, masked)
         close(interpreted + 1e-3, score + 1e-3, dtype, statistics=True)
         moments = moments._replace(mean_score=score)
@@ -59,7 +59,7 @@ def compare(kind, dtype, temperature, noise, masked):
     close(gradients[1][0], gradients[0][0], dtype, statistics=True)
     close(gradients[1][1], gradients[0][1], dtype)
     value_alone = triton_kernels.divergence(student, teacher, moments, spec, masked=masked)
-    assert torch.equal(value_alone, gradients[1][0]), "the value depends on the gradient being asked for"
+    assert torch.equal(value_alone, gradients[1][0]), "the value depends on whether the gradient is requested"
 
 
 def score_dtype(dtype):
@@ -98,7 +98,7 @@ def nan_stays_visible():
 
 
 class CountTraffic:
-    """Counts the elements that loads and stores of the interpreted kernels touch, masked ones left out."""
+    """Counts the elements that the interpreted kernels load and store, without masked ones."""
 
     def __enter__(self):
         self.read = self.written = 0
@@ -126,7 +126,7 @@ class CountTraffic:
 
 
 def traffic():
-    """Two reads of both blocks and one write in all (JSD one more read), beside a few scalars a row."""
+    """Two reads of both blocks and one write in total (JSD: one more read), plus a few scalars per row."""
     for kind in DIVERGENCES:
         spec = DivergenceSpec(kind)
         student, teacher = logits(torch.float32, 1.0)
@@ -177,7 +177,7 @@ def main():
         try:
             check()
             results[name] = "ok"
-        except Exception as error:  # reported by the test of this name
+        except Exception as error:  # reported by the calling test
             results[name] = f"{type(error).__name__}: {error}"
     print(json.dumps(results))
 

@@ -1,4 +1,4 @@
-"""Single-process oracles, fp64 and plain autograd: the textbook formulas, no code shared with the package."""
+"""Single-process oracles in fp64 with plain autograd: textbook formulas, without code from the package."""
 
 import math
 
@@ -25,7 +25,7 @@ def _kl(log_a, log_b):
     log_a, log_b = (
         log_a.clamp(min=-1e300),
         log_b.clamp(min=-1e300),
-    )  # a token neither model allows counts nothing
+    )  # a token that neither model allows contributes 0
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 

@@ -1,4 +1,4 @@
-"""Bad input is a ValueError naming expected and actual, on every rank, even where only one rank has it."""
+"""Bad input raises a ValueError with expected and actual values on every rank, even if only one has it."""
 
 import re
 
@@ -128,7 +128,7 @@ def test_linear_kl(ranks, changes, pattern):
 
 
 def test_a_mistake_on_one_rank_is_raised_on_all(ranks):
-    """Raised on one rank only, it would leave the other waiting in a collective."""
+    """An error on only one rank would leave the other waiting in a collective."""
     for message in ranks(2, call_linear_kl, {"temperature": -1.0}, 1):
         assert message == "rank 1: temperature must be above 0 and finite, got -1.0"
 
@@ -155,7 +155,7 @@ def test_a_mistake_on_one_rank_is_raised_on_all(ranks):
     ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
 def test_ranks_that_disagree(ranks, changes, expected):
-    """Shards of other sizes than the group's, or other options: silently wrong or a hang, if let through."""
+    """Shard sizes or options that differ in the group would otherwise cause wrong results or a hang."""
     for message in ranks(2, call_linear_kl, changes, 1):
         assert message.startswith("ranks of one tensor-parallel group must agree: ")
         assert expected in message

@@ -1,4 +1,4 @@
-"""What the losses may cost: collectives and their bytes, counted; peak memory, measured."""
+"""Cost of the losses: counts of collectives and their bytes, and measured peak memory."""
 
 import pytest
 import torch
@@ -139,7 +139,7 @@ def gathers(rows_of_statistics):
     ids=str,
 )
 def test_collectives(ranks, what, options, forward, backward):
-    """Exactly these, in whatever order; the backward has none that a bare head would not have."""
+    """Exactly these collectives in any order; the backward has none that a plain head would not have."""
     for in_forward, in_backward, _ in ranks(2, collectives_of, what, options):
         assert sorted(in_forward) == sorted(forward)
         assert sorted(in_backward) == sorted(backward)
@@ -147,14 +147,14 @@ def test_collectives(ranks, what, options, forward, backward):
 
 @pytest.mark.parametrize("divergence, size", [("reverse_kl", 24), ("forward_kl", 20), ("jsd", 24)])
 def test_bytes_per_token(ranks, divergence, size):
-    """At most 32 bytes a token beyond what a bare head needs, and a constant for the agreement."""
+    """At most 32 bytes per token more than a plain head, plus a constant for the agreement."""
     agreement = 2 * 16 * 8
     for _, _, total in ranks(2, collectives_of, "linear_kl", {"divergence": divergence}):
         assert total == size * TOKENS + agreement
 
 
 def memory_of(rank, what, tokens, chunk):
-    """Bytes: (forward's peak, what it keeps, backward's peak), beyond inputs and the gradients returned.
+    """Bytes: (forward's peak, saved by the forward, backward's peak), without inputs and returned gradients.
 
     The backward's peak is relative to the memory held when it starts.
     """
@@ -170,23 +170,23 @@ def memory_of(rank, what, tokens, chunk):
             return linear_cross_entropy(hidden, weight, ids, token_weight=token_weight, chunk_size=chunk)[0]
         return sampled_token_logprobs(hidden, weight, ids, chunk_size=chunk).sum()
 
-    forward().backward()  # allocations that happen once in a process
+    forward().backward()  # so that allocations made once per process do not count
     hidden.grad = weight.grad = None
     gradients = 4 * (hidden.numel() + weight.numel())
     results = []
     peak, kept = memory_use(lambda: results.append(forward()), torch.device("cpu"))
     backward_peak, _ = memory_use(results[0].backward, torch.device("cpu"))
-    if what == "sampled_token_logprobs":  # its gradients come to be in the backward
+    if what == "sampled_token_logprobs":  # allocates its gradients in the backward
         return peak, kept, backward_peak - gradients
     return peak - gradients, kept - gradients, backward_peak
 
 
 @pytest.mark.parametrize("what", ["linear_kl", "linear_cross_entropy", "sampled_token_logprobs"])
 def test_memory_grows_with_the_chunk_and_not_with_tokens(ranks, what):
-    """In forward and backward, and no logits between them. 1024 tokens of logits would be 8 MiB a model, and
-    a copy of the hidden gradient 0.25 MiB."""
+    """In forward and backward, without saved logits. Logits of 1024 tokens would take 8 MiB per model, and a
+    copy of the hidden gradient 0.25 MiB."""
     small, large = (ranks(1, memory_of, what, tokens, 64)[0] for tokens in (256, 1024))
-    scalars = 64 * 1024  # a few numbers a token
+    scalars = 64 * 1024  # a few numbers per token
     for peak_of_few, peak_of_many in zip(small, large):
         assert peak_of_many <= 1.05 * peak_of_few + scalars, (small, large)
     forward_peak, kept, backward_peak = large
@@ -199,7 +199,7 @@ def test_memory_grows_with_the_chunk_and_not_with_tokens(ranks, what):
 
 
 def test_retaining_the_graph_keeps_the_buffers(ranks):
-    """Buffers are given away only where no second backward can ask for them."""
+    """The backward returns its buffers as gradients only if no second backward can need them."""
     once, twice, stolen = ranks(1, _retain)[0]
     assert torch.equal(2 * once, twice)
     assert stolen

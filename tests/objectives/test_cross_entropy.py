@@ -1,4 +1,4 @@
-"""linear_cross_entropy and sampled_token_logprobs against fp64 log-softmax, gradients included."""
+"""Values and gradients of linear_cross_entropy and sampled_token_logprobs against fp64 log-softmax."""
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def test_low_precision(ranks, dtype, tolerance):
 
 
 def test_confident_tokens_keep_their_gradient_in_bf16(ranks):
-    """p - 1 at p = 0.9995 is lost when p is rounded to bf16 first."""
+    """p - 1 at p = 0.9995 is lost if p is rounded to bf16 first."""
     (gradient,) = ranks(1, _confident)
     assert -6e-4 < float(gradient[0, 0]) < -4e-4
 
@@ -141,7 +141,7 @@ def _gradcheck(rank):
 
 
 def test_ignored_targets_need_no_valid_id(ranks):
-    """Prompt and padding positions carry weight 0 and conventionally target -100."""
+    """Prompt and padding positions have weight 0 and, by convention, target -100."""
     per_token, hidden_grad = ranks(1, _ignored)[0]
     assert per_token[1] == 0 and (hidden_grad[1] == 0).all() and (hidden_grad[0] != 0).any()
 
@@ -158,7 +158,7 @@ def _ignored(rank):
 
 @pytest.mark.parametrize("run, sign", [(run_cross_entropy, -1), (run_logprobs, 1)])
 def test_partial_hidden_gradients_add_up(ranks, run, sign):
-    """With reduce_hidden_grad=False each rank keeps its part, for a reduce-scatter by the caller."""
+    """With reduce_hidden_grad=False each rank keeps its partial gradient for the caller's reduce-scatter."""
     case = Case()
     parts = [result[2] for result in ranks(2, run, case, False)]
     expected = expect(case, sign)[2]

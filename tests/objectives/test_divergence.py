@@ -1,4 +1,4 @@
-"""vocab_parallel_kl: value and gradient against the fp64 oracle, and the numerics all divergences share."""
+"""vocab_parallel_kl: value and gradient against the fp64 oracle, and the numerics of all divergences."""
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ TP = [1, 2, 4]
 
 
 def run(rank, student, teacher, vocab_size, kind, beta, temperature, upstream):
-    """Value and this rank's gradient; student, teacher [..., padded] whole, upstream like the value."""
+    """Value and this rank's gradient, given unsharded student and teacher logits [..., padded]; `upstream` is
+    the gradient of the value."""
     local = shard(student.movedim(-1, 0), rank).movedim(0, -1).requires_grad_()
     value = vocab_parallel_kl(
         local,
@@ -33,7 +34,7 @@ def check(ranks, tp, student, teacher, vocab_size, kind, beta, temperature=1.0, 
     upstream = torch.randn(student.shape[:-1], dtype=torch.float64)
     results = ranks(tp, run, student, teacher, vocab_size, kind, beta, temperature, upstream)
     whole = student.double().requires_grad_()
-    finite = whole.clamp(min=-1e5), teacher.double().clamp(min=-1e5)  # for the oracle's sake: 0 * inf is NaN
+    finite = whole.clamp(min=-1e5), teacher.double().clamp(min=-1e5)  # 0 * inf is NaN in the oracle
     expected = oracle.divergence(*oracle.log_softmaxes(*finite, temperature, vocab_size), kind, beta)
     (gradient,) = torch.autograd.grad(expected, whole, upstream)
     for value, _ in results:
@@ -84,7 +85,7 @@ def test_extreme_logits(ranks, tp, kind, beta):
 
 @pytest.mark.parametrize("kind, beta", KINDS)
 def test_never_negative_where_fp32_resolves_little(ranks, kind, beta):
-    """At 1e6 the spacing of fp32 is 0.06: log-ratios and probabilities disagree, values must be >= 0."""
+    """At 1e6 the spacing of fp32 is 0.06: log-ratios and probabilities disagree, but values are >= 0."""
     torch.manual_seed(0)
     student = 1e6 + torch.randn(200, 64)
     teacher = student + 0.3 * torch.randn(200, 64)
@@ -95,7 +96,7 @@ def test_never_negative_where_fp32_resolves_little(ranks, kind, beta):
 @pytest.mark.parametrize("tp", TP)
 @pytest.mark.parametrize("kind, beta", KINDS)
 def test_masked_tokens(ranks, tp, kind, beta):
-    """-inf logits that the divergence's numerator also excludes; at TP 4 one shard is masked altogether."""
+    """-inf logits that the divergence's numerator also excludes; at TP 4 one shard is masked entirely."""
     torch.manual_seed(3)
     student, teacher = torch.randn(2, 5, 16, dtype=torch.float64)
     both = torch.zeros(5, 16, dtype=torch.bool)
@@ -133,7 +134,7 @@ def test_near_convergence(ranks, kind, beta, size):
     whole = student.double().requires_grad_()
     log_p, log_q = oracle.log_softmaxes(whole, teacher)
     d = log_q - log_p
-    if kind == "jsd":  # to second order in d, the only term that counts here
+    if kind == "jsd":  # to second order in d, the only relevant term here
         expected = 0.5 * beta * (1 - beta) * (log_p.exp() * d * d).sum(-1)
         expected = expected.detach()
     else:
@@ -144,7 +145,7 @@ def test_near_convergence(ranks, kind, beta, size):
     assert ((value - expected) / expected).abs().max() < (2e-3 if kind == "jsd" else 1e-3)
     (gradient,) = torch.autograd.grad(oracle.divergence(log_p, log_q, kind, beta).sum(), whole)
     joined = torch.cat([grad for _, grad in results], dim=-1).double()
-    # Rounding of the logits themselves, about 1e-7 absolute, bounds what a gradient of size p d can be.
+    # The rounding of the logits, about 1e-7 absolute, limits the accuracy of a gradient of size p d.
     assert (joined - gradient).norm() < max(1e-3, 3e-7 / size) * gradient.norm()
     assert joined.sum().abs() < max(1e-4, 1e-8 / size) * joined.abs().sum()
 
@@ -165,7 +166,7 @@ def _gradcheck(rank, kind, beta):
 
 
 def test_any_memory_layout(ranks):
-    """Transposed, strided and broadcast logits give what contiguous ones give."""
+    """Transposed, strided and broadcast logits give the same results as contiguous ones."""
     assert ranks(1, _layouts) == [True]
 
 
@@ -188,7 +189,7 @@ def _layouts(rank):
 
 
 def test_agrees_with_linear_kl(ranks):
-    """The two entry points compute one thing: per-token values and the hidden gradient coincide."""
+    """Both functions compute the same per-token values and weight gradients."""
     assert ranks(2, _agreement) == [True, True]
 
 

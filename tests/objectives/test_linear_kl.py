@@ -92,7 +92,7 @@ def test_any_shape_and_option(ranks, tp, kind, **options):
 )
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
 def test_low_precision_inputs(ranks, dtype, tolerance, kind):
-    """Statistics are fp32: what remains is the rounding of logits and of their gradients to the dtype."""
+    """Statistics are fp32, so only logits and their gradients are rounded to the dtype."""
     for options in ({}, {"top_k": 4}):
         case = Case(
             tokens=40, student_width=16, teacher_widths=(12,), vocab_size=57, dtype=dtype, chunk_size=16
@@ -117,7 +117,7 @@ def test_low_precision_mixture(ranks):
 
 
 def test_fp16_gradient_survives_token_weights_of_one_over_n(ranks):
-    """Weights of 1e-7 underflow fp16 before any loss scale is applied, unless they are factored out."""
+    """Weights of 1e-7 would underflow in fp16 before any loss scale is applied if not factored out."""
     case = Case(tokens=20, vocab_size=57, dtype=torch.float16)
     hidden_grad = ranks(1, _with_tiny_weights, case)[0]
     expected = oracle.linear_divergence(case, build(case))[2]
@@ -218,7 +218,7 @@ def test_extreme_logits(ranks, tp, kind, beta):
     results = ranks(tp, run_linear_kl, case)
     expected = oracle.linear_divergence(case, build(case))
     actual = [*results[0][:3], torch.cat([result[3] for result in results])]
-    # fp32 logits of this size are known to 1e-3: so are log-ratios, whose errors the other factor multiplies.
+    # fp32 logits of this size, and so log-ratios, are accurate to 1e-3; the other factor scales their errors.
     spacing = torch.finfo(torch.float32).eps * largest
     for got, want, factor in zip(actual, expected, (10, 10, 10 * case.logit_scale, 10)):
         torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=float(factor * spacing))
@@ -228,17 +228,17 @@ def test_extreme_logits(ranks, tp, kind, beta):
 @pytest.mark.parametrize("top_k", [None, 4])
 @pytest.mark.parametrize("kind, beta", [("reverse_kl", 0.5), ("forward_kl", 0.5), ("jsd", 0.5)])
 def test_near_convergence(ranks, tp, top_k, kind, beta):
-    """Per-token divergences of about 1e-7 in fp32, two heads of one hidden state: far within 1e-3."""
+    """Per-token divergences of about 1e-7 in fp32, two heads on one hidden state: error far below 1e-3."""
     results = ranks(tp, _nearly_converged, top_k, kind, beta)
     for per_token, expected in results:
         assert (1e-8 if top_k is None else 1e-9) < expected.min() and expected.max() < 1e-6
         assert (per_token > 0).all()
-        # Over k + 1 outcomes the divergence is a tenth of that, and the tail's mass is known to fp32 only.
+        # Over k + 1 outcomes the divergence is a tenth of that, and the tail's mass is accurate to fp32 only.
         assert ((per_token.double() - expected) / expected).abs().max() < (1e-5 if top_k is None else 1e-3)
 
 
 def _nearly_converged(rank, top_k, kind, beta):
-    """Small integers over powers of two: the products are exact, so only the divergence rounds."""
+    """Inputs are small integers over powers of two: products are exact, so only the divergence is rounded."""
     generator = torch.Generator().manual_seed(0)
 
     def integers(low, high, *shape):

@@ -1,4 +1,4 @@
-"""The losses in megatron-core's surroundings: fused accumulation, tied embeddings, SP, CP, packing."""
+"""The losses in megatron-core: fused gradient accumulation, tied embeddings, SP, CP, packing."""
 
 import pytest
 import torch
@@ -31,7 +31,8 @@ def kl(hidden, weight, inputs, rank, rows=slice(None), **options):
 
 
 def fused_accumulation(rank, objective, megatron_flag, tied):
-    """Two micro-batches into main_grad; returns (main_grad, autograd's placeholder, flag, plain gradient)."""
+    """Accumulate two micro-batches in main_grad; returns it, autograd's placeholder, the flag, and the plain
+    gradient of one micro-batch."""
     inputs = build(CASE)
     ids = torch.arange(CASE.tokens) % CASE.vocab_size
 
@@ -79,14 +80,14 @@ def test_weight_gradient_goes_where_megatron_accumulates_it(ranks, objective):
 
 
 def test_a_tied_embedding_gets_a_zero_placeholder(ranks):
-    """Autograd adds the embedding's own gradient to the placeholder, DDP's hook the sum to main_grad."""
+    """Autograd adds the embedding's gradient to the placeholder; DDP's hook adds the sum to main_grad."""
     for main_grad, placeholder, flag, plain in ranks(2, fused_accumulation, "kl", True, True):
         torch.testing.assert_close(main_grad, 2 * plain)
         assert flag is True and torch.equal(placeholder, torch.zeros_like(plain))
 
 
 class _GatherSequence(torch.autograd.Function):
-    """Sequence-parallel entry of a head: all-gather [T/tp, h] -> [T, h]; backward reduce-scatters."""
+    """Sequence-parallel input of a head: all-gathers [T/tp, h] -> [T, h]; the backward reduce-scatters."""
 
     @staticmethod
     def forward(ctx, local):
@@ -111,7 +112,7 @@ def sequence_parallel(rank):
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_sequence_parallelism(ranks, tp):
-    """Gather first, keep the hidden gradient partial, reduce-scatter it: exact on every rank's tokens."""
+    """Gather, keep the hidden gradient partial, reduce-scatter it: exact for every rank's tokens."""
     results = ranks(tp, sequence_parallel)
     _, _, hidden_grad, weight_grad = oracle.linear_divergence(CASE, build(CASE))
     torch.testing.assert_close(torch.cat([hidden for hidden, _ in results]), hidden_grad)
@@ -120,7 +121,7 @@ def test_sequence_parallelism(ranks, tp):
 
 @pytest.mark.parametrize("split", [[8], [4, 4], [1, 7], [3, 0, 5], [1] * 8], ids=str)
 def test_context_parallelism_and_packing_need_nothing_special(ranks, split):
-    """However tokens are dealt to CP ranks, micro-batches or packed rows, losses and gradients add up."""
+    """Losses and gradients add up for any split of tokens into CP ranks, micro-batches or packed rows."""
     expected = oracle.linear_divergence(CASE, build(CASE))
     for loss, hidden_grad, joined in ranks(2, in_pieces, split):
         torch.testing.assert_close(loss, expected[0])
@@ -152,7 +153,7 @@ def layout(tp):
 
 
 def context_parallel(rank, tp, tokens_of):
-    """Each context-parallel rank has its own tokens and calls alone; gradients are summed over the group."""
+    """Each CP rank computes the loss of its own tokens; loss and gradients are summed over the CP group."""
     tp_group, tp_rank, cp_group, cp_rank = layout(tp)
     inputs = build(CASE)
     rows = torch.tensor(tokens_of[cp_rank], dtype=torch.long)
@@ -181,12 +182,12 @@ def context_parallel(rank, tp, tokens_of):
     "tp, tokens_of",
     [
         (2, [[0, 1, 6, 7], [2, 3, 4, 5]]),  # megatron-core's zigzag: first and last quarter, middle half
-        (2, [[], list(range(8))]),  # a rank without a token, whose group mates still sum
+        (2, [[], list(range(8))]),  # a rank without a token still takes part in the sum
         (1, [[5], [0, 2, 7, 4], [], [1, 3, 6]]),
     ],
 )
 def test_context_parallel_ranks(ranks, tp, tokens_of):
-    """Real groups, none of them the default one: ranks of another group are not waited for."""
+    """Separate groups, none of them the default one: no rank waits for ranks of another group."""
     loss, _, hidden_grad, weight_grad = oracle.linear_divergence(CASE, build(CASE))
     shards = {}
     for total, rows, found, (tp_rank, shard_grad) in ranks(4, context_parallel, tp, tokens_of):
@@ -197,7 +198,7 @@ def test_context_parallel_ranks(ranks, tp, tokens_of):
 
 
 def fused_in_a_model(rank, tied, sequence_parallel):
-    """main_grad of every parameter of a model under megatron-core's own DDP, fused and not."""
+    """main_grad of every parameter of a model under megatron-core's DDP, without and with fusion."""
     parallel = {
         "tensor_model_parallel_size": dist.get_world_size(),
         "sequence_parallel": sequence_parallel,

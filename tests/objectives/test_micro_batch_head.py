@@ -1,4 +1,4 @@
-"""Losses that share the head of a micro-batch have the gradients of their sum: against the fp64 oracle."""
+"""Losses that share the head of a micro-batch have the gradients of their sum, against the fp64 oracle."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ ADVANTAGE = torch.linspace(-1, 2, 9, dtype=torch.float64)
 
 
 def losses(inputs, weight, teacher_weights, hidden, options, part):
-    """Two teachers and both directions on the first tokens; cross-entropy and policy gradient on the rest."""
+    """Two teachers, three divergences on the first tokens; cross-entropy, policy gradient on the rest."""
     total = 0
     for k, kind in ((0, "reverse_kl"), (1, "forward_kl"), (0, "jsd")):
         loss, _ = linear_kl(
@@ -44,7 +44,7 @@ def losses(inputs, weight, teacher_weights, hidden, options, part):
 
 
 def shared(rank, main_grad, tied, dtype):
-    """loss, gradients and what is left on the weight, with everything shared."""
+    """(loss, hidden gradient, weight gradient, placeholder, flag) with one head for all losses."""
     inputs = build(CASE.but(dtype=dtype))
     hidden, weight = inputs.hidden.requires_grad_(), shard(inputs.weight, rank).requires_grad_()
     if main_grad:
@@ -95,13 +95,13 @@ def test_gradients_are_those_of_the_sum(ranks, tp, main_grad, tied):
         torch.testing.assert_close(found, loss)
         torch.testing.assert_close(hidden, hidden_grad)
         assert (flag is True and placeholder is not None) if main_grad else flag is None
-        if tied:  # autograd adds the embedding's own gradient to it
+        if tied:  # autograd adds the embedding's gradient to it
             assert torch.equal(placeholder, torch.zeros_like(placeholder))
     torch.testing.assert_close(torch.cat([result[2] for result in results]), weight_grad)
 
 
 def test_low_precision(ranks):
-    """The weight's gradient goes from fp32 sums into main_grad without ever being rounded to bfloat16."""
+    """The weight's gradient is added from fp32 sums to main_grad without rounding to bfloat16."""
     _, hidden_grad, weight_grad = expected()
     results = ranks(2, shared, True, False, torch.bfloat16)
     found = torch.cat([result[2] for result in results])
@@ -112,7 +112,7 @@ def test_low_precision(ranks):
 
 @pytest.mark.parametrize("main_grad", [False, True])
 def test_a_micro_batch_without_losses_reaches_head_and_states(ranks, main_grad):
-    """Hooks of data parallelism wait for every parameter, also for the head where there are no tokens."""
+    """Data-parallel hooks wait for every parameter, including the head of a micro-batch without tokens."""
     for hidden, weight, total in ranks(2, _nothing, main_grad):
         assert hidden.shape == (0, 6)
         assert weight is not None and total.abs().max() == 0

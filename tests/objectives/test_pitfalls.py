@@ -1,4 +1,4 @@
-"""Gradient bugs that shipped elsewhere, put back one by one: the check that passes ours fails each."""
+"""Gradient bugs that shipped elsewhere, reproduced one by one: each fails the check that our code passes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ TEMPERATURE, VOCAB = 1.5, 14
 
 
 class SumReplicated(torch.autograd.Function):
-    """All-reduce of what every rank then uses alike (a final loss): the gradient passes through."""
+    """All-reduce of a value that every rank uses identically (a final loss): the gradient passes through."""
 
     @staticmethod
     def forward(ctx, x):
@@ -25,7 +25,7 @@ class SumReplicated(torch.autograd.Function):
 
 
 class SumShared(SumReplicated):
-    """All-reduce of what each rank uses in its own columns (a normalizer): their gradients add up."""
+    """All-reduce of a value that each rank uses in its own columns (a normalizer): gradients are summed."""
 
     @staticmethod
     def backward(ctx, grad):
@@ -34,7 +34,7 @@ class SumShared(SumReplicated):
 
 
 def plain_all_reduce(x):
-    """An all-reduce autograd does not know of: the right value, other ranks' part of the gradient missing."""
+    """An all-reduce hidden from autograd: the value is right, but other ranks' gradients are missing."""
     total = x.detach().clone()
     dist.all_reduce(total)
     return x + (total - x.detach())
@@ -48,7 +48,7 @@ def unfused(
     temperature=TEMPERATURE,
     columns=VOCAB,
 ):
-    """Vocab-parallel reverse KL in plain autograd, right with its defaults."""
+    """Vocab-parallel reverse KL in plain autograd, correct with the default arguments."""
     valid = min(max(columns - dist.get_rank() * student.shape[1], 0), student.shape[1])
 
     def log_softmax(logits):
@@ -72,7 +72,7 @@ def bug_plain_all_reduce(student, teacher):
 
 
 def bug_differentiated_everywhere(student, teacher):
-    """As torch.distributed.nn.all_reduce does: the ranks' identical losses are summed, TP times too much."""
+    """As torch.distributed.nn.all_reduce: identical gradients of all ranks are summed, TP times too much."""
     return unfused(student, teacher, SumShared.apply, SumShared.apply)
 
 
@@ -146,7 +146,7 @@ def test_the_check_passes_what_is_right(ranks, tp, implementation):
     "bug", [bug_plain_all_reduce, bug_differentiated_everywhere, bug_differentiated_nowhere]
 )
 def test_collectives_in_autograd_have_the_right_value_and_a_wrong_gradient(ranks, tp, bug):
-    """Why gradients are compared here, and never only losses."""
+    """This is why gradients are compared here, not only losses."""
     errors = ranks(tp, value_and_gradient, bug)
     assert all(value_error < 1e-12 for value_error, _ in errors)
     assert max(gradient_error for _, gradient_error in errors) > 0.1
@@ -175,10 +175,10 @@ def test_a_detached_divergence_has_another_gradient(ranks):
 
 
 def sampled_token_gradients(rank):
-    """Gradients by the student's logits [V], in expectation over the sampled token y ~ p (no sampling noise).
+    """Gradients for the student's logits [V], as exact expectations over the sampled token y ~ p.
 
-    Of sg[KL(p || q)] log p(y); of log p(y) - log q(y) back-propagated, for two teachers; of
-    sg[log p(y) - log q(y)] log p(y); and of KL(p || q) by `vocab_parallel_kl`.
+    The losses are sg[KL(p || q)] log p(y); log p(y) - log q(y), for two teachers; sg[log p(y) - log q(y)]
+    log p(y); and KL(p || q) from `vocab_parallel_kl`.
     """
     torch.manual_seed(4)
     student, teacher, other = torch.randn(3, 9, dtype=torch.float64)
@@ -186,7 +186,7 @@ def sampled_token_gradients(rank):
 
     def expected_gradient(loss_of_tokens):
         logits = student.clone().requires_grad_()
-        # One row a token, so that each row's log-probability is one hidden state's through the real function.
+        # One row per token, so that the real function computes each log-probability from one hidden state.
         logprobs = sampled_token_logprobs(
             torch.eye(1, dtype=torch.float64).expand(9, 1), logits.unsqueeze(1), torch.arange(9)
         )
@@ -206,7 +206,7 @@ def sampled_token_gradients(rank):
 
 
 def test_which_sampled_token_losses_have_the_gradient_of_the_divergence(ranks):
-    """Only the detached log-ratio as an advantage has; the other two combinations learn nothing."""
+    """Only the detached log-ratio as an advantage does; the other two combinations learn nothing."""
     detached, direct, direct_other, advantage, right = ranks(1, sampled_token_gradients)[0]
     assert right.norm() > 0.1
     assert detached.norm() < 1e-12
@@ -215,7 +215,7 @@ def test_which_sampled_token_losses_have_the_gradient_of_the_divergence(ranks):
 
 
 def test_the_per_token_divergence_cannot_be_differentiated(ranks):
-    """`linear_kl` gives a loss to back-propagate and numbers to look at: neither can stand for the other."""
+    """`linear_kl` returns a loss to back-propagate and detached per-token values for metrics."""
     assert ranks(1, _per_token_requires_grad) == [(True, False)]
 
 
@@ -226,7 +226,7 @@ def _per_token_requires_grad(rank):
 
 
 def run_tp_invariance(rank):
-    """Gradient norms of the fused head, which a TP-fold gradient would change."""
+    """Loss and hidden gradient of the fused head, which a TP-fold gradient would change."""
     torch.manual_seed(1)
     hidden, teacher_hidden = torch.randn(2, 5, 4, dtype=torch.float64)
     weight, teacher_weight = torch.randn(2, 16, 4, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The Triton path: equal to PyTorch's under the interpreter, compiled for Hopper, run on a GPU if any."""
+"""The Triton path: equal to PyTorch's in the interpreter, compiled for Hopper, run on a GPU if present."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from megatron_mopd.objectives.kernels import kernels_for
 from tests.objectives import oracle
 from tests.objectives.cases import Case, build
 
-# Elsewhere Triton is part of the test requirements, and its absence an error.
+# On Linux, Triton is part of the test requirements, and its absence is an error.
 needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
 HERE = Path(__file__).parent
 
 
 @cache
 def results_of(script):
-    """What `script`, run by a fresh interpreter, prints as JSON on its last line."""
+    """The JSON on the last line that `script` prints in a fresh interpreter."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *sys.path])}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Memory that nobody has written is NaN in every test (`tests/_unwritten_memory.py`); no product reads it."""
+"""Uninitialized memory is NaN in every test (`tests/_unwritten_memory.py`), and no product reads it."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ PADDED = {
 
 
 def padded_rows(dtype, padding):
-    """[4, 5] in rows of 6 elements."""
+    """A view [4, 5] of rows of 6 elements."""
     memory = torch.empty(4, 6, dtype=dtype)
     memory[:, :5] = 1
     if padding is not None:
@@ -28,7 +28,7 @@ def padded_rows(dtype, padding):
 
 @pytest.mark.parametrize("product", PADDED)
 def test_products_of_rows_with_unwritten_padding_fail(ranks, product):
-    """On any CPU and in any dtype, also on ranks that are forked from the test's process."""
+    """On any CPU and in any dtype, also on ranks forked from the test's process."""
     for outcomes in ranks(2, _products, product):
         assert outcomes == ["unwritten memory", "unwritten memory", "fine", "fine"]
 
@@ -63,7 +63,7 @@ def _last_row(rank):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size, columns", [(33, 36), (33, 33), (34, 36)])
 def test_losses_of_states_and_heads_with_gaps_between_their_rows(ranks, dtype, vocab_size, columns):
-    """What a caller's views skip is not read, whatever the width of the vocabulary's shard."""
+    """Gaps in the caller's views are not read, whatever the width of the vocabulary shard."""
     for gaps, without in ranks(1, _losses, dtype, vocab_size, columns)[0]:
         assert gaps.isfinite().all() and torch.equal(gaps, without)
 
@@ -75,7 +75,7 @@ def _losses(rank, dtype, vocab_size, columns):
 
 
 def _all_objectives(tensors, vocab_size, gaps):
-    """Gradients of student hidden state and head under every objective, in chunks of four tokens."""
+    """Gradients of the student's hidden state and head for every objective, in chunks of four tokens."""
     ids, weight = torch.arange(9), torch.full((9,), 1 / 9)
     options = dict(vocab_size=vocab_size, chunk_size=4)
 

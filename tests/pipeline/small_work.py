@@ -1,4 +1,4 @@
-"""A `StageWork` on vectors of four numbers: the executor on real ranks, compared with plain autograd."""
+"""A `StageWork` on vectors of four numbers, to compare the executor on real ranks with plain autograd."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _communicators: dict[tuple[int, bool], PipelineCommunicator] = {}
 
 
 def pipeline_group(stages: int) -> dist.ProcessGroup:
-    """This rank's pipeline when the world is cut into pipelines of `stages` ranks."""
+    """This rank's group when the world is split into pipelines of `stages` ranks."""
     if stages not in _groups:
         for first in range(0, dist.get_world_size(), stages):
             group = dist.new_group(range(first, first + stages))
@@ -36,7 +36,7 @@ def communicator(stages: int, virtual_stages: int) -> PipelineCommunicator:
 
 
 def weight(*place) -> torch.Tensor:
-    """A fixed random matrix for a place, a teacher's layer or an input."""
+    """A fixed random matrix for a student layer, a teacher layer or an input."""
     generator = torch.Generator().manual_seed(abs(hash(place)) % 2**31)
     return torch.randn(_SIZE, _SIZE, generator=generator, dtype=torch.float64) / 2
 
@@ -50,8 +50,8 @@ def teacher_number(teacher: str) -> int:
 
 
 class SmallWork:
-    """One tanh layer per model chunk and per teacher stage; the loss meets every cached state that the
-    request says a micro-batch needs.
+    """One tanh layer per model chunk and per teacher stage; the loss uses every cached state that a
+    micro-batch needs according to the request.
     """
 
     def __init__(self, request: PlanRequest, stage: int):
@@ -130,7 +130,7 @@ def teacher_states(request: PlanRequest, teacher: str, first: int) -> torch.Tens
 
 
 def reference(request: PlanRequest) -> list[torch.Tensor]:
-    """Gradients of every place's weight, micro-batch after micro-batch, without a pipeline."""
+    """Gradients of every layer's weight, computed one micro-batch at a time without a pipeline."""
     places = request.stages * request.virtual_stages
     weights = [weight(place).requires_grad_(True) for place in range(places)]
     kept = {
@@ -148,7 +148,10 @@ def reference(request: PlanRequest) -> list[torch.Tensor]:
 
 
 def run_request(rank: int, request: PlanRequest) -> tuple[list[torch.Tensor], int]:
-    """Execute a plan for `request` on this rank; gradients of this stage's chunks and the states kept."""
+    """Execute a plan for `request` on this rank.
+
+    Returns the gradients of this stage's chunks and the number of cached states.
+    """
     plan = make_plan(request, effort=0)
     group = pipeline_group(request.stages)
     work = SmallWork(request, group.rank())

@@ -1,4 +1,4 @@
-"""The planner: what it refuses, what its plans contain, and that broken plans are recognised."""
+"""The planner: the requests that it refuses, the contents of its plans, and the detection of broken plans."""
 
 from dataclasses import replace
 
@@ -66,14 +66,14 @@ def test_every_stage_computes_everything_once(stages, virtual_stages, kind):
 
 
 def test_student_order_is_the_same_for_every_kind():
-    """Gradients accumulate in the same order whatever the schedule, so results can be compared bit by bit."""
+    """Gradients accumulate in the same order in every schedule, so results can be compared bit by bit."""
     plans = [make_plan(request(kind=kind)) for kind in ("bubble_fill", "back_to_back", "serial")]
     for stage in range(4):
         assert len({tuple(of_type(plan, stage, StudentBackward)) for plan in plans}) == 1
 
 
 def test_each_teacher_is_loaded_once_and_into_a_free_slot():
-    """And the first one again at the end, because the next step begins with it."""
+    """The first one is loaded again at the end, because the next step begins with it."""
     plan = make_plan(request(counts={"a": 3, "b": 2, "c": 3}, ahead=False))
     for stage in range(4):
         assert [(e.teacher, e.slot) for e in of_type(plan, stage, LoadTeacher)] == [
@@ -90,9 +90,9 @@ def test_each_teacher_is_loaded_once_and_into_a_free_slot():
 @pytest.mark.parametrize("stages", [1, 4])
 @pytest.mark.parametrize("teachers", [3, 12])
 def test_only_the_first_load_of_a_run_is_waited_for(stages, teachers):
-    """Every other one begins while the teacher before it still scores, also at the start of a step and also
-    when some teachers are still there from the step before: keeping one of them would leave the rest a single
-    slot. Loads take nine tenths of what scoring takes.
+    """Every other load begins while the previous teacher still scores, also at the start of a step and also
+    when teachers are still resident from the previous step: keeping one of them would leave a single slot for
+    the rest. A load takes nine tenths of the time of scoring.
     """
     counts = {f"t{number:02d}": 2 for number in range(teachers)}
     base = request(stages, 2 * teachers, counts, ahead=False, kind="back_to_back")
@@ -137,7 +137,7 @@ def test_a_micro_batch_with_three_teachers_gets_three_heads():
     costs = CostModel.build(2, teacher_forward=dict.fromkeys("abc", 1.0))
     plan = make_plan(PlanRequest(2, 3, costs, scoring=scoring))
     check_plan(plan)
-    assert simulate(plan).peak_cached_states[1] >= 7  # a and b score all three before c scores the first
+    assert simulate(plan).peak_cached_states[1] >= 7  # a and b score all three, then c the first
 
 
 def scoring_request(kind, stages=4):
@@ -150,7 +150,7 @@ def scoring_request(kind, stages=4):
 @pytest.mark.parametrize("stages", [1, 4])
 @pytest.mark.parametrize("kind", ["bubble_fill", "back_to_back", "serial"])
 def test_a_head_that_scoring_reads_is_loaded_while_the_teacher_before_scores(kind, stages):
-    """And the first one again at the end, because the next step begins with it; none for the losses."""
+    """The first one is loaded again at the end, because the next step begins with it; losses load none."""
     plan = make_plan(scoring_request(kind, stages))
     check_plan(plan)
     entries = plan.stages[-1]
@@ -177,7 +177,7 @@ def test_forwards_wait_for_their_heads_in_the_simulation():
 
 
 def test_heads_of_losses_and_of_forwards_share_their_slots():
-    """A teacher of both kinds of objective, and a micro-batch's loss that reads two heads of three."""
+    """One teacher has both kinds of objective, and one micro-batch's loss reads two of three heads."""
     scoring = (
         ScoringTask("a", (0, 1, 2), scoring_heads=(1,), loss_heads=(0, 2)),
         ScoringTask("b", (0, 1, 2), loss_heads=(2,)),
@@ -292,7 +292,7 @@ def test_messages_out_of_order_are_named():
 
 def test_a_circle_of_waits_is_found_although_every_message_has_both_ends():
     plan = make_plan(request(2, 1, {}, kind="back_to_back"))
-    # Stage 0 asks for the first gradient before it sends the activation that leads to it.
+    # Stage 0 waits for the first gradient before it sends the activation from which it is computed.
     send = next(e for e in plan.stages[0] if isinstance(e, Send))
     entries = [e for e in plan.stages[0] if e != send]
     entries.insert(entries.index(StudentBackward(0)) + 1, send)
@@ -338,7 +338,7 @@ def test_measured_costs_follow_the_run_but_ignore_noise():
     assert model.student_backward == pytest.approx(guess.student_backward)
     assert dict(model.teacher_forward)["math"] == pytest.approx((1.0,) * 4)
     measured.fold([[mean._replace(seconds=mean.seconds * 1.05) for mean in rank] for rank in per_rank])
-    assert measured.model() is model  # 1% after averaging: not worth another plan
+    assert measured.model() is model  # a change of 1% after averaging does not justify a new plan
 
 
 def test_lower_bound_is_the_students_fill_and_drain_when_teachers_are_cheap():

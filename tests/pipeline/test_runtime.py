@@ -1,6 +1,4 @@
-"""The runtime on real ranks: gradients equal to megatron-core's schedules, and what it does when things go
-wrong.
-"""
+"""The runtime on real ranks: gradients equal those of megatron-core's schedules, and errors are reported."""
 
 from __future__ import annotations
 
@@ -53,7 +51,7 @@ OVERLAP = dict(optimizer=dict(overlap_grad_reduce=True))
 TIED = dict(model=dict(share_embeddings_and_output_weights=True))
 RECOMPUTE = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
-# (ranks, model, layout, trajectories of each of two steps, kinds, other sections of the configuration)
+# (ranks, model, layout, trajectories of consecutive steps for each run, kinds, more sections)
 CASES = {
     "p1": (1, DENSE, {}, [(1, 3), (4, 4)], ["bubble_fill", "back_to_back", "serial"], {}),
     "p2": (2, DENSE, pp(2), [(1, 1), (2, 3), (6, 5)], ["bubble_fill", "serial"], {}),
@@ -72,7 +70,7 @@ CASES = {
 
 
 def gradients(learner, batches, kind):
-    """What the loss reported and the reduced gradients of one step, without touching the weights."""
+    """The loss reports and the reduced gradients of one step, without changing the weights."""
     for chunk in learner.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -88,7 +86,7 @@ def gradients(learner, batches, kind):
 
 
 def planned(learner, counts):
-    """The steps' batches."""
+    """Batches of consecutive steps, with `counts` trajectories each."""
     return deque(
         plan_step(learner, _models.batch(count, seed=10 * number + count))
         for number, count in enumerate(counts)
@@ -96,8 +94,8 @@ def planned(learner, counts):
 
 
 def forward_alone(rank, parallel, count):
-    """Last hidden states of every micro-batch, by our executor and by megatron-core's schedule, between two
-    training steps that look ahead."""
+    """Last hidden states of every micro-batch from our executor and from megatron-core's schedule, between
+    two training steps that look ahead."""
     learner = _models.make_learner(DENSE, parallel, schedule=dict(micro_batch_size=1), params_dtype="float32")
     batches = planned(learner, (4, count))
     gradients(learner, batches, "bubble_fill")
@@ -123,7 +121,7 @@ def forward_alone(rank, parallel, count):
 )
 def test_forward_passes_alone_equal_megatron_cores(pools, ranks, parallel, count):
     *others, (ours, theirs) = pools[ranks].run(forward_alone, parallel, count)
-    assert all(own == [] == reference for own, reference in others), "the last stage alone takes the states"
+    assert all(own == [] == reference for own, reference in others), "not only the last stage has states"
     assert len(ours) == len(theirs) > 1
     for mine, expected in zip(ours, theirs):
         torch.testing.assert_close(mine, expected, rtol=0, atol=0)
@@ -138,7 +136,7 @@ def compare(rank, transformer, parallel, step_counts, kinds, sections):
     )
     config = _models.unwrap(learner.chunks[0]).config
     if config.num_moe_experts:
-        # A scale that teachers do not have: a teacher that set the auxiliary loss's scale would be noticed.
+        # Teachers do not have this scale, so a teacher that set the auxiliary loss's scale would be noticed.
         config.grad_scale_func = lambda loss: 3 * loss
     lengths = []
     for counts in step_counts:
@@ -149,7 +147,7 @@ def compare(rank, transformer, parallel, step_counts, kinds, sections):
             lengths.append(len(batches[0].student))
             for reports, grads in expected:
                 found, found_grads = gradients(learner, batches, kind)
-                assert len(batches.popleft().cache) == 0, "every cached state is used exactly once"
+                assert len(batches.popleft().cache) == 0, "a cached state was not used"
                 # The interleaved reference has empty micro-batches at the end.
                 for mine, theirs in zip(found, reports, strict=len(found) == len(reports)):
                     for name, value in theirs.items():
@@ -168,15 +166,15 @@ def pools():
 
 @pytest.fixture(scope="module")
 def four_ranks():
-    """Their groups live as long as the pool: no model is built on them."""
+    """Ranks whose groups live as long as the pool, because no model is built on them."""
     with RankPool(4, 300) as four:
         yield four
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_bit_equal_to_megatron_cores_schedules(pools, case):
-    """Two optimizer steps, the second scored ahead: reports of every micro-batch, and every gradient, bit by
-    bit in float32.
+    """Two steps, the second scored ahead: the reports of every micro-batch and every gradient are bitwise
+    equal in float32.
     """
     ranks, *arguments = CASES[case]
     pools[ranks].run(compare, *arguments)
@@ -218,11 +216,11 @@ def test_every_rank_uses_a_communicator_in_one_direction_with_one_peer(stages):
     assert needed == set(all_channels(stages, 2))
 
 
-# --- what goes wrong --------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------
 
 
 def broken_step(rank, what):
-    """One step with a plan that rank 1 (or everybody) holds in a broken form; the error of this rank."""
+    """Run one step with a plan that is broken on rank 1 or on all ranks; returns this rank's error."""
     learner = _models.make_learner(DENSE, pp(2), schedule=dict(micro_batch_size=1))
     driver, batches = learner.pipeline, planned(learner, (3, 3))
     make = driver._planner.plan
@@ -302,7 +300,7 @@ def test_stages_and_chunks_that_do_not_divide_the_layers(pools, parallel, layers
 
 
 def wait_for_the_dead(rank):
-    """Rank 1 never starts its list; rank 0's error."""
+    """Rank 1 never starts its instructions; returns the error of rank 0."""
     request = PlanRequest(
         2, 2, CostModel.build(2, teacher_forward={"t0": 1.0}), scoring=split_scoring({"t0": 2})
     )
@@ -341,7 +339,7 @@ def measured(rank):
         training_step.train_step(learner, batches)
         batches.popleft()
     driver = learner.pipeline
-    assert agreements == 3, "each later step was agreed on during the one before it"
+    assert agreements == 3, "a step was not planned exactly once"
     driver._exchange_costs()
     return driver.timelines(2), driver.idle_shares, driver._costs.model()
 

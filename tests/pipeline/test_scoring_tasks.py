@@ -1,4 +1,4 @@
-"""A teacher's micro-batches are cut separately from the student's: what the plan is told about both."""
+"""Scoring tasks: a teacher's micro-batches are grouped separately from the student's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_first_uses_increase_and_cover_every_sample(seed, max_tokens, dp_size):
             continue
         scored = cut(selected)
         task = scoring_task(name, scored, student)
-        assert list(task.microbatches) == sorted(set(task.microbatches)), "each forward has its own name"
+        assert list(task.microbatches) == sorted(set(task.microbatches)), "first uses do not increase"
         assert len(task.microbatches) == len(scored[0])
         for mine, students in zip(scored, student):
             for (first, last), members in zip(task.uses(), mine):

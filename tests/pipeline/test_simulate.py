@@ -1,4 +1,4 @@
-"""The simulator against times known on paper, the planner's targets, and random requests."""
+"""The simulator against analytic times, the planner's targets, and random requests."""
 
 import json
 import time
@@ -206,7 +206,7 @@ def requests(draw, stages=(1, 2, 3, 4, 5, 6)):
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(requests())
 def test_random_requests_complete_within_their_limits(request):
-    """Completes, cannot deadlock, respects every limit, takes no less than the work of the busiest stage."""
+    """A plan finishes without deadlock, respects every limit, and takes at least the busiest stage's work."""
     plan = make_plan(request, effort=2_000)
     check_plan(plan)
     result = simulate(plan)
@@ -223,7 +223,7 @@ def test_random_requests_complete_within_their_limits(request):
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(requests())
 def test_look_ahead_leaves_the_room_that_the_next_step_needs(request):
-    """A step that a cache can hold by itself can still be held after the plan before has scored ahead."""
+    """A step that fits the cache by itself still fits after the previous plan has scored ahead."""
     cold = tuple(replace(group, step=0) for group in request.scoring if group.step == 1)
     budget = replace(request, scoring=cold).smallest_cache()
     budget = max(budget, request.smallest_cache(), 1)
@@ -235,7 +235,7 @@ def test_look_ahead_leaves_the_room_that_the_next_step_needs(request):
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(requests())
 def test_random_plans_can_follow_one_another(request):
-    """The next request takes over what this plan left: scored states, deferred jobs, occupied slots."""
+    """The next request inherits this plan's scored states, deferred jobs and occupied slots."""
     first = make_plan(request, effort=2_000)
     groups = tuple(ScoringTask(g.teacher, g.microbatches, g.step, g.scored) for g in first.next_scoring())
     follow = PlanRequest(

@@ -1,4 +1,4 @@
-"""Students, prompts and engines of the rollout tests, the same on every layout."""
+"""Students, prompts and engines of the rollout tests, the same in every layout."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ STOPS = (3, 4, 5, 6, 7, 8, 9, 10)
 
 
 def prompts(count: int = 9, shortest: int = 1, longest: int = 17, common: int = 0) -> list[Prompt]:
-    """Prompts of different lengths, the shortest and the longest possible among them, after `common` tokens
-    that all begin with."""
+    """Prompts of different lengths, including the shortest and the longest possible, after `common` shared
+    tokens."""
     rng = random.Random(count)
     lengths = [shortest, longest] + [rng.randint(shortest, longest) for _ in range(count)]
     return [
@@ -60,8 +60,8 @@ def engine(
 
 
 def pack_everything(packed: bool = True) -> None:
-    """From now on in this process: rollouts of any length cut weights of any size into panels for any number
-    of rows, or none do."""
+    """From now on in this process, rollouts of any length pack weights of any size for any number of rows, or
+    none do."""
     packed_weights._SMALLEST, packed_weights._ROWS = 0, range(1, 65)
     megatron_engine._STEPS_WORTH_PACKING = 1 if packed else 10**9
     megatron_engine._ROWS_WORTH_PACKING = 1
@@ -72,5 +72,5 @@ def sampling(**changes) -> SamplingParams:
 
 
 def plain(trajectories) -> list[tuple]:
-    """What a rank can send to the parent process and tests can compare."""
+    """Plain values that a rank can send to the parent process and tests can compare."""
     return [(t.index, t.prompt.index, t.response_ids, t.logprobs, t.finished) for t in trajectories]

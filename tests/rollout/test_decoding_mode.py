@@ -1,4 +1,4 @@
-"""Decoding leaves the training model as it found it, whatever happens meanwhile."""
+"""Decoding restores the training model's state, even after an error."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 
 def state(chunks) -> dict:
-    """Everything in reach of the model whose name speaks of sequence scattering, and every training flag."""
+    """Every attribute of the model's modules that concerns sequence scattering, and every training flag."""
     found = {}
     for name, module in chunks[0].named_modules():
         found[name, "training"] = module.training
@@ -31,7 +31,7 @@ def state(chunks) -> dict:
 def enter_and_fail(rank):
     _, chunks = _engines.engine(_models.SHARED, SP)
     frozen = chunks[0].decoder.layers[0].self_attention
-    frozen.eval()  # a part that somebody keeps in evaluation mode stays there
+    frozen.eval()  # a module that was in evaluation mode stays in it
     before = state(chunks)
     with pytest.raises(KeyError), decoding_mode(chunks):
         inside, gradients = state(chunks), torch.is_grad_enabled()
@@ -42,10 +42,10 @@ def enter_and_fail(rank):
 def test_switched_off_everywhere_and_restored_after_an_exception():
     for before, inside, after, gradients_inside, gradients_after in run_ranks(2, enter_and_fail):
         switches = [key for key, value in before.items() if value and key[1] != "training"]
-        # The configuration, all tensor-parallel linears, the embedding: there is something to switch.
+        # The configuration, all tensor-parallel linears and the embedding have flags to switch off.
         assert len(switches) > 20 and any("embedding" in name for name, _ in switches)
         assert not any(value for (_, key), value in inside.items() if key != "product")
-        # Every linear layer of the attention, experts and shared experts leaves its backward pass out.
+        # Every linear layer of the attention, experts and shared experts skips its autograd function.
         assert sum(inside[key] for key in inside if key[1] == "product") > 20
         assert not any(before[key] for key in before if key[1] == "product")
         assert after == before
@@ -69,7 +69,7 @@ def fail_in_a_forward(rank):
         engine.generate(_engines.prompts(), _engines.sampling(), seed=1)
     hook.remove()
     restored = state(chunks) == before
-    # And it still works: sampling, then a training forward pass whose sequence is scattered.
+    # The model still works: sampling, then a training forward pass whose sequence is scattered.
     engine.generate(_engines.prompts(), _engines.sampling(), seed=1)
     tokens = torch.arange(8).unsqueeze(0)
     hidden = chunks[0](tokens, tokens, None)

@@ -1,4 +1,4 @@
-"""Layers that leave out what only a backward pass needs compute what megatron-core's own do."""
+"""Forward-only layers, which skip what only a backward pass needs, compute the same as megatron-core's."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def chunk_of(transformer: dict) -> torch.nn.Module:
     _, (chunk,) = _engines.engine(transformer)
     chunk.eval()
     for name, parameter in chunk.named_parameters():
-        if parameter.dim() == 1:  # norms and biases that do something
+        if parameter.dim() == 1:  # norms and biases with an effect
             generator = torch.Generator().manual_seed(len(name))
             parameter.data += torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype)
     return chunk
 
 
 def compare(rank, transformer):
-    """Of each kind of module that is replaced: how many there are, and the largest difference in what they
-    compute for one input; then that of the whole model."""
+    """Kind of replaced module -> (count, largest difference between its outputs for one input), and the same
+    for the whole model."""
     chunk, found = chunk_of(transformer), {}
     tokens = torch.arange(12).view(2, 6)
     positions = torch.arange(6).unsqueeze(0)
@@ -66,7 +66,7 @@ def _first(output):
 
 
 def _copies(values):
-    """Forward passes may write into what they are given."""
+    """Copies of arguments, because forward passes may write to them."""
     if isinstance(values, dict):
         return {key: value.clone() if torch.is_tensor(value) else value for key, value in values.items()}
     return [value.clone() if torch.is_tensor(value) else value for value in values]
@@ -84,14 +84,14 @@ def _copies(values):
 def test_dense_layers(transformer, kinds):
     (found,) = run_ranks(1, compare, transformer)
     assert {kind: count for kind, (count, _) in found.items() if kind != "model"} == kinds
-    # float64, activations of about 1: a few roundings apart.
+    # float64 and activations of about 1: the outputs differ by a few roundings.
     assert max(difference for _, difference in found.values()) < 1e-12
 
 
 @pytest.mark.parametrize("transformer", [_models.MOE, _models.SHARED], ids=["experts", "shared"])
 def test_experts(transformer):
     (found,) = run_ranks(1, compare, transformer)
-    assert found["MLP"][0] > 8  # experts are gated networks themselves, scaled by the router
+    assert found["MLP"][0] > 8  # experts are gated MLPs too, scaled by the router
     assert max(difference for _, difference in found.values()) < 1e-12
 
 
@@ -101,7 +101,7 @@ def left_alone(rank):
     assert type(layer) is TransformerLayer and type(layer.mlp) is MLP
 
     class Other(MLP):
-        """Computes something else, maybe."""
+        """May compute something else."""
 
     weights, results = PackedWeights(), {}
     results["mlp"] = forward_only(layer.mlp, weights) is not None

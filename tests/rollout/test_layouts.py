@@ -1,4 +1,4 @@
-"""The same prompts and seed give the same tokens on every parallel layout."""
+"""The same prompts and seed give the same tokens in every parallel layout."""
 
 from types import SimpleNamespace
 
@@ -43,15 +43,15 @@ MOE_LAYOUTS = [
 
 
 def ranks_of(layout: dict) -> int:
-    """Dense-model ranks, times two for data parallelism where experts or nothing else ask for it."""
+    """Ranks that dense layers and experts need, and at least two: the rest is data parallelism."""
     dense = layout.get(TP, 1) * layout.get(PP, 1) * layout.get(CP, 1)
     experts = layout.get(EP, 1) * layout.get(ETP, layout.get(TP, 1)) * layout.get(PP, 1)
     return max(dense, experts, 2)
 
 
 def generate(rank, transformer, layout):
-    """All cases on one layout: small batches, fewer prompts than ranks, truncated sampling, prompts that
-    begin alike."""
+    """All cases in one layout: small batches, fewer prompts than ranks, truncated sampling, prompts with a
+    common prefix."""
     made, chunks = engine(transformer, layout, max_batch_size=8)
     cases = [
         made.generate(prompts(7), sampling(max_new_tokens=6), seed=5, samples_per_prompt=2),
@@ -67,7 +67,7 @@ def generate(rank, transformer, layout):
 
 @pytest.fixture(scope="module")
 def pools():
-    """Pools of 2 and 4 ranks, forked once; a pool that a failure has killed is replaced for the next test."""
+    """Pools of 2 and 4 ranks, forked once; after a failure kills a pool, the next test gets a new one."""
     made = {}
 
     def pool(size: int) -> RankPool:
@@ -82,7 +82,7 @@ def pools():
 
 @pytest.fixture(scope="module")
 def expected():
-    """One rank's tokens for each model."""
+    """Each model's responses on one rank."""
     return {
         name: run_ranks(1, generate, getattr(_models, name), {})[0][0] for name in ("GQA", "MOE", "SHARED")
     }
@@ -115,8 +115,8 @@ def test_mixture_of_experts(layout, pools, expected):
 
 
 def generate_packed(rank, transformer, layout):
-    """Greedy responses with packed weights and without, and the rows of products that read a plain weight
-    while packed ones were there."""
+    """Greedy responses with and without packed weights, each with the number of rows of every product that
+    reads a plain weight."""
     made, _ = engine(transformer, layout, dtype="float32")
     rows: list[int] = []
 
@@ -166,7 +166,7 @@ def chained(rank):
 
 
 def test_expert_groups_that_overlap_replicas_without_nesting():
-    """Expert blocks {0 1 2} {3 4 5} chain the replicas {0 1} {2 3} {4 5}; the first has the only prompt."""
+    """Expert groups {0 1 2} {3 4 5} link the replicas {0 1} {2 3} {4 5}; the first has the only prompt."""
     expected = run_ranks(1, chained)[0]
     for result in run_ranks(6, chained):
         assert [row[:3] for row in result] == [row[:3] for row in expected]

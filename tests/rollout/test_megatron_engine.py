@@ -1,4 +1,4 @@
-"""What the engine samples, against full forward passes without a cache on one rank."""
+"""The engine's samples against full forward passes without a cache on one rank."""
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ def full_logits(chunk, trajectory) -> torch.Tensor:
 
 
 def against_full_forward(rank, transformer, tie, packed):
-    """By temperature: largest difference of log-probs, tokens that are not argmax(logits + noise), tokens.
-    Prompts have different beginnings, and common ones when greedy."""
+    """Per temperature: largest difference of log-probs, tokens that are not argmax(logits + noise), tokens.
+    Prompts share a prefix only for greedy sampling."""
     dtype = "float32" if packed else "float64"  # only float32 weights can be packed
     made, chunks = engine(transformer, dtype=dtype, share_embeddings_and_output_weights=tie)
     results = []
@@ -43,7 +43,7 @@ def against_full_forward(rank, transformer, tie, packed):
         samples = made.generate(asked, sampling(temperature=temperature), seed=21, samples_per_prompt=2)
         for trajectory in samples:
             logits = full_logits(chunks[0], trajectory)
-            assert logits.requires_grad  # a training forward pass, not one of the engine's
+            assert logits.requires_grad  # from a training forward pass, not from the engine
             scaled = logits / (temperature or 1.0)
             tokens = torch.tensor(trajectory.response_ids)
             logprobs = scaled.log_softmax(dim=1).gather(1, tokens.unsqueeze(1)).squeeze(1)
@@ -63,11 +63,11 @@ def test_decoding_with_a_cache_equals_full_forward_passes(transformer, packed):
     architecture = MLA if transformer == "MLA" else getattr(_models, transformer)
     for worst, wrong, count in run_one(against_full_forward, architecture, transformer == "GQA", packed):
         assert count > 50 and wrong == 0
-        assert worst < (3e-5 if packed else 1e-5)  # float32's own rounding, seen: 1.1e-5
+        assert worst < (3e-5 if packed else 1e-5)  # float32 rounding measured 1.1e-5
 
 
 def new_weights(rank):
-    """Greedy responses before and after the weights changed, with packed weights and without."""
+    """Greedy responses before and after the weights change, with and without packed weights."""
     made, chunks = engine(_models.MOE, dtype="float32")
     results = []
     for packed in (True, False, True, False):
@@ -89,7 +89,7 @@ def test_packed_weights_are_those_of_the_moment():
 
 
 def counted(rank):
-    """(responses that are complete, all) as a bar would be told of them."""
+    """(complete responses, all responses) of every progress update."""
     told = []
     decoder.advance = lambda done, total: told.append((done, total))
     made, _ = engine(_models.DENSE, max_batch_size=4)
@@ -102,7 +102,7 @@ def test_progress_counts_complete_responses():
     assert {total for _, total in told} == {12}
     done = [count for count, _ in told]
     assert done[0] == 0 and done[-1] == 12 and done == sorted(done)
-    assert len(set(done)) > 4, "also within the three batches"
+    assert len(set(done)) > 4, "no updates within the three batches"
 
 
 def variants(rank):
@@ -209,8 +209,8 @@ def test_what_all_prompts_begin_with_is_read_once():
     "asked, length",
     [
         ([(*range(9), 1), (*range(9), 2), (*range(9), 1, 3)], 9),
-        ([tuple(range(9)), tuple(range(12))], 8),  # every prompt keeps a token of its own
-        ([tuple(range(8)), tuple(range(12))], 0),  # 7 are not worth it
+        ([tuple(range(9)), tuple(range(12))], 8),  # every prompt keeps one token that is not shared
+        ([tuple(range(8)), tuple(range(12))], 0),  # 7 tokens are too few to share
         ([(1, *range(20)), (2, *range(20))], 0),
         ([tuple(range(20))], 0),
     ],

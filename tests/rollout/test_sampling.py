@@ -1,4 +1,4 @@
-"""Tokens are drawn from exactly the distribution that the parameters name, whoever holds the vocabulary."""
+"""Tokens are drawn from exactly the specified distribution, however the vocabulary is sharded."""
 
 import math
 
@@ -22,7 +22,7 @@ def draw(logits, shard, seed=3, position=0, first=0, **params):
 
 
 def exact(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """The distribution from its definition, in fp64, one token at a time."""
+    """The distribution by definition, in fp64, one token at a time."""
     weights = [math.exp(x / temperature) for x in logits.double().tolist()]
     order = sorted(range(len(weights)), key=lambda i: -weights[i])
     order = order[: top_k or None]
@@ -57,14 +57,14 @@ def test_frequencies_and_logprobs_are_those_of_the_exact_distribution(params):
     assert counts[~possible].sum() == 0
     expected = DRAWS * probabilities[possible].double()
     chi_square = ((counts[possible] - expected) ** 2 / expected).sum()
-    # At most 6 degrees of freedom: 27.9 has probability 1e-4. Another temperature or cut gives thousands.
+    # At most 6 degrees of freedom: 27.9 has probability 1e-4. A wrong temperature or cutoff gives thousands.
     assert chi_square < 27.9, chi_square
     torch.testing.assert_close(logprobs.float(), probabilities[tokens].log(), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("vocabulary", [1023, 1024, 1025, 1536, 5000])
 def test_greedy_finds_the_largest_logit_of_many(vocabulary):
-    """Wherever it is, and the first of equal ones: long rows are searched in blocks."""
+    """At any position, and the first of equal ones: long rows are searched in blocks."""
     generator = torch.Generator().manual_seed(vocabulary)
     for logits in (
         torch.randn(vocabulary, vocabulary, generator=generator) + 9 * torch.eye(vocabulary),  # everywhere
@@ -92,13 +92,13 @@ def test_greedy_takes_the_largest_logit_and_reports_its_logprob_at_temperature_o
     torch.testing.assert_close(logprobs.float(), expected)
 
 
-VOCAB, PADDED = 300, 512  # at TP4 the third shard is partly and the fourth wholly padding
+VOCAB, PADDED = 300, 512  # at TP 4 the third shard is partly and the fourth entirely padding
 CASES = [
     {},
     {"temperature": 0.0},
     {"temperature": 0.3, "top_p": 0.9},
-    {"top_p": 0.97},  # wider than the candidates that are looked at first
-    {"top_p": 0.62},  # reached by them, although one shard holds more
+    {"top_p": 0.97},  # needs more than the first candidates
+    {"top_p": 0.62},  # the first candidates suffice, although one shard holds more of the nucleus
     {"top_k": 9},
     {"top_k": 400, "top_p": 0.5},
 ]
@@ -107,8 +107,8 @@ CASES = [
 def sharded_logits():
     logits = torch.randn(64, PADDED, generator=torch.Generator().manual_seed(1)) * 1.5
     logits[32:] = 2.0 - torch.arange(PADDED) / 1e4
-    logits[32:, :100] += 3.0  # more of the nucleus in one shard than is looked at first
-    logits[:, VOCAB:] = 50.0  # padding that would always be drawn, and would take all the probability
+    logits[32:, :100] += 3.0  # one shard holds more of the nucleus than the first candidates
+    logits[:, VOCAB:] = 50.0  # padding that would always be drawn if it counted
     return logits
 
 
@@ -138,7 +138,7 @@ def test_shards_draw_what_one_rank_draws(size):
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_that_are_not_finite_give_a_token_whose_logprob_says_so(params, value):
-    """The trainer leaves the step out; a place outside the vocabulary would end the run first."""
+    """The trainer skips such a step; an index outside the vocabulary would crash the run before."""
     logits = LOGITS.expand(4, -1).clone()
     logits[1, 2] = value
     logits[2] = value

@@ -1,4 +1,4 @@
-"""Tokens that were sampled before a run was killed are found again, and not sampled a second time."""
+"""Tokens sampled before a run was killed are recovered and not sampled a second time."""
 
 import os
 
@@ -24,7 +24,8 @@ WHOLE = {
 
 
 def write(directory):
-    """A log of three records after its first; the file's bytes, and where each record ends."""
+    """Write a log of three records after its header; returns the file's name, its bytes and the records'
+    ends."""
     groups = _models.groups_for({})
     log = RolloutLog(directory, "weights and prompts", groups)
     ends = []
@@ -69,7 +70,7 @@ class Killed(Exception):
 
 
 def interrupted(rank, layout, directory, settings):
-    """Generate at once; then killed twice and continued; then from a log that has everything."""
+    """Generate without interruption; then with two kills and restarts; then from a complete log."""
     made, _ = engine(_models.MOE, layout, max_batch_size=6)
     asked, params, groups = prompts(7), sampling(**settings), made._groups
     write_ahead.FLUSH_SECONDS = 0.0
@@ -85,7 +86,7 @@ def interrupted(rank, layout, directory, settings):
         def on_token(index, token, left=left, new=new):
             new.append((index, token))
             left[0] -= 1
-            if left[0] < -6 * 2:  # in the middle of a later step; those before it are in the log
+            if left[0] < -6 * 2:  # in the middle of a later step; the previous steps are in the log
                 raise Killed
 
         before = sum(len(known.token_ids) for known in opened.known.values())
@@ -113,16 +114,16 @@ def test_an_interrupted_rollout_is_continued_token_by_token(tmp_path, settings):
     for result in (outcomes[2], again):
         for wanted, got in zip(expected, result, strict=True):
             assert got[:3] == wanted[:3] and got[4] == wanted[4]  # tokens and endings
-            assert got[3] == pytest.approx(wanted[3], abs=1e-12)  # log-probs, in other batches
+            assert got[3] == pytest.approx(wanted[3], abs=1e-12)  # log-probs, from different batches
     assert again == outcomes[2]
     total = sum(len(response) for _, _, response, *_ in expected)
     (none, *_), (first, *_), (second, new, _) = sampled
-    assert none == 0 < first < second and second + new == total  # nothing twice
+    assert none == 0 < first < second and second + new == total  # no token was sampled twice
     assert all(not resampled for *_, resampled in sampled)
 
 
 def test_a_log_on_several_ranks(tmp_path):
-    """Two data-parallel ranks write a log each; another layout reads both."""
+    """Two data-parallel ranks write one log each; a different layout reads both."""
 
     def generate(rank, layout, budget):
         made, _ = engine(_models.DENSE, layout)

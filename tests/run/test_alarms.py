@@ -1,4 +1,4 @@
-"""Runs that go wrong without an error: wrong checkpoints, rewards that say nothing; and combinations with a
+"""Runs that go wrong without an error: wrong checkpoints, uninformative rewards. Also combinations with a
 wrong gradient, which the configuration refuses."""
 
 import dataclasses
@@ -63,7 +63,7 @@ def test_a_gradient_unlike_the_others():
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_rewards_that_are_all_the_same(value):
-    """A parser that understands no answer gives 0 to all of them, and nothing fails."""
+    """A parser that understands no answer scores all of them 0, and nothing fails."""
     batch = [trajectory(index, [1], [2], "math") for index in range(FEWEST_VERDICTS // 2 + 1)]
     constant = {t.index: value for t in batch}
     alarms = Alarms()
@@ -75,7 +75,7 @@ def test_rewards_that_are_all_the_same(value):
 
 
 def step_metrics(rng, domain, kl, entropy, tokens, **more):
-    """A step's means over so few tokens that they are mostly chance: of heavy-tailed values, as in a run."""
+    """A step's means of heavy-tailed values, as in a run, over so few tokens that they are mostly noise."""
 
     def mean(expected, sigma):
         return sum(expected * rng.lognormvariate(-sigma * sigma / 2, sigma) for _ in range(tokens)) / tokens
@@ -85,8 +85,8 @@ def step_metrics(rng, domain, kl, entropy, tokens, **more):
 
 
 def healthy(rng, steps=200):
-    """What a run of twelve experts and `self` looks like: every KL falls, that of `self` rises from nothing,
-    and the student becomes as sure as its teachers are."""
+    """Metrics of a run with twelve experts and `self`: every KL falls except that of `self`, which rises from
+    zero, and the student becomes as confident as its teachers."""
     domains = [
         (f"task{k}", rng.uniform(0.2, 2.5), rng.uniform(0.2, 1.2), rng.randint(30, 100)) for k in range(12)
     ]
@@ -105,8 +105,8 @@ def test_a_healthy_run_raises_none(seed):
 
 
 def steps_until_alarm(rng, change, after=50, longest=100):
-    """Steps that a domain which was healthy takes to raise an alarm once `change(steps since)` gives its KL,
-    entropy and more; and the alarm. The run is interrupted and resumed in between."""
+    """Steps until a healthy domain raises an alarm after `change(steps since)` takes over its KL, entropy and
+    other metrics; and the alarm. The run is interrupted and resumed in between."""
     alarms = Alarms()
     for _ in range(after):
         assert alarms.step(step_metrics(rng, "bad", 0.3, 0.5, 60)) == []
@@ -136,7 +136,7 @@ def test_a_student_that_has_become_deterministic_where_its_teachers_have_not():
 
 @pytest.mark.parametrize("reward, sounds", [(0.1, True), (0.95, False)])
 def test_a_deterministic_student_without_teachers(reward, sounds):
-    """Rewards tell one that has collapsed from one that has mastered its task."""
+    """Rewards distinguish a student that has collapsed from one that has mastered its task."""
     alarms, rng, said = Alarms(), random.Random(3), []
     for number in range(120):
         line = step_metrics(rng, "math", 1.0, 0.5 * 0.9**number, 60, reward=reward)
@@ -153,7 +153,7 @@ def test_responses_that_never_end():
     some = [dataclasses.replace(t, finished=True) if t.index < 2 else t for t in endless]
     alarms, said = Alarms(), []
     for _ in range(FEWEST_RESPONSES // 8):
-        assert said == [], "a few say nothing"
+        assert said == [], "an alarm after too few responses"
         said = alarms.rollout(endless, {}, {"unfinished/math": 1.0})
     assert len(said) == 1 and "100% of the responses of domain 'math' run into" in said[0]
     assert not any(Alarms().rollout(some, {}, {"unfinished/math": 0.75}) for _ in range(50))
@@ -163,12 +163,12 @@ def test_a_mastered_task_is_no_broken_verifier():
     batch = [trajectory(index, [1], [2], "math") for index in range(FEWEST_VERDICTS)]
     alarms = Alarms()
     assert alarms.rollout(batch, {t.index: float(t.index % 10 < 8) for t in batch}, {}) == []
-    assert alarms.rollout(batch, {t.index: 1.0 for t in batch}, {}) == [], "all right"
+    assert alarms.rollout(batch, {t.index: 1.0 for t in batch}, {}) == [], "all answers are correct"
     (alarm,) = alarms.rollout(batch, {t.index: 0.0 for t in batch}, {})
-    assert "are all 0.0" in alarm, "after eight in ten"
+    assert "are all 0.0" in alarm, "eight in ten were correct before"
     hard = Alarms()
     assert hard.rollout(batch, {t.index: float(t.index == 7) for t in batch}, {}) == []
-    assert hard.rollout(batch, {t.index: 0.0 for t in batch}, {}) == [], "one in 256 before: chance"
+    assert hard.rollout(batch, {t.index: 0.0 for t in batch}, {}) == [], "one in 256 was correct before"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Checkpoints: continued at any other layout with the same losses, complete or absent, and refused when the
-run is another one.
+"""Checkpoints: they resume with the same losses in any other layout, are complete or absent, and are refused
+for a different run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Tokenizer:
 
 
 def make(transformer, parallel, run_dir, **sections):
-    # Warm-up and decay: a schedule that started anew would show in the losses.
+    # Warm-up and decay: a schedule that restarted would show in the losses.
     optimizer = dict(lr_warmup_iters=3, lr_decay_style="linear", use_distributed_optimizer=True)
     sections = {
         "params_dtype": "float32",
@@ -88,7 +88,7 @@ def save_and_go_on(rank, transformer, parallel, run_dir, sections):
 
 
 def resume_and_go_on(rank, transformer, parallel, run_dir, sections):
-    # Other initial weights: everything has to come from the checkpoint.
+    # Different initial weights, so that everything must come from the checkpoint.
     learner = make(transformer, parallel, run_dir, seed=99, **sections)
     done = checkpoint.resume(learner)
     return done, steps(learner, done, CONTINUED)
@@ -120,7 +120,7 @@ def test_any_layout_continues(pools, tmp_path, transformer, saved_at, continued_
         for done, losses in results:
             assert done == SAVED
             if other == parallel:
-                assert losses == expected, "the same layout continues bit for bit"
+                assert losses == expected, "the same layout does not resume bit for bit"
             for found, wanted in zip(losses, expected):
                 assert found == pytest.approx(wanted, rel=max(tolerance, 1e-6 if sections else 0))
 
@@ -189,14 +189,14 @@ def test_weights_alone_do_not_resume_but_a_finished_run_is_finished(pools, tmp_p
 
 
 class Crash(BaseException):
-    """The process ends here; nothing may catch it."""
+    """Simulates the end of the process; no code may catch it."""
 
 
 def crash_everywhere(rank, run_dir):
-    """Ends a save before each of its file operations in turn; what is the newest checkpoint then?
+    """Abort a save before each of its file operations in turn, and load the newest checkpoint afterwards.
 
-    Returns (newest iteration, whether its weights are those that were saved) after every crash, the number of
-    operations of a whole save last.
+    Returns (newest iteration, whether its weights and tokenizer are those that were saved) after every crash,
+    the newest iteration after a complete save, and the files then.
     """
     learner = make(GQA | dict(num_layers=1), {}, run_dir, checkpoint=dict(save_optimizer=False))
     directory = checkpoint.checkpoints_directory(run_dir)
@@ -230,7 +230,7 @@ def crash_everywhere(rank, run_dir):
         remaining = operation
         try:
             checkpoint.save(learner, 2, Tokenizer())
-        except (Crash, SaveError):  # on the training path, or in the thread beside it
+        except (Crash, SaveError):  # in the training thread or in the background thread
             newest = latest_iteration(directory)
             expected = {1: old, 2: {name: value + 1.0 for name, value in old.items()}}[newest]
             path = iteration_directory(directory, newest)
@@ -259,7 +259,7 @@ def test_a_crash_at_any_moment_leaves_the_previous_checkpoint(tmp_path):
 
 
 def test_the_tracker_is_not_trusted_blindly(tmp_path):
-    """Damaged, foreign or ahead of its directory: the newest complete directory counts."""
+    """If the tracker is damaged, foreign or names a missing directory, the newest complete one counts."""
     assert latest_iteration(tmp_path) is None
     for iteration in (3, 10):
         path = iteration_directory(tmp_path, iteration)

@@ -1,4 +1,4 @@
-"""pass@k against the share of subsets it stands for; which checkpoint is the best, and that it stays."""
+"""pass@k against the fraction of subsets that it estimates, and which checkpoint is the best."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Tokenizer:
 
 
 class _Engine:
-    """Four samples a prompt; prompt i is right i times."""
+    """Generates four samples per prompt; the first i samples of prompt i are correct."""
 
     def generate(self, prompts, sampling, *, seed, samples_per_prompt=1):
         return [
@@ -57,7 +57,7 @@ def test_every_domain_counts_its_own_prompts(monkeypatch):
         _Engine(), prompts, _Tokenizer(), None, _Groups(), seed=0, pass_at=[1, 2], samples_per_prompt=4
     )
     expected = {"pass_at_1/copy": 0.0, "pass_at_1/add": 3 / 8, "pass_at_1": 3 / 16}
-    # 1 and 2 of 4 right: 1 - C(3,2)/6 = 1/2 and 1 - C(2,2)/6 = 5/6.
+    # 1 and 2 of 4 correct: 1 - C(3,2)/6 = 1/2 and 1 - C(2,2)/6 = 5/6.
     expected |= {"pass_at_2/copy": 0.0, "pass_at_2/add": (1 / 2 + 5 / 6) / 2, "pass_at_2": 1 / 3}
     assert metrics == pytest.approx(expected)
 
@@ -84,7 +84,7 @@ def test_the_best_of_the_complete_checkpoints(tmp_path, alone):
         best.saved(iteration, {"accuracy": value, "loss": 3.0})
     best.saved(10, {"loss": 1.0})  # saved without an evaluation
     assert not best.is_new({"loss": 1.0}) and not best.is_new({"accuracy": float("nan")})
-    assert best_iteration(tmp_path) == 6, "8 is not complete; of equals the later"
+    assert best_iteration(tmp_path) == 6, "8 is not complete; the later of two equal ones counts"
     assert json.loads((tmp_path / BEST_FILE).read_text())["best"] == 8
     (tmp_path / "iter_0000006" / MODEL_FILE).unlink()
     assert best_iteration(tmp_path) == 4
@@ -100,7 +100,7 @@ def test_what_was_written_beyond_a_resume_is_forgotten(tmp_path, alone):
     assert BestCheckpoint(tmp_path, "accuracy/add", 4).is_new({"accuracy/add": 0.0}), "another metric"
     (tmp_path / BEST_FILE).write_text('{"values": {"4')
     assert best_iteration(tmp_path) is None
-    assert BestCheckpoint(tmp_path, "accuracy", 4).is_new({"accuracy": 0.0}), "a damaged file says nothing"
+    assert BestCheckpoint(tmp_path, "accuracy", 4).is_new({"accuracy": 0.0}), "a damaged file is ignored"
 
 
 def test_values_of_another_evaluation_are_forgotten(tmp_path, alone):

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and the second Ctrl-C, which does not wait."""
+"""Signals that ask a run to stop, and the second Ctrl-C, which stops at once."""
 
 import multiprocessing
 import os
@@ -26,10 +26,10 @@ def _stopped(signals, path, rank):
         ([signal.SIGTERM], 75),
         ([signal.SIGUSR1], 75),
         ([signal.SIGINT], 75),
-        ([signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM], 75),  # Slurm's warning, then its order
+        ([signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM], 75),  # Slurm's warning, then its SIGTERM
         ([signal.SIGTERM, signal.SIGINT], 75),
         ([signal.SIGINT, signal.SIGINT], INTERRUPTED_STATUS),
-        ([signal.SIGINT, signal.SIGTERM], INTERRUPTED_STATUS),  # how torchrun passes on the second
+        ([signal.SIGINT, signal.SIGTERM], INTERRUPTED_STATUS),  # torchrun forwards the second one as SIGTERM
     ],
 )
 def test_signals(tmp_path, signals, status):

@@ -1,4 +1,4 @@
-"""A run starts only when all its ranks have the same software, settings and files."""
+"""A run starts only if all its ranks have the same software, settings and files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests._distributed import RankPool
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """The inputs, and beside them what another host might have instead."""
+    """The inputs, and variants that another host might have instead."""
     directory = tmp_path_factory.mktemp("inputs")
     _runs.write_inputs(directory)
     other = directory / "other"
@@ -54,7 +54,7 @@ def pool():
 
 
 def inputs_on(rank, configurations, version=None):
-    """What `build_run` gets, or the message that it ends with, when every rank has its own configuration."""
+    """`agreed_inputs` with a separate configuration per rank: its error message, or None."""
     with pytest.MonkeyPatch.context() as patch:
         if version is not None and rank == 1:
             patch.setattr(rank_facts, "installed_version", lambda names: version)
@@ -66,13 +66,13 @@ def inputs_on(rank, configurations, version=None):
 
 
 def told(pool, ours, theirs, version=None):
-    """The message of both ranks."""
+    """The message, which is the same on both ranks."""
     (message,) = set(pool.run(inputs_on, [ours, theirs], version))
     return message
 
 
 def differing(directory):
-    """Name -> (sections of rank 1's configuration, what the message says)."""
+    """Name -> (sections of rank 1's configuration, parts of the message)."""
     other = directory / "other"
     return {
         "lr": ({"optimizer": {"lr": 0.1}}, ["optimizer.lr: ", "0.001 on rank 0", "0.1 on rank 1"]),
@@ -117,7 +117,7 @@ def test_whatever_differs_is_named_with_the_ranks(pool, directory):
 
 
 def test_copies_of_the_same_files_at_other_places_agree(pool, directory):
-    """A host may have its own copies, and its own environment."""
+    """A host may have its own copies of the files and its own environment."""
     copy = directory / "copy"
     copy.mkdir()
     for name in ("prompts.jsonl", "tokenizer.model"):
@@ -137,7 +137,7 @@ def test_copies_of_the_same_files_at_other_places_agree(pool, directory):
 
 
 def test_a_run_directory_that_is_not_shared(pool, directory):
-    """Resuming, one host finds no checkpoints: the same name, another disk."""
+    """On resume, one host finds no checkpoints: the path is the same, but on another disk."""
     ours = _runs.values(directory, run_dir=str(directory / "has_checkpoints"))
     assert told(pool, ours, ours) is None
     (message,) = set(pool.run(without_checkpoints, ours))
@@ -170,7 +170,7 @@ def with_variable(rank, directory):
 
 
 def run_tool(rank, agent, arguments, reads):
-    """A tool under torchrun, as `commands/` start one; it does nothing but write that it began."""
+    """A tool under torchrun, started as `commands/` do; it only creates a file to show that it began."""
     agent.set_environment(rank, 2)
     sys.argv = ["tool", *arguments[rank]]
     ranks.run_on_ranks(lambda: Path(arguments[0][-1]).touch(), reads=reads[rank])

@@ -1,4 +1,4 @@
-"""Runs that are resumed with another configuration, from the command line and down to the optimizer."""
+"""Runs that resume with a different configuration, from the command line down to the optimizer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SAVED = 2
 
 
 def groups_of(optimizer) -> list[dict]:
-    """Every setting of every parameter group; not the parameters, and not the step, which is state."""
+    """Every setting of every parameter group, without the parameters and the step, which is state."""
     return [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
 
 
@@ -45,8 +45,8 @@ def save_one(rank, transformer, run_dir, sections):
 
 
 def resume_with_other_settings(rank, transformer, run_dir, sections, changed):
-    """(parameter groups and clipping after resuming, the same of a run that had these settings from the
-    start and is as far, learning rate of both a step later, steps that the moments have seen)."""
+    """(parameter groups and clipping after resuming, the same for a run that had these settings from the
+    start and is at the same step, learning rates of both one step later, steps of Adam's moments)."""
     sections = sections | {"optimizer": sections.get("optimizer", {}) | changed}
     fresh = make(transformer, {}, "elsewhere", **sections)
     for _ in range(SAVED):
@@ -86,12 +86,12 @@ def test_changed_settings_of_the_optimizer_take_effect(tmp_path, transformer, se
                 resume_with_other_settings, transformer, str(tmp_path), sections, changed
             )
             assert found == wanted
-            assert lr[0] == lr[1], "and the schedule goes on"
-            assert taken == {SAVED}, "the moments go on"
+            assert lr[0] == lr[1], "the schedule does not continue"
+            assert taken == {SAVED}, "the moments do not continue"
 
 
 def test_the_settings_differ_from_those_before(tmp_path):
-    """The comparison above would be empty if the fresh groups were the saved ones."""
+    """The comparison above would be meaningless if the fresh groups equalled the saved ones."""
     with RankPool(1, timeout=120) as pool:
         pool.run(save_one, GQA, str(tmp_path), {})
         ((changed, *_),) = pool.run(resume_with_other_settings, GQA, str(tmp_path), {}, OTHER_OPTIMIZER)
@@ -109,7 +109,7 @@ def directory(tmp_path_factory):
 
 
 def run(directory, drawn=None, run_dir="run", **sections):
-    """One start of the run; `drawn`: file that gets the indices of the prompts of each rollout batch."""
+    """Start the run once; the prompt indices of each rollout batch are appended to the file `drawn`."""
     sections = {
         "schedule": {"train_iters": 2, "global_batch_size": 4},
         "checkpoint": {"save_interval": 1},
@@ -130,7 +130,7 @@ def run(directory, drawn=None, run_dir="run", **sections):
 
 
 def snapshot(directory) -> dict[str, tuple[int, str]]:
-    """Time and content of every file."""
+    """Modification time and content hash of every file."""
     files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
     return {
         str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files
@@ -142,7 +142,7 @@ def test_a_run_goes_on_with_what_may_change_and_refuses_the_rest(directory):
     first = run(directory, drawn)
     assert first.statuses == [0], first.printed
 
-    # Finished: one line, nothing touched, not even with other settings that may change.
+    # Finished: one line and no file touched, even with different values of settings that may change.
     before = snapshot(directory / "run")
     for sections in (
         {},
@@ -155,7 +155,7 @@ def test_a_run_goes_on_with_what_may_change_and_refuses_the_rest(directory):
         assert line.startswith("run_dir: finished: ") and "iter_0000002 has 2 iterations" in line
         assert snapshot(directory / "run") == before
 
-    # Refused: the key, the old value and the new one, and nothing touched.
+    # Refused: the message has the key, the old value and the new one, and no file is touched.
     for sections, parts in (
         ({"seed": 99}, ["seed: must not change", "1234", "99"]),
         (
@@ -170,7 +170,7 @@ def test_a_run_goes_on_with_what_may_change_and_refuses_the_rest(directory):
         assert all(part in line for part in parts), line
         assert snapshot(directory / "run") == before
 
-    # Another learning rate, a batch twice as large, prompts at another place: it goes on with all of them.
+    # A different learning rate, a batch twice as large, prompts at another path: the run resumes with them.
     (directory / "moved").mkdir()
     shutil.copy(directory / "prompts.jsonl", directory / "moved" / "prompts.jsonl")
     data = {"prompts": [{"path": str(directory / "moved" / "prompts.jsonl")}]}
@@ -182,7 +182,7 @@ def test_a_run_goes_on_with_what_may_change_and_refuses_the_rest(directory):
         assert part in said
     assert [line["lr"] for line in read_metrics(directory / "run")] == pytest.approx([1e-3, 1e-3, 5e-3, 5e-3])
 
-    # And back: of 24 prompts each was drawn once so far; the next four begin the second round.
+    # A smaller batch: each of the 24 prompts was drawn once so far; the next four begin the second epoch.
     longer = {"train_iters": 6, "global_batch_size": 2}
     back = run(directory, drawn, optimizer={"lr": 5e-3}, schedule=longer)
     assert back.statuses == [0], back.printed

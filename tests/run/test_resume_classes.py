@@ -1,4 +1,4 @@
-"""What a docstring says about resuming is what a resumed run does, for every key of the configuration."""
+"""A resumed run treats every key of the configuration as its docstring says."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BASE = {
 }
 PRINTS = {"tokenizer": "t", "prompts": ["p"], "student": "s", "teachers": {"math": {"weights": "m"}}}
 OTHERS = {
-    # Values that differ and that the configuration accepts; elsewhere `other_value` knows one by type.
+    # Different values that the configuration accepts; `other_value` finds one by type for the other keys.
     "recipe": "glm5",
     "device": "cpu",
     "params_dtype": "float64",
@@ -80,7 +80,7 @@ def section_in(hint: object) -> type | None:
 
 
 def every_key(cls: type = Config, where: str = "") -> list[tuple[str, type, str]]:
-    """(dotted key, class of its section, field) of everything that can be written in a configuration."""
+    """(dotted key, class of its section, field) of every key of a configuration."""
     found, hints = [], typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         inner = section_in(hints[item.name])
@@ -100,11 +100,11 @@ KEYS = every_key()
 
 
 def said_class(key: str, cls: type, field: str) -> ResumeClass:
-    """What the docstring says; keys below `data.eval` may change as the list may."""
+    """The class in the docstring; keys below `data.eval` may change because the list may."""
     if key.startswith("data.eval["):
         return ResumeClass.MAY_CHANGE
     if key == "student.recompute_method":
-        return ResumeClass.MAY_CHANGE  # as docs/configuration.md says of `EXECUTION_FIELDS`
+        return ResumeClass.MAY_CHANGE  # as docs/configuration.md says about `EXECUTION_FIELDS`
     return split_documentation(field_documentation(cls)[field])[1]
 
 
@@ -114,7 +114,7 @@ def parts_of(key: str) -> list[str | int]:
 
 
 def with_other_value(values: dict, key: str) -> tuple[dict, object, object]:
-    """The complete configuration with another value of one key; and the old value and the new."""
+    """The complete configuration with a different value of one key, the old value and the new one."""
     changed = copy.deepcopy(values)
     *way, last = parts_of(key)
     place = changed
@@ -141,14 +141,14 @@ def other_value(old: object) -> object:
 def test_every_key_has_a_class():
     for key, cls, field in KEYS:
         _, kind = split_documentation(field_documentation(cls)[field])
-        assert kind is not None, f"the docstring of {key} does not say what becomes of it on resume"
+        assert kind is not None, f"the docstring of {key} does not say whether it may change on resume"
     assert len(KEYS) > 130
     assert {said_class(*key) for key in KEYS} == set(ResumeClass)
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """A checkpoint of `BASE`, as far as comparing it goes."""
+    """The parts of a checkpoint of `BASE` that are compared."""
     config = config_from_dict(BASE)
     (tmp_path / "model.json").write_text(json.dumps({"model": to_dict(config.student), "tokenizer": "t"}))
     common = {"settings": settings(config, config.student), "manifest": PRINTS, "optimizer": {}}
@@ -156,8 +156,8 @@ def saved(tmp_path):
 
 
 def resumed(saved: Resumable, values: dict, prints: dict = PRINTS) -> list:
-    """`check_same_run` for a configuration that is taken as it is: which combinations of values make sense
-    is not the question here."""
+    """`check_same_run` for a configuration that is not validated: combinations of values need not make sense
+    here."""
     config = types.SimpleNamespace(checkpoint=types.SimpleNamespace(**values["checkpoint"]))
     current = json.dumps(values)
     with pytest.MonkeyPatch.context() as patch:
@@ -178,7 +178,7 @@ def test_a_changed_key_does_what_its_class_says(saved, key, cls, field):
         for value in (old, new):
             assert (repr(value) if value is not None else "not set") in message
         return
-    if key == "teachers[math].name":  # is known by its name: another one is another teacher
+    if key == "teachers[math].name":  # a teacher is identified by its name
         prints = PRINTS | {"teachers": {"algebra": {"weights": "m"}}}
         with pytest.raises(ConfigError, match="teachers: not those .* algebra \\(new\\), math \\(removed\\)"):
             resumed(saved, values, prints)
@@ -302,7 +302,7 @@ def test_what_is_said_is_one_line_however_much_changed(capsys, saved):
 
 
 def test_positions_go_on_where_they_were():
-    """4 prompts a batch, then 8, then 2 batches of two steps, then 4 again: every prompt in turn."""
+    """Batches of 4 prompts, then 8, then two of 3 with two steps each, then 4: every prompt in order."""
     position, drawn = DataPosition(1, 4), []
     for first, last, steps, prompts in ((0, 4, 1, 4), (4, 6, 1, 8), (6, 10, 2, 3), (10, 12, 1, 4)):
         position = DataPosition.from_state(position.resized(first, steps, prompts).state_dict())
@@ -310,5 +310,5 @@ def test_positions_go_on_where_they_were():
             before = position.prompts_before(position.batch(iteration))
             drawn += range(before, before + position.prompts_per_rollout)
     assert drawn == list(range(4 * 4 + 2 * 8 + 2 * 3 + 2 * 4))
-    assert position.batch(12) == 4 + 2 + 2 + 2, "every rollout batch has a number of its own"
+    assert position.batch(12) == 4 + 2 + 2 + 2, "rollout batches are not numbered consecutively"
     assert position.resized(12, 1, 4) is position

@@ -1,5 +1,5 @@
-"""Whole runs through the command line on two ranks: a base, two experts, MOPD of them and `self`; what a run
-leaves behind; a run interrupted and continued; a teacher that is the student.
+"""Whole runs through the command line on two ranks: a base, two experts, MOPD of them and `self`. Also the
+files of a run, an interrupted run that resumes, and a teacher that is the student.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def directory(tmp_path_factory):
 
 
 def run(directory, name, ranks=2, **sections):
-    """One run in `directory/name`; its terminal output."""
+    """Run in `directory/name` and return the outcome."""
     values = _runs.values(directory, run_dir=str(directory / name), **sections)
     arguments = _runs.write_config(directory / f"{name}.yaml", values)
     outcome = _runs.run_main(arguments, ranks)
     assert outcome.statuses == [0] * ranks, outcome.printed
-    assert outcome.stdout[1:] == [""] * (ranks - 1), "only rank 0 speaks"
+    assert outcome.stdout[1:] == [""] * (ranks - 1), "a rank other than 0 prints"
     return outcome
 
 
@@ -53,7 +53,7 @@ def base(directory):
 
 @pytest.fixture(scope="module")
 def experts(directory, base):
-    """One expert a domain, each trained at another layout."""
+    """One expert per domain, each trained in a different layout."""
     lines = (directory / "prompts.jsonl").read_text().splitlines()
     paths = {}
     for domain, parallel in (("add", TP2), ("copy", PP2)):
@@ -98,7 +98,7 @@ def distilled(directory, base, experts):
 
 
 def test_run_directory(directory, distilled):
-    """What DESIGN.md promises that a run leaves behind, and nothing half-written."""
+    """A run leaves the documented files and no incomplete ones."""
     path = directory / "mopd"
     found = {entry.name for entry in path.iterdir()}
     (events,) = [name for name in found if name.startswith("events.")]
@@ -113,7 +113,7 @@ def test_run_directory(directory, distilled):
     }
     checkpoints = {entry.name for entry in (path / "checkpoints").iterdir()}
     assert checkpoints == {"iter_0000002", "iter_0000004", TRACKER, "best.json"}
-    assert best_iteration(path / "checkpoints") == 4, "the only one that was evaluated"
+    assert best_iteration(path / "checkpoints") == 4, "not the only one that was evaluated"
     assert (path / "checkpoints" / TRACKER).read_text() == "4"
     newest = find_checkpoint(path / "checkpoints", "load")
     tokenizer = load_tokenizer(directory / "tokenizer.model")
@@ -121,16 +121,16 @@ def test_run_directory(directory, distilled):
 
     resolved = load_config(path / "config.yaml")
     given = load_config(directory / "mopd.yaml")
-    assert resolved.data.date is not None, "so that a resumed run makes the same prompts"
+    assert resolved.data.date is not None, "a resumed run would render different prompts"
     given = dataclasses.replace(given, data=dataclasses.replace(given.data, date=resolved.data.date))
-    assert resolved == given, "it reads back as what was run"
-    assert "lr_decay_style" in OmegaConf.load(path / "config.yaml").optimizer, "defaults are written out"
+    assert resolved == given, "config.yaml is not what was run"
+    assert "lr_decay_style" in OmegaConf.load(path / "config.yaml").optimizer, "defaults are not written"
 
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
         assert {"loss", "tokens", "grad_norm", "lr", "response_length", "tokens_per_second"} <= line.keys()
-        assert line["kl/add"] > 1e-4 and line["kl/copy"] > 1e-4, "the experts differ from the student"
+        assert line["kl/add"] > 1e-4 and line["kl/copy"] > 1e-4, "the experts equal the student"
     assert lines[-1]["pass_at_2/add"] >= lines[-1]["pass_at_1/add"] >= 0
     assert "accuracy/add" in lines[-1] and "accuracy" not in lines[0]
     picture = (path / "report.png").read_bytes()
@@ -139,7 +139,7 @@ def test_run_directory(directory, distilled):
 
 
 def test_samples_are_what_the_metrics_are_means_of(directory, distilled):
-    """The divergence of single tokens, over two data-parallel ranks: here every token of a step."""
+    """The samples hold the KL of every token of a step, here from two data-parallel ranks."""
     lines = read_journal(directory / "mopd" / "samples.jsonl")
     assert [line["iteration"] for line in lines] == [1] * 8 + [4] * 8
     metrics = {line["iteration"]: line for line in read_metrics(directory / "mopd")}
@@ -157,7 +157,7 @@ def test_samples_are_what_the_metrics_are_means_of(directory, distilled):
 
 
 def test_terminal(distilled):
-    """One line a step, and nobody is told that Apex is missing or that an expert is the student."""
+    """One line per step, and no message that Apex is missing or that an expert equals the student."""
     lines = distilled.stdout[0].splitlines()
     assert [line.split()[1] for line in lines if line.startswith("step")] == ["1/4", "2/4", "3/4", "4/4"]
     assert not any("equals the student" in line for line in lines)
@@ -165,7 +165,7 @@ def test_terminal(distilled):
 
 
 def test_interrupted_run_continues_with_the_same_metrics(directory, base, experts, distilled):
-    """As if the machine had gone down in the fourth iteration: everything after the second is done again."""
+    """As if the machine had failed in the fourth iteration: everything after the second runs again."""
     path = directory / "resumed"
     shutil.copytree(directory / "mopd", path)
     shutil.rmtree(path / "checkpoints" / "iter_0000004")
@@ -180,7 +180,7 @@ def test_interrupted_run_continues_with_the_same_metrics(directory, base, expert
     there, again = (run_dir / "checkpoints" / "iter_0000004" for run_dir in (directory / "mopd", path))
     assert _runs.contents(again) == _runs.contents(there)
 
-    # The run is over: started again it says so.
+    # The run is finished: a new start reports that.
     outcome = run(directory, "resumed", **sections)
     assert "run_dir: finished: " in outcome.stdout[0] and "step" not in outcome.stdout[0]
 
@@ -212,7 +212,7 @@ def test_resuming_another_run_is_refused(directory, base, experts, distilled, ch
     [("twin", EP2, {}), ("twin_pp", PP2, {"max_tokens_per_micro_batch": 60}), ("twin_tp", TP2, {})],
 )
 def test_a_teacher_that_is_the_student(directory, base, name, parallel, schedule):
-    """Self-distillation: no divergence, weights that do not move at weight decay 0, and an alarm."""
+    """Self-distillation: no divergence, unchanged weights at weight decay 0, and an alarm."""
     outcome = run(
         directory,
         name,
@@ -229,7 +229,7 @@ def test_a_teacher_that_is_the_student(directory, base, name, parallel, schedule
         assert min(line["kl/add"], line["kl/copy"], line["loss"]) >= 0
         assert line["grad_norm"] < 1e-6
     alarms = [line for line in outcome.stdout[0].splitlines() if "equals the student" in line]
-    assert alarms[0].startswith("ALARM: teacher 'twin' equals the student"), "said before the first step"
+    assert alarms[0].startswith("ALARM: teacher 'twin' equals the student"), "no alarm before the first step"
     assert {"'add'" in alarm for alarm in alarms[1:]} == {True, False} and len(alarms) == 3
     assert all(alarm.startswith("ALARM: teacher twin equals the student") for alarm in alarms[1:])
     old, new = (weights(find_checkpoint(path, "load")) for path in (base, directory / name / "checkpoints"))
@@ -242,7 +242,7 @@ def test_a_teacher_that_is_the_student(directory, base, name, parallel, schedule
 
 
 def weights(checkpoint):
-    """Full tensors of a checkpoint, without its optimizer's."""
+    """Full tensors of a checkpoint, without those of the optimizer."""
     metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     tensors = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -1,4 +1,4 @@
-"""The bank's slots, heads and arrivals; teachers' files that vanish; hosts that are too small."""
+"""The bank's slots, heads and arrivals; teacher files that disappear; hosts with too little memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def bank_of(count, groups=None, **arguments):
 
 
 def weights(source, groups):
-    """(parameters, head) of a teacher built for itself."""
+    """(parameters, head) of a teacher that is built without a bank."""
     (chunk,) = build_model(
         source.model, groups, "float32", max_sequence_length=64, seed=source.seed, frozen=True
     )
@@ -60,7 +60,7 @@ def weights(source, groups):
 
 
 def gated(bank):
-    """An event without which nothing arrives, and one that says that an arrival has got so far."""
+    """An event that releases arrivals, and one that is set when an arrival waits for it."""
     begin, gate, waiting = bank.store.begin, threading.Event(), threading.Event()
 
     def held(key, destination):
@@ -78,7 +78,7 @@ def gated(bank):
 
 
 def every_teacher(rank):
-    """Weights and heads are each teacher's own, in any order, whatever was in the slots before."""
+    """Weights and heads belong to the requested teacher, in any order, whatever the slots held before."""
     groups = _models.groups_for({})
     bank = bank_of(6, groups)
     expected = {source.name: weights(source, groups) for source in sources(6)}
@@ -87,7 +87,7 @@ def every_teacher(rank):
         bank.prefetch(bank.names[int(name[1]) - 1])
         parameters, head = expected[name]
         for key, parameter in chunk.named_parameters():
-            if parameter.numel():  # the head is not part of what a forward pass needs
+            if parameter.numel():  # a forward pass does not need the head
                 assert torch.equal(parameter, parameters[key]), (name, key)
                 assert not parameter.requires_grad
         assert not chunk.training
@@ -118,14 +118,14 @@ def test_device_bytes_do_not_grow_with_teachers_or_architectures(pool):
 
 
 def arrivals(rank):
-    """Traffic when the next teacher arrives during work, when it does not, and when it was there already."""
+    """Traffic when the next teacher arrives during work, when it is waited for, and when it is resident."""
     bank = bank_of(4)
     gate, waiting = gated(bank)
     gate.set()
     bank.make_resident("t0")
     gate.clear()
     waiting.clear()
-    bank.prefetch("t1")  # returns, or the gate would never open
+    bank.prefetch("t1")  # must not block, or the gate would never open
     bank.take_traffic()
     assert waiting.wait(60)
     time.sleep(0.5)  # the resident teacher works
@@ -145,11 +145,11 @@ def test_an_arrival_is_hidden_when_work_goes_on_and_counted_when_not(pool):
     ((hidden, waited, again),) = pool.run(arrivals)
     assert hidden.loads == 1 and hidden.wait_seconds < 0.1 < 0.5 <= hidden.load_seconds
     assert waited.wait_seconds > 0.25 and waited.num_bytes > 0
-    assert again.loads == 0 and again.wait_seconds < 0.1  # it was still there
+    assert again.loads == 0 and again.wait_seconds < 0.1  # it was still resident
 
 
 def heads_rule(rank):
-    """Loads of heads when a plan, or a mixture, asks for them."""
+    """Loads of heads for a plan or a mixture."""
     bank = bank_of(8, max_mixture=2)
     slots = len(bank._head_slots)
     first = bank.heads(["t0", "t1"])
@@ -157,7 +157,7 @@ def heads_rule(rank):
     kept = [head.clone() for head in first]
     bank._arrivals._worker.submit(lambda: None).result()  # the arrival of t2 has landed
     untouched = all(torch.equal(a, b) for a, b in zip(first, kept))
-    bank.prefetch_head("t3")  # every slot is in use or awaited: t3 takes t2's place, not a head in use
+    bank.prefetch_head("t3")  # every slot is in use or prefetched: t3 replaces t2, not a head in use
     bank._arrivals._worker.submit(lambda: None).result()
     untouched &= all(torch.equal(a, b) for a, b in zip(first, kept))
     bank.heads(["t3"])
@@ -182,7 +182,7 @@ def test_eight_bits_cost_little_accuracy_and_save_most_bytes(pool):
         (other, encoded, other_norm) = pool.run(encoded_step, dtype)[0]
         assert other == pytest.approx(loss, rel=error) and other_norm == pytest.approx(norm, rel=3 * error)
         assert other != loss
-        assert encoded < 0.5 * size  # of float32; rows of 32 leave many scales
+        assert encoded < 0.5 * size  # `size` is float32; rows of 32 need many scales
 
 
 def vanishing(rank, directory):
@@ -205,7 +205,7 @@ def vanishing(rank, directory):
         train_step(learner, [plan_step(learner, _models.batch(8))])
     except TeacherFileError as error:
         messages.append(str(error))
-    try:  # a file that changes after the check: the rank that reads it says so
+    try:  # a file that changes after the check: the rank that reads it raises
         learner.bank.make_resident("c")
         learner.bank.prefetch("a")
         learner.bank.make_resident("b")

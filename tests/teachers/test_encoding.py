@@ -1,4 +1,4 @@
-"""8-bit resting forms: bytes, errors, and independence of the parallel layout."""
+"""8-bit storage formats: bytes, errors, and independence of the parallel layout."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch
 from megatron_mopd.teachers.encoding import BLOCK, Encoding
 from megatron_mopd.teachers.layout import ALIGNMENT, Place, Segment, round_up
 
-INT8_STEP = 0.5 / 127  # of a block's largest magnitude
-FP8_STEP = 1 / 16  # of the number itself: three bits of mantissa
+INT8_STEP = 0.5 / 127  # relative to a block's largest magnitude
+FP8_STEP = 1 / 16  # relative to the number itself: three mantissa bits
 
 
 def segment_of(**tensors):

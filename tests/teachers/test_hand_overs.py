@@ -1,4 +1,4 @@
-"""Who may touch a buffer while teachers arrive: a delay at any hand-over changes no byte."""
+"""Ownership of buffers while teachers arrive: a delay at any hand-over changes no byte."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ PAIRS = [("t0", "t1"), ("t2", "t3"), ("t1", "t0")]
 
 
 class SlowArrivals(Arrivals):
-    """The bank's own arrivals, with a delay at one place of every arrival. Counts marks, and notes the one
-    that each arrival waits for."""
+    """The bank's arrivals with a delay at one place of every arrival. Counts marks, and records the mark that
+    each arrival waits for."""
 
     def __init__(self, arrivals):
         self.arrivals, self.place, self.marks, self.waited_for = arrivals, "", 0, []
@@ -72,13 +72,13 @@ def make_bank(groups, **storage):
 
 
 def contents(bank, name):
-    """Copies of a teacher's weights and head, as the slots hold them now."""
+    """Copies of a teacher's weights and head in the slots."""
     body = {key: p.detach().clone() for key, p in bank.make_resident(name).named_parameters() if p.numel()}
     return body | {"head": bank.head(name).clone()}
 
 
 def with_delays(rank, mode, dtype, directory):
-    """What differs from a bank in which one teacher arrives at a time, undisturbed."""
+    """Tensors that differ from a bank in which one teacher arrives at a time without delays."""
     groups = _models.groups_for({})
     quiet = make_bank(groups, mode="host", dtype=dtype)
     expected = {name: contents(quiet, name) for name in quiet.names}
@@ -88,7 +88,7 @@ def with_delays(rank, mode, dtype, directory):
     for place, who in product(PLACES, ("all ranks", "one rank")):
         slow.place = place if who == "all ranks" or rank == 1 else ""
         for pair in PAIRS:
-            for slot, name in enumerate(pair):  # as a plan does: the second while the first is under way
+            for slot, name in enumerate(pair):  # as in a plan: the second while the first is in flight
                 bank.prefetch(name, slot)
                 bank.prefetch_head(name, slot)
             for name in pair:
@@ -117,7 +117,7 @@ def test_delays_change_no_byte(pool, tmp_path, mode, dtype):
 
 
 def first_marks(rank):
-    """Marks that the first arrivals in fresh slots wait for, made before and while the bank works."""
+    """Number of marks when fresh slots are reserved, and the marks that arrivals in them wait for."""
     bank = make_bank(_models.groups_for({}), mode="host", dtype="int8")
     slow = SlowArrivals(bank._arrivals)
     bank._arrivals = slow
@@ -129,6 +129,6 @@ def first_marks(rank):
 
 
 def test_an_arrival_in_a_new_slot_waits_until_its_memory_is_cleared(pool):
-    """On CUDA the caller's stream still writes the zeros when the arrival's stream could begin."""
+    """On CUDA, the caller's stream may still be writing zeros when the arrival's stream could begin."""
     made, waited_for = pool.run(first_marks)[0]
     assert made == 5 and waited_for == [made]

@@ -1,5 +1,5 @@
-"""Teachers' output heads arrive before what reads them: losses over the vocabulary, or the teachers' own
-forward passes where log-probs of sampled tokens are kept. Counted, not timed.
+"""Teachers' LM heads arrive before they are read by losses over the vocabulary, or by the teachers' forward
+passes if log-probs of sampled tokens are cached. Loads are counted, not timed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TEACHERS = [f"t{number}" for number in range(5)]
 DOMAINS = [f"d{number}" for number in range(6)]
 ROUTING = {domain: TEACHERS[number % 5] for number, domain in enumerate(DOMAINS)}
 SAMPLED = dict(kind="sampled_token")
-# t0 serves both kinds: d0 compares tokens, d5 whole vocabularies.
+# t0 serves both kinds: d0 compares sampled tokens, d5 whole vocabularies.
 MIXED = dict(kind="full_vocab_kl", per_domain=dict.fromkeys(("d0", "d2", "d3"), "sampled_token"))
 PP2 = dict(pipeline_model_parallel_size=2)
 
@@ -33,8 +33,8 @@ def pools():
 
 
 def loads(rank, parallel, objective, kind):
-    """Heads started ahead, heads started by the work that needs them, how many of them nothing read, in three
-    steps of two micro-batches a domain; and the first plan's loads and forwards on the last stage."""
+    """Heads loaded ahead, heads loaded on demand, and the number of heads that were loaded but not read, in
+    three steps of two micro-batches per domain; and the first plan's loads and forwards on the last stage."""
     model = _models.model_config(_models.DENSE)
     learner = _models.make_learner(
         _models.DENSE,
@@ -52,7 +52,7 @@ def loads(rank, parallel, objective, kind):
     def started(name, slot, keep):
         nonlocal unread
         (late if reading else ahead).append(name)
-        unread += name in arrived  # it had been there, was not read, and had to give way
+        unread += name in arrived  # it was evicted without being read
         arrived.add(name)
         start(name, slot, keep)
 
@@ -91,9 +91,9 @@ def loads(rank, parallel, objective, kind):
 def test_no_work_starts_the_arrival_of_the_head_it_reads(pools, parallel, kind, objective):
     ahead, late, unread, order = pools[2 if parallel else 1].run(loads, parallel, objective, kind)[-1]
     assert late == []
-    assert unread <= 1, "but for the one with which the next step would begin"
+    assert unread <= 1, "more than the head with which the next step would begin"
     if objective is SAMPLED:
-        # Five teachers share two slots: each arrives once a step, the next while the one before scores.
+        # Five teachers share two slots: each arrives once per step, while the previous one scores.
         assert len(ahead) <= 3 * 5 + 1
         for before, name in zip(TEACHERS, TEACHERS[1:]):
             first, scoring = order.index((TeacherForward, name)), (TeacherForward, before)

@@ -1,4 +1,4 @@
-"""What the cache keeps, in which precision, and how much of it."""
+"""The hidden-state cache: contents, precision and size."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_states_come_back_bit_by_bit_and_are_released(placement, dtype):
     cache.put(3, "math", states)
     with torch.no_grad():
         expected = states.clone()
-        states.zero_()  # the model's buffer is used again
+        states.zero_()  # the model reuses its buffer
     assert len(cache) == 1 and cache.peak_bytes == 40 * dtype.itemsize
     found = cache.pop(3, "math")
     assert torch.equal(found, expected) and not found.requires_grad

@@ -1,4 +1,4 @@
-"""A file of a teacher that disappears while the run goes on: every rank says so, and nothing is lost."""
+"""A teacher's file that disappears during the run: every rank reports it, and the checkpoint is intact."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def directory(tmp_path_factory):
 
 
 def arguments(directory, name):
-    """Three teachers in files and two slots: all are read in every step."""
+    """Three teachers in files and two slots, so that all are read in every step."""
     checkpoint = str(directory / "first" / "checkpoints")
     teachers = [{"name": "self"}] + [{"name": name, "load": checkpoint} for name in ("math", "code")]
     return harness.arguments(
@@ -53,7 +53,7 @@ def remove(run_dir: Path) -> None:
 
 
 def after_the_check(number: int, run_dir: Path):
-    """The files go in the middle of a step, when all ranks have just agreed that they are there."""
+    """Delete the files in the middle of a step, just after all ranks have agreed that they exist."""
 
     def fault(rank: int) -> None:
         original, calls = TeacherBank.check_files, [0]
@@ -70,7 +70,7 @@ def after_the_check(number: int, run_dir: Path):
 
 
 def messages(job: Job) -> list[str]:
-    """What each rank ended with, whether it was the one to print it or not."""
+    """The error message of each rank, printed or not."""
     paths = [Path(job._directory.name) / f"{rank}.failure" for rank in range(RANKS)]
     return [path.read_text() if path.exists() else "" for path in paths]
 
@@ -89,12 +89,12 @@ def test_between_two_steps_all_ranks_raise_the_same_error(directory, reference):
     for message in messages(job):
         assert "teacher 'code'" in message and str(run_dir / "teachers") in message
         assert "cannot be read: No such file" in message and "resume from it" in message
-    assert sum("resume from it" in text for text in job.stderr) == 1, f"told by one rank: {job.stderr}"
+    assert sum("resume from it" in text for text in job.stderr) == 1, f"not printed by one rank: {job.stderr}"
     assert_checkpoint_is_there(run_dir)
 
 
 def test_within_a_step_the_job_ends_and_a_resume_gives_the_same_run(directory, reference):
-    """The rank that reads first says what is missing; the launcher ends those that wait for it."""
+    """The first rank that reads reports the missing file; the launcher stops those that wait for it."""
     run_dir = directory / "within"
     job = Job(arguments(directory, "within"), after_the_check(3, run_dir), as_launcher=True).wait()
     assert 1 in job.statuses and set(job.statuses) <= {1, -signal.SIGTERM}, job.printed

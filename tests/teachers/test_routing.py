@@ -1,4 +1,4 @@
-"""Which teachers a domain has, at which weights, at which iteration; what is refused."""
+"""Routing: the teachers of a domain, their weights at each iteration, and what is refused."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_weights_are_linear_between_the_given_iterations():
     assert mixture(routing, "chat", 40) == (("code", 2.0),)
     assert mixture(routing, "chat", 10**6) == (("code", 2.0),)
     assert Routing(routing, TEACHERS).max_teachers == 2
-    # Nothing is remembered from one iteration to the next, so a resumed run sees the same weights.
+    # Routing keeps no state between iterations, so a resumed run gets the same weights.
     shared = Routing(routing, TEACHERS)
     shared.at(40)
     assert shared.mixture("chat") == (("math", 1.0),)

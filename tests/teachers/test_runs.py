@@ -1,4 +1,4 @@
-"""Whole runs with teachers: resuming with other ones, and mistakes that end a run before it trains."""
+"""Whole runs with teachers: resuming with different ones, and user errors reported before training."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests import _runs
 
 
 def checkpoint(directory, name, **schedule):
-    """A checkpoint of a model trained for a step on the answers."""
+    """Train a model on the answers for one step and return its checkpoints."""
     configuration = _runs.values(
         directory, run_dir=str(directory / name), schedule=dict(train_iters=1) | schedule, seed=len(name)
     )

@@ -1,4 +1,4 @@
-"""Storage modes, cache placements and part sizes change where bytes are, and not one bit of a result."""
+"""Storage modes, cache placements and cache sizes change where bytes are, but not one bit of a result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EP2_CP2 = dict(expert_model_parallel_size=2, context_parallel_size=2)
 SHARDED, FILES, PARTS = dict(mode="host_sharded"), dict(mode="mmap"), dict(hidden_cache_bytes="least")
 ON_DEVICE = dict(hidden_cache_device="device")
 CASES = {
-    # The second start with files finds them written.
+    # The second start with files finds them already written.
     "tp2-pp2": (GQA, TP2_PP2, [SHARDED, FILES, FILES, PARTS]),
     "ep2-pp2": (MOE, EP2_PP2, [SHARDED | PARTS, FILES]),
     "ep2-cp2": (MOE, EP2_CP2, [SHARDED | ON_DEVICE]),
@@ -31,7 +31,7 @@ CASES = {
 
 
 def two_steps(transformer, parallel, storage, directory):
-    """Losses, digest of this rank's weights after two steps, bytes of teachers and of the cache."""
+    """Losses and a digest of this rank's weights after two steps, and bytes of teachers and of the cache."""
     sizes = {key: value for key, value in storage.items() if key != "hidden_cache_bytes"}
     learner = _models.make_learner(
         transformer,
@@ -63,7 +63,7 @@ def two_steps(transformer, parallel, storage, directory):
 
 
 def least_budget(batches):
-    """The smallest cache with which these steps can be done; their states do not fit into it together."""
+    """The smallest cache in which these steps can run; it does not hold all their states at once."""
     least = 0
     for batch in batches:
         costs = CostModel.build(1, teacher_forward=dict.fromkeys(batch.teachers, 1.0))
@@ -96,7 +96,7 @@ def test_results_are_bitwise_equal(pool, tmp_path, case):
             assert sizes[1] == by_mode[storage.get("mode", "host")]
             assert sizes[2] == device
             assert sizes[3] == (by_mode["host"] if storage.get("mode") == "mmap" else 0)
-        if case == "dp4":  # replicas share everything but the heads
+        if case == "dp4":  # replicas shard everything but the heads
             heads = 3 * 88 * 32 * 4  # three teachers, 83 columns padded to 88, width 32, float32
             assert by_mode["host_sharded"] == (by_mode["host"] - heads) / 4 + heads
     assert not list(tmp_path.rglob("*.incomplete"))

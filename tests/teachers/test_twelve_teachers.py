@@ -1,10 +1,10 @@
 """Twelve teachers of six architectures, weighted routing: loss and gradients equal the naive computation.
 
-Two of them come from Hugging Face models of other families than the student's (DeepSeek-V3: latent attention,
-groups of experts; GLM-4.5: half of each head rotated, dense layers first): one converted, one as it is.
+Two of them are Hugging Face models of different families from the student's (DeepSeek-V3: latent attention,
+groups of experts; GLM-4.5: half of each head rotated, dense layers first): one converted, one read directly.
 
-The oracle runs every teacher on every sample, alone, in one process and in float64, and lets autograd
-differentiate sum_k w_k KL(p || q_k) from log-softmaxes; teachers that a domain does not have weigh 0.
+The oracle runs every teacher on every sample, one at a time, in one process and in float64, and lets autograd
+differentiate sum_k w_k KL(p || q_k) from log-softmaxes; teachers that a domain does not have get weight 0.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ARCHITECTURES = {
     "shared": SHARED | dict(num_layers=2, moe_layer_freq=[0, 1]),
 }
 LOADED = {"glm": "glm4-moe", "deepseek": "deepseek-v3"}
-"""Teacher -> the Hugging Face model that it is."""
+"""Teacher -> its Hugging Face model."""
 NAMES = [f"{architecture}{number}" for architecture in ARCHITECTURES for number in range(3)]
 NAMES = [name for name in NAMES if name not in ("narrow1", "shared2")] + list(LOADED)
 ROUTING = {
@@ -62,7 +62,7 @@ EP2_PP2 = dict(expert_model_parallel_size=2, pipeline_model_parallel_size=2)
 
 
 def sources(loaded):
-    """`loaded`: teacher -> directory of its checkpoint; the others are drawn from seeds."""
+    """`loaded`: teacher -> directory of its checkpoint; the others are initialized from seeds."""
     result = []
     for number, name in enumerate(NAMES):
         if name in loaded:
@@ -110,7 +110,7 @@ def log_probs(model, head, trajectory):
 
 
 def naive(rank, loaded):
-    """(loss, gradients) of the mean over response tokens."""
+    """(loss, gradients) of the mean over response tokens by the naive computation."""
     torch.set_grad_enabled(True)
     learner = learner_for(loaded, {})
     build = partial(build_model, groups=learner.groups, params_dtype="float64", max_sequence_length=64)
@@ -144,7 +144,7 @@ def step(rank, loaded, parallel, schedule, storage):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """Directories of the teachers that are loaded: a Hugging Face model, and one converted."""
+    """Directories of the loaded teachers: a Hugging Face model, and a converted one."""
     directory = tmp_path_factory.mktemp("loaded")
     for name, case in LOADED.items():
         _families.make(case, directory / name, torch.float64)
@@ -183,7 +183,7 @@ def test_twelve_teachers_equal_the_naive_computation(pool, loaded, oracle, paral
         assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
     found = _models.assemble([pieces for _, pieces, *_ in results])
     assert found.keys() == gradients.keys()
-    # megatron-core computes sigmoid routing scores (the `shared` teachers') in float32.
+    # megatron-core computes sigmoid routing scores (of the `shared` teachers) in float32.
     scale = max(value.abs().max().item() for value in gradients.values())
     for key, value in gradients.items():
         torch.testing.assert_close(

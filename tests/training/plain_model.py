@@ -1,7 +1,7 @@
-"""A transformer and the MOPD loss written out in plain PyTorch and float64, from the published formulas.
+"""A transformer and the MOPD loss in plain PyTorch and float64, from the published formulas.
 
-Nothing of the package and nothing of megatron-core is used: one sequence at a time, no cache, no batching,
-and gradients by autograd. Weights come as a dictionary under the names of a checkpoint.
+It uses no code from the package or megatron-core: one sequence at a time, no cache, no batching, and
+gradients by autograd. Weights are passed as a dictionary with the names of a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 
 
 class PlainTransformer:
-    """Pre-norm decoder: RMSNorm, grouped-query attention with rotary positions, SwiGLU or several of it."""
+    """Pre-norm decoder: RMSNorm, grouped-query attention with rotary embeddings, SwiGLU or experts of it."""
 
     def __init__(self, weights: Mapping[str, Tensor], model: Mapping[str, Any], tied: bool = False):
         self.weights, self.model, self.tied = weights, model, tied
         self.router_logits: list[list[Tensor]] = []
-        """Of every sequence so far, each router's [s, experts]."""
+        """For every sequence so far, the logits [s, experts] of each router."""
 
     def layer_weight(self, layer: int, name: str) -> Tensor:
-        """Homogeneous layers are stored stacked, others one by one."""
+        """One layer's weight: homogeneous layers are stored stacked, others one by one."""
         stacked = self.weights.get(f"decoder.layers.{name}")
         return self.weights[f"decoder.layers.{layer}.{name}"] if stacked is None else stacked[layer]
 
@@ -42,7 +42,7 @@ class PlainTransformer:
         heads, groups = self.model["num_attention_heads"], self.model["num_query_groups"]
         d = self.model["hidden_size"] // heads
         x = rms_norm(x, self.layer_weight(layer, "self_attention.linear_qkv.layer_norm_weight"))
-        # One block of rows a group: its queries, its key, its value.
+        # One block of rows per group: its queries, its key, its value.
         qkv = self.layer_weight(layer, "self_attention.linear_qkv.weight").reshape(groups, -1, d, x.size(1))
         projected = torch.einsum("sh,gndh->sgnd", x, qkv)
         query, key, value = projected[:, :, :-2], projected[:, :, -2], projected[:, :, -1]
@@ -83,7 +83,7 @@ class PlainTransformer:
         share = torch.zeros_like(scores).scatter(1, index, chosen)
         first = self.layer_weight(layer, "mlp.experts.experts.linear_fc1.weight")
         second = self.layer_weight(layer, "mlp.experts.experts.linear_fc2.weight")
-        # Every expert on every token, times zero where it was not chosen.
+        # Every expert runs on every token and is multiplied by zero where it was not chosen.
         output = sum(share[:, [e]] * swiglu(x, first[e], second[e]) for e in range(experts))
         if self.model.get("moe_shared_expert_intermediate_size"):
             output = output + swiglu(
@@ -95,7 +95,7 @@ class PlainTransformer:
 
 
 def z_loss(logits: Sequence[Tensor]) -> Tensor:
-    """Mean of (logsumexp)^2 over all tokens (ST-MoE, arXiv 2202.08906, equation 5), of one router."""
+    """Mean of (logsumexp)^2 of one router over all tokens (ST-MoE, arXiv 2202.08906, equation 5)."""
     return torch.cat(list(logits)).logsumexp(dim=1).square().mean()
 
 
@@ -128,7 +128,7 @@ def swiglu(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) on [s, ..., d]: channel i turns with channel i + d/2."""
+    """Rotary embedding (arXiv 2104.09864) of [s, ..., d]: channel i is rotated with channel i + d/2."""
     half = x.size(-1) // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
     angles = torch.arange(len(x), dtype=x.dtype)[:, None] * frequencies
@@ -143,7 +143,7 @@ def mopd_loss(
     mixtures: Mapping[str, Mapping[str, float]],
     samples: Sequence[tuple[Sequence[int], Sequence[int], str]],
 ) -> tuple[Tensor, dict[str, float]]:
-    """sum_i w_i KL(student || teacher_i), averaged over all response tokens of the batch; and per domain.
+    """sum_i w_i KL(student || teacher_i), averaged over all response tokens of the batch, and per domain.
 
     DeepSeek-V4, 5.1.2. `samples` are (prompt, response, domain); `mixtures` domain -> teacher -> weight.
     """
@@ -151,7 +151,7 @@ def mopd_loss(
     domains: dict[str, list[float]] = {}
     for prompt, response, domain in samples:
         ids = [*prompt, *response]
-        # The distribution of response token t is predicted at the position before it.
+        # The distribution of response token t is predicted at the preceding position.
         rows = slice(len(prompt) - 1, len(ids) - 1)
         log_p = student.logits(ids)[rows].log_softmax(dim=1)
         divergence = torch.zeros(len(response), dtype=log_p.dtype)

@@ -1,7 +1,7 @@
-"""Ranks whose last micro-batch has no response token, while gradients are reduced during the backward pass.
+"""Ranks whose last micro-batch has no response token, with gradient reduction overlapped with backward.
 
-megatron-core sends a bucket of gradients when the hooks of all its parameters have run in the last
-micro-batch: a parameter that an empty loss does not reach ends one rank and leaves the others waiting.
+megatron-core reduces a bucket of gradients when the hooks of all its parameters have run in the last
+micro-batch: a parameter that an empty loss does not reach crashes one rank and leaves the others waiting.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests._distributed import RankPool
 from tests.losses.test_objectives import Known
 
 COUNTS = (3, 1, 2)
-"""Samples of each step: an odd number, fewer than ranks, and then enough."""
+"""Samples per step: an odd number, fewer than ranks, and then enough."""
 KL, ONE = "full_vocab_kl", dict(micro_batch_size=1)
 PP2 = dict(pipeline_model_parallel_size=2)
 _DDP_CONFIG = optimizer.DistributedDataParallelConfig
@@ -56,9 +56,9 @@ def make_batch(step):
 
 
 def steps(rank, model, layout, kind, schedule, sections, overlap):
-    """Gradients after each step (`None` where every rank has a part of them), and weights after the last."""
+    """Gradients after each step (`None` if they are sharded over ranks), and weights after the last."""
     settings = {}
-    if overlap:  # buckets of a few parameters, which all ranks must send in the same order
+    if overlap:  # buckets of a few parameters, which all ranks must reduce in the same order
         optimizer.DistributedDataParallelConfig = functools.partial(_DDP_CONFIG, bucket_size=500)
         sharded = sections.get("params_dtype") == "float32"
         settings = dict(overlap_grad_reduce=True, use_distributed_optimizer=sharded)
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_one_rank(pools, case):
     ranks, model, layout, kind, schedule, sections = CASES[case]
     (expected,) = pools[1].run(steps, model, {}, kind, dict(micro_batch_size=4), sections, False)
     results = pools[ranks].run(steps, model, layout, kind, schedule, sections, True)
-    # Routing scores of sigmoid routers are computed in float32 whatever the model's precision.
+    # Sigmoid routers compute their scores in float32 whatever the model's precision.
     tolerance = 1e-5 if sections.get("params_dtype") or model == "SHARED" else 1e-9
     for reference, *found in zip(expected, *results):
         if found[0] is None:

@@ -1,4 +1,4 @@
-"""Frozen routers, the repetition stop, the proximal policy of a rollout batch, and what raises an alarm."""
+"""Frozen routers, the repetition stop, the proximal policy of a rollout batch, and alarms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pool():
 
 
 def step_with(rank, settings):
-    """Which weights and biases a training step changes."""
+    """Names of the weights and biases that a training step changes."""
     transformer = _models.SHARED | dict(moe_router_bias_update_rate=0.1, moe_z_loss_coeff=0.1)
     learner = _models.make_learner(transformer, optimizer=settings)
     model = unwrap(learner.chunks[0])
@@ -58,14 +58,14 @@ def test_a_dense_student_has_no_router_to_freeze(pool):
 
 
 def decode(tokens, **sampling):
-    """Feed given tokens [rows][steps] to a decoding batch; the responses it ends up with."""
+    """Feed the given tokens [rows][steps] to a decoding batch and return its responses."""
     requests = [Request(i, (5, 6), len(row)) for i, row in enumerate(tokens)]
     params = SamplingParams(max_new_tokens=len(tokens[0]), **sampling)
     batch = DecodingBatch(requests, params, torch.device("cpu"))
     while True:
         alive = batch.trajectories.tolist()
         drawn = torch.tensor([tokens[i][batch.position] for i in alive])
-        # The cache holds nothing here: rows are only kept in it by number.
+        # The cache is empty here, so there are no rows to reorder.
         batch.cache.keep_rows = lambda rows: None
         if batch.advance(drawn, torch.zeros(len(alive), dtype=torch.double)):
             return batch.responses()
@@ -76,7 +76,7 @@ def test_repetition_stop():
         [1, 7, 7, 7, 7, 7, 7, 7],  # period 1
         [1, 2, 3, 2, 3, 2, 3, 9],  # period 2
         [1, 2, 3, 4, 5, 6, 7, 8],
-        [7, 7, 1, 7, 7, 1, 7, 7],  # period 3, but only two and two thirds times
+        [7, 7, 1, 7, 7, 1, 7, 7],  # period 3, but only 2 2/3 times
     ]
     lengths = [len(r.token_ids) for r in decode(rows, repetition_stop=3)]
     assert lengths == [4, 7, 8, 8]
@@ -113,7 +113,7 @@ def proximal(rank):
 def test_the_proximal_policy_is_that_of_the_start_of_the_rollout_batch(pool):
     ((stored, moved, (first, second)),) = pool.run(proximal)
     assert stored == [list(range(8)), list(range(8, 16))]
-    assert moved > 1e-3, "the student has been stepped since"
+    assert moved > 1e-3, "the student was not updated"
     assert max(first) == 0.0, "in the first step the ratio to the proximal policy is 1"
     assert max(second) > 0.0
 

@@ -1,4 +1,4 @@
-"""Scoring the next step's samples ahead of time, in a cache that holds no more than it must."""
+"""Scoring the next step's samples ahead of time in the smallest cache that works."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests import _models
 from tests._distributed import RankPool
 
 LENGTHS = (12, 12, 30, 8, 30)
-"""Longest sample of each step: later steps' states are smaller and larger than those scored ahead."""
+"""Longest sample of each step: some later states are smaller than those scored ahead, some larger."""
 
 
 def make_steps(learner):
@@ -30,7 +30,7 @@ def smallest_cache(step):
 
 
 def losses(rank, kind, limit):
-    """Losses, most bytes waiting in all steps' caches together, and the limit on them (`None`: no limit)."""
+    """Losses, peak bytes in the caches of all steps together, and the limit on them (`None`: no limit)."""
     learner = _models.make_learner(
         _models.DENSE | dict(num_layers=2),
         dict(pipeline_model_parallel_size=2),
@@ -75,7 +75,7 @@ def test_a_tight_cache_ends_no_run_and_changes_no_loss(pool):
 
 
 def refusals(rank):
-    """What is said of caches in which one micro-batch's teachers do not fit together."""
+    """Error messages for caches that cannot hold the states of all teachers of one micro-batch."""
     messages = []
     for states, in_bytes in ((1, True), (1, False)):
         schedule = dict(micro_batch_size=1) | ({} if in_bytes else dict(max_cached_states=states))

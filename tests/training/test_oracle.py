@@ -62,7 +62,7 @@ def test_step_equals_the_formula(case):
     loss.backward()
 
     # megatron-core computes rotary angles and routing probabilities in float32 whatever the model's
-    # precision, and rounds 1 / tokens to it.
+    # precision, and rounds 1 / tokens to float32.
     tolerance = 3e-6
     scale = max(weight.grad.abs().max().item() for weight in weights.values())
     squares = sum(weight.grad.square().sum() for weight in weights.values())
@@ -76,11 +76,11 @@ def test_step_equals_the_formula(case):
     gradients = _models.assemble([result[3] for result in results])
     assert gradients.keys() == weights.keys()
     for key, weight in weights.items():
-        assert weight.grad.abs().max() > 1e-4 * scale, f"{key} takes no part, so nothing is shown"
+        assert weight.grad.abs().max() > 1e-4 * scale, f"{key} has almost no gradient to compare"
         torch.testing.assert_close(
             gradients[key], weight.grad, rtol=0, atol=tolerance * scale, msg=lambda m, key=key: f"{key}: {m}"
         )
-    # The first step of Adam (arXiv 1412.6980): both bias-corrected moments are those of this gradient alone.
+    # The first step of Adam (arXiv 1412.6980): both bias-corrected moments depend on this gradient alone.
     after = _models.assemble([result[4] for result in results])
     for key, weight in weights.items():
         expected = (weight - LR * weight.grad / (weight.grad.abs() + EPS)).detach()

@@ -1,7 +1,6 @@
-"""One optimizer step gives the same loss, gradients and weights on every parallel layout and for every
-batching.
+"""One optimizer step gives the same loss, gradients and weights in every parallel layout and batching.
 
-The reference is our own single-process run with micro-batches of four; `test_oracle.py` ties that run to
+The reference is our own single-process run with micro-batches of four, which `test_oracle.py` compares with
 formulas.
 """
 
@@ -101,7 +100,7 @@ def three_steps(rank, transformer, parallel, schedule, sections):
     batches = deque(plan_step(learner, _models.batch(16, seed=step)) for step in range(3))
     for step in range(3):
         metrics = train_step(learner, batches)
-        assert len(batches.popleft().cache) == 0, "every cached hidden state is used exactly once"
+        assert len(batches.popleft().cache) == 0, "a cached hidden state was not used"
         if step == 0:
             first = metrics
             if not learner.config.optimizer.use_distributed_optimizer:
@@ -176,7 +175,7 @@ def test_distributed_optimizer(ranks, transformer, parallel):
 
 @pytest.mark.parametrize("reduction", ["sequence_mean", "domain_mean"])
 def test_named_reductions(reduction):
-    """Per-sequence and per-domain means are global too: micro-batches and ranks do not weight them anew."""
+    """Per-sequence and per-domain means are global too: micro-batches and ranks do not reweight them."""
     sections = (("objective", (("reduction", reduction),)),)
     check(2, GQA, {}, PACKED, sections)
 

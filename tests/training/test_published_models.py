@@ -1,5 +1,5 @@
-"""Models as they are published: embeddings with more rows than the tokenizer has tokens, several ends of
-sequence, tokenizers saved by other releases, chat templates that print the date.
+"""Models as they are published: embeddings with more rows than the tokenizer has tokens, several
+end-of-sequence tokens, tokenizers saved by other releases, chat templates that print the date.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SIZES = dict(
     eos_token_id=None,
 )
 TOKENS = 400
-"""Of the tokenizer; models have more rows."""
+"""Tokens of the tokenizer; models have more rows."""
 
 
 def write_model(directory, tokenizer, rows, seed):
@@ -48,7 +48,7 @@ def write_model(directory, tokenizer, rows, seed):
 
 
 def with_rows(source, directory, rows):
-    """A copy with other numbers of rows beyond the tokenizer; new ones are what would always be sampled."""
+    """Copy a model with `rows` embedding rows; the rows beyond the tokenizer would always be sampled."""
     shutil.copytree(source, directory)
     tensors = load_file(directory / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -110,7 +110,7 @@ def metrics(run_dir):
 
 
 def test_rows_beyond_the_tokenizer_take_no_part(models, tmp_path):
-    """Same losses, samples and gradients whatever the rows, their number, and how they divide over ranks."""
+    """Losses, samples and gradients do not depend on the extra rows, their number or their sharding."""
     student = with_rows(models / "student", tmp_path / "student", 500)
     expert = with_rows(models / "expert", tmp_path / "expert", 640)
     (tmp_path / "held_out.jsonl").write_text('{"prompt": "9 + 9 =", "answer": "18", "domain": "math"}')
@@ -184,7 +184,7 @@ def test_another_tokenizer_is_refused_with_what_differs_unless_allowed(models, t
         return check_inputs(config_from_dict(values(models, tmp_path, expert=str(expert), data=data)), 1)
 
     (expert / "chat_template.jinja").write_text(TEMPLATE + "\n")
-    check()  # Jinja drops that line
+    check()  # Jinja drops that newline
     assert (
         "teachers.expert.load: its chat template ends with a newline, which renders"
         in capsys.readouterr().out
@@ -225,7 +225,7 @@ def test_a_template_prints_the_day_of_the_first_start(models, tmp_path, monkeypa
     for iterations, _Day.now in ((1, "2026-01-31"), (2, "2026-02-01")):
         settings = values(tmp_path, tmp_path / "run")
         settings["schedule"]["train_iters"] = iterations
-        if iterations == 2:  # as if a release between the two computed fingerprints otherwise
+        if iterations == 2:  # as if a new release computed fingerprints differently
             monkeypatch.setattr(TokenizerMeaning, "fingerprint", lambda self: "of another release")
         outcome = run(tmp_path / "settings", settings)
         assert outcome.statuses == [0], outcome.printed

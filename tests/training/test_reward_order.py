@@ -1,7 +1,7 @@
-"""Verifiers judge while teachers score; the first loss that needs a reward waits for them, and no other does.
+"""Verifiers run while teachers score; only the first loss that needs a reward waits for them.
 
-Shown by the order of events: here a verifier only ends once teachers have scored, so a step that waited for
-it any earlier would wait for ever.
+The order of events shows it: here a verifier finishes only after teachers have scored, so a step that waited
+for it any earlier would wait forever.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OBJECTIVE = dict(
 
 
 class SlowVerifiers:
-    """Verifiers that are done when they are told so."""
+    """Verifiers that finish when `finish` is called."""
 
     def __init__(self):
         self.futures, self.pairs = [], []
@@ -78,8 +78,11 @@ def make(parallel, kind):
 
 
 def watched_step(rank, parallel, kind, domains, forwards):
-    """This rank's events in a step whose verifiers end when so many teacher forwards of their rank have begun
-    (None: all of them), its loss, and that of the same step with rewards that were there before."""
+    """Run a step whose verifiers finish when `forwards` teacher forwards of their rank began (None: all).
+
+    Returns this rank's events, the loss, the loss of the same step with rewards known in advance, and the
+    rewards.
+    """
     learner, rewarder = make(parallel, kind)
     trajectories = samples(domains)
     rewards = rewarder.start(trajectories)
@@ -150,15 +153,15 @@ def test_the_first_loss_that_needs_a_reward_waits_for_the_verifiers(pools, paral
     for _, loss, expected, found in results:
         assert loss == expected and found == results[0][3] and len(set(found.values())) == 2
     if parallel is PP2:
-        assert results[0][0] == [], "the first stage waits for no reward"
+        assert results[0][0] == [], "the first stage waits for a reward"
     events = results[-1][0]
     waited = events.index("collected")
     assert events.count("collected") == 1
     assert "scored" in events[:waited]
-    assert events[waited - 1] in ("arith", "text"), "it is their loss that waits"
+    assert events[waited - 1] in ("arith", "text"), "a loss that needs no reward waits"
     assert not {"arith", "text"} & set(events[: waited - 1])
     if forwards is None:
-        assert "scored" not in events[waited:], "the verifiers ended after all teachers had begun"
+        assert "scored" not in events[waited:], "the verifiers finished before all teachers had begun"
 
 
 def test_a_step_whose_losses_need_no_reward_never_waits(pools):
@@ -168,7 +171,7 @@ def test_a_step_whose_losses_need_no_reward_never_waits(pools):
 
 
 def broken(rank):
-    """What each rank is told when the verifiers of rank 0 cannot be asked."""
+    """The error on each rank when the verifiers of rank 0 fail."""
     learner, rewarder = make(PP2, "serial")
     rewards = rewarder.start(samples(("text",)))
     if rank == 0:

@@ -1,7 +1,7 @@
 """Auxiliary and z losses of the router: gradients of all weights against the formulas in float64.
 
-`plain_model.py` has the formulas. The units of `aux_loss` are micro-batches, those of `seq_aux_loss`
-trajectories, on every layout and however they are padded or packed.
+`plain_model.py` has the formulas. `aux_loss` balances micro-batches, `seq_aux_loss` trajectories, in every
+layout, padded or packed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def pools():
 
 
 def one_step(rank, transformer, parallel, schedule):
-    """Weights, gradients of a step on supervised data, and the micro-batches of every data-parallel rank."""
+    """Weights, gradients of an SFT step, and the micro-batches of every data-parallel rank."""
     learner = _models.make_learner(transformer, parallel, kind="sft", schedule=schedule)
     before = _models.pieces(learner, gradients=False)
     batch = plan_step(learner, _models.batch(12))
@@ -68,7 +68,7 @@ def one_step(rank, transformer, parallel, schedule):
 
 
 def expected_loss(student, transformer, micro_batches):
-    """Mean cross-entropy of response tokens, and the mean over all tokens of the routers' losses."""
+    """Mean cross-entropy of response tokens, plus the mean of the routers' losses over all tokens."""
     batch = _models.batch(12)
     loss, count = torch.zeros((), dtype=torch.float64), 0
     for t in batch:
@@ -90,7 +90,7 @@ def expected_loss(student, transformer, micro_batches):
 
 
 def running_loss(router, rounds, transformer):
-    """f_e of all ranks' micro-batches so far, P_e of the round's own tokens."""
+    """f_e over all ranks' micro-batches so far, P_e over the tokens of the current round."""
     total, loss = sum(map(len, router)), 0.0
     counts = torch.zeros(transformer["num_moe_experts"], dtype=torch.float64)
     for members in rounds:
@@ -118,8 +118,8 @@ def test_gradients_equal_the_formulas(pools, case):
 
 
 def router_gradient(rank, prompt, transformer):
-    """[layers, experts, h]: what the routers' losses add to their weights' gradient, on the same 8 sequences
-    of 22 tokens wherever their responses begin."""
+    """[layers, experts, h]: what the routers' losses add to the gradient of their weights, for the same 8
+    sequences of 22 tokens, whose responses begin at `prompt`."""
     sequences = [[(7 * i + 3 * j) % _models.VOCAB for j in range(22)] for i in range(8)]
     trajectories = [_models.trajectory(i, s[:prompt], s[prompt:]) for i, s in enumerate(sequences)]
     found = []
@@ -135,6 +135,6 @@ def router_gradient(rank, prompt, transformer):
 def test_the_coefficient_does_not_depend_on_where_responses_begin(pools, kind):
     transformer = Z_LOSS if kind == "z" else balanced(kind)
     (short,), (long,) = (pools[1].run(router_gradient, prompt, transformer) for prompt in (20, 2))
-    # Differences of gradients that went through float32 probabilities.
+    # These are differences of gradients that depend on float32 probabilities.
     torch.testing.assert_close(short, long, rtol=0, atol=1e-3 * short.abs().max().item())
     assert short.norm() > 1e-3

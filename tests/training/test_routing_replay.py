@@ -1,4 +1,4 @@
-"""Routing replay: training uses the experts that sampling used, in every layout, also under recompute."""
+"""Routing replay: training uses the experts that sampling used, in every layout and under recompute."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prompts(count=6):
 
 
 def rollout(learner):
-    """Two responses a prompt, with the experts that their tokens went to."""
+    """Two responses per prompt, with the experts to which their tokens were routed."""
     install_routing_replay(learner.chunks)
     engine = MegatronEngine(
         learner.chunks, learner.groups, vocab_size=_models.VOCAB, max_sequence_length=64, max_batch_size=8
@@ -40,7 +40,7 @@ def rollout(learner):
 
 
 def perturb_routing(learner):
-    """Other experts are chosen, with unchanged weights for each: the bias takes part in the choice only."""
+    """Make routers choose other experts with unchanged weights: the bias affects the choice only."""
     for wrapped in learner.chunks:
         for module in unwrap(wrapped).modules():
             if getattr(module, "expert_bias", None) is not None:
@@ -83,9 +83,9 @@ def gradients(rank, recompute):
     metrics = train_step(learner, [batch])
     for wrapped in learner.chunks:
         for choice in routing_choices(unwrap(wrapped)):
-            assert choice.target is None and not choice._recompute, "every kept choice was used once"
+            assert choice.target is None and not choice._recompute, "a stored choice was not used"
     teachers = [learner.bank.make_resident(name) for name in learner.bank.names]
-    assert not any(routing_choices(unwrap(teacher)) for teacher in teachers), "teachers route for themselves"
+    assert not any(routing_choices(unwrap(teacher)) for teacher in teachers), "a teacher replays routing"
     return metrics, _models.pieces(learner, gradients=True)
 
 
@@ -123,7 +123,7 @@ def test_log_probs_of_training_equal_those_of_sampling(pools, ranks, parallel, s
 
 
 def test_recompute_replays_too(pools):
-    """Activation recompute asks the routers again, in the backward pass, between other micro-batches."""
+    """Activation recompute runs the routers again in the backward pass, between other micro-batches."""
     plain = pools[2].run(gradients, False)
     recomputed = pools[2].run(gradients, True)
     assert recomputed[0][0]["loss"] == pytest.approx(plain[0][0]["loss"], rel=1e-9)

@@ -1,4 +1,4 @@
-"""Frozen teachers cost no gradient memory, and their forward passes change nothing of the student's."""
+"""Frozen teachers take no gradient memory, and their forward passes do not change the student's state."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ AUXILIARY = _models.MOE | dict(moe_aux_loss_coeff=0.1)
 
 
 def _state(learner):
-    """Everything of the student that a forward pass of a mixture of experts may write to."""
+    """All of the student's state that a forward pass of a mixture of experts may write."""
     state = {"auxiliary loss scale": torch.as_tensor(MoEAuxLossAutoScaler.main_loss_backward_scale).clone()}
     for wrapped in learner.chunks:
         chunk = unwrap(wrapped)
@@ -28,7 +28,7 @@ def _score_between_steps(rank, transformer):
     learner = _models.make_learner(transformer, schedule={"kind": "megatron", "micro_batch_size": 4})
     train_step(learner, [plan_step(learner, _models.batch(8))])
     batch = plan_step(learner, _models.batch(8, seed=1))
-    # A student's forward whose backward is still to come: what it counted must survive the teachers.
+    # A forward pass of the student before its backward: the teachers must not change its token counts.
     learner.chunks[0](batch.student[0].tokens, batch.student[0].position_ids, None)
     before = _state(learner)
     trained = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
