@@ -114,9 +114,7 @@ def replay(path: Path, shrink_minutes: float, pools: Pools) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the first case, then one more each"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first case, then one more each")
     parser.add_argument("--ranks", type=int, default=8, help="ranks of the largest layout")
     workers = max(1, (os.cpu_count() or 1) // 2)
     parser.add_argument("--workers", type=int, default=workers, help="cases at a time")
