@@ -84,7 +84,7 @@ def test_launch_program(tmp_path, monkeypatch, capsys):
     launch.main()
     assert (tmp_path / "mine" / "recipes" / "glm5.yaml").is_file()
     assert os.access(tmp_path / "mine" / "train.sh", os.X_OK)
-    with pytest.raises(SystemExit, match="already there"):
+    with pytest.raises(SystemExit, match="already exists"):
         launch.main()
     started = []
     monkeypatch.setattr(os, "execvpe", lambda *call: started.append(call))

@@ -19,7 +19,7 @@ import sys
 import threading
 from pathlib import Path
 
-from megatron_mopd.confinement.server import Limits, serve
+from megatron_mopd.confinement.server import WorkerLimits, serve
 
 _IO_URING_SETUP = 425  # the same number on every architecture
 _PTRACE_ATTACH = 16
@@ -201,4 +201,4 @@ def _call(name: str, *arguments: int) -> None:
 
 if __name__ == "__main__":
     attacks = {name: value for name, value in list(globals().items()) if callable(value) and name[0] != "_"}
-    serve(attacks, Limits(), checks_evaluation=False)
+    serve(attacks, WorkerLimits(), checks_evaluation=False)

@@ -252,7 +252,7 @@ ATTACKS = {
         ),
         "layer.bias is listed as bytes",
     ),
-    "another class's fields": (_listed("layer.weight", StorageMeta()), "StorageMeta where"),
+    "another class's fields": (_listed("layer.weight", StorageMeta()), "StorageMeta instead"),
     "attribute on the description": (lambda m: _with(m, items=torch.Size), "attribute 'items'"),
     "attribute on a place": (
         _places(lambda p, k: p | {k: _with(copy.copy(p[k]), seek=torch.Size)}),
