@@ -7,7 +7,9 @@ from typing import Literal
 
 VocabularyKind = Literal["full_vocab_kl", "top_k_kl", "forward_kl", "jsd"]
 """`objective.kind`: divergences between whole distributions, which are back-propagated."""
-PolicyKind = Literal["sampled_token", "grpo"]
+TokenKind = Literal["sampled_token"]
+"""`objective.kind`: advantages of sampled tokens that compare the student's log-probs with teachers'."""
+PolicyKind = Literal[TokenKind, "grpo"]
 """`objective.kind`: detached advantages of sampled tokens, multiplied by log theta."""
 ObjectiveKind = Literal[VocabularyKind, PolicyKind, "sft"]
 Reduction = Literal["token_mean", "sequence_mean", "domain_mean"]

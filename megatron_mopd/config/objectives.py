@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import get_args
 
-from megatron_mopd.choices import ObjectiveKind, PolicyKind, VocabularyKind
+from megatron_mopd.choices import ObjectiveKind, PolicyKind, TokenKind, VocabularyKind
 from megatron_mopd.config.errors import ConfigError, nearest
 from megatron_mopd.config.schema import Config, ObjectiveConfig
 
 VOCABULARY_KINDS = get_args(VocabularyKind)
+TOKEN_KINDS = get_args(TokenKind)
 POLICY_KINDS = get_args(PolicyKind)
 KINDS = get_args(ObjectiveKind)
 
@@ -73,13 +74,12 @@ _APPLIES: dict[str, tuple[Callable[[ObjectiveConfig], bool], str]] = {
 
 def needs_teachers(objective: ObjectiveConfig) -> bool:
     """Whether any term of the sum compares the student with a teacher."""
-    return any(kind in (*VOCABULARY_KINDS, "sampled_token") for kind in kinds_of(objective))
+    return any(kind in (*VOCABULARY_KINDS, *TOKEN_KINDS) for kind in kinds_of(objective))
 
 
 def compares_tokens_only(objective: ObjectiveConfig) -> bool:
     """Whether it needs only log T of the sampled tokens from its teachers, one number each."""
-    kinds = kinds_of(objective)
-    return "sampled_token" in kinds and not any(kind in VOCABULARY_KINDS for kind in kinds)
+    return _has(*TOKEN_KINDS)(objective) and not _has(*VOCABULARY_KINDS)(objective)
 
 
 def needs_rewards(objective: ObjectiveConfig) -> bool:

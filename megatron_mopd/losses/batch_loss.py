@@ -20,6 +20,7 @@ from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import ObjectiveConfig
 from megatron_mopd.config.objectives import (
     POLICY_KINDS,
+    TOKEN_KINDS,
     VOCABULARY_KINDS,
     kinds_of,
     needs_policy,
@@ -290,7 +291,7 @@ class BatchLoss:
             elif stored:
                 proximal = torch.cat([stored[t.index].to(whole) for t in tokens.trajectories])
         of_teachers = ()
-        if "sampled_token" in kinds_of(objective):
+        if any(kind in TOKEN_KINDS for kind in kinds_of(objective)):
             of_teachers = tuple(self._teacher_logprobs(part, teachers))
         return Policies(current, whole, proximal, behaviour, of_teachers)
 
@@ -320,8 +321,11 @@ class BatchLoss:
 
 def _kind_options(kind: str, objective: ObjectiveConfig) -> dict[str, Any]:
     """The arguments of `linear_kl` for a single-teacher divergence."""
-    if kind == "top_k_kl":
-        return dict(top_k=objective.top_k, top_k_from=objective.top_k_from or "teacher")
-    if kind == "forward_kl":
-        return dict(divergence="forward_kl")
-    return dict(divergence="jsd", beta=0.5 if objective.beta is None else objective.beta)
+    match kind:
+        case "top_k_kl":
+            return dict(top_k=objective.top_k, top_k_from=objective.top_k_from or "teacher")
+        case "forward_kl":
+            return dict(divergence="forward_kl")
+        case "jsd":
+            return dict(divergence="jsd", beta=0.5 if objective.beta is None else objective.beta)
+    raise AssertionError(f"no divergence of linear_kl is assigned to kind {kind}")

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from megatron_mopd.config import ObjectiveConfig
-from megatron_mopd.config.objectives import importance_band
+from megatron_mopd.config.objectives import POLICY_KINDS, importance_band
 from megatron_mopd.losses.response_tokens import ResponseTokens
 from megatron_mopd.objectives.importance import drift_gate, importance_weights
 from megatron_mopd.objectives.policy_gradient import (
@@ -87,6 +87,7 @@ def policy_term(
     of a rollout batch. `outcome_advantage` is [sum |y|], `token_weight` [n].
     """
     objective, tokens = part.objective, part.tokens
+    assert kind in POLICY_KINDS, f"no advantage is assigned to kind {kind}"
     whole = outcome_advantage
     if kind == "sampled_token":
         reference = policies.proximal if objective.policy_loss == "ppo_clip" else policies.current_whole

@@ -187,7 +187,8 @@ class Alarms:
         return self._once(
             f"cut {domain}",
             cut > ALWAYS_CUT * total,
-            f"{cut / total:.0%} of the responses of domain {domain!r} reach rollout.max_new_tokens",
+            f"{cut / total:.0%} of the responses of domain {domain!r} have no stop token: "
+            "rollout.max_new_tokens or repetition_stop ended them",
         )
 
     def _divergence(self, domain: str) -> list[str]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+from typing import get_args
 
 import pytest
 import torch
 
+from megatron_mopd.choices import ObjectiveKind
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.training.step import train_step
 from megatron_mopd.training.step_batch import plan_step
@@ -89,6 +91,12 @@ CASES = {
     ),
 }
 SAMPLES_PER_PROMPT = 4
+
+
+def test_every_kind_is_compared_with_the_oracle():
+    objectives = [objective for _, domains in CASES.values() for objective in domains.values()]
+    compared = {kind for o in objectives for kind in (o["kind"], *o.get("add", ()))}
+    assert compared == set(get_args(ObjectiveKind))
 
 
 def tp(n):
