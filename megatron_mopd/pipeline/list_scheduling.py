@@ -9,8 +9,8 @@ always be reached (see `forward_group`).
 
 from __future__ import annotations
 
-import heapq
 import math
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from megatron_mopd.pipeline.orders import (
@@ -165,7 +165,8 @@ class _Simulation:
         limit = request.limits.cached_states
         self.cache_limit = math.inf if limit is None else limit
         self.stages[self.last].cached_states = request.scored_at_start()
-        self.teachers_before_forwards = self.rule.teachers_first and limit is None
+        self.teachers_first = self.rule.teachers_first
+        self.teachers_before_forwards = self.teachers_first and limit is None
         self.serial = request.kind == "serial"
         self.teachers_left = request.stages * self.n_jobs
         self.student_may_start = 0.0  # with `serial`, once all teachers are done
@@ -178,22 +179,19 @@ class _Simulation:
         start = {FORWARD: self._start_forward, BACKWARD: self._start_backward, TEACHER: self._start_teacher}
         for stage in self.stages:
             self._start_loads(stage, -1, 0.0)
-            self._wake(0.0, stage.number)
+            heappush(self.events, (0.0, stage.number))
         while self.events:
-            now, number = heapq.heappop(self.events)
+            now, number = heappop(self.events)
             stage = self.stages[number]
             if now < stage.free_at:
                 continue
             kind = self._choice(stage, now)
             if kind is not None:
                 stage.free_at = start[kind](stage, now)
-                self._wake(stage.free_at, number)
+                heappush(self.events, (stage.free_at, number))
         assert all(len(stage.placed) == 2 * self.n_forwards + self.n_jobs for stage in self.stages), (
             "the scheduler left work undone"
         )
-
-    def _wake(self, time: float, stage: int) -> None:
-        heapq.heappush(self.events, (time, stage))
 
     # --- which computation comes next -------------------------------------------------------------
 
@@ -201,13 +199,15 @@ class _Simulation:
         """The kind of computation the stage starts now; None if it is better, or necessary, to wait."""
         may_forward, may_backward = self._allowed(stage)
         backward_time = stage.backward_in[stage.next_backward] if may_backward else math.inf
-        has_room = self._has_room(stage)
+        if backward_time <= now and not self.teachers_first:
+            return BACKWARD
+        has_room = self.cache_limit == math.inf or self._has_room(stage)
         forward_time, needs_teacher = math.inf, False
         if may_forward:
             forward_time, needs_teacher = self._forward_time(stage, has_room)
         is_teacher_ready = has_room and self._teacher_time(stage) <= now
 
-        if is_teacher_ready and self.rule.teachers_first:
+        if is_teacher_ready and self.teachers_first:
             return TEACHER
         if backward_time <= now:
             return BACKWARD
@@ -227,8 +227,6 @@ class _Simulation:
 
     def _has_room(self, stage: _Stage) -> bool:
         """Whether the destination's cache has room for the result of one more teacher forward."""
-        if self.cache_limit == math.inf:
-            return True
         if stage.number < self.last:
             return self.stages[stage.number + 1].cached_states < self.cache_limit
         return self.last > 0 or stage.cached_states < self.cache_limit
@@ -253,7 +251,8 @@ class _Simulation:
         job = stage.next_job
         if job == self.n_jobs:
             return math.inf
-        return max(stage.teacher_in[job], stage.loaded_at.get(job, 0.0))
+        arrival, loaded = stage.teacher_in[job], stage.loaded_at.get(job, 0.0)
+        return arrival if arrival > loaded else loaded
 
     def _fits(self, stage: _Stage, now: float, forward_time: float, backward_time: float) -> bool:
         """Whether a teacher forward ends before the student's next work arrives or, if a student forward is
@@ -280,16 +279,16 @@ class _Simulation:
             stage.first_forward = now
         if stage.number < self.last:
             self.stages[stage.number + 1].forward_in[number] = end + self.message
-            self._wake(end + self.message, stage.number + 1)
+            heappush(self.events, (end + self.message, stage.number + 1))
         elif chunk < self.chunks - 1:
             arrival = end + (self.message if self.last else 0.0)
             self.stages[0].forward_in[self.forward_at[microbatch, chunk + 1]] = arrival
-            self._wake(arrival, 0)
+            heappush(self.events, (arrival, 0))
         else:
             stage.backward_in[self.backward_at[microbatch, chunk]] = end
             if self.schedule.needed[microbatch]:
                 stage.cached_states -= self.schedule.releases[microbatch]
-                self._wake(end, max(0, self.last - 1))
+                heappush(self.events, (end, max(0, self.last - 1)))
         return end
 
     def _start_backward(self, stage: _Stage, now: float) -> float:
@@ -300,11 +299,11 @@ class _Simulation:
         stage.next_backward += 1
         if stage.number > 0:
             self.stages[stage.number - 1].backward_in[number] = end + self.message
-            self._wake(end + self.message, stage.number - 1)
+            heappush(self.events, (end + self.message, stage.number - 1))
         elif chunk > 0:
             arrival = end + (self.message if self.last else 0.0)
             self.stages[self.last].backward_in[self.backward_at[microbatch, chunk - 1]] = arrival
-            self._wake(arrival, self.last)
+            heappush(self.events, (arrival, self.last))
         return end
 
     def _start_teacher(self, stage: _Stage, now: float) -> float:
@@ -316,10 +315,10 @@ class _Simulation:
             following = self.stages[stage.number + 1]
             following.teacher_in[job] = end + self.message
             following.cached_states += 1
-            self._wake(end + self.message, following.number)
+            heappush(self.events, (end + self.message, following.number))
             if stage.number > 0:
                 stage.cached_states -= 1
-                self._wake(end, stage.number - 1)
+                heappush(self.events, (end, stage.number - 1))
         elif self.last == 0:
             stage.cached_states += 1
         self._start_loads(stage, job, end)
@@ -327,11 +326,11 @@ class _Simulation:
         if self.serial and not self.teachers_left:
             self.student_may_start = end
             for other in self.stages:
-                self._wake(end, other.number)
+                heappush(self.events, (end, other.number))
         return end
 
     def _start_loads(self, stage: _Stage, after: int, now: float) -> None:
         for load in self.loads_after.get(after, ()):
             stage.loads_end = max(stage.loads_end, now) + self.costs.load(load.teacher, stage.number)
             stage.loaded_at[load.before] = stage.loads_end
-            self._wake(stage.loads_end, stage.number)
+            heappush(self.events, (stage.loads_end, stage.number))
