@@ -148,7 +148,13 @@ def test_a_disk_that_fills_while_training(directory, reference):
     the last checkpoint once there is space."""
     metrics = directory / "filled" / "metrics.jsonl"
 
+    checkpoint = directory / "filled" / "checkpoints" / "iter_0000002"
+
     def fill():
+        for _ in range(600):  # saved in the background, which must not meet the limit
+            if checkpoint.is_dir():
+                break
+            time.sleep(0.1)
         harness.no_room(metrics.stat().st_size + 20)()
 
     command = harness.arguments(directory, "filled", log={"tensorboard": True})
