@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_mopd.objectives.definitions import LOGIT_FLOOR, DivergenceSpec, Moments, statistics_dtype
 from megatron_mopd.objectives.kernels import kernels_for
-from megatron_mopd.objectives.torch_kernels import tiles
+from megatron_mopd.objectives.torch_kernels import exp_difference, tiles
 from megatron_mopd.objectives.validation import check_pair
 from megatron_mopd.objectives.vocab_shard import VocabShard, agree, require_finite
 
@@ -26,8 +26,15 @@ def merge_statistics(local: Tensor, shard: VocabShard, spec: DivergenceSpec) -> 
     every rank adds in the same order for student and teacher, so identical models have bitwise identical
     normalizers.
     """
-    gathered = shard.all_gather(local[: 5 if spec.kind == "reverse_kl" else 4])
-    local_maxima, local_sums = gathered[:, :2], gathered[:, 2:4]
+    if spec.kind == "reverse_kl":
+        gathered = shard.all_gather(local[:5])
+        local_sums, cross = gathered[:, 2:4], gathered[:, 4]
+    else:  # the smaller sum and the difference also give the larger sum, without cancellation
+        smaller = local[2:4].amin(0, keepdim=True)
+        gathered = shard.all_gather(torch.cat([local[:2], smaller, local[4:5]]))
+        smaller, difference = gathered[:, 2], gathered[:, 3]
+        local_sums = smaller.unsqueeze(1) + torch.stack([difference, -difference], 1).clamp_(min=0)
+    local_maxima = gathered[:, :2]
     maxima = local_maxima.amax(0)
     decays = (local_maxima - maxima).exp()  # from each rank's own maximum to the common one
     sums = (local_sums * decays).sum(0)
@@ -35,11 +42,16 @@ def merge_statistics(local: Tensor, shard: VocabShard, spec: DivergenceSpec) -> 
     # Relative to the maxima as long as possible: near convergence these differences are tiny.
     log_sum_ratio = log_sums[0] - log_sums[1]
     mean_score = torch.zeros_like(log_sum_ratio)
+    # Cross sums and differences are relative to each rank's difference of maxima, so they are shifted too.
+    moved = (local_maxima[:, 0] - local_maxima[:, 1]) - (maxima[0] - maxima[1])
     if spec.kind == "reverse_kl":
-        # The cross sums are relative to each rank's difference of maxima, so they must be shifted too.
-        moved = (local_maxima[:, 0] - local_maxima[:, 1]) - (maxima[0] - maxima[1])
-        cross = ((gathered[:, 4] + moved * local_sums[:, 0]) * decays[:, 0]).sum(0)
+        cross = ((cross + moved * local_sums[:, 0]) * decays[:, 0]).sum(0)
+        # An error of log_sum_ratio cancels in the gradient: d contains it with the opposite sign.
         mean_score = cross / sums[0] - log_sum_ratio
+    else:
+        shifted = local_sums[:, 0] * exp_difference(decays.amax(1), moved)
+        relative = (difference * decays[:, 1] + shifted).sum(0) / sums[1]
+        log_sum_ratio = torch.where(relative.abs() < 0.5, relative.log1p(), log_sum_ratio)
     normalizers = maxima + log_sums
     return Moments(normalizers[0], normalizers[1], (maxima[0] - maxima[1]) + log_sum_ratio, mean_score)
 

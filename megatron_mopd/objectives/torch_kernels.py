@@ -34,8 +34,8 @@ def statistics(
     """Local softmax statistics of both blocks -> [5, rows], with `entropy` [7, rows].
 
     Rows of the result: student maximum a, teacher maximum b, student sum of exp(z - a), teacher sum of
-    exp(u - b), and for reverse KL the sum of exp(z - a) ((z - a) - (u - b)); with `entropy` the sums of
-    exp(z - a) (z - a) and of exp(u - b) (u - b).
+    exp(u - b); for reverse KL the sum of exp(z - a) ((z - a) - (u - b)), for the other kinds the sum of
+    exp(z - a) - exp(u - b); with `entropy` the sums of exp(z - a) (z - a) and of exp(u - b) (u - b).
     """
     dtype = statistics_dtype(student.dtype)
     result = torch.zeros(7 if entropy else 5, student.shape[0], dtype=dtype, device=student.device)
@@ -56,7 +56,16 @@ def statistics(
             result[6, rows] = torch.mul(b, u_exp, out=scratch[0]).sum(-1)
         if spec.kind == "reverse_kl":
             result[4, rows] = a.sub_(b).mul_(z_exp).sum(-1)
+        else:
+            larger = torch.maximum(z_exp, u_exp, out=z_exp)
+            result[4, rows] = exp_difference(larger, a.sub_(b), out=b).sum(-1)
     return result
+
+
+def exp_difference(larger: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
+    """exp(a) - exp(b) without cancellation, from the larger of both exponentials and d = a - b."""
+    magnitude = torch.abs(d, out=out).neg_().expm1_().mul_(larger)
+    return torch.copysign(magnitude, d, out=magnitude)
 
 
 def mean_score(

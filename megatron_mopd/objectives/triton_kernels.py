@@ -59,6 +59,7 @@ def statistics(
         INVERSE_TEMPERATURE=spec.inverse_temperature,
         MASKED=masked,
         WITH_CROSS=spec.kind == "reverse_kl",
+        LIMIT=series_limit(result.dtype),
         WITH_ENTROPY=entropy,
     )
     return result
@@ -145,13 +146,14 @@ def _statistics_kernel(
     INVERSE_TEMPERATURE: tl.constexpr,
     MASKED: tl.constexpr,
     WITH_CROSS: tl.constexpr,
+    LIMIT: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = result.dtype.element_ty
     z_max, u_max = tl.full([], _FLOOR, dtype), tl.full([], _FLOOR, dtype)
-    z_sum, u_sum, cross = tl.full([], 0, dtype), tl.full([], 0, dtype), tl.full([], 0, dtype)
+    z_sum, u_sum, fifth = tl.full([], 0, dtype), tl.full([], 0, dtype), tl.full([], 0, dtype)
     z_score, u_score = tl.full([], 0, dtype), tl.full([], 0, dtype)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -162,10 +164,15 @@ def _statistics_kernel(
         z_decay, u_decay = tl.exp(z_max - new_z_max), tl.exp(u_max - new_u_max)
         z_shifted, u_shifted = z - new_z_max, u - new_u_max
         z_exp, u_exp = tl.exp(z_shifted), tl.exp(u_shifted)
-        if WITH_CROSS:  # relative to z_max - u_max, so it shifts with the maxima
-            moved = (z_max - u_max) - (new_z_max - new_u_max)
-            terms = tl.where(inside, z_exp * (z_shifted - u_shifted), 0)
-            cross = (cross + moved * z_sum) * z_decay + tl.sum(terms, 0)
+        # The fifth row is relative to z_max - u_max, so it shifts with the maxima.
+        moved = (z_max - u_max) - (new_z_max - new_u_max)
+        if WITH_CROSS:
+            terms = z_exp * (z_shifted - u_shifted)
+            fifth = (fifth + moved * z_sum) * z_decay
+        else:
+            terms = _exp_difference(z_exp, u_exp, z_shifted - u_shifted, LIMIT)
+            fifth = fifth * u_decay + z_sum * _exp_difference(z_decay, u_decay, moved, LIMIT)
+        fifth += tl.sum(tl.where(inside, terms, 0), 0)
         if WITH_ENTROPY:
             z_score = (z_score + (z_max - new_z_max) * z_sum) * z_decay
             z_score += tl.sum(tl.where(inside, z_exp * z_shifted, 0), 0)
@@ -178,7 +185,7 @@ def _statistics_kernel(
     tl.store(result + rows + row, u_max)
     tl.store(result + 2 * rows + row, z_sum)
     tl.store(result + 3 * rows + row, u_sum)
-    tl.store(result + 4 * rows + row, cross)
+    tl.store(result + 4 * rows + row, fifth)
     if WITH_ENTROPY:
         tl.store(result + 5 * rows + row, z_score)
         tl.store(result + 6 * rows + row, u_score)
@@ -293,6 +300,19 @@ def _series(d):
 
 
 @triton.jit
+def _expm1(x, LIMIT: tl.constexpr):
+    """expm1(x) for x <= 0."""
+    return tl.where(x < -LIMIT, tl.exp(x) - 1, x + x * x * _series(x))
+
+
+@triton.jit
+def _exp_difference(a_exp, b_exp, d, LIMIT: tl.constexpr):
+    """exp(a) - exp(b) without cancellation, from both exponentials and d = a - b."""
+    magnitude = tl.maximum(a_exp, b_exp) * _expm1(-tl.abs(d), LIMIT)
+    return tl.where(d > 0, -magnitude, magnitude)
+
+
+@triton.jit
 def _generalised_kl(w, r, d, LIMIT: tl.constexpr):
     """D(w || r) with d = log(r / w), elementwise and never negative."""
     direct = r - w - w * d
@@ -304,11 +324,9 @@ def _generalised_kl(w, r, d, LIMIT: tl.constexpr):
 def _log_mixture_term(d, BETA: tl.constexpr, LIMIT: tl.constexpr):
     """log(m / max(p, q)) = log1p(y) with y = g expm1(-|d|), g = BETA if d <= 0 else 1 - BETA.
 
-    expm1 and log1p are implemented here for small arguments: log1p(y) = 2 atanh(y / (2 + y)).
+    For small arguments log1p(y) = 2 atanh(y / (2 + y)).
     """
-    x = -tl.abs(d)
-    expm1 = tl.where(x < -LIMIT, tl.exp(x) - 1, x + x * x * _series(x))
-    y = ((d > 0).to(d.dtype) * (1 - 2 * BETA) + BETA) * expm1
+    y = ((d > 0).to(d.dtype) * (1 - 2 * BETA) + BETA) * _expm1(-tl.abs(d), LIMIT)
     s = y / (2 + y)
     s2 = s * s
     log1p = 2 * s * (1 + s2 * (1 / 3 + s2 * (1 / 5 + s2 / 7)))

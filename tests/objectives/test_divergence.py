@@ -5,7 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_mopd.objectives import linear_kl, vocab_parallel_kl
+from megatron_mopd.objectives import linear_kl, torch_kernels, vocab_parallel_kl
+from megatron_mopd.objectives.definitions import DivergenceSpec
+from megatron_mopd.objectives.divergence import merge_statistics
+from megatron_mopd.objectives.vocab_shard import VocabShard
 from tests.objectives import oracle
 from tests.objectives.cases import shard, tp_group
 
@@ -148,6 +151,19 @@ def test_near_convergence(ranks, kind, beta, size):
     # The rounding of the logits, about 1e-7 absolute, limits the accuracy of a gradient of size p d.
     assert (joined - gradient).norm() < max(1e-3, 3e-7 / size) * gradient.norm()
     assert joined.sum().abs() < max(1e-4, 1e-8 / size) * joined.abs().sum()
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_normalizers_near_convergence(kind):
+    """The difference of the log normalizers is a hundred times more accurate than either of them in fp32,
+    whatever the rounding of the processor's exponentials and sums."""
+    torch.manual_seed(5)
+    student = 3 * torch.randn(64, 2048)
+    teacher = student + 1e-5 * torch.randn(64, 2048)
+    spec, shard = DivergenceSpec(kind), VocabShard.of(2048, None, None)
+    moments = merge_statistics(torch_kernels.statistics(student, teacher, spec), shard, spec)
+    expected = student.double().logsumexp(-1) - teacher.double().logsumexp(-1)
+    assert (moments.log_ratio_offset - expected).abs().max() < 1e-8
 
 
 @pytest.mark.parametrize("kind, beta", KINDS)
