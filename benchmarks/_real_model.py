@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.backend.parallel import ParallelGroups, build_parallel_groups, select_device, start_ranks
 from megatron_mopd.config import config_from_dict
 from megatron_mopd.data.prompt import Prompt

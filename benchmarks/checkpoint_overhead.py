@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from trainer_overhead import make_batch, make_learner, timed
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.backend.host_memory import long_lived_objects
 from megatron_mopd.model.background_save import CheckpointWriter
 from megatron_mopd.observe.progress import progress

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.backend.parallel import start_ranks
 from megatron_mopd.config import ModelConfig
 from megatron_mopd.model.convert import open_checkpoint, write_hugging_face, write_megatron

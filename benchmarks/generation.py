@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import transformers
 from _real_model import OurModel, prompts, start
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.backend.packed_weights import PackedWeights
 from megatron_mopd.data.tokenizer import load_tokenizer
 from megatron_mopd.rollout.engine import SamplingParams

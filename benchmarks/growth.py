@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.config import config_from_dict
 from megatron_mopd.observe.journal import ALARMS_FILE, METRICS_FILE, SAMPLES_FILE, parts_of, read_journal
 from megatron_mopd.observe.metrics import MOST_LINES, read_metrics

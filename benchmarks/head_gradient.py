@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from benchmarks.teacher_scaling import DOMAINS, learner
 from benchmarks.teacher_scaling import trajectories as of_all_domains
 from megatron_mopd.backend.parallel import ParallelGroups, build_parallel_groups, select_device, start_ranks

@@ -28,6 +28,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.backend.parallel import build_parallel_groups, select_device
 from megatron_mopd.config import ModelConfig, config_from_dict
 from megatron_mopd.data.prompt import Prompt

@@ -19,6 +19,7 @@ import torch
 import transformers
 from _real_model import OurModel, prompts, start
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.data.tokenizer import load_tokenizer
 from megatron_mopd.model.convert import open_checkpoint, write_hugging_face, write_megatron
 from megatron_mopd.model.upcycle import UpcycledModel, Upcycling

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.config import load_config
 from megatron_mopd.config.recipes import RECIPES
 from megatron_mopd.observe.metrics import read_metrics

@@ -14,6 +14,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.backend.parallel import build_parallel_groups, select_device, start_ranks
 from megatron_mopd.config import ModelConfig, config_from_dict
 from megatron_mopd.data.prompt import Prompt

@@ -21,6 +21,7 @@ import tempfile
 from collections import deque
 from pathlib import Path
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.config import load_config
 from megatron_mopd.data.prompts import PromptSampler
 from megatron_mopd.run.evaluation import evaluation

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from _real_model import OurModel, start
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.config import TeacherStorageConfig, load_config
 from megatron_mopd.data.prompts import load_prompts
 from megatron_mopd.data.tokenizer import load_tokenizer

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.backend.parallel import build_parallel_groups, select_device, start_ranks
 from megatron_mopd.config import Config, ModelConfig, config_from_dict
 from megatron_mopd.config.recipes import RECIPES

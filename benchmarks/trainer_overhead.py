@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.backend.parallel import build_parallel_groups, select_device, start_ranks
 from megatron_mopd.config import ModelConfig, config_from_dict
 from megatron_mopd.data.batching import MicroBatch

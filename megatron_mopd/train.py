@@ -14,6 +14,7 @@ import contextlib
 from collections import deque
 from collections.abc import Sequence
 
+from megatron_mopd.commands.training import run_command
 from megatron_mopd.config import Config
 from megatron_mopd.config.objectives import samples_per_prompt
 from megatron_mopd.data.prompts import PromptSampler
@@ -24,7 +25,6 @@ from megatron_mopd.rollout.collect import collect_trajectories
 from megatron_mopd.rollout.routing_records import RoutingRecords
 from megatron_mopd.run.alarms import Alarms
 from megatron_mopd.run.checkpointing import check_space, resume, save
-from megatron_mopd.run.command_line import run_command
 from megatron_mopd.run.lifecycle import Lifecycle, close
 from megatron_mopd.run.resumable import FinishedRun
 from megatron_mopd.run.rollout_logs import open_rollout_log
@@ -106,7 +106,7 @@ def sample(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; see `run.command_line`."""
+    """The command line; see `commands.training`."""
     run_command(train, __doc__.splitlines()[0], arguments)
 
 

@@ -22,11 +22,11 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_mopd import train
+from megatron_mopd.commands import training as training_command
 from megatron_mopd.config.loading import config_from_dict, save_config
 from megatron_mopd.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_mopd.model.checkpoint import MODEL_FILE
 from megatron_mopd.observe.metrics import read_metrics
-from megatron_mopd.run import command_line
 from tests._agent import Agent
 
 MODEL = dict(
@@ -95,13 +95,13 @@ def _rank(rank: int, world_size: int, agent: Agent, directory: Path, arguments: 
         os.dup2(descriptor, {"stdout": 1, "stderr": 2}[stream])
         setattr(sys, stream, open(descriptor, "w", buffering=1))
     agent.set_environment(rank, world_size)
-    is_first_to_fail = command_line.is_first_to_fail
+    is_first_to_fail = training_command.is_first_to_fail
 
     def recorded(message: str) -> bool:
         (directory / f"{rank}.failure").write_text(message)
         return is_first_to_fail(message)
 
-    command_line.is_first_to_fail = recorded
+    training_command.is_first_to_fail = recorded
     status = 1
     try:
         train.main(arguments)

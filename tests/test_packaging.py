@@ -93,3 +93,13 @@ def test_launch_program(tmp_path, monkeypatch, capsys):
     ((shell, command, environment),) = started
     assert command == ["bash", str(ROOT / "launch" / "train.sh"), "--config", "c.yaml"]
     assert environment["PYTHON"] == sys.executable
+
+
+def test_only_commands_silence_dependencies():
+    """Importing the library changes no warning filter of its user's process."""
+    code = (
+        "import warnings; before = list(warnings.filters); import megatron_mopd.backend.messages;"
+        "assert warnings.filters == before; import megatron_mopd.commands;"
+        "assert any('Apex' in str(message) for _, message, *_ in warnings.filters)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

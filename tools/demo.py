@@ -32,6 +32,7 @@ from typing import Any
 
 import yaml
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.config import PromptSource
 from megatron_mopd.data.phrases import shared_phrases
 from megatron_mopd.data.reasoning_tasks import task_entries

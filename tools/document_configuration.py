@@ -14,6 +14,7 @@ import textwrap
 import typing
 from pathlib import Path
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.config import schema
 from megatron_mopd.config.documentation import field_documentation
 from megatron_mopd.config.interpolation import MAY_NAME_VARIABLES

@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "megatron_mopd"
 
 LAYERS = (
-    ("commands", "train"),
+    ("train",),
+    ("commands",),
     ("run",),
     ("estimate",),
     ("training",),

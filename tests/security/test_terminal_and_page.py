@@ -21,6 +21,7 @@ from megatron_mopd import train
 from megatron_mopd.backend.finding import Finding, Level, show
 from megatron_mopd.backend.messages import visible
 from megatron_mopd.commands import generate, ranks
+from megatron_mopd.commands import training as training_command
 from megatron_mopd.config import ConfigError
 from megatron_mopd.observe import pictures, svg, tables
 from megatron_mopd.observe import progress as progress_module
@@ -30,7 +31,6 @@ from megatron_mopd.observe.page import write_page
 from megatron_mopd.observe.progress import StepLine, phase, progress, say
 from megatron_mopd.observe.seesaw import seesaw_chart
 from megatron_mopd.observe.traces import Box, Panel
-from megatron_mopd.run import command_line
 
 PACKAGE = Path(megatron_mopd.__file__).parent
 BIDI = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -93,18 +93,18 @@ def test_lines_of_a_run(capsys, monkeypatch):
 
 def test_errors(capfd, monkeypatch):
     """Errors of the trainer, of tools on ranks, and of the doctor."""
-    monkeypatch.setattr(command_line, "_leave", sys.exit)
+    monkeypatch.setattr(training_command, "_leave", sys.exit)
     for error, lines in ((ConfigError(EVIL), 1), (RuntimeError(EVIL), None)):
         told = []
         monkeypatch.setattr(
-            command_line, "is_first_to_fail", lambda message, told=told: told.append(message) or True
+            training_command, "is_first_to_fail", lambda message, told=told: told.append(message) or True
         )
-        monkeypatch.setattr(command_line, "LIFELINE_NOTICES", 0)
+        monkeypatch.setattr(training_command, "LIFELINE_NOTICES", 0)
 
         def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(command_line, "load_config", fail)
+        monkeypatch.setattr(training_command, "load_config", fail)
         with pytest.raises(SystemExit):
             train.main(["--config", "x"])
         assert_harmless(capfd.readouterr().err, lines)
