@@ -30,8 +30,8 @@ class Tolerance:
     """Errors of metrics below this value are relative to this value: a metric of 0 can be a difference of
     nonzero numbers."""
     share: float = 0.0
-    """Errors of a policy-gradient loss below this share of the largest advantage are relative to that: it is a
-    sum of terms of both signs, as large as the advantages."""
+    """Errors of a policy-gradient loss below this share of the largest advantage are relative to that: it is
+    a sum of terms of both signs, as large as the advantages."""
 
     @classmethod
     def of(cls, case: Case) -> Tolerance:
