@@ -23,6 +23,7 @@ from megatron_mopd.backend.check_in import check_in
 from megatron_mopd.backend.launch_environment import read_launch
 from megatron_mopd.backend.lifeline import Lifeline
 from megatron_mopd.backend.network import interface_names, interface_problems
+from megatron_mopd.backend.process_groups import only_own_groups
 from megatron_mopd.config import ConfigError, ParallelConfig
 
 
@@ -270,19 +271,21 @@ def _divisors(number: int) -> list[int]:
 def build_parallel_groups(parallel: ParallelConfig, device: torch.device, seed: int) -> ParallelGroups:
     """Create the parallel groups of the started ranks and seed megatron-core's random-number tracker.
 
-    Collective over all ranks (group creation). Every rank must call it with the same arguments.
+    Every rank must call it with the same arguments; a rank creates its own groups, about twenty, and waits
+    for nobody else than their members.
     """
     vpp = parallel.virtual_pipeline_model_parallel_size
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
-        create_gloo_process_groups=device.type != "cpu",
-    )
+    with only_own_groups():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+            distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
+            create_gloo_process_groups=device.type != "cpu",
+        )
     seed_model_parallel(seed)
     return ParallelGroups(ProcessGroupCollection.use_mpu_process_groups(), parallel, device)
 

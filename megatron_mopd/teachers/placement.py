@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_mopd.backend.host_memory import available_host_bytes
 from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.backend.process_groups import new_group
 from megatron_mopd.config import ConfigError
 from megatron_mopd.teachers.layout import DENSE, EXPERT, HEAD
 from megatron_mopd.teachers.storage import FileStore, Store
@@ -27,21 +28,18 @@ def replica_groups(groups: ParallelGroups) -> dict[str, dist.ProcessGroup]:
 
 
 def gather_groups(groups: ParallelGroups) -> dict[str, dist.ProcessGroup]:
-    """A new group over the replicas of each body segment. Collective over all ranks."""
-    return {DENSE: _duplicate(groups.collection.dp_cp), EXPERT: _duplicate(groups.collection.expt_dp)}
+    """A new group over the replicas of each body segment, with communicators of its own. Collective over
+    the members of each group."""
+    members = {DENSE: groups.collection.dp_cp, EXPERT: groups.collection.expt_dp}
+    return {
+        name: new_group(dist.get_process_group_ranks(group), group_desc=f"TEACHER_GATHER_{name}")
+        for name, group in members.items()
+    }
 
 
 def sharding(groups: ParallelGroups) -> dict[str, int]:
     """Number of parts into which `host_sharded` splits each segment."""
     return {DENSE: groups.collection.dp_cp.size(), EXPERT: groups.collection.expt_dp.size(), HEAD: 1}
-
-
-def _duplicate(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group over the same ranks with separate communicators."""
-    members: list[tuple[int, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(members, tuple(dist.get_process_group_ranks(group)))
-    created = {ranks: dist.new_group(list(ranks)) for ranks in sorted(set(members))}
-    return created[members[dist.get_rank()]]
 
 
 def are_kept(store: Store, sizes: Mapping[tuple[str, str], int]) -> bool:
