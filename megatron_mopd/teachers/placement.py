@@ -8,9 +8,11 @@ import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mopd.backend.agreement import first_problem
 from megatron_mopd.backend.host_memory import available_host_bytes
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.backend.process_groups import new_group
@@ -46,19 +48,20 @@ def are_kept(store: Store, sizes: Mapping[tuple[str, str], int]) -> bool:
     """Whether files from an earlier start hold these payloads on every rank; raises `ConfigError` on all
     ranks for damaged files.
 
-    Collectives: for files, one all-gather of a short text over all ranks.
+    Collectives: for files, two all-reduces of 8 bytes over all ranks.
     """
     if not isinstance(store, FileStore):
         return False
+    problem, kept = None, False
     try:
-        mine = all(store.has(key, size) for key, size in sizes.items()), None
+        kept = all(store.has(key, size) for key, size in sizes.items())
     except ConfigError as error:
-        mine = False, str(error)
-    reports: list[tuple[bool, str | None]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(reports, mine)
-    if problem := next((problem for _, problem in reports if problem), None):
-        raise ConfigError(problem)
-    return all(kept for kept, _ in reports)
+        problem = str(error)
+    if found := first_problem(problem):
+        raise ConfigError(found.text)
+    everywhere = torch.tensor([int(kept)])
+    dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+    return bool(everywhere.item())
 
 
 def bytes_per_mode(payload: Mapping[str, int], parts: Mapping[str, int]) -> dict[str, int]:
@@ -81,8 +84,10 @@ def check_host_memory(
     reports: list = [None] * groups.world_size
     mine = (socket.gethostname(), available_host_bytes(), bytes_per_mode(payload, parts))
     dist.all_gather_object(reports, mine)
-    for host in sorted({name for name, *_ in reports}):
-        here = [report for report in reports if report[0] == host]
+    by_host: dict[str, list] = {}
+    for report in reports:
+        by_host.setdefault(report[0], []).append(report)
+    for host, here in sorted(by_host.items()):
         needed = {key: sum(sizes[key] for *_, sizes in here) for key in here[0][2]}
         available = min(free for _, free, _ in here)
         if needed[mode] > _SHARE_OF_FREE_MEMORY * available:
