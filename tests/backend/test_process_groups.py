@@ -12,6 +12,7 @@ import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the
 from megatron.core import parallel_state
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import startup
 from megatron_mopd.backend import cpu, process_groups
 from megatron_mopd.backend.parallel import ParallelGroups, build_parallel_groups, destroy_parallel_groups
 from megatron_mopd.backend.process_groups import new_group
@@ -207,3 +208,18 @@ def test_groups_of_real_ranks():
         assert found["tp"][0] == [rank - rank % 2, rank - rank % 2 + 1]
         assert found["pp"][0] == [rank % 4, rank % 4 + 4]
         assert all(sum(ranks) == summed for ranks, summed in found.values())
+
+
+def test_the_benchmark(monkeypatch, capsys):
+    """Its figures: the calls of the old way grow with the ranks; the groups of a rank are the same."""
+    monkeypatch.setattr("sys.argv", ["startup", "--ranks", "64", "128", "--real", "4"])
+    monkeypatch.setattr(startup, "LAYOUTS", {"TP 2, PP 4, VPP 2, EP 8": (2, 4, 2, 8)})
+    startup.main()
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.replace(",", "").split("|") for line in lines if line.startswith("TP 2, PP 4")]
+    (all_64, own_64), (all_128, own_128) = ([side.split()[:2] for side in row[2:]] for row in rows)
+    assert own_64 == own_128 == [own_64[1]] * 2
+    assert all_64[1] == all_128[1] == own_64[1]
+    assert 1.5 * int(all_64[0]) < int(all_128[0])
+    assert "   64 ranks: 7" in lines and "  128 ranks: 7" in lines
+    assert any(line.startswith("4 real ranks, gloo: every rank ") for line in lines)
