@@ -24,6 +24,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -113,7 +114,7 @@ def simulate(config: ParallelConfig, rank: int, world_size: int, members_only: b
     cpu.install()
     dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=world_size)
     try:
-        with replaced(process_groups, "_new_group", counted), replaced(dist, "new_group", counted):
+        with patch.object(process_groups, "_new_group", counted), patch.object(dist, "new_group", counted):
             started = time.perf_counter()
             with contextlib.nullcontext() if members_only else every_rank_creates_all():
                 start_up(config, torch.device("cuda"))
@@ -149,9 +150,9 @@ def every_rank_creates_all() -> Iterator[None]:
         return mine
 
     with (
-        replaced(parallel, "only_own_groups", contextlib.nullcontext),
-        replaced(communicator, "new_group", for_all),
-        replaced(placement, "new_group", for_all),
+        patch.object(parallel, "only_own_groups", contextlib.nullcontext),
+        patch.object(communicator, "new_group", for_all),
+        patch.object(placement, "new_group", for_all),
     ):
         yield
 
@@ -217,16 +218,6 @@ def construct(rank: int) -> tuple[float, float]:
 
 def shown(cost: Cost) -> str:
     return f"{cost.calls:6,} {cost.groups:6} {cost.seconds:7.2f}"
-
-
-@contextlib.contextmanager
-def replaced(module, name: str, value) -> Iterator[None]:
-    original = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
 
 
 if __name__ == "__main__":
