@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import ConfigError
-from megatron_mopd.data.batching import BatchShape, MicroBatch
+from megatron_mopd.data.batching import MicroBatch
 from megatron_mopd.pipeline.check import check_plan, check_same_plan
 from megatron_mopd.pipeline.communicator import PipelineCommunicator
 from megatron_mopd.pipeline.costs import CostModel
@@ -111,7 +111,7 @@ class PipelineDriver:
         self._scored_ahead: dict[StepInput, tuple[ScoringTask, ...]] = {}
         """The tasks of the steps that earlier plans looked ahead to, with `scored` set."""
         self._steps = 0
-        self._unmeasured: list[Recording] = []
+        self._unmeasured: list[Measured] = []
         self.recent: deque[Measured] = deque(maxlen=4)
 
     def look_ahead(self) -> int | None:
@@ -161,13 +161,12 @@ class PipelineDriver:
                 request = self._request(steps, started.teachers)
                 self._agreed = request, self.plan(steps, started.teachers)
         self._steps += 1
-        self._unmeasured.append(self.recent[-1].recording)
+        self._unmeasured.append(self.recent[-1])
 
     def forward(
         self,
         chunks: Sequence[torch.nn.Module],
         micro_batches: Sequence[MicroBatch],
-        shape: BatchShape,
         on_hidden: Callable[[MicroBatch, Tensor], None],
     ) -> None:
         """Run forward passes of the student without gradients, between two steps.
@@ -176,7 +175,7 @@ class PipelineDriver:
         Collectives: the model's, and one scalar all-reduce over the pipeline.
         """
         lists = forward_lists(self.groups.pp_size, self.groups.vpp_size, len(micro_batches))
-        work = ForwardWork(chunks, micro_batches, shape, self.groups, on_hidden)
+        work = ForwardWork(chunks, micro_batches, self.groups, on_hidden)
         self._execution(lists[self.groups.pp.rank()], work).run_rest()
         if self.groups.pp_size > 1:
             work.synchronize()  # after this, send buffers may be freed
@@ -248,8 +247,7 @@ class PipelineDriver:
                 self._checked.add(plan.digest())
         except ValueError as error:
             problem = error
-        shapes = [(s.shape.micro_batch_size, s.shape.max_tokens, s.shape.seq_length) for s in steps]
-        agree(plan, problem, shapes)
+        agree(plan, problem, [(step.sizes, [task.sizes for task in step.scoring]) for step in steps])
         assert plan is not None
         return plan
 
@@ -258,6 +256,7 @@ class PipelineDriver:
         return PlanRequest(
             stages=self.groups.pp_size,
             microbatches=len(steps[0].student),
+            sizes=steps[0].sizes,
             costs=self._costs.model(),
             virtual_stages=self.groups.vpp_size,
             scoring=tuple(
@@ -301,12 +300,13 @@ class PipelineDriver:
         p, keys = self.groups.pp_size, cost_keys(self._costs.model(), self.groups.pp_size)
         sums = torch.zeros(2, len(keys) + p, dtype=torch.float64)
         places = {key: number for number, key in enumerate(keys)}
-        recorded = [recording.events() for recording in self._unmeasured]
+        recorded = [item.recording.events() for item in self._unmeasured]
+        for item, events in zip(self._unmeasured, recorded):
+            for key, seconds, size in summarize(events, item.plan.request):
+                if key in places:
+                    sums[0, places[key]] += seconds * size
+                    sums[1, places[key]] += size
         self._unmeasured.clear()
-        for key, seconds, count in summarize(event for events in recorded for event in events):
-            if key in places:
-                sums[0, places[key]] += seconds * count
-                sums[1, places[key]] += count
         sums[0, len(keys) + self.groups.pp.rank()] = sum(map(idle_share, recorded))
         sums[1, len(keys) + self.groups.pp.rank()] = len(recorded)
         dist.all_reduce(sums)
@@ -351,14 +351,14 @@ class PipelineDriver:
             write_chrome_trace(panels, directory / "timeline.json")
 
 
-def agree(plan: Plan | None, problem: Exception | None, shapes: object) -> None:
-    """Raise on every rank if any rank has found a problem or holds a different plan (or batch shape).
+def agree(plan: Plan | None, problem: Exception | None, sizes: object) -> None:
+    """Raise on every rank if any rank has found a problem or holds a different plan (or sizes).
 
     Collectives over all ranks, on the CPU (gloo) so that no device waits: an all-reduce of 8 integers; if
     they differ, an all-gather of a line of text.
     """
     mine = f"{problem}" if plan is None else plan.digest()
-    digest = hashlib.sha256(f"{mine} {shapes}".encode()).digest()
+    digest = hashlib.sha256(f"{mine} {sizes}".encode()).digest()
     words = torch.tensor(
         [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 16, 4)], dtype=torch.int64
     )

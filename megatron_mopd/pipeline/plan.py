@@ -115,20 +115,24 @@ def lower_bound(request: PlanRequest) -> float:
 
 
 def _student_time(request: PlanRequest) -> float:
-    p, costs = request.stages, request.costs
+    p, costs, sizes = request.stages, request.costs, request.student_sizes()
     fill = itertools.accumulate(costs.student_forward[: p - 1], initial=0.0)
     drain = itertools.accumulate(costs.student_backward[: p - 1], initial=0.0)
-    return max(sum(times) for times in zip(fill, _work(request, ()), drain))
+    return max(
+        sizes[0] * before + work + sizes[-1] * after
+        for before, work, after in zip(fill, _work(request, ()), drain)
+    )
 
 
 def _work(request: PlanRequest, jobs: tuple[TeacherJob, ...]) -> list[float]:
     p, costs = request.stages, request.costs
-    count: dict[str, int] = {}
+    size_of = request.job_sizes()
+    size: dict[str, int] = {}
     for job in jobs:
-        count[job.teacher] = count.get(job.teacher, 0) + 1
+        size[job.teacher] = size.get(job.teacher, 0) + size_of[job]
     return [
-        request.microbatches * (sum(costs.student_forward[s::p]) + sum(costs.student_backward[s::p]))
-        + sum(number * costs.teacher(name)[s] for name, number in count.items())
+        sum(request.student_sizes()) * (sum(costs.student_forward[s::p]) + sum(costs.student_backward[s::p]))
+        + sum(total * costs.teacher(name)[s] for name, total in size.items())
         for s in range(p)
     ]
 
@@ -210,7 +214,9 @@ def _effective_time(schedule: Schedule) -> float:
     p = request.stages
     ahead = any(job.step for job in schedule.jobs)
     own = any(job.step == 0 for job in schedule.jobs)
-    fill = itertools.accumulate(request.costs.student_forward[: p - 1], initial=0.0)
+    first = request.student_sizes()[0]
+    times = [first * cost for cost in request.costs.student_forward[: p - 1]]
+    fill = itertools.accumulate(times, initial=0.0)
     cuts, barrier = _optimizer_cuts(schedule)
     time = barrier
     for placed, cut, offset in zip(schedule.placed, cuts, fill):

@@ -124,6 +124,8 @@ class _Machine:
         self.local: list[set] = [set() for _ in range(p)]
         self.events: list[Event] = []
         self.teacher_cost = [dict(plan.request.costs.teacher_forward) for plan in plans]
+        self.sizes = [plan.request.student_sizes() for plan in plans]
+        self.job_sizes = [plan.request.job_sizes() for plan in plans]
         self.loss_heads = [plan.request.heads_needed() for plan in plans]
         self.scoring_heads = [plan.request.jobs_reading_heads() for plan in plans]
         self.releases = [plan.request.releases() for plan in plans]
@@ -233,7 +235,7 @@ class _Machine:
             start = max(start, self.loaded[stage].get(teacher, 0.0))
             if is_last and entry.job in self.scoring_heads[number]:
                 start = max(start, self.heads.get(teacher, 0.0))
-            end = start + self.teacher_cost[number][teacher][stage]
+            end = start + self.job_sizes[number][entry.job] * self.teacher_cost[number][teacher][stage]
             if p == 1:
                 self.cache(stage, 1)
             elif not is_last and stage > 0:
@@ -241,7 +243,8 @@ class _Machine:
         elif kind is StudentForward:
             self.activations[stage] += 1
             self.peak_activations[stage] = max(self.peak_activations[stage], self.activations[stage])
-            end = start + costs.student_forward[entry.chunk * p + stage]
+            size = self.sizes[number][entry.microbatch]
+            end = start + size * costs.student_forward[entry.chunk * p + stage]
             if is_last and entry.chunk == last_chunk:
                 teachers = self.loss_heads[number][entry.microbatch]
                 arrival = max((self.heads.get(teacher, 0.0) for teacher in teachers), default=0.0)
@@ -252,7 +255,8 @@ class _Machine:
                 self.local[stage].add(StudentForward(entry.microbatch, entry.chunk + 1))
         else:
             self.activations[stage] -= 1
-            end = start + costs.student_backward[entry.chunk * p + stage]
+            size = self.sizes[number][entry.microbatch]
+            end = start + size * costs.student_backward[entry.chunk * p + stage]
             if p == 1 and entry.chunk > 0:
                 self.local[stage].add(StudentBackward(entry.microbatch, entry.chunk - 1))
         self.finish(stage, entry, start, end)

@@ -8,14 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatron_mopd.config.objectives import needs_old_policy
-from megatron_mopd.data.batching import (
-    BatchShape,
-    MicroBatch,
-    collate,
-    equalize,
-    group_micro_batches,
-    split_over_ranks,
-)
+from megatron_mopd.data.batching import BatchShape, MicroBatch, collate
+from megatron_mopd.data.division import Division
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.losses.findings import Findings
 from megatron_mopd.losses.targets import Targets
@@ -28,9 +22,6 @@ from megatron_mopd.training.proximal_policy import proximal_logprobs
 from megatron_mopd.training.rewards import NO_REWARDS, PendingRewards
 from megatron_mopd.training.scoring_tasks import scoring_task
 
-Cut = list[list[list[Trajectory]]]
-"""[data-parallel rank][micro-batch], the same number of micro-batches on every rank."""
-
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:
@@ -38,13 +29,14 @@ class StepBatch:
 
     trajectories: Sequence[Trajectory]
     targets: Targets
-    shape: BatchShape
     student: list[MicroBatch]
     teachers: dict[str, list[MicroBatch]]
     """Teacher name -> the micro-batches it scores, which hold only samples routed to it; their number is the
     same on every DP rank."""
     scoring: tuple[ScoringTask, ...]
-    """Which student micro-batches need each teacher micro-batch."""
+    """Which student micro-batches need each teacher micro-batch, and their sizes in tokens."""
+    sizes: tuple[int, ...]
+    """Tokens of each student micro-batch, the most on any DP rank."""
     cache: HiddenCache
     scores: TeacherScores
     findings: Findings
@@ -86,7 +78,6 @@ def _proximal(learner: Learner, batch: StepBatch) -> dict[int, torch.Tensor]:
         learner.pipeline,
         learner.chunks,
         batch.student,
-        batch.shape,
         settings=learner.loss_settings,
         findings=batch.findings,
     )
@@ -106,10 +97,10 @@ def plan_step(
     groups, targets = learner.groups, learner.targets(iteration)
     shape = _batch_shape(learner, trajectories)
     # Ordered by target, so that a micro-batch's loss has few parts.
-    per_rank = split_over_ranks(trajectories, groups.dp_size, lambda t: targets[t.domain].order)
+    division = Division(trajectories, groups.dp_size, shape, lambda t: targets[t.domain].order)
     experts = None
     if routing is not None:
-        wanted = [[t.index for t in share] for share in per_rank]
+        wanted = [[t.index for t in share] for share in division.per_rank()]
         experts = routing.exchange(wanted, groups.dp, groups.device)
 
     storage = learner.config.teacher_storage
@@ -118,22 +109,24 @@ def plan_step(
     )
     findings = Findings()
     scores = TeacherScores(learner.loss_settings, learner.bank, targets, cache, findings)
-    student = _cut(per_rank, shape)
-    scored = {}
-    for name in learner.bank.names if learner.bank else ():
-        selected = [[t for t in share if targets[t.domain].is_scored_by(name)] for share in per_rank]
-        if any(selected):
-            scored[name] = _cut(selected, shape)
+    student = division.cut()
+    scored = {
+        name: division.cut(lambda t, name=name: targets[t.domain].is_scored_by(name))
+        for name in (learner.bank.names if learner.bank else ())
+        if any(targets[t.domain].is_scored_by(name) for t in trajectories)
+    }
     rank = groups.dp.rank()
     return StepBatch(
         trajectories,
         targets,
-        shape,
-        student=[collate(members, shape, experts) for members in student[rank]],
-        teachers={name: [collate(members, shape) for members in cut[rank]] for name, cut in scored.items()},
+        student=[collate(members, shape, experts) for members in student.of_rank(rank)],
+        teachers={
+            name: [collate(members, shape) for members in cut.of_rank(rank)] for name, cut in scored.items()
+        },
         scoring=tuple(
             scoring_task(name, cut, student, scores.keeps_log_probs) for name, cut in scored.items()
         ),
+        sizes=student.sizes,
         cache=cache,
         scores=scores,
         findings=findings,
@@ -141,7 +134,12 @@ def plan_step(
         iteration=iteration,
         # Under context parallelism one rank may hold a whole response.
         state_bytes=max(
-            (scores.num_bytes(name, part) for name, cut in scored.items() for share in cut for part in share),
+            (
+                scores.num_bytes(name, part)
+                for name, cut in scored.items()
+                for row in cut.rows
+                for part in row
+            ),
             default=0,
         ),
     )
@@ -156,9 +154,4 @@ def _batch_shape(learner: Learner, trajectories: Sequence[Trajectory]) -> BatchS
         tp_size=groups.tp_size,
         cp_size=groups.cp_size,
         cp_rank=groups.cp.rank(),
-        fixed=groups.pp_size > 1,
     )
-
-
-def _cut(per_rank: Sequence[Sequence[Trajectory]], shape: BatchShape) -> Cut:
-    return equalize([group_micro_batches(share, shape) for share in per_rank])

@@ -105,7 +105,6 @@ def forward_alone(rank, parallel, count):
         pipeline.forward(
             learner.chunks,
             batch.student,
-            batch.shape,
             lambda micro_batch, hidden, states=states: states.append(hidden.clone()),
         )
         found.append(states[: len(batch.student)])

@@ -60,7 +60,6 @@ def deviations(rank, parallel, schedule):
             learner.pipeline,
             learner.chunks,
             batch.student,
-            batch.shape,
             settings=learner.loss_settings,
             findings=Findings(),
         )
