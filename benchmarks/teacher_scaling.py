@@ -126,15 +126,17 @@ def configuration(
     )
 
 
-def learner(config, groups, teachers: int, directory: Path) -> Learner:
+def learner(
+    config, groups, teachers: int, directory: Path, sequence_length: int = SEQUENCE_LENGTH
+) -> Learner:
     model = ModelConfig(vocab_size=VOCAB, transformer=MODEL)
-    chunks = build_model(model, groups, config.params_dtype, max_sequence_length=SEQUENCE_LENGTH, seed=1)
+    chunks = build_model(model, groups, config.params_dtype, max_sequence_length=sequence_length, seed=1)
     sources = [TeacherSource(f"teacher{k}", model, 10 + k, f"{k}") for k in range(teachers)]
     routing = Routing({f"domain{d:02d}": f"teacher{d % teachers}" for d in range(DOMAINS)}, sources)
     wrapped = wrap_data_parallel(chunks, config, groups)
     optimizer, scheduler = build_optimizer(wrapped, config, groups)
     bank = TeacherBank(
-        sources, groups, config.params_dtype, SEQUENCE_LENGTH, config.teacher_storage, directory=directory
+        sources, groups, config.params_dtype, sequence_length, config.teacher_storage, directory=directory
     )
     domains = [f"domain{d:02d}" for d in range(DOMAINS)]
     return Learner(config, groups, wrapped, optimizer, scheduler, model, {}, domains, routing, bank)
