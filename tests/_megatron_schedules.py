@@ -5,6 +5,7 @@ student's forward and backward passes.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from torch import Tensor
 
 from megatron_mopd.backend.parallel import ParallelGroups
-from megatron_mopd.data.batching import BatchShape, MicroBatch, collate
+from megatron_mopd.data.batching import MicroBatch
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.pipeline.model_work import LossFunction, StepInput, TeacherModels, forward
 
@@ -74,10 +75,14 @@ def run_forward(
 
 def _run(chunks, micro_batches, groups, loss_function, forward_only):
     config = copy.copy(unwrap(chunks[0]).config)
-    config.variable_seq_lengths = True  # stages tell each other the shape of every message
-    if len(chunks) > 1:  # the interleaved schedule runs micro-batches in groups of the pipeline's size
+    # Stages tell each other the shape of every message; with gloo the interleaved schedule hangs then.
+    config.variable_seq_lengths = len(chunks) == 1
+    rows, length = micro_batches[0].tokens.shape
+    if len(chunks) > 1:
+        assert len({m.tokens.shape for m in micro_batches}) == 1, "they must have one shape"
+        # It runs micro-batches in groups of the pipeline's size.
         missing = -len(micro_batches) % groups.pp_size
-        micro_batches = [*micro_batches, *(_empty(micro_batches[0], groups) for _ in range(missing))]
+        micro_batches = [*micro_batches, *[_without_content(micro_batches[0])] * missing]
 
     def forward_step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module):
         micro_batch = next(iterator)
@@ -87,8 +92,8 @@ def _run(chunks, micro_batches, groups, loss_function, forward_only):
     arguments = dict(
         forward_step_func=forward_step,
         num_microbatches=len(micro_batches),
-        seq_length=1,  # ignored with variable lengths, like micro_batch_size
-        micro_batch_size=1,
+        seq_length=length * groups.cp_size,
+        micro_batch_size=rows,
         forward_only=forward_only,
         pg_collection=groups.collection,
     )
@@ -104,17 +109,19 @@ def _run(chunks, micro_batches, groups, loss_function, forward_only):
     )
 
 
-def _empty(like: MicroBatch, groups: ParallelGroups) -> MicroBatch:
-    """A micro-batch without trajectories, padded or packed."""
-    shape = BatchShape.for_batch(
-        [],
-        micro_batch_size=1,
-        max_tokens=None if like.document_lengths is None else 1,
-        tp_size=groups.tp_size,
-        cp_size=groups.cp_size,
-        cp_rank=groups.cp.rank(),
+def _without_content(like: MicroBatch) -> MicroBatch:
+    """A micro-batch of the same shape that is only padding."""
+    return dataclasses.replace(
+        like,
+        trajectories=(),
+        tokens=torch.zeros_like(like.tokens),
+        padding_mask=torch.ones_like(like.padding_mask),
+        trajectory_ids=torch.zeros_like(like.trajectory_ids),
+        loss_index=like.loss_index[:0],
+        target_ids=like.target_ids[:0],
+        loss_counts=(),
+        experts=None,
     )
-    return collate([], shape)
 
 
 class MegatronSchedules:

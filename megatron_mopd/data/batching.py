@@ -28,6 +28,9 @@ class BatchShape:
     """Most rows of a padded micro-batch."""
     max_tokens: int | None
     """Token budget of a packed micro-batch; `None` pads instead of packing."""
+    longest: int
+    """Length of the batch's longest trajectory. Under CP every padded row is as long: which tokens of it a
+    rank holds depends on its length, and must be the same for the student and its teachers."""
     alignment: int
     """Every row (padded) or document (packed, for its CP part) has a length that TP and CP can split evenly.
     """
@@ -49,11 +52,11 @@ class BatchShape:
     ) -> BatchShape:
         """The shape for one optimizer step; the longest trajectory fits every token budget."""
         alignment = tp_size * (2 * cp_size if cp_size > 1 else 1)
+        longest = max(map(len, trajectories), default=1)
         if max_tokens is not None:
-            longest = max(map(len, trajectories), default=1)
             max_tokens = _round_up(max(max_tokens, longest), alignment)
         share = sum(len(t.response_ids) for t in trajectories) / max(1, sum(map(len, trajectories)))
-        return cls(micro_batch_size, max_tokens, alignment, cp_size, cp_rank, share)
+        return cls(micro_batch_size, max_tokens, longest, alignment, cp_size, cp_rank, share)
 
     @property
     def is_packed(self) -> bool:
@@ -69,7 +72,8 @@ class BatchShape:
         if self.max_tokens is not None:
             used = sum(map(self.document_length, trajectories))
             return 1, max(used, min(self._rounded(used), self.max_tokens))
-        return max(1, len(trajectories)), self._rounded(max(map(len, trajectories), default=1))
+        own = max(map(len, trajectories), default=1)
+        return max(1, len(trajectories)), self._rounded(self.longest if self.cp_size > 1 else own)
 
     def num_tokens(self, trajectories: Sequence[Trajectory]) -> int:
         """Tokens of a micro-batch over all context-parallel ranks, padding included."""
