@@ -1,7 +1,7 @@
 """Plans on a GPU with one hardware queue: which orders of receives deadlock, and what the queue costs.
 
-    python benchmarks/pipeline_queue.py                       # a minute on one core
-    python benchmarks/pipeline_queue.py --plans 2000 --seed 1
+    python -m benchmarks.pipeline_queue --plans 2000          # two minutes on one core
+    python -m benchmarks.pipeline_queue --steady              # p=8, m=32, the cases of pipeline_plans.py
 
 Draws random requests (1-16 stages, 1-4 chunks, 1-64 micro-batches, 0-8 teachers, every kind of schedule,
 limits), plans them, and executes every plan with one queue per stream (`simulate`) and with one for all
@@ -13,6 +13,7 @@ limits), plans them, and executes every plan with one queue per stream (`simulat
 
 The cost is the time with one queue relative to that of the planned order with a queue per stream, over the
 plans that do not deadlock. `--deviation 0.1` changes every duration at random by up to 10% after planning.
+`--steady` prints the time of an optimizer step in the steady state relative to a bubble-free one instead.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
+from benchmarks.pipeline_plans import VARIANTS, workload
 from megatron_mopd.pipeline.check import find_problems
 from megatron_mopd.pipeline.costs import CostModel
 from megatron_mopd.pipeline.instructions import (
@@ -37,8 +39,9 @@ from megatron_mopd.pipeline.instructions import (
     Send,
 )
 from megatron_mopd.pipeline.one_queue import simulate_one_queue
-from megatron_mopd.pipeline.plan import make_plan
+from megatron_mopd.pipeline.plan import Planner, make_plan
 from megatron_mopd.pipeline.problem import KINDS, Limits, PlanRequest, split_scoring
+from megatron_mopd.pipeline.scenarios import chain
 from megatron_mopd.pipeline.simulate import PlanError, simulate
 
 
@@ -144,6 +147,17 @@ def deviating(plan: Plan, deviation: float, seed: int) -> Plan:
     return replace(plan, request=replace(plan.request, costs=costs))
 
 
+def print_steady_states(steps: int = 3) -> None:
+    """The cases of `pipeline_plans.py` with 8 stages and 32 micro-batches."""
+    print("| case | a queue per stream | one queue |\n|---|---:|---:|")
+    for name, variant in VARIANTS.items():
+        work = workload(8, 32, variant)
+        plans = chain(Planner(effort=30_000), work, "bubble_fill", steps + 3, reach=1)[:-1]
+        ends = [execute(plans).optimizer_steps for execute in (simulate, simulate_one_queue)]
+        ratios = [(times[-1] - times[-1 - steps]) / (steps * work.bubble_free()) for times in ends]
+        print(f"| {name} | {ratios[0]:.3f} | {ratios[1]:.3f} |", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -151,7 +165,11 @@ def main() -> int:
     parser.add_argument("--plans", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deviation", type=float, default=0.0)
+    parser.add_argument("--steady", action="store_true")
     options = parser.parse_args()
+    if options.steady:
+        print_steady_states()
+        return 0
     orders = {"planned": lambda plan: plan, "early": early, "at the end": at_the_end}
     deadlocks, costs = dict.fromkeys(orders, 0), {name: [] for name in orders}
     seconds = dict.fromkeys(("planning", "find_problems", "one queue", "a queue per stream"), 0.0)

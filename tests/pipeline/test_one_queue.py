@@ -140,6 +140,71 @@ def test_planned_orders_do_not_deadlock_and_cost_next_to_nothing():
     assert sum(ratios) / len(ratios) < 1.005 and max(ratios) < 1.15
 
 
+def assert_no_message_crosses_a_meeting(plan):
+    messages: dict = {}
+    for entries in plan.stages:
+        meetings = 0
+        for entry in entries:
+            if isinstance(entry, OptimizerStep | Synchronize):
+                meetings += 1
+            elif isinstance(entry, Send | Receive):
+                messages.setdefault((type(entry), entry.channel, meetings), []).append(entry.consumer)
+    for (kind, *where), consumers in messages.items():
+        assert messages.get((Receive if kind is Send else Send, *where)) == consumers
+
+
+def small(
+    stages, microbatches, forward, backward, teachers, counts, *, kind="bubble_fill", scored=False, **costs
+):
+    """A request that scores its own step, or has it scored, and looks ahead by one step."""
+    virtual_stages = len(forward) // stages
+    costs = CostModel.build(
+        stages,
+        virtual_stages,
+        student_forward=forward,
+        student_backward=backward,
+        teacher_forward=teachers,
+        **costs,
+    )
+    scoring = split_scoring(counts, scored=scored) + split_scoring(counts, step=1)
+    return PlanRequest(stages, microbatches, costs, virtual_stages, scoring, kind=kind)
+
+
+# Each is violated if `messages.py` omits one of its limits 2 and 3. The times imply 1 in all plans tried.
+LIMITS = {
+    "a teacher's message before the optimizer step": small(
+        2, 5, [3, 1.7], [0, 0.3], {"a": [0, 1], "b": [3, 1.7]}, {"a": 3, "b": 2}, message=1.0
+    ),
+    "the first forward after Synchronize": small(
+        2, 1, [1, 1], [2, 2], {"a": 1.0}, {"a": 1}, kind="serial", scored=True, message=0.1, optimizer=0.5
+    ),
+    "equal times": small(
+        3,
+        2,
+        [0, 0, 1, 0, 1, 0],
+        [1.7, 3, 0, 1.7, 0, 0.3],
+        {"a": [0, 0.3, 1.7]},
+        {"a": 2},
+        scored=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_each_limit_is_needed(name):
+    plan = make_plan(LIMITS[name], effort=0)
+    check_plan(plan)
+    assert_no_message_crosses_a_meeting(plan)
+
+
+def test_a_receive_is_not_posted_before_the_previous_message_has_arrived():
+    """Messages that take as long as a forward: posted earlier, they would hold up computations."""
+    teachers = {"a": [1.7, 0], "b": [1, 0.3]}
+    request = small(2, 3, [1, 3], [1.7, 0], teachers, {"a": 2, "b": 1}, message=1.0)
+    plan = make_plan(request, effort=0)
+    assert simulate_one_queue(plan).total == pytest.approx(simulate(plan).total)
+
+
 @pytest.mark.parametrize("virtual_stages", [1, 2])
 def test_teachers_in_the_bubbles_cost_nothing_more(virtual_stages):
     """p=8, m=32, T=F=1, B=2, the case of the README."""
@@ -150,18 +215,6 @@ def test_teachers_in_the_bubbles_cost_nothing_more(virtual_stages):
     assert simulate_one_queue(plan).total == pytest.approx(simulate(plan).total)
 
 
-def sent_and_received_before_each_meeting(plan):
-    counts: dict = {}
-    for entries in plan.stages:
-        meetings = 0
-        for entry in entries:
-            if isinstance(entry, OptimizerStep | Synchronize):
-                meetings += 1
-            elif isinstance(entry, Send | Receive):
-                counts.setdefault((entry.channel, meetings), []).append((type(entry), entry.consumer))
-    return counts.values()
-
-
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(requests())
 def test_random_plans_complete_with_any_durations(request):
@@ -170,9 +223,7 @@ def test_random_plans_complete_with_any_durations(request):
     plan = make_plan(request, effort=0)
     assert not find_problems(plan)
     simulate_one_queue([plan, plan])
-    for messages in sent_and_received_before_each_meeting(plan):
-        sent = [consumer for kind, consumer in messages if kind is Send]
-        assert sent == [consumer for kind, consumer in messages if kind is Receive]
+    assert_no_message_crosses_a_meeting(plan)
 
 
 @pytest.mark.parametrize("virtual_stages", [1, 2, 3])
