@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -20,14 +19,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_mopd.backend import cpu, versions
-from megatron_mopd.backend.agreement import ranks_text
+from megatron_mopd.backend.check_in import check_in
 from megatron_mopd.backend.launch_environment import read_launch
 from megatron_mopd.backend.lifeline import Lifeline
 from megatron_mopd.backend.network import interface_names, interface_problems
+from megatron_mopd.backend.process_groups import only_own_groups
 from megatron_mopd.config import ConfigError, ParallelConfig
-
-_LET_OTHERS_READ = 1.0
-"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ def start_ranks(device: torch.device, timeout_minutes: float) -> Lifeline:
         store = dist.PrefixStore(f"megatron_mopd/{attempt}", store)
     lifeline = Lifeline(store, rank, world_size)
     if world_size > 1:
-        _check_in(store, rank, world_size, timeout_minutes, device.type)
+        check_in(store, rank, world_size, timeout_minutes, device.type)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(
         backend,
@@ -179,35 +176,6 @@ def end_ranks(lifeline: Lifeline) -> None:
     """Call after the last collective of a successful job: this rank may then exit before the others."""
     lifeline.release()
     dist.destroy_process_group()
-
-
-def _check_in(
-    store: dist.Store, rank: int, world_size: int, timeout_minutes: float, device_type: str
-) -> None:
-    """Wait for all ranks, and check that they compute on the same kind of device: process groups with
-    different backends would hang.
-    """
-    store.set(f"arrived/{rank}", device_type)
-    deadline = time.monotonic() + 60 * timeout_minutes
-    missing = set(range(world_size))
-    while missing := {other for other in missing if not store.check([f"arrived/{other}"])}:
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"only {world_size - len(missing)} of {world_size} ranks started within "
-                f"{timeout_minutes:g} minutes; missing: {', '.join(map(str, sorted(missing)))}. "
-                "Look at their logs, or raise parallel.distributed_timeout_minutes"
-            )
-        time.sleep(0.05)
-    # A few bytes per rank, in one request.
-    types = [value.decode() for value in store.multi_get([f"arrived/{one}" for one in range(world_size)])]
-    if len(set(types)) > 1:
-        if rank == 0:
-            time.sleep(_LET_OTHERS_READ)  # the store may end with this process
-        by_type = {kind: [r for r, t in enumerate(types) if t == kind] for kind in sorted(set(types))}
-        found = ", ".join(f"{kind} on {ranks_text(ranks)}" for kind, ranks in by_type.items())
-        raise ConfigError(
-            f"ranks differ in device: {found}; every rank needs a GPU, or device=cpu on all of them"
-        )
 
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
@@ -303,19 +271,21 @@ def _divisors(number: int) -> list[int]:
 def build_parallel_groups(parallel: ParallelConfig, device: torch.device, seed: int) -> ParallelGroups:
     """Create the parallel groups of the started ranks and seed megatron-core's random-number tracker.
 
-    Collective over all ranks (group creation). Every rank must call it with the same arguments.
+    Every rank must call it with the same arguments; a rank creates its own groups, about twenty, and waits
+    for nobody else than their members.
     """
     vpp = parallel.virtual_pipeline_model_parallel_size
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
-        create_gloo_process_groups=device.type != "cpu",
-    )
+    with only_own_groups():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+            distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
+            create_gloo_process_groups=device.type != "cpu",
+        )
     seed_model_parallel(seed)
     return ParallelGroups(ProcessGroupCollection.use_mpu_process_groups(), parallel, device)
 

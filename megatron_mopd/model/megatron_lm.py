@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_mopd.backend.agreement import first_problem
 from megatron_mopd.backend.model_files import read_limited
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import ConfigError, ModelConfig
@@ -92,7 +93,5 @@ def require_same_tensors(
     problems = [problem for problem, _ in gathered if problem]
     if left := sorted(key for key in listed if is_weight(key) and key not in known):
         problems.append(f"{left[0]} is not part of the model")
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, problems[0] if problems else None)
-    if found := next((problem for problem in everywhere if problem), None):
-        raise ConfigError(f"{what} does not match the configured model: {found}")
+    if found := first_problem(problems[0] if problems else None):
+        raise ConfigError(f"{what} does not match the configured model: {found.text}")

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mopd.backend.process_groups import new_group
 from megatron_mopd.pipeline.instructions import Channel, Lane
 
 _TAGS_PER_KIND = 1 << 20
@@ -90,7 +91,8 @@ class PendingMessage:
 
 
 class PipelineCommunicator:
-    """Sends and receives messages for one rank. Construction is collective over all ranks of the run.
+    """Sends and receives messages for one rank. Construction is collective over the pipeline: at most nine
+    groups of its ranks, and in each an all-reduce of 4 bytes.
 
     pipeline: this rank's pipeline group; its ranks in stage order.
     """
@@ -113,14 +115,10 @@ class PipelineCommunicator:
         kinds = sorted({channel_kind(channel) for channel in all_channels(len(self.ranks), virtual_stages)})
         if device.type == "cpu":
             kinds = kinds[:1]
-        # Every rank of the run creates all groups in the same order, including those that only others use.
-        for ranks in _all_pipelines(self.ranks) if kinds else ():
-            for kind in kinds:
-                group = dist.new_group(
-                    ranks, timeout=timeout, backend="nccl" if device.type == "cuda" else "gloo"
-                )
-                if ranks == self.ranks:
-                    self._groups[kind] = group
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        for kind in kinds:
+            description = f"PIPELINE_CHANNELS_{kind}"
+            self._groups[kind] = new_group(self.ranks, timeout, backend, group_desc=description)
         for group in self._groups.values():
             # The first use of an NCCL communicator needs all its ranks at once; later uses need only the two
             # peers.
@@ -197,10 +195,3 @@ def _lost(channel: Channel, stage: int, peer: int, error: Exception) -> StageTim
     return StageTimeout(
         f"stage {stage} (rank {peer}) on {channel} cannot be reached ({cause}): check its log"
     )
-
-
-def _all_pipelines(ranks: list[int]) -> list[list[int]]:
-    """The ranks of every pipeline of the run, the same list on all ranks. One all-gather of p integers."""
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, ranks)
-    return [list(pipeline) for pipeline in sorted({tuple(pipeline) for pipeline in gathered})]

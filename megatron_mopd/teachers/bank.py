@@ -27,10 +27,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_mopd.backend.agreement import first_problem
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import ModelConfig, TeacherStorageConfig, to_dict
 from megatron_mopd.model.build import build_model
@@ -361,19 +361,17 @@ class TeacherBank:
         """Raise `TeacherFileError` on every rank if on any rank a file of these teachers is missing or has
         changed.
 
-        Only `mmap` has files. One all-gather of a short text over all ranks. Call it before each batch, so
-        that no rank waits for one that cannot read.
+        Only `mmap` has files. One all-reduce of 8 bytes over all ranks. Call it before each batch, so that no
+        rank waits for one that cannot read.
         """
         if not isinstance(self.store, FileStore):
             return
         keys = [(name, segment.name) for name in names for segment in self._segments(name)]
-        problems: list[str | None] = [None] * self._groups.world_size
-        dist.all_gather_object(problems, self.store.problem(keys))
-        found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
-        if found:
+        if found := first_problem(self.store.problem(keys)):
             raise TeacherFileError(
-                f"{found[0]} ({len(found)} of {len(problems)} ranks are affected). The run's last checkpoint "
-                "is complete: resume from it, and missing files are rebuilt from the teacher's checkpoint"
+                f"rank {found.rank}: {found.text} ({found.count} of {self._groups.world_size} ranks are "
+                "affected). The run's last checkpoint is complete: resume from it, and missing files are "
+                "rebuilt from the teacher's checkpoint"
             )
 
     def take_traffic(self) -> dict[str, Traffic]:

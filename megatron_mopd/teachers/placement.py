@@ -8,11 +8,14 @@ import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mopd.backend.agreement import first_problem
 from megatron_mopd.backend.host_memory import available_host_bytes
 from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.backend.process_groups import new_group
 from megatron_mopd.config import ConfigError
 from megatron_mopd.teachers.layout import DENSE, EXPERT, HEAD
 from megatron_mopd.teachers.storage import FileStore, Store
@@ -27,8 +30,13 @@ def replica_groups(groups: ParallelGroups) -> dict[str, dist.ProcessGroup]:
 
 
 def gather_groups(groups: ParallelGroups) -> dict[str, dist.ProcessGroup]:
-    """A new group over the replicas of each body segment. Collective over all ranks."""
-    return {DENSE: _duplicate(groups.collection.dp_cp), EXPERT: _duplicate(groups.collection.expt_dp)}
+    """A new group over the replicas of each body segment, with communicators of its own. Collective over
+    the members of each group."""
+    members = {DENSE: groups.collection.dp_cp, EXPERT: groups.collection.expt_dp}
+    return {
+        name: new_group(dist.get_process_group_ranks(group), group_desc=f"TEACHER_GATHER_{name}")
+        for name, group in members.items()
+    }
 
 
 def sharding(groups: ParallelGroups) -> dict[str, int]:
@@ -36,31 +44,24 @@ def sharding(groups: ParallelGroups) -> dict[str, int]:
     return {DENSE: groups.collection.dp_cp.size(), EXPERT: groups.collection.expt_dp.size(), HEAD: 1}
 
 
-def _duplicate(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group over the same ranks with separate communicators."""
-    members: list[tuple[int, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(members, tuple(dist.get_process_group_ranks(group)))
-    created = {ranks: dist.new_group(list(ranks)) for ranks in sorted(set(members))}
-    return created[members[dist.get_rank()]]
-
-
 def are_kept(store: Store, sizes: Mapping[tuple[str, str], int]) -> bool:
     """Whether files from an earlier start hold these payloads on every rank; raises `ConfigError` on all
     ranks for damaged files.
 
-    Collectives: for files, one all-gather of a short text over all ranks.
+    Collectives: for files, two all-reduces of 8 bytes over all ranks.
     """
     if not isinstance(store, FileStore):
         return False
+    problem, kept = None, False
     try:
-        mine = all(store.has(key, size) for key, size in sizes.items()), None
+        kept = all(store.has(key, size) for key, size in sizes.items())
     except ConfigError as error:
-        mine = False, str(error)
-    reports: list[tuple[bool, str | None]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(reports, mine)
-    if problem := next((problem for _, problem in reports if problem), None):
-        raise ConfigError(problem)
-    return all(kept for kept, _ in reports)
+        problem = str(error)
+    if found := first_problem(problem):
+        raise ConfigError(found.text)
+    everywhere = torch.tensor([int(kept)])
+    dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+    return bool(everywhere.item())
 
 
 def bytes_per_mode(payload: Mapping[str, int], parts: Mapping[str, int]) -> dict[str, int]:
@@ -83,8 +84,10 @@ def check_host_memory(
     reports: list = [None] * groups.world_size
     mine = (socket.gethostname(), available_host_bytes(), bytes_per_mode(payload, parts))
     dist.all_gather_object(reports, mine)
-    for host in sorted({name for name, *_ in reports}):
-        here = [report for report in reports if report[0] == host]
+    by_host: dict[str, list] = {}
+    for report in reports:
+        by_host.setdefault(report[0], []).append(report)
+    for host, here in sorted(by_host.items()):
         needed = {key: sum(sizes[key] for *_, sizes in here) for key in here[0][2]}
         available = min(free for _, free, _ in here)
         if needed[mode] > _SHARE_OF_FREE_MEMORY * available:

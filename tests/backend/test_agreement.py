@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_mopd.backend import agreement
-from megatron_mopd.backend.agreement import Fact, require_agreement
+from megatron_mopd.backend.agreement import Fact, Problem, first_problem, require_agreement
 from megatron_mopd.config import ConfigError
 from tests._distributed import RankPool
 
@@ -109,3 +109,22 @@ def test_long_and_hostile_values(pool):
 )
 def test_names_of_ranks(ranks, expected):
     assert agreement.ranks_text(list(ranks)) == expected
+
+
+def first(rank, texts):
+    """What a rank is told, and (collective, bytes that it sends) of every collective."""
+    sent = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "broadcast_object_list"):
+            patch.setattr(dist, name, counted(getattr(dist, name), sent))
+        return first_problem(texts.get(rank)), sent
+
+
+def test_without_a_problem_ranks_send_eight_bytes(pool):
+    assert pool.run(first, {}) == [(None, [("all_reduce", 8)])] * 4
+
+
+def test_all_ranks_are_told_the_first_problem(pool):
+    answers = pool.run(first, {3: "disk full", 1: "no such file"})
+    assert [told for told, _ in answers] == [Problem("no such file", rank=1, count=2)] * 4
+    assert pool.run(first, {0: ""})[2][0] == Problem("", rank=0, count=1)

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe import moe_utils, router
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from megatron_mopd.backend import failure, parallel, versions
+from megatron_mopd.backend.check_in import announce
 from megatron_mopd.backend.launch_environment import Launch, read_launch
 from megatron_mopd.config import ConfigError, ParallelConfig
 from tests import _models
@@ -50,7 +51,7 @@ def test_missing_ranks_are_named(store, monkeypatch):
     assert time.monotonic() - begun < 30
     assert not dist.is_initialized()
     # Rank 0 of the same attempt has arrived; ranks of the previous attempt do not count.
-    store.set("megatron_mopd/0/arrived/0", "yes")
+    announce(dist.PrefixStore("megatron_mopd/0", store), 0, 3, "cpu")
     with pytest.raises(ConfigError, match="only 2 of 3 ranks started .* missing: 2. "):
         parallel.start_ranks(CPU, 0.01)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -60,8 +61,8 @@ def test_missing_ranks_are_named(store, monkeypatch):
 
 def test_ranks_on_other_devices_are_named(store):
     """Process groups of different backends would wait for each other."""
-    store.set("megatron_mopd/0/arrived/0", "cuda")
-    store.set("megatron_mopd/0/arrived/2", "cuda")
+    for rank in (0, 2):
+        announce(dist.PrefixStore("megatron_mopd/0", store), rank, 3, "cuda")
     with pytest.raises(ConfigError, match="ranks differ in device: cpu on rank 1, cuda on ranks 0, 2; every"):
         parallel.start_ranks(CPU, 0.1)
     assert not dist.is_initialized()
@@ -71,7 +72,7 @@ def test_agents_that_count_restarts_differently(store, monkeypatch):
     """Rank 0 serves the store (launch/train.sh on several nodes): a replaced node's count starts at 0."""
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    store.set("megatron_mopd/0/arrived/0", "yes")
+    announce(dist.PrefixStore("megatron_mopd/0", store), 0, 3, "cpu")
     with pytest.raises(ConfigError, match="only 2 of 3 ranks started .* missing: 2. "):
         parallel.start_ranks(CPU, 0.01)
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from megatron_mopd.observe.progress import progress
 from tests.fuzz_layouts.case import Case
 from tests.fuzz_layouts.draw import draw_case
