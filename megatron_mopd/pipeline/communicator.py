@@ -92,7 +92,7 @@ class PendingMessage:
 
 class PipelineCommunicator:
     """Sends and receives messages for one rank. Construction is collective over the pipeline: at most nine
-    groups of its ranks, and in each an all-reduce of 4 bytes.
+    groups of its ranks, in each an all-reduce of 4 bytes, and a message of 4 bytes on every channel.
 
     pipeline: this rank's pipeline group; its ranks in stage order.
     """
