@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the backend "fake")
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.overrides import TorchFunctionMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_mopd.backend.parallel import ParallelGroups, build_parallel_groups, destroy_parallel_groups
 from megatron_mopd.config import Config, DomainObjectives, ModelConfig
@@ -53,7 +53,7 @@ def imagined_groups(config: Config, world_size: int, rank: int) -> Iterator[Para
 
     Must not be used if torch.distributed is already initialized.
     """
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=world_size)
     try:
         groups = build_parallel_groups(config.parallel, torch.device("cpu"), config.seed)
         yield replace(groups, device=torch.device("meta"))

@@ -97,6 +97,9 @@ class Schedule:
             if job.step == 0:
                 self.last_job[job.microbatch] = number
         self.placed: list[list[Placed]] = [[] for _ in range(p)]
+        self.started: list[int] = []
+        """The stage of every computation, in the order in which the scheduler started them: none depends on a
+        later one, not even if their times are equal."""
         _Simulation(self).run()
         # Losses, and forwards that store log-probs, read heads in the order of the schedule.
         uses = [(item, heads) for item in self.placed[-1] if (heads := self._heads_read(item))]
@@ -195,6 +198,7 @@ class _Simulation:
             kind = self._choice(stage, now)
             if kind is not None:
                 stage.free_at = start[kind](stage, now)
+                self.schedule.started.append(number)
                 heappush(self.events, (stage.free_at, number))
         assert all(len(stage.placed) == 2 * self.n_forwards + self.n_jobs for stage in self.stages), (
             "the scheduler left work undone"

@@ -218,6 +218,25 @@ def test_every_rank_uses_a_communicator_in_one_direction_with_one_peer(stages):
     assert needed == set(all_channels(stages, 2))
 
 
+def first_messages(rank, stages):
+    """The channels that have carried a message after construction, and how many."""
+    channels = PipelineCommunicator(
+        small_work.pipeline_group(stages),
+        torch.device("cpu"),
+        virtual_stages=2,
+        timeout=timedelta(seconds=30),
+    )
+    return rank % stages, dict(channels._numbers)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_every_channel_is_connected_before_the_first_plan(four_ranks, stages):
+    """With NCCL the first message of two ranks blocks both hosts, in a plan perhaps in a circle."""
+    for stage, counts in four_ranks.run(first_messages, stages):
+        mine = {c: 1 for c in all_channels(stages, 2) if stage in (c.source, c.destination)}
+        assert counts == mine
+
+
 # --- errors -----------------------------------------------------------------------------------------------
 
 
