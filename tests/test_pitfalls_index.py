@@ -99,7 +99,7 @@ GUARDS = {
     ),
     # Pipelines and mixtures of experts
     "Ranks that share a collective with different numbers of micro-batches": (
-        "data/test_batching.py::test_every_rank_gets_as_many_micro_batches",
+        "data/test_division.py::test_every_rank_gets_as_many_micro_batches_and_every_trajectory_once",
         "pipeline/test_plan.py::test_unequal_counts_are_named",
     ),
     "A parameter that the loss of an empty micro-batch does not reach, while others wait for its gradient": (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 
@@ -23,7 +25,7 @@ from megatron_mopd.pipeline.instructions import (
 )
 from megatron_mopd.pipeline.one_queue import simulate_one_queue
 from megatron_mopd.pipeline.plan import forward_lists, make_plan
-from megatron_mopd.pipeline.problem import PlanRequest, TeacherJob, split_scoring
+from megatron_mopd.pipeline.problem import PlanRequest, ScoringTask, split_scoring
 from megatron_mopd.pipeline.simulate import PlanError, simulate
 from tests.pipeline.test_simulate import requests
 
@@ -32,9 +34,9 @@ GRADIENTS = Channel(Lane.STUDENT_BACKWARD, 1, 0)
 STATES = Channel(Lane.TEACHER_FORWARD, 0, 1)
 
 
-def two_stages(first, second, microbatches=2, message=0.0):
+def two_stages(first, second, microbatches=2, message=0.0, scoring=()):
     costs = CostModel.build(2, teacher_forward={"t": 1.0}, message=message)
-    return Plan(PlanRequest(2, microbatches, costs), (tuple(first), tuple(second)))
+    return Plan(PlanRequest(2, microbatches, costs, scoring=scoring), (tuple(first), tuple(second)))
 
 
 def forward(i, channel=None):
@@ -95,13 +97,14 @@ def test_a_receive_that_cannot_start_holds_up_the_computation_that_it_depends_on
 
 def test_a_send_that_cannot_start_holds_up_the_computation_that_its_receiver_waits_for():
     """The receiver posts late, after a forward whose input the sender launches after its sends."""
-    jobs = [TeacherForward(TeacherJob("t", i, 1)) for i in range(2)]
+    ahead = ScoringTask("t", (0, 1), step=1)
+    jobs = [TeacherForward(job) for job in ahead.pending()]
     teachers = [entry for job in jobs for entry in (job, Send(STATES, job))]
     received = [entry for job in jobs for entry in (receive(STATES, job), job)]
     first = [*teachers, *forward(0, ACTIVATIONS), receive(GRADIENTS, StudentBackward(0)), *backward(0)]
     start = [receive(ACTIVATIONS, StudentForward(0)), *forward(0), *backward(0, GRADIENTS)]
     end = [OptimizerStep()]
-    late = two_stages(first + end, start + received + end, microbatches=1)
+    late = two_stages(first + end, start + received + end, microbatches=1, scoring=(ahead,))
     simulate(late)
     with pytest.raises(
         PlanError,
@@ -109,7 +112,7 @@ def test_a_send_that_cannot_start_holds_up_the_computation_that_its_receiver_wai
         r"stage 1 to receive message 0 of this channel",
     ):
         simulate_one_queue(late)
-    in_time = two_stages(first + end, received[:1] + start + received[1:] + end, microbatches=1)
+    in_time = replace(late, stages=(late.stages[0], (*received[:1], *start, *received[1:], *end)))
     simulate_one_queue(in_time)
 
 
