@@ -1,0 +1,217 @@
+"""Shares a batch among blocks of data-parallel ranks, so that each block sees few teachers.
+
+A *block* is the smallest set of data-parallel ranks that must run the same instructions: those that share an
+expert group, or one rank of a dense model. If every rank trained on samples of every teacher, each would load
+all teachers and compute nearly empty micro-batches for them. So the batch, grouped by teacher mixture, is
+divided among the blocks, in two stages: first how much of each mixture goes to which block (`portions`), then
+which trajectories, longest first (`share_among_blocks`).
+
+Nothing is remembered from step to step, so that a resumed run divides its batches as an uninterrupted one.
+Blocks nevertheless keep their teachers as far as balance allows, because mixtures are cut in the order of
+their names wherever that leaves every block with few enough of them.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from collections.abc import Callable, Hashable, Sequence
+from heapq import heapify, heapreplace
+from itertools import accumulate
+
+import numpy as np
+
+from megatron_mopd.data.trajectory import Trajectory
+
+TOLERANCE = 0.05
+"""How much more than the mean a block may be given so that a mixture is not split."""
+
+_DUST = 1e-9
+"""Portions below this share of a block are rounding errors."""
+
+Portions = list[list[tuple[int, float]]]
+"""[mixture]: the blocks that it goes to, and how much of it to each."""
+
+
+def share_among_blocks(
+    trajectories: Sequence[Trajectory],
+    blocks: int,
+    key: Callable[[Trajectory], Hashable],
+    cost: Callable[[Trajectory], float],
+    block_size: int = 1,
+    scoring_cost: Callable[[Trajectory], float] = lambda _: 0.0,
+) -> list[list[Trajectory]]:
+    """[block]: the trajectories that it trains on, so that all blocks have nearly equal work.
+
+    Each trajectory is in exactly one share; with few trajectories some shares are empty. A share has at most
+    ceil(mixtures / blocks) + 1 mixtures (values of `key`, which are ordered by their text). The result does
+    not depend on the order of `trajectories`, only on their `index`, so it is the same on every rank without
+    communication.
+
+    cost: of a trajectory's student and teachers together, above 0. scoring_cost: the part of it that is its
+    teachers', called for one trajectory of each mixture. The `block_size` ranks of a block score in step,
+    so a mixture costs a block at least as much as its longest trajectory costs each rank.
+    """
+    if blocks == 1 or not trajectories:
+        return [list(trajectories), *([] for _ in range(blocks - 1))]
+    keys = list(map(key, trajectories))
+    names = {name: number for number, name in enumerate(sorted(set(keys), key=str))}
+    examples = dict(zip(keys, trajectories))
+    owners = assign_blocks(
+        np.fromiter(map(names.__getitem__, keys), np.int64, len(keys)),
+        np.fromiter(map(cost, trajectories), np.float64, len(keys)),
+        np.fromiter((t.index for t in trajectories), np.int64, len(keys)),
+        blocks,
+        block_size,
+        np.array([scoring_cost(examples[name]) / cost(examples[name]) for name in names]),
+    )
+    shares: list[list[Trajectory]] = [[] for _ in range(blocks)]
+    for owner, trajectory in zip(owners.tolist(), trajectories):
+        shares[owner].append(trajectory)
+    return shares
+
+
+def assign_blocks(
+    mixtures: np.ndarray,
+    costs: np.ndarray,
+    indices: np.ndarray,
+    blocks: int,
+    block_size: int,
+    scoring_share: np.ndarray,
+) -> np.ndarray:
+    """[n] the block of each trajectory, from [n] the number of its mixture, its cost and its index, and
+    [mixture] its teachers' share of the cost.
+
+    Each trajectory, longest first, goes to the block that still lacks most of its mixture. What a block gets
+    too much or too little of one mixture is made up for with its next.
+    """
+    order = np.lexsort((indices, -costs, mixtures))
+    ends = np.cumsum(np.bincount(mixtures))
+    firsts = ends - np.bincount(mixtures)
+    sorted_costs = costs[order]
+    sizes = np.bincount(mixtures, costs)
+    idle = np.maximum(0.0, block_size * sorted_costs[firsts] - sizes)
+    work = sizes + scoring_share * idle
+    owners = np.empty(len(order), np.int64)
+    owed = [0.0] * blocks
+    for mixture, portion in enumerate(portions(work.tolist(), blocks)):
+        members = order[firsts[mixture] : ends[mixture]]
+        if len(portion) == 1:
+            owners[members] = portion[0][0]
+            continue
+        # The heap's smallest entry is the block that lacks most.
+        of_cost = float(sizes[mixture] / work[mixture])
+        lacking = [(-owed[block] - amount * of_cost, block) for block, amount in portion]
+        heapify(lacking)
+        chosen = []
+        for length in costs[members].tolist():
+            lack, block = lacking[0]
+            chosen.append(block)
+            heapreplace(lacking, (lack + length, block))
+        owners[members] = chosen
+        for lack, block in lacking:
+            owed[block] = -lack
+    return owners
+
+
+def portions(sizes: Sequence[float], blocks: int) -> Portions:
+    """How much of each mixture goes to which blocks: at most ceil(mixtures / blocks) + 1 mixtures to a block,
+    and to each block as much as to the others within `TOLERANCE`. sizes: [mixture] total cost, in the order
+    of the mixtures' names.
+    """
+    count = sum(size > 0 for size in sizes)
+    most = -(-count // blocks) + 1
+    for found in (
+        _cut_in_order(sizes, blocks),
+        _sliding_window(sizes, blocks, TOLERANCE),
+    ):
+        if _most_mixtures(found, blocks) <= most:
+            return found
+    return _sliding_window(sizes, blocks, 0.0)
+
+
+def _most_mixtures(found: Portions, blocks: int) -> int:
+    counts = [0] * blocks
+    for portion in found:
+        for block, _ in portion:
+            counts[block] += 1
+    return max(counts)
+
+
+def _cut_in_order(sizes: Sequence[float], blocks: int) -> Portions:
+    """The mixtures one after another, cut into as many contiguous parts as there are blocks.
+
+    Wherever `TOLERANCE` allows, a part ends with a mixture instead of splitting it, and the difference is
+    spread over all blocks from there to the next such place.
+    """
+    ends = [0.0, *accumulate(sizes)]
+    capacity = ends[-1] / blocks
+    found: Portions = [[] for _ in sizes]
+    joints = _joints(ends, blocks)
+    for (mixture, block), (last_mixture, last_block) in zip(joints, joints[1:]):
+        each = (ends[last_mixture] - ends[mixture]) / (last_block - block)
+        room = each
+        for number in range(mixture, last_mixture):
+            left = sizes[number]
+            while left > _DUST * capacity:
+                part = left if block == last_block - 1 else min(left, room)
+                found[number].append((block, part))
+                left, room = left - part, room - part
+                if room <= _DUST * capacity and block < last_block - 1:
+                    block, room = block + 1, each
+    return found
+
+
+def _joints(ends: Sequence[float], blocks: int) -> list[tuple[int, int]]:
+    """(mixture, block) pairs, from (0, 0) to (all, all), before which the same mixtures and blocks end: as
+    many as possible such that no block between two of them gets more than `TOLERANCE` above the mean.
+    """
+    most = (1 + TOLERANCE) * ends[-1] / blocks
+    reached: dict[tuple[int, int], tuple[int, float]] = {(0, 0): (0, 0.0)}
+    before: dict[tuple[int, int], tuple[int, int]] = {}
+    for mixture in range(1, len(ends)):
+        place = ends[mixture] / ends[-1] * blocks
+        for block in {math.floor(place), math.ceil(place)} if mixture < len(ends) - 1 else {blocks}:
+            best = None
+            for (other_mixture, other_block), (joints, fullest) in reached.items():
+                if other_mixture == mixture or other_block >= block:
+                    continue
+                each = (ends[mixture] - ends[other_mixture]) / (block - other_block)
+                if each <= most and (best is None or (joints, -max(fullest, each)) > best[0]):
+                    best = (joints, -max(fullest, each)), (other_mixture, other_block)
+            if best is not None:
+                (joints, fullest), before[mixture, block] = best
+                reached[mixture, block] = (joints + 1, -fullest)
+    path = [(len(ends) - 1, blocks)]
+    while path[-1] in before:
+        path.append(before[path[-1]])
+    return path[::-1]
+
+
+def _sliding_window(sizes: Sequence[float], blocks: int, tolerance: float) -> Portions:
+    """The mixtures by size, a window of c of them to each block: the smallest that fill it, the last of them
+    split. Up to `tolerance` more or less than the mean, so that fewer are split.
+
+    With tolerance 0 no block gets more than c = ceil((mixtures - 1) / blocks) + 1 (Shachnai and Tamir, "On
+    two class-constrained versions of the multiple knapsack problem", Algorithmica 29, 2001).
+    """
+    found: Portions = [[] for _ in sizes]
+    left = sorted((size, number) for number, size in enumerate(sizes) if size > 0)
+    window = -(-(len(left) - 1) // blocks) + 1
+    for block in range(blocks):
+        mean = sum(size for size, _ in left) / (blocks - block)
+        sums = (sum(size for size, _ in left[i : i + window]) for i in range(len(left)))
+        filling = (start for start, total in enumerate(sums) if total >= mean * (1 - _DUST))
+        start = next(filling, max(0, len(left) - window))
+        room, slack = mean, max(tolerance, _DUST) * mean
+        while start < len(left) and room > slack:
+            size, number = left.pop(start)
+            part = size if size <= room + slack or block == blocks - 1 else room
+            found[number].append((block, part))
+            room -= part
+            if part < size:
+                insort(left, (size - part, number))
+                break
+    for size, number in left:  # what rounding has left
+        found[number].append((blocks - 1, size))
+    return found
