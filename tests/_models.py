@@ -6,6 +6,7 @@ import dataclasses
 import random
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mopd.backend.parallel import (
@@ -24,6 +25,7 @@ from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
 from megatron_mopd.teachers.routing import Routing
 from megatron_mopd.training.learner import Learner
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_mopd.training.teacher_blocks import with_block_size
 from tests._megatron_schedules import MegatronSchedules
 
 VOCAB = 83  # prime, so no layout divides it evenly
@@ -126,8 +128,9 @@ def make_learner(
     for name, section in (sections | {"schedule": schedule}).items():
         values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
     config: Config = config_from_dict(values)
-    groups = groups_for(values["parallel"], only=True)
     student = model_config(transformer, **(model or {}))
+    blocks = with_block_size(config, student, dist.get_world_size(), ranks_per_host=None)
+    groups = groups_for(dataclasses.asdict(blocks), only=True)
     chunks = build_model(student, groups, config.params_dtype, max_sequence_length=64, seed=seed)
     bank = routing = None
     if kind != "sft":

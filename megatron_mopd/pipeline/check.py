@@ -14,7 +14,7 @@ which shows whether the queue is the cause.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from megatron_mopd.pipeline.instructions import (
     Channel,
@@ -48,18 +48,18 @@ def check_plan(plan: Plan) -> None:
         raise
 
 
-def check_same_plan(digests: Sequence[str]) -> None:
-    """Raises PlanError if the ranks do not hold the same plan; `digests[rank]` is that rank's
+def check_same_plan(digests: Mapping[int, str]) -> None:
+    """Raises PlanError if the ranks of a block do not hold the same plan; `digests[rank]` is that rank's
     `Plan.digest()`.
     """
-    if len(set(digests)) <= 1:
+    if len(set(digests.values())) <= 1:
         return
-    common, _ = Counter(digests).most_common(1)[0]
-    others = [rank for rank, digest in enumerate(digests) if digest != common]
+    common, _ = Counter(digests.values()).most_common(1)[0]
+    others = [rank for rank, digest in digests.items() if digest != common]
     raise PlanError(
         [
-            f"ranks {others} hold a different plan from the other {len(digests) - len(others)}: their "
-            "micro-batch counts, scoring tasks, costs or limits differ"
+            f"ranks {others} hold a different plan from the other {len(digests) - len(others)} of their "
+            "block: their micro-batch counts, scoring tasks, costs or limits differ"
         ]
     )
 

@@ -27,16 +27,19 @@ class UnmetLimit(NamedTuple):
 
 
 class LimitError(ValueError):
-    """No plan for a request can satisfy its limits."""
+    """No plan for a request can satisfy its limits.
 
-    def __init__(self, unmet: Sequence[UnmetLimit]):
+    state_bytes: for `cached_states`, the bytes of the largest scored micro-batch.
+    """
+
+    def __init__(self, unmet: Sequence[UnmetLimit], state_bytes: int = 0):
         super().__init__(
             "; ".join(
                 f"limit {name}={value} cannot be met by any plan: the smallest value that works is {smallest}"
                 for name, value, smallest in unmet
             )
         )
-        self.unmet = tuple(unmet)
+        self.unmet, self.state_bytes = tuple(unmet), state_bytes
 
 
 class TeacherJob(NamedTuple):

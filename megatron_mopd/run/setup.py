@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_mopd.backend.launch_environment import read_launch
 from megatron_mopd.backend.lifeline import Lifeline
@@ -45,6 +46,7 @@ from megatron_mopd.teachers.manifest import model_fingerprints, run_manifest, st
 from megatron_mopd.training.learner import Learner
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_mopd.training.rewards import Rewarder
+from megatron_mopd.training.teacher_blocks import with_block_size
 
 
 @dataclass
@@ -111,7 +113,9 @@ def _build(
     )
     manifest = run_manifest(tokenizer.fingerprint(), inputs.prompts, fingerprints)
     resumable = _checked_resumable(config, inputs, manifest)
-    groups = build_parallel_groups(config.parallel, device, config.seed)
+    ranks_per_host = read_launch(os.environ).local_world_size
+    parallel = with_block_size(config, inputs.student, dist.get_world_size(), ranks_per_host)
+    groups = build_parallel_groups(parallel, device, config.seed)
     chunks = _student(config, inputs, groups)
     alarms, bank = [], None
     if routing is not None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_mopd.estimate.flops import forward_cost, peak_flops, step_flops, utilization
+from megatron_mopd.estimate.flops import peak_flops, step_flops, utilization
 from megatron_mopd.losses.token_samples import TokenSamples
-from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.observe.run_log import device_name
 from megatron_mopd.run.alarms import Alarms
 from megatron_mopd.run.setup import Run
@@ -34,13 +33,8 @@ def time_split(
 
 def _flops(learner: Learner, batch: StepBatch) -> float:
     """FLOPs of this step's scoring and learning; scoring done ahead counts in the step that uses it."""
-    vocabulary, bank = learner.model.vocab_size, learner.bank
-    return step_flops(
-        batch.trajectories,
-        forward_cost(unwrap(learner.chunks[0]).config, vocabulary),
-        {name: forward_cost(bank.config(name), vocabulary) for name in bank.names} if bank else {},
-        lambda domain: batch.targets[domain].mixture,
-    )
+    student, teachers = learner.forward_costs
+    return step_flops(batch.trajectories, student, teachers, lambda domain: batch.targets[domain].mixture)
 
 
 def alarms_of(

@@ -30,18 +30,22 @@ def replica_groups(groups: ParallelGroups) -> dict[str, dist.ProcessGroup]:
 
 
 def gather_groups(groups: ParallelGroups) -> dict[str, dist.ProcessGroup]:
-    """A new group over the replicas of each body segment, with communicators of its own. Collective over
-    the members of each group."""
-    members = {DENSE: groups.collection.dp_cp, EXPERT: groups.collection.expt_dp}
+    """A new group over the replicas of each body segment in this rank's block, with communicators of its own.
+    Collective over the members of each group."""
     return {
-        name: new_group(dist.get_process_group_ranks(group), group_desc=f"TEACHER_GATHER_{name}")
-        for name, group in members.items()
+        name: new_group(members, group_desc=f"TEACHER_GATHER_{name}")
+        for name, members in _replicas_in_block(groups).items()
     }
 
 
 def sharding(groups: ParallelGroups) -> dict[str, int]:
-    """Number of parts into which `host_sharded` splits each segment."""
-    return {DENSE: groups.collection.dp_cp.size(), EXPERT: groups.collection.expt_dp.size(), HEAD: 1}
+    """Number of parts into which `host_sharded` splits each segment: its replicas in a block."""
+    return {name: len(members) for name, members in _replicas_in_block(groups).items()} | {HEAD: 1}
+
+
+def _replicas_in_block(groups: ParallelGroups) -> dict[str, list[int]]:
+    replicas = {DENSE: groups.collection.dp_cp, EXPERT: groups.collection.expt_dp}
+    return {name: groups.in_block(group) for name, group in replicas.items()}
 
 
 def are_kept(store: Store, sizes: Mapping[tuple[str, str], int]) -> bool:

@@ -69,16 +69,16 @@ def _start(learner: Learner, batches: Sequence[StepBatch], loss: BatchLoss) -> E
     try:
         return learner.pipeline.start(learner.chunks, batches, loss, learner.bank)
     except LimitError as error:
-        raise _unmet_limits(learner, batches[0], error) from None
+        raise _unmet_limits(learner, error) from None
 
 
-def _unmet_limits(learner: Learner, batch: StepBatch, error: LimitError) -> ConfigError:
+def _unmet_limits(learner: Learner, error: LimitError) -> ConfigError:
     """Translate the planner's limits into configuration keys."""
     problems = []
     for name, value, smallest in error.unmet:
         key, own = f"schedule.max_{name}", getattr(learner.config.schedule, f"max_{name}", None)
         if name == "cached_states" and (own is None or own > value):
-            key, size = "teacher_storage.hidden_cache_bytes", batch.state_bytes
+            key, size = "teacher_storage.hidden_cache_bytes", error.state_bytes
             own, smallest = learner.config.teacher_storage.hidden_cache_bytes, smallest * size
             problems.append(
                 f"{key}: {own} cannot hold the teachers' hidden states that one step needs at a time, up to "

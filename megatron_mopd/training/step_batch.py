@@ -21,6 +21,7 @@ from megatron_mopd.training.learner import Learner
 from megatron_mopd.training.proximal_policy import proximal_logprobs
 from megatron_mopd.training.rewards import NO_REWARDS, PendingRewards
 from megatron_mopd.training.scoring_tasks import scoring_task
+from megatron_mopd.training.teacher_blocks import shares_of_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +33,11 @@ class StepBatch:
     student: list[MicroBatch]
     teachers: dict[str, list[MicroBatch]]
     """Teacher name -> the micro-batches it scores, which hold only samples routed to it; their number is the
-    same on every DP rank."""
+    same on every DP rank of a block. Teachers without samples in the block are left out."""
     scoring: tuple[ScoringTask, ...]
     """Which student micro-batches need each teacher micro-batch, and their sizes in tokens."""
     sizes: tuple[int, ...]
-    """Tokens of each student micro-batch, the most on any DP rank."""
+    """Tokens of each student micro-batch, the most on any DP rank of the block."""
     cache: HiddenCache
     scores: TeacherScores
     findings: Findings
@@ -45,7 +46,7 @@ class StepBatch:
     iteration: int = 0
     """Optimizer steps done before this one; routing weights depend on it."""
     state_bytes: int = 0
-    """Largest number of bytes that one scored micro-batch leaves in the cache of any rank."""
+    """Largest number of bytes that one scored micro-batch leaves in the cache of any rank of the block."""
     proximal: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Trajectory index -> log-probs at the start of the rollout batch, on the last stage (`BatchFacts`)."""
 
@@ -90,17 +91,20 @@ def plan_step(
     routing: RoutingRecords | None = None,
     iteration: int = 0,
 ) -> StepBatch:
-    """Split the batch over DP ranks, ordered by target, and then into micro-batches.
+    """Share the batch among blocks of DP ranks by teacher, and each share among the block's ranks and
+    micro-batches.
 
     Collectives: only with routing replay, `RoutingRecords.exchange` over DP.
     """
     groups, targets = learner.groups, learner.targets(iteration)
-    shape = _batch_shape(learner, trajectories)
+    shape, block = _batch_shape(learner, trajectories), groups.block
+    shares = shares_of_blocks(trajectories, block, targets, *learner.forward_costs)
     # Ordered by target, so that a micro-batch's loss has few parts.
-    division = Division(trajectories, groups.dp_size, shape, lambda t: targets[t.domain].order)
+    divisions = [Division(share, block.size, shape, lambda t: targets[t.domain].order) for share in shares]
+    division = divisions[block.index]
     experts = None
     if routing is not None:
-        wanted = [[t.index for t in share] for share in division.per_rank()]
+        wanted = [[t.index for t in share] for each in divisions for share in each.per_rank()]
         experts = routing.exchange(wanted, groups.dp, groups.device)
 
     storage = learner.config.teacher_storage
@@ -113,9 +117,9 @@ def plan_step(
     scored = {
         name: division.cut(lambda t, name=name: targets[t.domain].is_scored_by(name))
         for name in (learner.bank.names if learner.bank else ())
-        if any(targets[t.domain].is_scored_by(name) for t in trajectories)
+        if any(targets[t.domain].is_scored_by(name) for t in shares[block.index])
     }
-    rank = groups.dp.rank()
+    rank = groups.dp.rank() % block.size
     return StepBatch(
         trajectories,
         targets,

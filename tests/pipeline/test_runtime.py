@@ -348,14 +348,14 @@ def measured(rank):
     """Recorded timelines of three steps, the driver's costs, and what the pipeline reports."""
     learner = _models.make_learner(DENSE, pp(2), schedule=dict(micro_batch_size=1))
     batches = planned(learner, (4, 4, 4))
-    agreements, plan = 0, learner.pipeline.plan
+    agreements, plan = 0, learner.pipeline.agree_on_plan
 
     def counted(*arguments):
         nonlocal agreements
         agreements += 1
         return plan(*arguments)
 
-    learner.pipeline.plan = counted
+    learner.pipeline.agree_on_plan = counted
     for _ in range(3):
         training_step.train_step(learner, batches)
         batches.popleft()

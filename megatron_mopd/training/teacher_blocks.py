@@ -1,0 +1,79 @@
+"""The size of teacher blocks, and each block's share of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from megatron_mopd.backend.blocks import Block, block_sizes, check_block_size
+from megatron_mopd.config import Config, ConfigError, ModelConfig, ParallelConfig
+from megatron_mopd.data.blocks import share_among_blocks
+from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.losses.targets import Targets
+from megatron_mopd.model.flops import ForwardCost
+
+
+def with_block_size(
+    config: Config, student: ModelConfig, world_size: int, ranks_per_host: int | None
+) -> ParallelConfig:
+    """`config.parallel` with `teacher_block_size` set, for a layout that fits `world_size`.
+
+    By default blocks are as small as the experts allow, with two exceptions. `host_sharded` shards teachers
+    over a block, so its blocks are the ranks of a host: the host holds every teacher once. The
+    `global_aux_loss` of a micro-batch is a collective over all data-parallel ranks, so they are one block.
+    ranks_per_host: `None` if unknown, then all ranks are assumed to be on one host.
+
+    Raises `ConfigError` for an explicit size that the layout or `global_aux_loss` does not allow.
+    """
+    parallel = config.parallel
+    replica = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    dp_size = world_size // replica // parallel.pipeline_model_parallel_size
+    check_block_size(parallel, dp_size)
+    sizes = block_sizes(parallel, dp_size)
+    size = parallel.teacher_block_size
+    if balances_over_all_ranks(student):
+        if size not in (None, dp_size):
+            raise ConfigError(
+                f"parallel.teacher_block_size: {size}, but student.moe_router_load_balancing_type="
+                f"global_aux_loss sums over all {dp_size} data-parallel ranks in every micro-batch; leave it "
+                "out, or use seq_aux_loss"
+            )
+        size = dp_size
+    if size is None:
+        size = sizes[0]
+        if config.teacher_storage.mode == "host_sharded":
+            on_host = (ranks_per_host or world_size) // replica
+            size = max([size, *(each for each in sizes if each <= on_host)])
+    return replace(parallel, teacher_block_size=size)
+
+
+def balances_over_all_ranks(student: ModelConfig) -> bool:
+    """Whether the student's routers communicate over all data-parallel ranks in every micro-batch."""
+    kinds = student.transformer.get("moe_router_load_balancing_type", ())
+    return "global_aux_loss" in ([kinds] if isinstance(kinds, str) else kinds)
+
+
+def shares_of_blocks(
+    trajectories: Sequence[Trajectory],
+    block: Block,
+    targets: Targets,
+    student: ForwardCost,
+    teachers: Mapping[str, ForwardCost],
+) -> list[list[Trajectory]]:
+    """Every block's share of a batch, of equal cost and with few teachers each.
+
+    The cost of a trajectory is the FLOPs of the student's forward and backward and of its teachers' forwards.
+    It is computed, not measured: the division decides in which order gradients are summed, and a resumed run
+    must repeat that of an uninterrupted one.
+    """
+
+    def names(trajectory: Trajectory) -> tuple[str, ...]:
+        return tuple(name for name, _ in targets[trajectory.domain].mixture)
+
+    def scoring(trajectory: Trajectory) -> float:
+        return sum(teachers[name].of(trajectory) for name in names(trajectory))
+
+    def cost(trajectory: Trajectory) -> float:
+        return 3 * student.of(trajectory) + scoring(trajectory)
+
+    return share_among_blocks(trajectories, block.count, names, cost, block.size, scoring)
