@@ -94,6 +94,12 @@ def groups_for(parallel: dict, seed: int = 1, only: bool = False) -> ParallelGro
     return build_parallel_groups(config.parallel, device, seed)
 
 
+def groups_of(config: Config, student: ModelConfig) -> ParallelGroups:
+    """Build the groups of a run in a test rank, without any earlier ones."""
+    parallel = with_block_size(config, student, dist.get_world_size(), ranks_per_host=None)
+    return groups_for(dataclasses.asdict(parallel), only=True)
+
+
 def make_learner(
     transformer: dict,
     parallel: dict | None = None,
@@ -129,8 +135,7 @@ def make_learner(
         values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
     config: Config = config_from_dict(values)
     student = model_config(transformer, **(model or {}))
-    blocks = with_block_size(config, student, dist.get_world_size(), ranks_per_host=None)
-    groups = groups_for(dataclasses.asdict(blocks), only=True)
+    groups = groups_of(config, student)
     chunks = build_model(student, groups, config.params_dtype, max_sequence_length=64, seed=seed)
     bank = routing = None
     if kind != "sft":

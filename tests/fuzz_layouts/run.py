@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -90,8 +91,8 @@ def make_learner(case: Case, directory: str, reference: bool) -> Learner:
     """Build this rank's part of the student, teachers and optimizer. Collective over all ranks."""
     values = case.config_values(directory, reference)
     config = config_from_dict(values)
-    groups = _models.groups_for(values["parallel"], only=True)
     student = case.model_config(case.student | ({} if reference else case.recompute))
+    groups = _models.groups_of(config, student)
     chunks = build_model(student, groups, config.params_dtype, max_sequence_length=LONGEST, seed=STUDENT_SEED)
     if case.routing_replay:
         install_routing_replay(chunks)
@@ -177,6 +178,9 @@ def _limit_cache(learner: Learner, case: Case) -> None:
         costs = CostModel.build(1, teacher_forward=dict.fromkeys(learner.bank.names, 1.0))
         request = PlanRequest(1, len(batch.student), costs, scoring=batch.scoring, kind=schedule.kind)
         fewest, largest = max(fewest, request.smallest_cache()), max(largest, batch.state_bytes)
+    most = torch.tensor([fewest, largest])
+    dist.all_reduce(most, dist.ReduceOp.MAX)  # over the blocks
+    fewest, largest = most.tolist()
     if "bytes" in case.spare:
         storage = replace(storage, hidden_cache_bytes=int(largest * (fewest + case.spare["bytes"])))
         learner.pipeline.cache_bytes = storage.hidden_cache_bytes
