@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,7 @@ SHARED = MOE | dict(
 
 TEACHERS = {"a": 11, "b": 12, "c": 13}
 """Teacher name -> seed of its weights."""
+DOMAINS = ("arith", "other", "text")
 ROUTING = {"arith": "a", "text": {"b": 0.7, "c": 0.3}, "default": "c"}
 
 
@@ -111,6 +113,7 @@ def make_learner(
     seed: int = 7,
     teacher_directory: str = "unused",
     sources: list[TeacherSource] | None = None,
+    domains: Sequence[str] = DOMAINS,
     **sections,
 ) -> Learner:
     """A learner on this rank's layout. Weights depend on the seeds alone, so they are equal in every layout.
@@ -154,8 +157,7 @@ def make_learner(
             directory=teacher_directory,
             max_mixture=routing.max_teachers,
         )
-    domains = ["arith", "other", "text"]
-    learner = assemble_learner(config, groups, chunks, student, domains, routing=routing, bank=bank)
+    learner = assemble_learner(config, groups, chunks, student, list(domains), routing=routing, bank=bank)
     if is_oracle:
         learner.pipeline = MegatronSchedules(groups)
     return learner
