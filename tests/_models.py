@@ -73,15 +73,21 @@ def trajectory(index: int, prompt: list[int], response: list[int], domain: str =
     return Trajectory(text, tuple(response), index)
 
 
-def batch(count: int = 16, seed: int = 0, longest: int = 20, equal_lengths: bool = False) -> list[Trajectory]:
-    """`count` random trajectories in three domains, of different lengths unless `equal_lengths`."""
+def batch(
+    count: int = 16,
+    seed: int = 0,
+    longest: int = 20,
+    equal_lengths: bool = False,
+    domains: Sequence[str] = ("arith", "text", "other"),
+) -> list[Trajectory]:
+    """`count` random trajectories in these domains, of different lengths unless `equal_lengths`."""
     rng = random.Random(seed)
     result = []
     for index in range(count):
         prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest // 2))]
         response = rng.randint(1, longest // 2) if not equal_lengths else longest - len(prompt)
         response = [rng.randrange(VOCAB) for _ in range(response)]
-        result.append(trajectory(index, prompt, response, rng.choice(["arith", "text", "other"])))
+        result.append(trajectory(index, prompt, response, rng.choice(domains)))
     return result
 
 
