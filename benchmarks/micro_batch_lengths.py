@@ -48,12 +48,12 @@ class WholeBudget(BatchShape):
 class DealtAndPacked(Division):
     """Equal numbers of trajectories on every rank, packed in order."""
 
-    def _level(self, groups):
+    def _packed(self, groups):
         return self._deal(groups)
 
-    def _packed(self, groups):
+    def _joined(self, rows):
         ranks = []
-        for shares in zip(*groups):
+        for shares in zip(*rows):
             parts: list[list[Trajectory]] = [[]]
             for trajectory in (t for share in shares for t in share):
                 if self._length([*parts[-1], trajectory]) > self._shape.max_tokens:

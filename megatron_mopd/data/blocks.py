@@ -121,10 +121,8 @@ def portions(sizes: Sequence[float], blocks: int) -> Portions:
     """
     count = sum(size > 0 for size in sizes)
     most = -(-count // blocks) + 1
-    for found in (
-        _cut_in_order(sizes, blocks),
-        _sliding_window(sizes, blocks, TOLERANCE),
-    ):
+    for cut in (_cut_in_order, _sliding_window):
+        found = cut(sizes, blocks, TOLERANCE)
         if _most_mixtures(found, blocks) <= most:
             return found
     return _sliding_window(sizes, blocks, 0.0)
@@ -138,16 +136,16 @@ def _most_mixtures(found: Portions, blocks: int) -> int:
     return max(counts)
 
 
-def _cut_in_order(sizes: Sequence[float], blocks: int) -> Portions:
+def _cut_in_order(sizes: Sequence[float], blocks: int, tolerance: float) -> Portions:
     """The mixtures one after another, cut into as many contiguous parts as there are blocks.
 
-    Wherever `TOLERANCE` allows, a part ends with a mixture instead of splitting it, and the difference is
+    Wherever `tolerance` allows, a part ends with a mixture instead of splitting it, and the difference is
     spread over all blocks from there to the next such place.
     """
     ends = [0.0, *accumulate(sizes)]
     capacity = ends[-1] / blocks
     found: Portions = [[] for _ in sizes]
-    joints = _joints(ends, blocks)
+    joints = _joints(ends, blocks, tolerance)
     for (mixture, block), (last_mixture, last_block) in zip(joints, joints[1:]):
         each = (ends[last_mixture] - ends[mixture]) / (last_block - block)
         room = each
@@ -162,11 +160,11 @@ def _cut_in_order(sizes: Sequence[float], blocks: int) -> Portions:
     return found
 
 
-def _joints(ends: Sequence[float], blocks: int) -> list[tuple[int, int]]:
+def _joints(ends: Sequence[float], blocks: int, tolerance: float) -> list[tuple[int, int]]:
     """(mixture, block) pairs, from (0, 0) to (all, all), before which the same mixtures and blocks end: as
-    many as possible such that no block between two of them gets more than `TOLERANCE` above the mean.
+    many as possible such that no block between two of them gets more than `tolerance` above the mean.
     """
-    most = (1 + TOLERANCE) * ends[-1] / blocks
+    most = (1 + tolerance) * ends[-1] / blocks
     reached: dict[tuple[int, int], tuple[int, float]] = {(0, 0): (0, 0.0)}
     before: dict[tuple[int, int], tuple[int, int]] = {}
     for mixture in range(1, len(ends)):

@@ -1,8 +1,9 @@
-"""Divides a batch among data-parallel ranks and into micro-batches.
+"""Divides a block's share of a batch among its data-parallel ranks and into micro-batches.
 
 Ranks that run in step (they share experts, or a plan) run their k-th micro-batches at the same time, and the
-longest decides how long that takes. So tokens are levelled: every teacher mixture over the ranks, and each
-rank's share over its micro-batches, longest trajectory first onto the emptiest place.
+longest decides how long that takes. So packed micro-batches are levelled across ranks, for the student and
+for every teacher that sees part of them, and long trajectories run beside each other: a row of micro-batches
+that contains one is filled up to its length on all ranks.
 
 Every rank knows the length of every trajectory of the batch, so all ranks compute the same division and
 nothing is communicated.
@@ -10,9 +11,10 @@ nothing is communicated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heapreplace
+from heapq import heapreplace
 from itertools import zip_longest
 
 from megatron_mopd.data.batching import BatchShape
@@ -20,6 +22,12 @@ from megatron_mopd.data.trajectory import Trajectory
 
 Row = list[Sequence[Trajectory]]
 """[data-parallel rank]: the trajectories of micro-batches that run at the same time."""
+
+_Item = tuple[int, Trajectory]
+"""A trajectory after its length as a document."""
+
+_FILL = 0.96
+"""How much of the token budget a row is planned to use, so that whole trajectories fit."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Cut:
 
 
 class Division:
-    """The division of a batch of trajectories, ordered by `key` (teacher mixture)."""
+    """The division of trajectories among `ranks` that run in step, ordered by `key` (teacher mixture)."""
 
     def __init__(
         self,
@@ -51,23 +59,25 @@ class Division:
         for trajectory in sorted(trajectories, key=lambda t: (-len(t), t.index)):
             groups.setdefault(key(trajectory), []).append(trajectory)
         ordered = [groups[name] for name in sorted(groups, key=str)]
-        self._groups = self._level(ordered) if shape.is_packed else self._deal(ordered)
-        """[mixture]: its trajectories on every rank."""
+        self._rows = self._packed(ordered) if shape.is_packed else self._deal(ordered)
+        """Trajectories of one mixture each, mixture after mixture. Packed: those that run at the same time;
+        padded: all of a mixture."""
 
     def per_rank(self) -> list[list[Trajectory]]:
         """Every rank's trajectories, ordered by mixture."""
-        return [[t for group in self._groups for t in group[rank]] for rank in range(self._ranks)]
+        return [[t for row in self._rows for t in row[rank]] for rank in range(self._ranks)]
 
     def cut(self, selected: Callable[[Trajectory], bool] = lambda _: True) -> Cut:
-        """The micro-batches of a model that sees the mixtures whose trajectories are `selected`.
+        """The micro-batches of a model that sees the trajectories that are `selected`.
 
-        At least one micro-batch. Packed: a mixture is cut into as few micro-batches as fit, of levelled
-        length, and consecutive ones are joined where they fit together. Two cuts of one division therefore
-        nest: in both, the same trajectories are together from the start.
+        At least one micro-batch. Packed: the same rows in every cut, without what the model does not see, and
+        consecutive ones joined where they fit the token budget on every rank. So in two cuts of a division
+        the same trajectories are together from the start, and two consecutive micro-batches hold more than
+        one of a cut with more trajectories could.
         """
-        groups = [[list(filter(selected, share)) for share in group] for group in self._groups]
-        groups = [group for group in groups if any(group)]
-        rows = self._packed(groups) if self._shape.is_packed else self._padded(groups)
+        rows = [[list(filter(selected, share)) for share in row] for row in self._rows]
+        rows = [row for row in rows if any(row)]
+        rows = self._joined(rows) if self._shape.is_packed else self._padded(rows)
         rows = rows or [[[] for _ in range(self._ranks)]]
         return Cut(rows, tuple(max(map(self._shape.num_tokens, row)) for row in rows))
 
@@ -77,19 +87,6 @@ class Division:
         shares = [[t for share in shares for t in share] for shares in zip(*groups)]
         parts = [[share[i : i + size] for i in range(0, len(share), size)] for share in shares]
         return [list(row) for row in zip_longest(*parts, fillvalue=())]
-
-    def _packed(self, groups: Sequence[Row]) -> list[Row]:
-        """Each group cut into levelled pieces, and consecutive pieces together where they fit the token
-        budget on every rank."""
-        joined: list[Row] = []
-        for row in (piece for group in groups for piece in self._pieces(group)):
-            if joined:
-                both = [[*left, *right] for left, right in zip(joined[-1], row)]
-                if all(self._length(members) <= self._shape.max_tokens for members in both):
-                    joined[-1] = both
-                    continue
-            joined.append(row)
-        return joined
 
     def _deal(self, groups: Sequence[Sequence[Trajectory]]) -> list[Row]:
         """Back and forth over the ranks, longest first: ranks differ by at most one trajectory of each group,
@@ -104,38 +101,89 @@ class Division:
             dealt.append(row)
         return dealt
 
-    def _level(self, groups: Sequence[Sequence[Trajectory]]) -> list[Row]:
-        """Equal numbers of tokens of each group; what is unequal goes to the ranks that have least so far."""
-        totals, levelled = [0] * self._ranks, []
+    def _joined(self, rows: Sequence[Row]) -> list[Row]:
+        """Consecutive rows together where they fit the token budget on every rank."""
+        joined: list[Row] = []
+        for row in rows:
+            if joined:
+                both = [[*left, *right] for left, right in zip(joined[-1], row)]
+                if all(self._length(members) <= self._shape.max_tokens for members in both):
+                    joined[-1] = both
+                    continue
+            joined.append(row)
+        return joined
+
+    def _packed(self, groups: Sequence[Sequence[Trajectory]]) -> list[Row]:
+        """As few rows of each mixture as fit the token budget, each of nearly equal length on all ranks."""
+        rows: list[Row] = []
+        totals = [0] * self._ranks
         for group in groups:
-            shares = self._spread(group, self._ranks)
-            row: Row = [[] for _ in range(self._ranks)]
-            for rank, share in zip(sorted(range(self._ranks), key=totals.__getitem__), shares):
-                row[rank] = share
-                totals[rank] += self._length(share)
-            levelled.append(row)
-        return levelled
+            left = [(self._shape.document_length(t), t) for t in group]
+            while left:
+                row, left = self._next_row(left)
+                row, totals = self._lined_up(row, totals)
+                rows.append([[t for _, t in share] for share in row])
+        return rows
 
-    def _pieces(self, group: Row) -> list[Row]:
-        """A group cut into as few levelled micro-batches as fit the token budget on every rank."""
-        budget = self._shape.max_tokens
-        count = max(1, *(-(-self._length(share) // budget) for share in group))
-        while True:
-            spread = [self._spread(share, count) for share in group]
-            if all(self._length(piece) <= budget for pieces in spread for piece in pieces):
-                return [list(row) for row in zip(*spread)]
-            count += 1
+    def _next_row(self, left: list[_Item]) -> tuple[list[list[_Item]], list[_Item]]:
+        """The next row of a mixture of which these are `left`, longest first, and what is left then.
 
-    def _spread(self, trajectories: Sequence[Trajectory], places: int) -> list[list[Trajectory]]:
-        """Trajectories, longest first, each onto the emptiest of `places`; the fullest place first."""
-        loads = [(0, place) for place in range(places)]
-        heapify(loads)
-        found: list[list[Trajectory]] = [[] for _ in range(places)]
-        for trajectory in trajectories:
-            load, place = loads[0]
-            found[place].append(trajectory)
-            heapreplace(loads, (load + self._shape.document_length(trajectory), place))
-        return [found[place] for _, place in sorted(loads, key=lambda item: (-item[0], item[1]))]
+        As much as gives all its remaining rows the same length or, if the longest trajectory is longer, as
+        much as fits beside that; then longest first, each onto the rank with the fewest tokens.
+        """
+        mean = _size(left) / self._ranks
+        rows = math.ceil(mean / (_FILL * self._shape.max_tokens))
+        height = max(mean / rows, left[0][0])
+        chosen, later = left, []
+        if rows > 1:
+            chosen, later = _sample(left, height * self._ranks, rest=(mean - height) / (rows - 1))
+        row: list[list[_Item]] = [[] for _ in range(self._ranks)]
+        heap = [(0, rank) for rank in range(self._ranks)]
+        for item in chosen:
+            length, rank = heap[0]
+            if length + item[0] <= self._shape.max_tokens:
+                row[rank].append(item)
+                heapreplace(heap, (length + item[0], rank))
+            else:
+                later.append(item)
+        return row, sorted(later, key=_longest_first)
+
+    def _lined_up(self, row: list[list[_Item]], totals: list[int]) -> tuple[list[list[_Item]], list[int]]:
+        """The row with its shares exchanged between ranks, so that it fits into the student's last
+        micro-batch, which has these `totals` of tokens, and the new totals; otherwise a new micro-batch."""
+        lengths = list(map(_size, row))
+        shares = sorted(range(self._ranks), key=lambda place: -lengths[place])
+        ranks = sorted(range(self._ranks), key=totals.__getitem__)
+        lined_up, both = list(row), list(totals)
+        for rank, place in zip(ranks, shares):
+            lined_up[rank] = row[place]
+            both[rank] += lengths[place]
+        return (lined_up, both) if max(both) <= self._shape.max_tokens else (row, lengths)
 
     def _length(self, members: Sequence[Trajectory]) -> int:
         return sum(map(self._shape.document_length, members))
+
+
+def _size(items: Sequence[_Item]) -> int:
+    return sum(length for length, _ in items)
+
+
+def _longest_first(item: _Item) -> tuple[int, int]:
+    return -item[0], item[1].index
+
+
+def _sample(items: Sequence[_Item], size: float, rest: float) -> tuple[list[_Item], list[_Item]]:
+    """About `size` tokens out of `items` (longest first), and the others. Those of more than `rest` tokens
+    are taken first, because later rows will be that long; of the others, some of every length."""
+    taken = [item for item in items if item[0] > rest]
+    others = items[len(taken) :]
+    wanted = max(0.0, size - _size(taken))
+    share, due, have, later = wanted / max(1, _size(others)), 0.0, 0.0, []
+    for item in others:
+        due += share * item[0]
+        if have + item[0] / 2 <= due:
+            have += item[0]
+            taken.append(item)
+        else:
+            later.append(item)
+    return taken, later

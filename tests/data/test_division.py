@@ -70,6 +70,17 @@ def test_tokens_are_levelled_over_ranks_and_micro_batches():
     assert 8 * sum(division.cut().sizes) < 1.1 * sum(lengths)
 
 
+@pytest.mark.parametrize("ranks", [1, 8, 64])
+def test_long_trajectories_of_a_mixture_lie_beside_each_other(ranks):
+    """Spread over a mixture's micro-batches, each would be as long as one of them on all ranks."""
+    rng = random.Random(ranks)
+    lengths = [min(3_200, 20 + int(rng.lognormvariate(math.log(220), 0.8))) for _ in range(16 * ranks)]
+    lengths[:3] = 3_200, 3_000, 2_800
+    division, _ = divide(batch(lengths, domains=1), ranks, max_tokens=1_600)
+    allowed = max(sum(lengths) / ranks, max(lengths))
+    assert sum(division.cut().sizes) <= 1.07 * allowed
+
+
 def test_padded_trajectories_lie_beside_others_of_similar_length():
     """Dealt at random, every micro-batch would be as long as the longest trajectories."""
     lengths = [20 + 10 * index for index in range(72)]
