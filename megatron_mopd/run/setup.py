@@ -25,6 +25,7 @@ from megatron_mopd.backend.parallel import (
     start_ranks,
 )
 from megatron_mopd.config import Config, ConfigError, DomainObjectives
+from megatron_mopd.config.objectives import needs_teachers
 from megatron_mopd.confinement.kernel import Confinement
 from megatron_mopd.confinement.process import Unanswered, examine
 from megatron_mopd.data.prompts import PromptSet
@@ -194,8 +195,18 @@ def _student(config: Config, inputs: Inputs, groups: ParallelGroups) -> list[tor
 def _teachers(
     config: Config, inputs: Inputs, groups: ParallelGroups, fingerprints: Mapping[str, Mapping[str, str]]
 ) -> TeacherBank:
+    """The teachers that some domain needs at some iteration; the others take no memory."""
+    scored = inputs.objectives.any(needs_teachers, inputs.prompts.domains)
+    needed = inputs.routing.scorers(scored)
+    for source in inputs.teachers:
+        if source.name not in needed:
+            say(f"teachers.{source.name}: no domain of the prompts is routed to it, so it is not loaded")
     return TeacherBank(
-        [replace(source, fingerprint=fingerprints[source.name]["weights"]) for source in inputs.teachers],
+        [
+            replace(source, fingerprint=fingerprints[source.name]["weights"])
+            for source in inputs.teachers
+            if source.name in needed
+        ],
         groups,
         config.params_dtype,
         config.data.seq_length,
