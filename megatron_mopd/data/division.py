@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from heapq import heapreplace
+from heapq import heappop, heappush, heapreplace
 from itertools import zip_longest
 
 from megatron_mopd.data.batching import BatchShape
@@ -28,6 +28,8 @@ _Item = tuple[int, Trajectory]
 
 _FILL = 0.96
 """How much of the token budget a row is planned to use, so that whole trajectories fit."""
+_SLACK = 1.06
+"""How much more of a mixture than the mean a rank may get, so that the student's tokens are level."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,42 @@ class Division:
         for group in groups:
             left = [(self._shape.document_length(t), t) for t in group]
             while left:
-                row, left = self._next_row(left)
-                row, totals = self._lined_up(row, totals)
+                row = self._beside(left, totals)
+                if row is None:
+                    row, left = self._next_row(left)
+                    row, totals = self._lined_up(row, totals)
+                else:
+                    left, totals = [], [total + _size(share) for total, share in zip(totals, row)]
                 rows.append([[t for _, t in share] for share in row])
         return rows
+
+    def _beside(self, items: list[_Item], totals: list[int]) -> list[list[_Item]] | None:
+        """All `items` of a mixture, longest first, in the room that is left beside `totals` of tokens in the
+        student's last micro-batch, or `None`.
+
+        Each onto the rank with the fewest tokens in total, unless its teacher would need longer for it than
+        for the mean or for the longest trajectory, for which the other ranks wait anyway.
+        """
+        size, budget = _size(items), self._shape.max_tokens
+        if sum(totals) == 0 or sum(totals) + size > _FILL * budget * self._ranks:
+            return None
+        limit = max(items[0][0], _SLACK * size / self._ranks)
+        row: list[list[_Item]] = [[] for _ in range(self._ranks)]
+        own = [0] * self._ranks
+        heap = sorted((total, rank) for rank, total in enumerate(totals))
+        for item in items:
+            full = []
+            while heap and own[heap[0][1]] + item[0] > limit:
+                full.append(heappop(heap))
+            if not heap or heap[0][0] + item[0] > budget:
+                return None
+            total, rank = heap[0]
+            heapreplace(heap, (total + item[0], rank))
+            row[rank].append(item)
+            own[rank] += item[0]
+            for entry in full:
+                heappush(heap, entry)
+        return row
 
     def _next_row(self, left: list[_Item]) -> tuple[list[list[_Item]], list[_Item]]:
         """The next row of a mixture of which these are `left`, longest first, and what is left then.

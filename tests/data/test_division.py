@@ -81,6 +81,22 @@ def test_long_trajectories_of_a_mixture_lie_beside_each_other(ranks):
     assert sum(division.cut().sizes) <= 1.07 * allowed
 
 
+def test_the_student_trains_where_a_teacher_waits_for_a_long_trajectory():
+    """Twelve mixtures with two trajectories a rank: a teacher's micro-batch is as long as its longest one,
+    but the student's is filled with other mixtures."""
+    ratios = []
+    for seed in range(4):
+        rng = random.Random(seed)
+        lengths = [min(3_200, 20 + int(rng.lognormvariate(math.log(220), 0.8))) for _ in range(12 * 32)]
+        division, _ = divide(batch(lengths, domains=12), 16, max_tokens=3_200)
+        ratios.append(sum(division.cut().sizes) / (sum(lengths) / 16))
+        for number in range(12):
+            mine = lengths[number::12]
+            cut = division.cut(lambda t, number=number: t.domain == f"domain {number}")
+            assert sum(cut.sizes) <= 1.12 * max(sum(mine) / 16, *mine)
+    assert sum(ratios) / 4 <= 1.3
+
+
 def test_padded_trajectories_lie_beside_others_of_similar_length():
     """Dealt at random, every micro-batch would be as long as the longest trajectories."""
     lengths = [20 + 10 * index for index in range(72)]
