@@ -1,11 +1,12 @@
 """A step with micro-batches of the length they have, beside one with micro-batches of the whole token budget.
 
-    torchrun --nproc-per-node 4 -m benchmarks.micro_batch_lengths [--steps 8]
+    torchrun --nproc-per-node 4 -m benchmarks.micro_batch_lengths [--teachers 4 12] [--steps 8]
 
-Two pipeline stages times two data-parallel ranks, four teachers, packed trajectories of log-normal lengths.
-"Whole budget" is what a pipeline does whose stages exchange messages of one shape: trajectories are dealt by
-number, packed in order, and every micro-batch is padded to the budget. Both kinds of step run in turn on the
-same trajectories, so that other load on the machine affects both; times are medians, counts are exact.
+Two pipeline stages times two data-parallel ranks; trajectories of log-normal lengths, packed. "Whole budget"
+is what a pipeline does whose stages exchange messages of one shape: the trajectories of every teacher are
+dealt to all ranks, packed in order, and every micro-batch is padded to the budget. Both kinds of step run in
+turn on the same trajectories, so that other load on the machine affects both; times are medians, counts are
+exact.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -25,7 +27,7 @@ import torch.distributed as dist
 
 import megatron_mopd.commands  # noqa: F401  (silences messages of the dependencies)
 from benchmarks.teacher_scaling import VOCAB, learner
-from megatron_mopd.backend.parallel import build_parallel_groups, select_device, start_ranks
+from megatron_mopd.backend.parallel import ParallelGroups, build_parallel_groups, select_device, start_ranks
 from megatron_mopd.config import Config, config_from_dict
 from megatron_mopd.data.batching import BatchShape
 from megatron_mopd.data.division import Division
@@ -35,7 +37,7 @@ from megatron_mopd.training import step_batch
 from megatron_mopd.training.learner import Learner
 from megatron_mopd.training.step import train_step
 
-TEACHERS, SAMPLES, BUDGET, STAGES = 4, 64, 1024, 2
+SAMPLES, BUDGET, STAGES = 64, 1024, 2
 
 
 class WholeBudget(BatchShape):
@@ -74,7 +76,7 @@ def configuration(directory: str) -> Config:
     )
 
 
-def trajectories(seed: int) -> list[Trajectory]:
+def trajectories(seed: int, domains: int) -> list[Trajectory]:
     """Log-normal lengths, median 150 tokens, at most the budget; a quarter of each is prompt."""
     rng = random.Random(seed)
     result = []
@@ -82,7 +84,7 @@ def trajectories(seed: int) -> list[Trajectory]:
         length = min(BUDGET, 16 + int(rng.lognormvariate(math.log(150), 0.9)))
         ids = [rng.randrange(VOCAB) for _ in range(length)]
         prompt = Prompt(
-            "", tuple(ids[: length // 4]), f"domain{index % TEACHERS:02d}", None, "-", None, index, ""
+            "", tuple(ids[: length // 4]), f"domain{index % domains:02d}", None, "-", None, index, ""
         )
         response = tuple(ids[length // 4 :])
         result.append(Trajectory(prompt, response, index, logprobs=(-8.0,) * len(response)))
@@ -102,13 +104,16 @@ def plan(item: Learner, batch: list[Trajectory], whole_budget: bool) -> step_bat
         step_batch.Division, step_batch.BatchShape.for_batch = division, for_batch
 
 
-def computed(step: step_batch.StepBatch) -> tuple[int, int]:
-    """Tokens that a rank computes for the student and for the teachers."""
-    return sum(step.sizes), sum(sum(task.sizes) for task in step.scoring)
+def computed(step: step_batch.StepBatch) -> torch.Tensor:
+    """Tokens that all ranks of a stage compute for the student and for the teachers."""
+    counts = torch.tensor([sum(step.sizes), sum(sum(task.sizes) for task in step.scoring)])
+    dist.all_reduce(counts)
+    return counts // STAGES
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teachers", type=int, nargs="+", default=[4, 12], help="numbers of teachers")
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each kind")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -118,34 +123,45 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         config = configuration(directory)
         groups = build_parallel_groups(config.parallel, device, seed=1)
-        item = learner(config, groups, TEACHERS, Path(directory), sequence_length=BUDGET)
-        times: dict[bool, list[float]] = {False: [], True: []}
-        tokens = {False: [0, 0], True: [0, 0]}
-        needed = 0
-        for number in range(options.steps + 2):
-            batch = trajectories(number)
-            for whole_budget in (True, False):
-                step = plan(item, batch, whole_budget)
-                dist.barrier()
-                started = time.perf_counter()
-                train_step(item, [step])
-                if number >= 2:  # the first steps build tables and caches
-                    times[whole_budget].append(time.perf_counter() - started)
-                    tokens[whole_budget] = [a + b for a, b in zip(tokens[whole_budget], computed(step))]
-            needed += sum(map(len, batch)) if number >= 2 else 0
         if dist.get_rank() == 0:
             print(
                 f"{dist.get_world_size()} ranks, {STAGES} stages, {options.steps} steps of {SAMPLES} samples"
             )
-            print("micro-batches     computed / needed: student  teachers   step (s)")
-            for whole_budget, name in ((True, "whole budget"), (False, "own length")):
-                student, teachers = (groups.dp_size * count / needed for count in tokens[whole_budget])
-                seconds = statistics.median(times[whole_budget])
-                print(f"{name:16}  {student:26.2f}  {teachers:8.2f}  {seconds:9.3f}")
-            ratio = statistics.median(a / b for a, b in zip(times[False], times[True]))
-            print(f"own length / whole budget: {ratio:.2f}", flush=True)
+            print("teachers  micro-batches  computed / needed: student  teachers  step (s)")
+        for teachers in options.teachers:
+            compare(config, groups, teachers, options.steps, Path(directory) / f"{teachers}")
         dist.barrier()
     dist.destroy_process_group()
+
+
+def compare(config: Config, groups: ParallelGroups, teachers: int, steps: int, directory: Path) -> None:
+    """Print one row for each kind of step, and the ratio of their times."""
+    everyone = replace(groups, config=replace(config.parallel, teacher_block_size=groups.dp_size))
+    learners = {
+        whole_budget: learner(config, each, teachers, directory, sequence_length=BUDGET)
+        for whole_budget, each in ((True, everyone), (False, groups))
+    }
+    times: dict[bool, list[float]] = {False: [], True: []}
+    tokens = {False: torch.zeros(2), True: torch.zeros(2)}
+    needed = 0
+    for number in range(steps + 2):
+        batch = trajectories(number, teachers)
+        for whole_budget, item in learners.items():
+            step = plan(item, batch, whole_budget)
+            dist.barrier()
+            started = time.perf_counter()
+            train_step(item, [step])
+            if number >= 2:  # the first steps build tables and caches
+                times[whole_budget].append(time.perf_counter() - started)
+                tokens[whole_budget] += computed(step)
+        needed += sum(map(len, batch)) if number >= 2 else 0
+    if dist.get_rank() == 0:
+        for whole_budget, name in ((True, "whole budget"), (False, "own length")):
+            student, scored = (tokens[whole_budget] / needed).tolist()
+            seconds = statistics.median(times[whole_budget])
+            print(f"{teachers:8}  {name:13}  {student:26.2f}  {scored:8.2f}  {seconds:8.3f}")
+        ratio = statistics.median(a / b for a, b in zip(times[False], times[True]))
+        print(f"{teachers:8}  own length / whole budget: {ratio:.2f}", flush=True)
 
 
 if __name__ == "__main__":
