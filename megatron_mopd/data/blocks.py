@@ -25,6 +25,13 @@ from megatron_mopd.data.trajectory import Trajectory
 TOLERANCE = 0.05
 """How much more than the mean a block may be given so that a mixture is not split."""
 
+_STUDENT_WAITS = 0.5
+"""Estimated share of the time that ranks wait for a mixture's longest trajectory in the student's passes too;
+the rest is filled with other mixtures."""
+
+_MANY_PLACES = 32
+"""From this number on, arrays are faster than a heap."""
+
 _DUST = 1e-9
 """Portions below this share of a block are rounding errors."""
 
@@ -48,8 +55,9 @@ def share_among_blocks(
     communication.
 
     cost: of a trajectory's student and teachers together, above 0. scoring_cost: the part of it that is its
-    teachers', called for one trajectory of each mixture. The `block_size` ranks of a block score in step,
-    so a mixture costs a block at least as much as its longest trajectory costs each rank.
+    teachers', called for one trajectory of each mixture. The `block_size` ranks of a block run in step, so
+    a mixture costs a block's teachers at least as much as its longest trajectory costs each rank, and the
+    student part of that.
     """
     if blocks == 1 or not trajectories:
         return [list(trajectories), *([] for _ in range(blocks - 1))]
@@ -90,27 +98,44 @@ def assign_blocks(
     sorted_costs = costs[order]
     sizes = np.bincount(mixtures, costs)
     idle = np.maximum(0.0, block_size * sorted_costs[firsts] - sizes)
-    work = sizes + scoring_share * idle
+    work = sizes + (scoring_share + (1 - scoring_share) * _STUDENT_WAITS) * idle
     owners = np.empty(len(order), np.int64)
-    owed = [0.0] * blocks
+    owed = np.zeros(blocks)
     for mixture, portion in enumerate(portions(work.tolist(), blocks)):
         members = order[firsts[mixture] : ends[mixture]]
-        if len(portion) == 1:
-            owners[members] = portion[0][0]
-            continue
-        # The heap's smallest entry is the block that lacks most.
-        of_cost = float(sizes[mixture] / work[mixture])
-        lacking = [(-owed[block] - amount * of_cost, block) for block, amount in portion]
-        heapify(lacking)
-        chosen = []
-        for length in costs[members].tolist():
-            lack, block = lacking[0]
-            chosen.append(block)
-            heapreplace(lacking, (lack + length, block))
-        owners[members] = chosen
-        for lack, block in lacking:
-            owed[block] = -lack
+        where, amounts = (np.array(column) for column in zip(*portion))
+        lacking = owed[where] + amounts * (sizes[mixture] / work[mixture])
+        owners[members] = where[_longest_first(costs[members], lacking)]
+        if len(portion) > 1:
+            owed[where] = lacking
     return owners
+
+
+def _longest_first(costs: np.ndarray, lacking: np.ndarray) -> np.ndarray:
+    """[n] the place that gets each of `costs`, in descending order: the one that is `lacking` most, of which
+    the cost is then subtracted.
+
+    """
+    chosen = np.empty(len(costs), np.int64)
+    if len(lacking) < _MANY_PLACES:
+        heap = [(-amount, place) for place, amount in enumerate(lacking.tolist())]
+        heapify(heap)
+        for number, cost in enumerate(costs.tolist()):
+            lack, place = heap[0]
+            chosen[number] = place
+            heapreplace(heap, (lack + cost, place))
+        np.subtract.at(lacking, chosen, costs)
+        return chosen
+    # All places that have their turn before the first has its second are served at once.
+    start = 0
+    while start < len(costs):
+        order = np.argsort(-lacking, kind="stable")
+        turns = np.count_nonzero(lacking > lacking[order[0]] - costs[start])
+        places = order[: max(1, min(turns, len(costs) - start))]
+        chosen[start : start + len(places)] = places
+        lacking[places] -= costs[start : start + len(places)]
+        start += len(places)
+    return chosen
 
 
 def portions(sizes: Sequence[float], blocks: int) -> Portions:
