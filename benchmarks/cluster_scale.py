@@ -25,7 +25,7 @@ The tables' columns:
     pipeline   simulated time of a step / bubble-free time of the same micro-batches, steady state with
                look-ahead to the next step, of the first and the middle block
     step       that x work of the slowest block / work that the samples need, spread evenly
-    plan       milliseconds of one rank: sharing, dividing its own block, planning its pipeline
+    plan       CPU milliseconds of one rank: sharing, dividing its own block, planning its pipeline
     copied     GiB that a GPU loads for teachers in a step
     host       GiB of teachers on a host of 8 GPUs: `host`, and `host_sharded` over the ranks of a block
                (`mmap` needs none)
@@ -281,9 +281,9 @@ def measure(case: Case, batches: int, pipeline: bool) -> Row:
     for seed in range(batches):
         batch = case.draw(seed)
         shape = case.shape(batch)
-        started = time.perf_counter()
+        started = time.process_time()
         shares = shared(case, batch)
-        sharing = time.perf_counter() - started
+        sharing = time.process_time() - started
         steps = [block_step(case, shape, share) for share in shares]
         for block in watched:
             histories[block].append(steps[block])
@@ -322,7 +322,7 @@ def measure(case: Case, batches: int, pipeline: bool) -> Row:
 
 def planning_seconds(case: Case, shape: BatchShape, share: Sequence[Sample]) -> float:
     """Dividing one block and planning its pipeline without a search, as in a run's first steps."""
-    started = time.perf_counter()
+    started = time.process_time()
     step = block_step(case, shape, share)
     Planner(effort=0).plan(
         PlanRequest(
@@ -333,7 +333,7 @@ def planning_seconds(case: Case, shape: BatchShape, share: Sequence[Sample]) -> 
             scoring=step.scoring(),
         )
     )
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -412,7 +412,7 @@ def layout_cases(full: bool) -> list[Case]:
 
 
 def print_planning() -> None:
-    """Planning of one rank on up to 4,096 data-parallel ranks."""
+    """CPU time of planning one rank on up to 4,096 data-parallel ranks."""
     print("| DP | block | pipeline | sharing (ms) | own block (ms) | all blocks' ranks (ms) |")
     print("|---:|---:|---:|---:|---:|---:|")
     for case in (
@@ -426,14 +426,14 @@ def print_planning() -> None:
         shape = case.shape(batch)
         times = []
         for _ in range(3):
-            started = time.perf_counter()
+            started = time.process_time()
             shares = shared(case, batch)
-            sharing = time.perf_counter() - started
+            sharing = time.process_time() - started
             own = planning_seconds(case, shape, shares[0])
-            started = time.perf_counter()
+            started = time.process_time()
             for share in shares:
                 Division(share, case.block, shape, lambda t: t.domain).per_rank()
-            times.append((sharing, own, time.perf_counter() - started))
+            times.append((sharing, own, time.process_time() - started))
         least = [1e3 * min(column) for column in zip(*times)]
         print(
             f"| {case.dp} | {case.block} | {case.pp} | " + " | ".join(f"{ms:.0f}" for ms in least) + " |",
@@ -448,8 +448,8 @@ cut at {LONGEST:,}; a token budget below the batch's longest sequence becomes th
 student and teachers of the same size; a student's forward and backward pass of a token cost three teacher's;
 {FLOPS / 1e12:.0f} TFLOP/s a GPU, {LOAD_BYTES_PER_SECOND / 1e9:.0f} GB/s from host to GPU, bfloat16 teachers;
 no time for messages, collectives and the optimizer step; a pipeline of two blocks stands for all of its
-layout; blocks wait for each other once a step. Nothing was measured on a GPU; milliseconds are of this
-machine. Cells are mean/worst over consecutive batches with seeds 0, 1, 2 ..."""
+layout; blocks wait for each other once a step. Nothing was measured on a GPU; milliseconds are this
+machine's CPU time. Cells are mean/worst over consecutive batches with seeds 0, 1, 2 ..."""
 
 
 def main() -> int:

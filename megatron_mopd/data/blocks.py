@@ -7,14 +7,13 @@ divided among the blocks, in two stages: first how much of each mixture goes to 
 which trajectories, longest first (`share_among_blocks`).
 
 Nothing is remembered from step to step, so that a resumed run divides its batches as an uninterrupted one.
-Blocks nevertheless keep their teachers as far as balance allows, because mixtures are cut in the order of
-their names wherever that leaves every block with few enough of them.
+Blocks nevertheless keep most of their teachers, because mixtures are cut in the order of their names wherever
+that leaves every block with few enough of them, and small ones are dealt by name otherwise.
 """
 
 from __future__ import annotations
 
-import math
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Hashable, Sequence
 from heapq import heapify, heapreplace
 from itertools import accumulate
@@ -25,6 +24,13 @@ from megatron_mopd.data.trajectory import Trajectory
 
 TOLERANCE = 0.05
 """How much more than the mean a block may be given so that a mixture is not split."""
+
+_STUDENT_WAITS = 0.5
+"""Estimated share of the time that ranks wait for a mixture's longest trajectory in the student's passes too;
+the rest is filled with other mixtures."""
+
+_MANY_PLACES = 32
+"""From this number on, arrays are faster than a heap."""
 
 _DUST = 1e-9
 """Portions below this share of a block are rounding errors."""
@@ -49,8 +55,9 @@ def share_among_blocks(
     communication.
 
     cost: of a trajectory's student and teachers together, above 0. scoring_cost: the part of it that is its
-    teachers', called for one trajectory of each mixture. The `block_size` ranks of a block score in step,
-    so a mixture costs a block at least as much as its longest trajectory costs each rank.
+    teachers', called for one trajectory of each mixture. The `block_size` ranks of a block run in step, so
+    a mixture costs a block's teachers at least as much as its longest trajectory costs each rank, and the
+    student part of that.
     """
     if blocks == 1 or not trajectories:
         return [list(trajectories), *([] for _ in range(blocks - 1))]
@@ -91,27 +98,44 @@ def assign_blocks(
     sorted_costs = costs[order]
     sizes = np.bincount(mixtures, costs)
     idle = np.maximum(0.0, block_size * sorted_costs[firsts] - sizes)
-    work = sizes + scoring_share * idle
+    work = sizes + (scoring_share + (1 - scoring_share) * _STUDENT_WAITS) * idle
     owners = np.empty(len(order), np.int64)
-    owed = [0.0] * blocks
+    owed = np.zeros(blocks)
     for mixture, portion in enumerate(portions(work.tolist(), blocks)):
         members = order[firsts[mixture] : ends[mixture]]
-        if len(portion) == 1:
-            owners[members] = portion[0][0]
-            continue
-        # The heap's smallest entry is the block that lacks most.
-        of_cost = float(sizes[mixture] / work[mixture])
-        lacking = [(-owed[block] - amount * of_cost, block) for block, amount in portion]
-        heapify(lacking)
-        chosen = []
-        for length in costs[members].tolist():
-            lack, block = lacking[0]
-            chosen.append(block)
-            heapreplace(lacking, (lack + length, block))
-        owners[members] = chosen
-        for lack, block in lacking:
-            owed[block] = -lack
+        where, amounts = (np.array(column) for column in zip(*portion))
+        lacking = owed[where] + amounts * (sizes[mixture] / work[mixture])
+        owners[members] = where[_longest_first(costs[members], lacking)]
+        if len(portion) > 1:
+            owed[where] = lacking
     return owners
+
+
+def _longest_first(costs: np.ndarray, lacking: np.ndarray) -> np.ndarray:
+    """[n] the place that gets each of `costs`, in descending order: the one that is `lacking` most, of which
+    the cost is then subtracted.
+
+    """
+    chosen = np.empty(len(costs), np.int64)
+    if len(lacking) < _MANY_PLACES:
+        heap = [(-amount, place) for place, amount in enumerate(lacking.tolist())]
+        heapify(heap)
+        for number, cost in enumerate(costs.tolist()):
+            lack, place = heap[0]
+            chosen[number] = place
+            heapreplace(heap, (lack + cost, place))
+        np.subtract.at(lacking, chosen, costs)
+        return chosen
+    # All places that have their turn before the first has its second are served at once.
+    start = 0
+    while start < len(costs):
+        order = np.argsort(-lacking, kind="stable")
+        turns = np.count_nonzero(lacking > lacking[order[0]] - costs[start])
+        places = order[: max(1, min(turns, len(costs) - start))]
+        chosen[start : start + len(places)] = places
+        lacking[places] -= costs[start : start + len(places)]
+        start += len(places)
+    return chosen
 
 
 def portions(sizes: Sequence[float], blocks: int) -> Portions:
@@ -121,9 +145,9 @@ def portions(sizes: Sequence[float], blocks: int) -> Portions:
     """
     count = sum(size > 0 for size in sizes)
     most = -(-count // blocks) + 1
-    for cut in (_cut_in_order, _sliding_window):
+    for cut in (_cut_in_order, _small_ones_whole, _sliding_window):
         found = cut(sizes, blocks, TOLERANCE)
-        if _most_mixtures(found, blocks) <= most:
+        if found and _most_mixtures(found, blocks) <= most:
             return found
     return _sliding_window(sizes, blocks, 0.0)
 
@@ -137,50 +161,83 @@ def _most_mixtures(found: Portions, blocks: int) -> int:
 
 
 def _cut_in_order(sizes: Sequence[float], blocks: int, tolerance: float) -> Portions:
-    """The mixtures one after another, cut into as many contiguous parts as there are blocks.
+    """The mixtures one after another, cut into as many contiguous parts as there are blocks."""
+    return _cut(sizes, [sum(sizes) / blocks] * blocks, tolerance)
+
+
+def _small_ones_whole(sizes: Sequence[float], blocks: int, tolerance: float) -> Portions:
+    """The smallest mixtures whole, as many to each block, and the others cut in order into the room that is
+    left. So it does not depend on the small ones' sizes, but only on which they are, where each of them goes.
+
+    Empty if a block has no room left.
+    """
+    present = sorted((size, number) for number, size in enumerate(sizes) if size > 0)
+    each = -(-len(present) // blocks) - 1
+    rooms = [sum(sizes) / blocks] * blocks
+    found: Portions = [[] for _ in sizes]
+    large = list(sizes)
+    for place, number in enumerate(sorted(number for _, number in present[: each * blocks])):
+        found[number].append((place % blocks, sizes[number]))
+        rooms[place % blocks] -= sizes[number]
+        large[number] = 0.0
+    if each == 0 or min(rooms) <= 0:
+        return []
+    return [whole or cut for whole, cut in zip(found, _cut(large, rooms, tolerance))]
+
+
+def _cut(sizes: Sequence[float], rooms: Sequence[float], tolerance: float) -> Portions:
+    """The mixtures one after another, cut into contiguous parts of nearly the sizes `rooms`: [block].
 
     Wherever `tolerance` allows, a part ends with a mixture instead of splitting it, and the difference is
     spread over all blocks from there to the next such place.
     """
-    ends = [0.0, *accumulate(sizes)]
-    capacity = ends[-1] / blocks
+    ends, walls = [0.0, *accumulate(sizes)], [0.0, *accumulate(rooms)]
+    dust = _DUST * ends[-1] / len(rooms)
     found: Portions = [[] for _ in sizes]
-    joints = _joints(ends, blocks, tolerance)
+    joints = _joints(ends, walls, tolerance)
     for (mixture, block), (last_mixture, last_block) in zip(joints, joints[1:]):
-        each = (ends[last_mixture] - ends[mixture]) / (last_block - block)
-        room = each
+        filling = (ends[last_mixture] - ends[mixture]) / (walls[last_block] - walls[block])
+        room = filling * rooms[block]
         for number in range(mixture, last_mixture):
             left = sizes[number]
-            while left > _DUST * capacity:
+            while left > dust:
                 part = left if block == last_block - 1 else min(left, room)
                 found[number].append((block, part))
                 left, room = left - part, room - part
-                if room <= _DUST * capacity and block < last_block - 1:
-                    block, room = block + 1, each
+                if room <= dust and block < last_block - 1:
+                    block += 1
+                    room = filling * rooms[block]
     return found
 
 
-def _joints(ends: Sequence[float], blocks: int, tolerance: float) -> list[tuple[int, int]]:
+def _joints(ends: Sequence[float], walls: Sequence[float], tolerance: float) -> list[tuple[int, int]]:
     """(mixture, block) pairs, from (0, 0) to (all, all), before which the same mixtures and blocks end: as
-    many as possible such that no block between two of them gets more than `tolerance` above the mean.
+    many as possible such that between two of them blocks are filled to at most 1 + `tolerance`.
+
+    ends, walls: where each mixture ends, and the room of each block, in a row.
     """
-    most = (1 + tolerance) * ends[-1] / blocks
     reached: dict[tuple[int, int], tuple[int, float]] = {(0, 0): (0, 0.0)}
     before: dict[tuple[int, int], tuple[int, int]] = {}
+    last = len(ends) - 1, len(walls) - 1
     for mixture in range(1, len(ends)):
-        place = ends[mixture] / ends[-1] * blocks
-        for block in {math.floor(place), math.ceil(place)} if mixture < len(ends) - 1 else {blocks}:
+        if ends[mixture] == ends[mixture - 1] and mixture != last[0]:
+            continue
+        above = bisect_left(walls, ends[mixture])
+        for block in {above - 1, above} if mixture != last[0] else {last[1]}:
             best = None
             for (other_mixture, other_block), (joints, fullest) in reached.items():
-                if other_mixture == mixture or other_block >= block:
+                if other_mixture == mixture or not other_block < block < len(walls):
                     continue
-                each = (ends[mixture] - ends[other_mixture]) / (block - other_block)
-                if each <= most and (best is None or (joints, -max(fullest, each)) > best[0]):
-                    best = (joints, -max(fullest, each)), (other_mixture, other_block)
+                filling = (ends[mixture] - ends[other_mixture]) / (walls[block] - walls[other_block])
+                if filling > 1 + max(tolerance, _DUST):
+                    continue
+                candidate = (joints, -max(fullest, filling))
+                if best is None or candidate > best[0]:
+                    best = candidate, (other_mixture, other_block)
             if best is not None:
-                (joints, fullest), before[mixture, block] = best
-                reached[mixture, block] = (joints + 1, -fullest)
-    path = [(len(ends) - 1, blocks)]
+                (joints, emptiest), before[mixture, block] = best
+                reached[mixture, block] = (joints + 1, -emptiest)
+    path = [last]
     while path[-1] in before:
         path.append(before[path[-1]])
     return path[::-1]
