@@ -119,7 +119,7 @@ def _reduce(
     domain. The token samples are reduced along with them.
 
     Collectives: one all-reduce over DP x CP and one broadcast over PP of 14 x domains + 2 float64 values
-    (plus the token samples).
+    (plus 3 for each token of the samples).
     """
     groups = learner.groups
     shape = (len(learner.domains), len(METRICS), 2)
@@ -168,8 +168,8 @@ def _update(
 
 
 def _skip(learner: Learner, batch: StepBatch, metrics: dict[str, float]) -> dict[str, float]:
-    """Record a skipped step; weights and learning-rate schedule do not change. Collective:
-    `causes_of_all_ranks`."""
+    """Record a skipped step; weights and learning-rate schedule do not change. Collectives:
+    `causes_of_all_ranks`, `save_evidence`."""
     skipped = learner.skipped
     iteration = learner.scheduler.num_steps + skipped.total + 1
     batch.findings.add_weights(learner.chunks, learner.groups.rank)

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatron_mopd.config.objectives import needs_old_policy
+from megatron_mopd.data.arrays import logprob_dtype
 from megatron_mopd.data.batching import BatchShape, MicroBatch, collate
 from megatron_mopd.data.division import Division
+from megatron_mopd.data.exchange import deliver_tokens
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.losses.findings import Findings
 from megatron_mopd.losses.targets import Targets
 from megatron_mopd.losses.teacher_scores import TeacherScores
+from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.pipeline.problem import ScoringTask
 from megatron_mopd.rollout.routing_records import RoutingRecords
 from megatron_mopd.teachers.hidden_cache import HiddenCache
@@ -28,6 +31,7 @@ class StepBatch:
     """This rank's view of the batch of one step; a `StepInput` of the pipeline."""
 
     trajectories: Sequence[Trajectory]
+    """The global batch, with tokens of the trajectories that this rank trains on, and of no others."""
     targets: Targets
     student: list[MicroBatch]
     teachers: dict[str, list[MicroBatch]]
@@ -92,16 +96,23 @@ def plan_step(
 ) -> StepBatch:
     """Split the batch over DP ranks, ordered by target, and then into micro-batches.
 
-    Collectives: only with routing replay, `RoutingRecords.exchange` over DP.
+    Sampled tokens travel here from the ranks that have them in `trajectories` to those that train on them.
+    Collectives over DP: `deliver_tokens`; with routing replay, `RoutingRecords.exchange`.
     """
     groups, targets = learner.groups, learner.targets(iteration)
     shape = _batch_shape(learner, trajectories)
     # Ordered by target, so that a micro-batch's loss has few parts.
     division = Division(trajectories, groups.dp_size, shape, lambda t: targets[t.domain].order)
+    wanted = [[t.index for t in share] for share in division.per_rank()]
     experts = None
     if routing is not None:
-        wanted = [[t.index for t in share] for share in division.per_rank()]
-        experts = routing.exchange(wanted, groups.dp, groups.device)
+        experts = routing.exchange(trajectories, wanted, groups.dp, groups.device)
+    dtype = logprob_dtype(unwrap(learner.chunks[0]).config.params_dtype)
+    trajectories = deliver_tokens(trajectories, wanted, groups.dp, groups.device, dtype)
+    with_tokens = {t.index: t for t in trajectories if t.has_tokens}
+
+    def collated(members: Sequence[Trajectory], routing: Mapping[int, torch.Tensor] | None = None):
+        return collate([with_tokens[t.index] for t in members], shape, routing)
 
     storage = learner.config.teacher_storage
     cache = HiddenCache(
@@ -119,10 +130,8 @@ def plan_step(
     return StepBatch(
         trajectories,
         targets,
-        student=[collate(members, shape, experts) for members in student.of_rank(rank)],
-        teachers={
-            name: [collate(members, shape) for members in cut.of_rank(rank)] for name, cut in scored.items()
-        },
+        student=[collated(members, experts) for members in student.of_rank(rank)],
+        teachers={name: [collated(members) for members in cut.of_rank(rank)] for name, cut in scored.items()},
         scoring=tuple(
             scoring_task(name, cut, student, scores.keeps_log_probs) for name, cut in scored.items()
         ),

@@ -157,7 +157,10 @@ def rounded(block: Tensor, dtype: str) -> Tensor:
 
 
 def _plan(learner: Learner, case: Case) -> list[StepBatch]:
-    loaded = [case.trajectories(step) for step in range(len(case.batches))]
+    loaded = [
+        (_as_sampled(learner, trajectories), rewards)
+        for trajectories, rewards in map(case.trajectories, range(len(case.batches)))
+    ]
     if case.steps_per_rollout > 1:
         rollout = [trajectory for trajectories, _ in loaded for trajectory in trajectories]
         rewards = {index: reward for _, by_index in loaded for index, reward in by_index.items()}
@@ -166,6 +169,14 @@ def _plan(learner: Learner, case: Case) -> list[StepBatch]:
         plan_step(learner, trajectories, Known(rewards), _records(case, learner, trajectories), step)
         for step, (trajectories, rewards) in enumerate(loaded)
     ]
+
+
+def _as_sampled(learner: Learner, trajectories: list[Trajectory]) -> list[Trajectory]:
+    """The trajectories as rollouts return them: each sampled by one data-parallel rank, which has its
+    tokens."""
+    ranks, rank = learner.groups.dp_size, learner.groups.dp.rank()
+    sampled = [replace(t, sampled_by=t.index % ranks) for t in trajectories]
+    return [t if t.sampled_by == rank else t.without_tokens() for t in sampled]
 
 
 def _limit_cache(learner: Learner, case: Case) -> None:
@@ -200,7 +211,7 @@ def _records(case: Case, learner: Learner, trajectories: list[Any]) -> RoutingRe
     experts, topk = case.student["num_moe_experts"], case.student.get("moe_router_topk", 2)
     records = {}
     for trajectory in trajectories:
-        if trajectory.index % groups.dp_size != groups.dp.rank():
+        if trajectory.sampled_by != groups.dp.rank():
             continue
         record = torch.zeros(len(trajectory) - 1, len(layers), topk, dtype=torch.uint8)
         for place, layer in enumerate(layers):
@@ -208,5 +219,4 @@ def _records(case: Case, learner: Learner, trajectories: list[Any]) -> RoutingRe
             for position in range(len(trajectory) - 1):
                 record[position, place] = torch.tensor(rng.sample(range(experts), topk), dtype=torch.uint8)
         records[trajectory.index] = record
-    lengths = {trajectory.index: len(trajectory) for trajectory in trajectories}
-    return RoutingRecords(records, lengths, (len(layers), topk), torch.uint8)
+    return RoutingRecords(records, (len(layers), topk), torch.uint8)

@@ -78,4 +78,4 @@ def greedy(rank, directory, parallel, dtype, rows, new_tokens) -> list[tuple]:
         Prompt("", tuple(row), "test", None, "none", None, i, f"row {i}") for i, row in enumerate(rows)
     ]
     sampling = SamplingParams(new_tokens, temperature=0.0)
-    return [(t.response_ids, t.logprobs) for t in engine.generate(prompts, sampling, seed=0)]
+    return [row[2:4] for row in plain(engine.generate(prompts, sampling, seed=0))]
