@@ -111,7 +111,9 @@ def plan_step(
     trajectories = deliver_tokens(trajectories, wanted, groups.dp, groups.device, dtype)
     with_tokens = {t.index: t for t in trajectories if t.has_tokens}
 
-    def collated(members: Sequence[Trajectory], routing: Mapping[int, torch.Tensor] | None = None):
+    def collated(
+        members: Sequence[Trajectory], routing: Mapping[int, torch.Tensor] | None = None
+    ) -> MicroBatch:
         return collate([with_tokens[t.index] for t in members], shape, routing)
 
     storage = learner.config.teacher_storage

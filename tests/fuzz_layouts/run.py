@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from megatron_mopd.config import ConfigError, DomainObjectives, config_from_dict
 from megatron_mopd.config.objectives import needs_teachers
+from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.build import build_model
 from megatron_mopd.model.gpt import is_expert, unwrap
 from megatron_mopd.model.router_replay import install_routing_replay
@@ -203,7 +203,7 @@ def _routers(learner: Learner) -> list[TopKRouter]:
     return [module for module in modules if isinstance(module, TopKRouter)]
 
 
-def _records(case: Case, learner: Learner, trajectories: list[Any]) -> RoutingRecords | None:
+def _records(case: Case, learner: Learner, trajectories: list[Trajectory]) -> RoutingRecords | None:
     """Expert choices that depend only on trajectory, position and layer, so they are equal on any layout."""
     groups, layers = learner.groups, [router.layer_number for router in _routers(learner)]
     if not case.routing_replay or not layers:  # rollouts return none either on a stage without experts

@@ -15,6 +15,7 @@ from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.megatron_engine import MegatronEngine
 from tests import _models
 from tests._megatron_schedules import run_teacher
+from tests.rollout._engines import plain
 
 LONGEST = 64
 
