@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 _OTHERS = (
     "all_gather all_gather_into_tensor all_gather_object gather gather_object scatter reduce "
-    "reduce_scatter reduce_scatter_tensor all_to_all broadcast_object_list send recv isend irecv"
+    "reduce_scatter reduce_scatter_tensor all_to_all broadcast_object_list send recv"
 ).split()
 
 
