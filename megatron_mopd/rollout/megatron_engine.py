@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.data.arrays import joined, logprob_dtype
+from megatron_mopd.data.exchange import share_endings
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.trajectory import Trajectory, sum_of
 from megatron_mopd.model.gpt import unwrap
@@ -89,9 +89,9 @@ class MegatronEngine:
         if log is not None:
             log.deliver(owners)
             known = log.known
-        mine = [_continued(request, known.get(request.index)) for request in shares[rank]]
+        own = [_continued(request, known.get(request.index)) for request in shares[rank]]
         rows_per_lane = max(1, self._max_batch_size // groups.pp_size)
-        batches = split_evenly(mine, rows_per_lane, groups.pp_size)
+        batches = split_evenly(own, rows_per_lane, groups.pp_size)
         responses = {
             i: Response(known[i].token_ids, known[i].logprobs, known[i].state == STOPPED)
             for i in complete
@@ -106,11 +106,12 @@ class MegatronEngine:
                 )
                 decoded = decoder.run(batches)
             responses |= {request.index: response for request, response in decoded}
-        facts = self._share_facts(responses, len(requests))
+        mine = {i: (len(r.token_ids), r.finished, sum_of(r.logprobs)) for i, r in responses.items()}
+        endings = share_endings(mine, len(requests), groups.dp, groups.device)
         if log is not None:
             log.close()
         self.routing = self._routing_records(responses) if sampling.keep_routing else None
-        if not (sampling.allow_not_finite or all(math.isfinite(total) for *_, total in facts)):
+        if not (sampling.allow_not_finite or all(math.isfinite(total) for *_, total in endings)):
             raise ValueError("rollout: the student's logits are not finite; its weights are damaged")
         ids = dict(zip(responses, joined([r.token_ids for r in responses.values()], np.int32)))
         logprobs = dict(zip(responses, joined([r.logprobs for r in responses.values()], dtype)))
@@ -125,7 +126,7 @@ class MegatronEngine:
                 logprob_sum=total,
                 sampled_by=owners[i],
             )
-            for i, (length, is_finished, total) in enumerate(facts)
+            for i, (length, is_finished, total) in enumerate(endings)
         ]
 
     def _routing_records(self, responses: Mapping[int, Response]) -> RoutingRecords | None:
@@ -172,25 +173,6 @@ class MegatronEngine:
         prompts.sort(key=lambda samples: -len(samples[0].token_ids))
         dp = self._groups.dp_size
         return [[request for samples in prompts[rank::dp] for request in samples] for rank in range(dp)]
-
-    def _share_facts(self, responses: Mapping[int, Response], count: int) -> list[tuple[int, bool, float]]:
-        """Length, whether it ended by a stop token, and sum of log-probs of all `count` responses, of which
-        every data-parallel rank has its own.
-
-        Collective: one all-reduce over data-parallel ranks of 16 bytes per response, of which a ring gives
-        each rank at most 32.
-        """
-        endings, sums = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.double)
-        for index, response in responses.items():
-            endings[index] = 2 * len(response.token_ids) + response.finished
-            sums[index] = sum_of(response.logprobs)
-        facts = torch.stack((endings, sums.view(torch.long)))
-        if count and self._groups.dp_size > 1:
-            facts = facts.to(self._groups.device)
-            dist.all_reduce(facts, group=self._groups.dp)  # of zeros and one number: its bits do not change
-            facts = facts.cpu()
-        endings, sums = facts[0].tolist(), facts[1].view(torch.double).tolist()
-        return [(ending // 2, bool(ending % 2), total) for ending, total in zip(endings, sums)]
 
 
 def _continued(request: Request, known: Known | None) -> Request:
