@@ -56,9 +56,9 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{options.responses} responses of {options.mean} tokens on average sampled by each rank")
     print("bytes: received by rank 0; its tokens: those that it trains on, 8 bytes each")
-    print(
-        "ranks           | its tokens | now: bytes, s, peak MB, objects | before: bytes, s, peak MB, objects"
-    )
+    columns = f"{'bytes':>13} {'seconds':>7} {'peak MB':>8} {'objects':>10}"
+    print(f"{'':15} | {'':10} | {'now':41} | before")
+    print(f"{'ranks':15} | its tokens | {columns} | {columns}")
     for is_real, sizes in ((True, options.real), (False, options.ranks)):
         for ranks in sizes:
             lengths = draw_lengths(ranks * options.responses, options.mean)
