@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.backend.whole_files import write_whole
-from megatron_mopd.data.exchange import gather_tokens
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.losses.findings import DAMAGED_WEIGHT, Findings
 from megatron_mopd.observe.progress import say
@@ -112,11 +111,10 @@ def save_evidence(
 ) -> Path:
     """Write the inputs of a skipped step, and where its gradients were not finite.
 
-    `directory/iter_0000010/batch.json` (rank 0): metrics, the global batch, whose tokens rank 0 gathers, and
-    `causes`, the findings of all ranks' losses (`Findings`). `rank_3.json` (each rank that has any): names of
-    parameters whose gradients are not finite, and the number of such elements. If there are many such steps,
-    only the first and the last are kept (`limit_evidence`). Called on every rank. Collective: `gather_tokens`
-    over the data-parallel group of rank 0.
+    `directory/iter_0000010/batch.json` (rank 0, on which all `trajectories` must have tokens): metrics, the
+    global batch, and `causes`, the findings of all ranks' losses (`Findings`). `rank_3.json` (each rank that
+    has any): names of parameters whose gradients are not finite, and the number of such elements. If there
+    are many such steps, only the first and the last are kept (`limit_evidence`). Collectives: none.
     """
     path = directory / f"iter_{iteration:07d}"
     path.mkdir(parents=True, exist_ok=True)
@@ -128,8 +126,6 @@ def save_evidence(
                 names[f"chunk {number}: {name}"] = {"not_finite": count, "elements": gradient.numel()}
     if names:
         write_whole(path / f"rank_{groups.rank}.json", json.dumps(names, indent=1))
-    if groups.replica_rank == 0:
-        trajectories = gather_tokens(trajectories, groups.dp)
     if groups.rank == 0:
         batch = [
             {
