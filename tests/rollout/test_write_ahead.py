@@ -1,12 +1,16 @@
 """Tokens sampled before a run was killed are recovered and not sampled a second time."""
 
+import gc
 import hashlib
 import os
 import struct
+import sys
 
 import pytest
+import torch
 
 from megatron_mopd.rollout import write_ahead
+from megatron_mopd.rollout.batches import DecodingBatch, Request
 from megatron_mopd.rollout.write_ahead import (
     CONTINUES,
     CUT,
@@ -223,3 +227,29 @@ def test_a_logs_tokens_are_sent_only_to_the_ranks_that_continue_them(tmp_path, l
         assert tokens == [stored[i] for i in held]
         assert received <= 12 * sum(map(len, tokens)), "a rank receives other ranks' tokens"
         assert [got[:3] for got in result] == [wanted[:3] for wanted in expected]
+
+
+def blocks_of_a_decoding_batch(rank, steps):
+    """Objects (blocks of Python's allocator) that the results of a batch of six rows of `steps` tokens keep:
+    its responses, what is logged of them, and the same read again."""
+    requests = [Request(i, (5, 6), steps) for i in range(6)]
+    batch = DecodingBatch(requests, sampling(max_new_tokens=steps, stop_token_ids=()), torch.device("cpu"))
+    while not batch.advance(torch.randint(300, 1000, (6,)), torch.rand(6).double()):
+        pass
+    kept = None
+    for _ in range(2):  # the first time fills caches
+        kept = None
+        gc.collect()
+        before = sys.getallocatedblocks()
+        pieces = batch.unlogged()
+        batch._logged.zero_()
+        kept = batch.responses(), pieces, join(decode(encode(pieces)))
+        gc.collect()
+    assert {len(response.token_ids) for response in kept[0]} == {steps}
+    assert {known.length for known in kept[2].values()} == {steps} and len(kept[2]) == 6
+    return sys.getallocatedblocks() - before
+
+
+def test_results_have_no_object_per_token():
+    short, long = (run_ranks(1, blocks_of_a_decoding_batch, steps)[0] for steps in (20, 400))
+    assert 0 < short and long - short < 100, "6 x 380 more tokens"
