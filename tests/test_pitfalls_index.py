@@ -151,6 +151,12 @@ GUARDS = {
         # Resampling gives the same tokens, so which ones are kept cannot depend on their length.
         "rollout/test_megatron_engine.py::test_tokens_follow_from_seed_and_index_alone",
     ),
+    "Every token of a rollout batch gathered on every rank, as Python objects": (
+        "training/test_delivery.py::test_tokens_are_exactly_where_they_are_trained",
+        "training/test_delivery.py::test_the_bytes_of_a_rank_do_not_grow_with_the_number_of_ranks",
+        "training/test_delivery.py::test_the_number_of_objects_does_not_grow_with_the_number_of_tokens",
+        "rollout/test_write_ahead.py::test_results_have_no_object_per_token",
+    ),
     "Settings changed on resume and silently ignored; prompts skipped or repeated by another batch size": (
         "run/test_resume.py::test_changed_settings_of_the_optimizer_take_effect",
         "run/test_resume.py::test_a_run_goes_on_with_what_may_change_and_refuses_the_rest",

@@ -102,6 +102,16 @@ class ParallelGroups:
         return self.collection.pp.rank() == self.pp_size - 1
 
     @property
+    def replica_size(self) -> int:
+        """The number of ranks that together hold one copy of the dense model: TP x CP x PP."""
+        return self.tp_size * self.cp_size * self.pp_size
+
+    @property
+    def replica_rank(self) -> int:
+        """This rank among those of its copy of the model; all of them work on the same samples."""
+        return (self.pp.rank() * self.cp_size + self.cp.rank()) * self.tp_size + self.tp.rank()
+
+    @property
     def last_stage_rank(self) -> int:
         """Global rank of the last stage in this rank's pipeline, the source of its results."""
         return dist.get_process_group_ranks(self.pp)[-1]

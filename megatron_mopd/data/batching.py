@@ -55,7 +55,7 @@ class BatchShape:
         longest = max(map(len, trajectories), default=1)
         if max_tokens is not None:
             max_tokens = _round_up(max(max_tokens, longest), alignment)
-        share = sum(len(t.response_ids) for t in trajectories) / max(1, sum(map(len, trajectories)))
+        share = sum(t.response_length for t in trajectories) / max(1, sum(map(len, trajectories)))
         return cls(micro_batch_size, max_tokens, longest, alignment, cp_size, cp_rank, share)
 
     @property
@@ -138,8 +138,8 @@ def collate(
     trajectories: Sequence[Trajectory], shape: BatchShape, routing: Mapping[int, Tensor] | None = None
 ) -> MicroBatch:
     """Tensors of one micro-batch for this context-parallel rank, on the CPU. An empty list gives a
-    micro-batch of only padding. `routing` has the expert choices [tokens - 1, layers, k] of sampled
-    trajectories, by index.
+    micro-batch of only padding; this rank must hold the tokens of `trajectories`. `routing` has the expert
+    choices [tokens - 1, layers, k] of sampled trajectories, by index.
     """
     rows, row_length, documents = _documents(trajectories, shape)
     tokens = np.zeros((rows, row_length), dtype=np.int64)

@@ -29,7 +29,7 @@ class ForwardCost:
         """FLOPs of a whole trajectory, with the head on its response tokens."""
         n = len(trajectory)
         pairs = n * (n + 1) / 2
-        return self.token * n + self.pair * pairs + self.head * len(trajectory.response_ids)
+        return self.token * n + self.pair * pairs + self.head * trajectory.response_length
 
 
 def forward_cost(config: TransformerConfig, vocab_size: int) -> ForwardCost:

@@ -19,7 +19,7 @@ def time_split(
     run: Run, batch: StepBatch, metrics: dict[str, float], rollout: float, total: float
 ) -> dict[str, float]:
     """Where a step's time went on this rank, and its throughput."""
-    lengths = [len(t.response_ids) for t in batch.trajectories]
+    lengths = [t.response_length for t in batch.trajectories]
     busy = metrics["time/score"] + metrics["time/train"]
     peak = peak_flops(device_name(run.groups.device), run.config.params_dtype)
     return {
@@ -61,7 +61,7 @@ def token_samples(run: Run, batch: StepBatch) -> TokenSamples | None:
     if run.learner.routing is None or not log.sample_interval or not log.samples_per_domain:
         return None
     if done in (1, run.config.schedule.train_iters) or done % log.sample_interval == 0:
-        return TokenSamples(batch.trajectories, log.samples_per_domain, run.groups.device)
+        return TokenSamples(batch.trajectories, log.samples_per_domain, run.groups)
     return None
 
 

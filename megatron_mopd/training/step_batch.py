@@ -8,12 +8,15 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatron_mopd.config.objectives import needs_old_policy
+from megatron_mopd.data.arrays import logprob_dtype
 from megatron_mopd.data.batching import BatchShape, MicroBatch, collate
 from megatron_mopd.data.division import Division
+from megatron_mopd.data.exchange import deliver_tokens
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.losses.findings import Findings
 from megatron_mopd.losses.targets import Targets
 from megatron_mopd.losses.teacher_scores import TeacherScores
+from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.pipeline.problem import ScoringTask
 from megatron_mopd.rollout.routing_records import RoutingRecords
 from megatron_mopd.teachers.hidden_cache import HiddenCache
@@ -29,6 +32,7 @@ class StepBatch:
     """This rank's view of the batch of one step; a `StepInput` of the pipeline."""
 
     trajectories: Sequence[Trajectory]
+    """The global batch, with tokens of the trajectories that this rank trains on, and of no others."""
     targets: Targets
     student: list[MicroBatch]
     teachers: dict[str, list[MicroBatch]]
@@ -94,18 +98,36 @@ def plan_step(
     """Share the batch among blocks of DP ranks by teacher, and each share among the block's ranks and
     micro-batches.
 
-    Collectives: only with routing replay, `RoutingRecords.exchange` over DP.
+    Sampled tokens travel here from the ranks that have them in `trajectories` to those that train on them.
+    Collectives over DP: `deliver_tokens`; with routing replay, `RoutingRecords.exchange`.
     """
     groups, targets = learner.groups, learner.targets(iteration)
     shape, block = _batch_shape(learner, trajectories), groups.block
     shares = shares_of_blocks(trajectories, block, targets, *learner.forward_costs)
-    # Ordered by target, so that a micro-batch's loss has few parts.
-    divisions = [Division(share, block.size, shape, lambda t: targets[t.domain].order) for share in shares]
+    rank = groups.dp.rank()
+    # Other blocks are divided only as far as this rank has tokens for them.
+    divisions = {
+        # Ordered by target, so that a micro-batch's loss has few parts.
+        number: Division(share, block.size, shape, lambda t: targets[t.domain].order)
+        for number, share in enumerate(shares)
+        if number == block.index or any(t.sampled_by == rank for t in share)
+    }
+    wanted: list[list[int]] = []
+    for number in range(block.count):
+        per_rank = divisions[number].per_rank() if number in divisions else [[]] * block.size
+        wanted += [[t.index for t in share] for share in per_rank]
     division = divisions[block.index]
     experts = None
     if routing is not None:
-        wanted = [[t.index for t in share] for each in divisions for share in each.per_rank()]
-        experts = routing.exchange(wanted, groups.dp, groups.device)
+        experts = routing.exchange(trajectories, wanted, groups.dp, groups.device)
+    dtype = logprob_dtype(unwrap(learner.chunks[0]).config.params_dtype)
+    trajectories = deliver_tokens(trajectories, wanted, groups.dp, groups.device, dtype)
+    with_tokens = {t.index: t for t in trajectories if t.has_tokens}
+
+    def collated(
+        members: Sequence[Trajectory], routing: Mapping[int, torch.Tensor] | None = None
+    ) -> MicroBatch:
+        return collate([with_tokens[t.index] for t in members], shape, routing)
 
     storage = learner.config.teacher_storage
     cache = HiddenCache(
@@ -119,13 +141,13 @@ def plan_step(
         for name in (learner.bank.names if learner.bank else ())
         if any(targets[t.domain].is_scored_by(name) for t in shares[block.index])
     }
-    rank = groups.dp.rank() % block.size
+    place = rank % block.size
     return StepBatch(
         trajectories,
         targets,
-        student=[collate(members, shape, experts) for members in student.of_rank(rank)],
+        student=[collated(members, experts) for members in student.of_rank(place)],
         teachers={
-            name: [collate(members, shape) for members in cut.of_rank(rank)] for name, cut in scored.items()
+            name: [collated(members) for members in cut.of_rank(place)] for name, cut in scored.items()
         },
         scoring=tuple(
             scoring_task(name, cut, student, scores.keeps_log_probs) for name, cut in scored.items()

@@ -63,9 +63,9 @@ def test_jsonl(load, tokenizer):
         "exact_match",
         None,
     )
-    assert one.token_ids == tuple(tokenizer.encode_prompt("one"))
+    assert one.token_ids.tolist() == tokenizer.encode_prompt("one")
     assert two.text == ({"role": "user", "content": "hello"},)
-    assert two.token_ids == tuple(tokenizer.encode_prompt(two.text))
+    assert two.token_ids.tolist() == tokenizer.encode_prompt(two.text)
     assert (two.answer, two.verifier, three.answer) == ("2.5", "math_verify", None)
     assert [p.index for p in prompts] == [0, 1, 2]
     assert prompts.domains == ("a", "b") and len(prompts) == 3

@@ -15,6 +15,7 @@ from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.megatron_engine import MegatronEngine
 from tests import _models
 from tests._megatron_schedules import run_teacher
+from tests.rollout._engines import plain
 
 LONGEST = 64
 
@@ -78,4 +79,4 @@ def greedy(rank, directory, parallel, dtype, rows, new_tokens) -> list[tuple]:
         Prompt("", tuple(row), "test", None, "none", None, i, f"row {i}") for i, row in enumerate(rows)
     ]
     sampling = SamplingParams(new_tokens, temperature=0.0)
-    return [(t.response_ids, t.logprobs) for t in engine.generate(prompts, sampling, seed=0)]
+    return [row[2:4] for row in plain(engine.generate(prompts, sampling, seed=0))]
