@@ -62,6 +62,14 @@ class PromptSet:
         """The distinct domains, in order of first appearance."""
         return tuple(dict.fromkeys(prompt.domain for prompt in self))
 
+    def domain_shares(self) -> dict[str, float]:
+        """The expected share of each domain in a batch."""
+        shares = dict.fromkeys(self.domains, 0.0)
+        for group, weight in zip(self.groups, self.weights):
+            for prompt in group:
+                shares[prompt.domain] += weight / sum(self.weights) / len(group)
+        return shares
+
     def without(self, other: PromptSet) -> PromptSet:
         """These prompts without those that are also in `other`, for evaluation on prompts that were never
         trained on.

@@ -47,7 +47,7 @@ from megatron_mopd.teachers.manifest import model_fingerprints, run_manifest, st
 from megatron_mopd.training.learner import Learner
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_mopd.training.rewards import Rewarder
-from megatron_mopd.training.teacher_blocks import with_block_size
+from megatron_mopd.training.teacher_blocks import block_notes, with_block_size
 
 
 @dataclass
@@ -124,6 +124,8 @@ def _build(
         for alarm in alarms:
             say(f"ALARM: {alarm}")
         bank = _teachers(config, inputs, groups, fingerprints)
+        for note in block_notes(groups.block, len(bank.names), _scored_samples(config, inputs)):
+            say(note)
     wrapped = wrap_data_parallel(chunks, config, groups)
     optimizer, scheduler = build_optimizer(wrapped, config, groups)
     return Run(
@@ -214,6 +216,13 @@ def _teachers(
         directory=run_directory(config) / "teachers",
         max_mixture=DomainObjectives(config.objective).heads_at_once(inputs.routing.max_teachers),
     )
+
+
+def _scored_samples(config: Config, inputs: Inputs) -> dict[str, float]:
+    """For each domain with teachers, its expected number of samples in a step."""
+    shares = inputs.prompts.domain_shares()
+    scored = inputs.objectives.any(needs_teachers, shares)
+    return {domain: shares[domain] * config.schedule.global_batch_size for domain in scored if shares[domain]}
 
 
 def examine_confinement(inputs: Inputs) -> Confinement | None:

@@ -53,6 +53,29 @@ def balances_over_all_ranks(student: ModelConfig) -> bool:
     return "global_aux_loss" in ([kinds] if isinstance(kinds, str) else kinds)
 
 
+def block_notes(block: Block, teachers: int, samples: Mapping[str, float]) -> list[str]:
+    """What a user should know about the blocks of a run with this many teachers.
+
+    samples: for each domain with teachers, its expected number of samples in a step.
+    """
+    if block.size * block.count == 1:
+        return []
+    most = min(teachers, -(-teachers // block.count) + 1)
+    notes = [
+        f"teacher blocks: {block.count} of {block.size} data-parallel rank{'s' * (block.size > 1)} each, "
+        f"with at most {most} of {teachers} teachers in a step"
+    ]
+    for domain, expected in samples.items():
+        if expected < block.size:
+            notes.append(
+                f"domain {domain!r} has about {expected:.1f} samples a step for the {block.size} ranks of a "
+                f"block, which wait for each other: its teachers compute {block.size / expected:.1f} times "
+                "as many tokens as needed, or more; a larger schedule.global_batch_size or smaller blocks "
+                "(fewer expert-parallel ranks, parallel.teacher_block_size) avoid that"
+            )
+    return notes
+
+
 def shares_of_blocks(
     trajectories: Sequence[Trajectory],
     block: Block,

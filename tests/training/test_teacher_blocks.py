@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: F401  (before forking)
 
+from megatron_mopd.backend.blocks import Block
 from megatron_mopd.config import ConfigError, config_from_dict
 from megatron_mopd.teachers.bank import TeacherSource
 from megatron_mopd.teachers.layout import DENSE as DENSE_SEGMENT
 from megatron_mopd.training.step import train_step
 from megatron_mopd.training.step_batch import plan_step
-from megatron_mopd.training.teacher_blocks import with_block_size
+from megatron_mopd.training.teacher_blocks import block_notes, with_block_size
 from tests import _models
 from tests._distributed import RankPool
 
@@ -52,6 +53,16 @@ def test_a_loss_over_all_ranks_has_one_block():
     assert size_of(EP2 | dict(teacher_block_size=16), everywhere) == 16
     with pytest.raises(ConfigError, match="global_aux_loss sums over all 16 data-parallel ranks"):
         size_of(EP2 | dict(teacher_block_size=4), everywhere)
+
+
+def test_domains_that_cannot_fill_a_block_are_named_with_their_cost():
+    assert block_notes(Block(1, 1, 0), 12, {"math": 4.0}) == []
+    (small,) = block_notes(Block(1, 8, 0), 12, {"math": 0.5 * 8, "code": 4.0})
+    assert small == "teacher blocks: 8 of 1 data-parallel rank each, with at most 3 of 12 teachers in a step"
+    blocks, domain = block_notes(Block(8, 2, 0), 3, {"math": 8.0, "rare": 2.0})
+    assert blocks.startswith("teacher blocks: 2 of 8 data-parallel ranks each, with at most 3 of 3")
+    assert domain.startswith("domain 'rare' has about 2.0 samples a step for the 8 ranks of a block")
+    assert "compute 4.0 times as many tokens as needed" in domain
 
 
 def of_domains(domains, each, seed=0):
