@@ -14,7 +14,7 @@ that leaves every block with few enough of them, and small ones are dealt by nam
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from heapq import heapify, heapreplace
 from itertools import accumulate
 
@@ -42,35 +42,34 @@ Portions = list[list[tuple[int, float]]]
 def share_among_blocks(
     trajectories: Sequence[Trajectory],
     blocks: int,
-    key: Callable[[Trajectory], Hashable],
-    cost: Callable[[Trajectory], float],
+    mixtures: Sequence[Hashable],
+    costs: np.ndarray,
     block_size: int = 1,
-    scoring_cost: Callable[[Trajectory], float] = lambda _: 0.0,
+    scoring_costs: np.ndarray | None = None,
 ) -> list[list[Trajectory]]:
     """[block]: the trajectories that it trains on, so that all blocks have nearly equal work.
 
     Each trajectory is in exactly one share; with few trajectories some shares are empty. A share has at most
-    ceil(mixtures / blocks) + 1 mixtures (values of `key`, which are ordered by their text). The result does
-    not depend on the order of `trajectories`, only on their `index`, so it is the same on every rank without
-    communication.
+    ceil(mixtures / blocks) + 1 mixtures, which are ordered by their text. The result does not depend on the
+    order of `trajectories`, only on their `index`, so it is the same on every rank without communication.
 
-    cost: of a trajectory's student and teachers together, above 0. scoring_cost: the part of it that is its
-    teachers', called for one trajectory of each mixture. The `block_size` ranks of a block run in step, so
-    a mixture costs a block's teachers at least as much as its longest trajectory costs each rank, and the
-    student part of that.
+    mixtures, costs, scoring_costs: [trajectory] its mixture, the cost of its student and teachers together,
+    above 0, and the part of it that is its teachers' (`None`: 0). The `block_size` ranks of a block run in
+    step, so a mixture costs a block's teachers at least as much as its longest trajectory costs each rank,
+    and the student part of that.
     """
     if blocks == 1 or not trajectories:
         return [list(trajectories), *([] for _ in range(blocks - 1))]
-    keys = list(map(key, trajectories))
-    names = {name: number for number, name in enumerate(sorted(set(keys), key=str))}
-    examples = dict(zip(keys, trajectories))
+    names = {name: number for number, name in enumerate(sorted(set(mixtures), key=str))}
+    numbers = np.fromiter(map(names.__getitem__, mixtures), np.int64, len(mixtures))
+    scoring = np.zeros(len(names)) if scoring_costs is None else np.bincount(numbers, scoring_costs)
     owners = assign_blocks(
-        np.fromiter(map(names.__getitem__, keys), np.int64, len(keys)),
-        np.fromiter(map(cost, trajectories), np.float64, len(keys)),
-        np.fromiter((t.index for t in trajectories), np.int64, len(keys)),
+        numbers,
+        costs,
+        np.fromiter((t.index for t in trajectories), np.int64, len(mixtures)),
         blocks,
         block_size,
-        np.array([scoring_cost(examples[name]) / cost(examples[name]) for name in names]),
+        scoring / np.bincount(numbers, costs),
     )
     shares: list[list[Trajectory]] = [[] for _ in range(blocks)]
     for owner, trajectory in zip(owners.tolist(), trajectories):

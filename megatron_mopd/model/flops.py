@@ -7,11 +7,15 @@ and the output head only on response tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.specs import moe_layer_pattern
+
+Number = TypeVar("Number", float, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,12 @@ class ForwardCost:
 
     def of(self, trajectory: Trajectory) -> float:
         """FLOPs of a whole trajectory, with the head on its response tokens."""
-        n = len(trajectory)
-        pairs = n * (n + 1) / 2
-        return self.token * n + self.pair * pairs + self.head * trajectory.response_length
+        return self.of_lengths(len(trajectory), trajectory.response_length)
+
+    def of_lengths(self, length: Number, response_length: Number) -> Number:
+        """`of` trajectories with these numbers of tokens, elementwise for arrays."""
+        pairs = length * (length + 1) / 2
+        return self.token * length + self.pair * pairs + self.head * response_length
 
 
 def forward_cost(config: TransformerConfig, vocab_size: int) -> ForwardCost:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from megatron_mopd.backend.blocks import Block, block_sizes, check_block_size
 from megatron_mopd.config import Config, ConfigError, ModelConfig, ParallelConfig
 from megatron_mopd.data.blocks import share_among_blocks
@@ -89,14 +91,17 @@ def shares_of_blocks(
     It is computed, not measured: the division decides in which order gradients are summed, and a resumed run
     must repeat that of an uninterrupted one.
     """
-
-    def names(trajectory: Trajectory) -> tuple[str, ...]:
-        return tuple(name for name, _ in targets[trajectory.domain].mixture)
-
-    def scoring(trajectory: Trajectory) -> float:
-        return sum(teachers[name].of(trajectory) for name in names(trajectory))
-
-    def cost(trajectory: Trajectory) -> float:
-        return 3 * student.of(trajectory) + scoring(trajectory)
-
-    return share_among_blocks(trajectories, block.count, names, cost, block.size, scoring)
+    names = {domain: tuple(name for name, _ in target.mixture) for domain, target in targets.items()}
+    mixtures = [names[t.prompt.domain] for t in trajectories]
+    count = len(trajectories)
+    lengths = np.fromiter(map(len, trajectories), np.float64, count)
+    responses = np.fromiter((t.response_length for t in trajectories), np.float64, count)
+    numbers = {mixture: number for number, mixture in enumerate(dict.fromkeys(mixtures))}
+    which = np.fromiter(map(numbers.__getitem__, mixtures), np.int64, count)
+    scoring = np.zeros(count)
+    for mixture, number in numbers.items():
+        rows = which == number
+        for name in mixture:
+            scoring[rows] += teachers[name].of_lengths(lengths[rows], responses[rows])
+    costs = 3 * student.of_lengths(lengths, responses) + scoring
+    return share_among_blocks(trajectories, block.count, mixtures, costs, block.size, scoring)

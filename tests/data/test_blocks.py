@@ -38,7 +38,8 @@ def batch(rng, count, domains, longest=60):
 
 
 def share(trajectories, blocks, **kwargs):
-    return share_among_blocks(trajectories, blocks, lambda t: t.domain, len, **kwargs)
+    costs = np.array(list(map(len, trajectories)), dtype=float)
+    return share_among_blocks(trajectories, blocks, [t.domain for t in trajectories], costs, **kwargs)
 
 
 @pytest.mark.parametrize(("teachers", "blocks"), SHAPES)
@@ -127,7 +128,8 @@ def test_waiting_for_a_long_trajectory_counts_as_work():
     trajectories += [trajectory(1 + i, [1], [2] * 9, "usual") for i in range(160)]
     beside = []
     for block_size, cost in ((1, 1.0), (4, 0.0), (4, 1.0)):
-        shares = share(trajectories, 2, block_size=block_size, scoring_cost=lambda t, c=cost: c * len(t))
+        scoring = cost * np.array(list(map(len, trajectories)))
+        shares = share(trajectories, 2, block_size=block_size, scoring_costs=scoring)
         (part,) = (part for part in shares if any(t.domain == "rare" for t in part))
         beside.append(sum(map(len, part)) - 400)
     assert beside[0] > 500
@@ -145,7 +147,7 @@ def test_keys_may_be_any_hashable_value():
     """Mixtures of several teachers, and none."""
     keys = [None, (("a", 0.5), ("b", 0.5)), (("a", 1.0),)]
     trajectories = [trajectory(i, [1], [2] * 9) for i in range(30)]
-    shares = share_among_blocks(trajectories, 3, lambda t: keys[t.index % 3], len)
+    shares = share_among_blocks(trajectories, 3, [keys[t.index % 3] for t in trajectories], np.full(30, 10.0))
     assert [len({keys[t.index % 3] for t in part}) for part in shares] == [1, 1, 1]
 
 
