@@ -114,8 +114,7 @@ def _build(
     )
     manifest = run_manifest(tokenizer.fingerprint(), inputs.prompts, fingerprints)
     resumable = _checked_resumable(config, inputs, manifest)
-    ranks_per_host = read_launch(os.environ).local_world_size
-    parallel = with_block_size(config, inputs.student, dist.get_world_size(), ranks_per_host)
+    parallel = with_block_size(config, inputs.student, dist.get_world_size(), _fewest_ranks_per_host())
     groups = build_parallel_groups(parallel, device, config.seed)
     chunks = _student(config, inputs, groups)
     alarms, bank = [], None
@@ -216,6 +215,17 @@ def _teachers(
         directory=run_directory(config) / "teachers",
         max_mixture=DomainObjectives(config.objective).heads_at_once(inputs.routing.max_teachers),
     )
+
+
+def _fewest_ranks_per_host() -> int:
+    """The number of ranks on the host that has the fewest; all of them if the launcher does not say.
+
+    One all-reduce of 8 bytes over all ranks, so that they agree.
+    """
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    fewest = torch.tensor([int(here) if here.isdigit() else dist.get_world_size()])
+    dist.all_reduce(fewest, dist.ReduceOp.MIN)
+    return int(fewest.item())
 
 
 def _scored_samples(config: Config, inputs: Inputs) -> dict[str, float]:

@@ -23,7 +23,7 @@ def with_block_size(
     By default blocks are as small as the experts allow, with two exceptions. `host_sharded` shards teachers
     over a block, so its blocks are the ranks of a host: the host holds every teacher once. The
     `global_aux_loss` of a micro-batch is a collective over all data-parallel ranks, so they are one block.
-    ranks_per_host: `None` if unknown, then all ranks are assumed to be on one host.
+    ranks_per_host: `None` if all ranks are on one host.
 
     Raises `ConfigError` for an explicit size that the layout or `global_aux_loss` does not allow.
     """
