@@ -52,6 +52,7 @@ ARCHITECTURES = {
     ),
 }
 VOCABULARY = 151936
+RANKS_PER_HOST = 8
 COMPONENTS = ("student weights", "gradients", "optimizer", "activations", "teacher slots", "loss")
 # student -> (ranks, TP, PP, EP, CP); the first layout is the recipe's own.
 LAYOUTS = {
@@ -119,10 +120,10 @@ def estimated(student: str, load: Path, layout: tuple[int, ...]) -> tuple[list[f
         f"parallel.context_parallel_size={cp}",
     ]
     config = load_config(RECIPE, overrides)
-    memory = estimate(config, ranks, stage_ranks(config, ranks))
+    memory = estimate(config, ranks, stage_ranks(config, ranks), RANKS_PER_HOST)
     fullest = max((item.device for item in memory.values()), key=lambda sizes: sum(sizes.values()))
     sizes = [fullest.get(name, 0) / 2**30 for name in COMPONENTS]
-    host = sum(fullest_host(memory, ranks, 8).values()) / 2**30
+    host = sum(fullest_host(memory, ranks, RANKS_PER_HOST).values()) / 2**30
     return sizes, sum(fullest.values()) / 2**30, host
 
 

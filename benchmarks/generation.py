@@ -70,7 +70,10 @@ def compare(theirs, ours, batch, tokenizer, most: int, stops: tuple[int, ...], r
     for _ in range(repeats):
         for name, generate in (
             ("theirs", lambda: generate_with_transformers(theirs, batch, most, tokenizer, stops)),
-            ("ours", lambda: [a.response_ids for a in ours.engine.generate(batch, sampling, seed=0)]),
+            (
+                "ours",
+                lambda: [a.response_ids.tolist() for a in ours.engine.generate(batch, sampling, seed=0)],
+            ),
         ):
             *seconds, answers[name] = timed(generate)
             took[name].append(seconds)

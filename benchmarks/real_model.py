@@ -45,7 +45,7 @@ def main() -> None:
     tokenizer = load_tokenizer(hf)
     asked = prompts(10, tokenizer)
     reference = transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
-    expected = [logits_of_transformers(reference, prompt.token_ids) for prompt in asked]
+    expected = [logits_of_transformers(reference, prompt.token_ids.tolist()) for prompt in asked]
     assert all(logits.isfinite().all() for logits in expected), "transformers' own logits are not finite"
     groups = start()  # after the reference: it changes CPU settings of `torch`
     longest = max(len(prompt.token_ids) for prompt in asked) + NEW_TOKENS
@@ -58,7 +58,7 @@ def main() -> None:
 
     def check_logits(name: str, model: OurModel) -> None:
         worst = max(
-            (logits_of_ours(model, prompt.token_ids) - wanted).abs().max().item()
+            (logits_of_ours(model, prompt.token_ids.tolist()) - wanted).abs().max().item()
             for prompt, wanted in zip(asked, expected, strict=True)
         )
         check(name, worst < LOGITS_TOLERANCE, f"largest difference {worst:.1e} (limit {LOGITS_TOLERANCE:g})")
@@ -111,7 +111,7 @@ def compare_greedy(reference, ours: OurModel, asked, tokenizer) -> tuple[bool, s
     answers = ours.engine.generate(asked, sampling, seed=0)
     equal = 0
     for prompt, answer in zip(asked, answers, strict=True):
-        ids = torch.tensor([prompt.token_ids])
+        ids = torch.tensor([prompt.token_ids.tolist()])
         wanted = reference.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -80,7 +80,7 @@ def main() -> None:
         )
         best = min(best, time.perf_counter() - start)
     if dist.get_rank() == 0:
-        sampled = sum(len(trajectory.response_ids) for trajectory in trajectories)
+        sampled = sum(trajectory.response_length for trajectory in trajectories)
         total = sum(map(len, trajectories))
         print(f"{dist.get_world_size()} ranks, {layout or 'data parallel'}: ", end="")
         print(

@@ -70,7 +70,7 @@ def main() -> None:
     print("layout                   | ranks |  calls groups seconds | calls groups seconds")
     for name, sizes in LAYOUTS.items():
         for world_size in options.ranks:
-            config = layout(*sizes)
+            config = layout(*sizes, world_size)
             if world_size % (sizes[0] * sizes[1]) or world_size % (sizes[3] * sizes[1]):
                 continue
             everyone, members = (
@@ -84,8 +84,11 @@ def main() -> None:
         print(f"\n{options.real} real ranks, gloo: every rank {real[0][0]:.2f} s, members {real[0][1]:.2f} s")
 
 
-def layout(tp: int, pp: int, vpp: int, ep: int) -> ParallelConfig:
+def layout(tp: int, pp: int, vpp: int, ep: int, world_size: int) -> ParallelConfig:
+    """With a single teacher block, so that its groups are megatron-core's, whose ranks the old way can
+    list."""
     return ParallelConfig(
+        teacher_block_size=max(1, world_size // (tp * pp)),
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
@@ -202,7 +205,7 @@ def construct(rank: int) -> tuple[float, float]:
     """Seconds of the slowest rank to create all groups: every rank all of them, and the members alone; the
     median of five each, alternating."""
     cpu.install()
-    config, seconds = layout(2, 2, 2, 2), ([], [])
+    config, seconds = layout(2, 2, 2, 2, dist.get_world_size()), ([], [])
     for _ in range(5):
         for style, taken in zip((every_rank_creates_all, contextlib.nullcontext), seconds):
             dist.barrier()

@@ -95,7 +95,7 @@ def scores(model, head, samples) -> torch.Tensor:
     model.eval()
     result = []
     for sample in samples:
-        ids = torch.tensor([sample.token_ids])
+        ids = torch.tensor([sample.token_ids.tolist()])
         hidden = model(ids, torch.arange(ids.size(1)).unsqueeze(0), None)[:, 0]
         first = len(sample.prompt.token_ids) - 1
         result.append((hidden[first:-1] @ head.T).double().log_softmax(-1))

@@ -6,9 +6,10 @@
     torchrun --nproc-per-node 2 benchmarks/teacher_scaling.py --heads     # loads of output heads, 2 stages
 
 The same trajectories, in as many domains as the largest count, are scored by 1, 2, 4 or 12 teachers; the
-number of scored tokens does not change. Every data-parallel rank has one full micro-batch of each domain, so
-that twelve teachers need no more micro-batches than one. Results are medians over interleaved steps, so that
-other load on the machine affects all counts equally.
+number of scored tokens does not change. Each step has `--samples` trajectories, by default one full
+micro-batch of each domain for every rank. Ranks share experts in no layout here, so each is a block with its
+own teachers, except that `host_sharded` has all ranks in one block. Results are medians over interleaved
+steps, so that other load on the machine affects all counts equally.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,6 +41,7 @@ from megatron_mopd.training.learner import Learner
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_mopd.training.step import train_step
 from megatron_mopd.training.step_batch import plan_step
+from megatron_mopd.training.teacher_blocks import with_block_size
 
 VOCAB, SEQUENCE_LENGTH, DOMAINS, MICRO_BATCH = 2000, 64, 12, 4
 MODEL = dict(
@@ -52,6 +55,8 @@ MODEL = dict(
     moe_ffn_hidden_size=64,
     moe_aux_loss_coeff=0.0,
 )
+
+STUDENT = ModelConfig(vocab_size=VOCAB, transformer=MODEL)
 
 
 class SlowStore:
@@ -81,6 +86,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=None, help="storage format: int8 or fp8")
     parser.add_argument("--teachers", type=int, nargs="+", default=[1, 2, 4, 12])
     parser.add_argument("--steps", type=int, default=12, help="measured steps for each number of teachers")
+    parser.add_argument("--samples", type=int, default=None, help="trajectories of a step, on all ranks")
     parser.add_argument("--slow-store", action="store_true", help="measure slow loads instead")
     parser.add_argument("--heads", action="store_true", help="count the loads of output heads instead")
     options = parser.parse_args()
@@ -98,8 +104,9 @@ def main() -> None:
         for mode in options.mode:
             config = configuration(directory[0], mode, options.dtype)
             groups = groups or build_parallel_groups(config.parallel, device, seed=1)
-            path = Path(directory[0]) / mode
-            learners = {n: learner(config, groups, n, path / str(n)) for n in options.teachers}
+            blocks = with_block_size(config, STUDENT, dist.get_world_size(), ranks_per_host=None)
+            path, block = Path(directory[0]) / mode, replace(groups, config=blocks)
+            learners = {n: learner(config, block, n, path / str(n)) for n in options.teachers}
             if options.slow_store:
                 slow_store(learners[max(learners)])
             else:
@@ -126,25 +133,27 @@ def configuration(
     )
 
 
-def learner(config, groups, teachers: int, directory: Path) -> Learner:
-    model = ModelConfig(vocab_size=VOCAB, transformer=MODEL)
-    chunks = build_model(model, groups, config.params_dtype, max_sequence_length=SEQUENCE_LENGTH, seed=1)
+def learner(
+    config, groups, teachers: int, directory: Path, sequence_length: int = SEQUENCE_LENGTH
+) -> Learner:
+    model = STUDENT
+    chunks = build_model(model, groups, config.params_dtype, max_sequence_length=sequence_length, seed=1)
     sources = [TeacherSource(f"teacher{k}", model, 10 + k, f"{k}") for k in range(teachers)]
     routing = Routing({f"domain{d:02d}": f"teacher{d % teachers}" for d in range(DOMAINS)}, sources)
     wrapped = wrap_data_parallel(chunks, config, groups)
     optimizer, scheduler = build_optimizer(wrapped, config, groups)
     bank = TeacherBank(
-        sources, groups, config.params_dtype, SEQUENCE_LENGTH, config.teacher_storage, directory=directory
+        sources, groups, config.params_dtype, sequence_length, config.teacher_storage, directory=directory
     )
     domains = [f"domain{d:02d}" for d in range(DOMAINS)]
     return Learner(config, groups, wrapped, optimizer, scheduler, model, {}, domains, routing, bank)
 
 
-def trajectories(seed: int) -> list[Trajectory]:
-    """Trajectories of 48 tokens, half of them response: one micro-batch per domain and rank."""
+def trajectories(seed: int, samples: int | None = None) -> list[Trajectory]:
+    """Trajectories of 48 tokens, half of them response: by default one micro-batch per domain and rank."""
     rng = random.Random(seed)
     result = []
-    for index in range(DOMAINS * MICRO_BATCH * dist.get_world_size()):
+    for index in range(samples or DOMAINS * MICRO_BATCH * dist.get_world_size()):
         ids = [rng.randrange(VOCAB) for _ in range(48)]
         domain = f"domain{index % DOMAINS:02d}"
         prompt = Prompt("", tuple(ids[:24]), domain, None, "exact_match", None, index, "")
@@ -152,8 +161,8 @@ def trajectories(seed: int) -> list[Trajectory]:
     return result
 
 
-def one_step(item: Learner, seed: int) -> tuple[float, dict[str, float]]:
-    batch = plan_step(item, trajectories(seed))
+def one_step(item: Learner, seed: int, samples: int | None = None) -> tuple[float, dict[str, float]]:
+    batch = plan_step(item, trajectories(seed, samples))
     dist.barrier()
     started = time.perf_counter()
     metrics = train_step(item, [batch])
@@ -165,7 +174,7 @@ def scaling(learners: dict[int, Learner], mode: str, options) -> None:
     metrics: dict[int, dict[str, float]] = {}
     for step in range(options.steps + 2):
         for n, item in learners.items():
-            seconds, metrics[n] = one_step(item, step)
+            seconds, metrics[n] = one_step(item, step, options.samples)
             if step >= 2:  # the first steps build tables and caches
                 times[n].append(seconds)
     if dist.get_rank() == 0:

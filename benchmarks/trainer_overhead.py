@@ -149,7 +149,6 @@ class BareLoop:
     def __init__(self, learner: Learner, trajectories: list[Trajectory]):
         self.learner, self.groups = learner, learner.groups
         batch = plan_step(learner, trajectories)
-        self.shape = batch.shape
         self.micro_batches = [micro_batch.to(self.groups.device) for micro_batch in batch.student]
         self.teacher_hidden: list[torch.Tensor] = []
         self.schedule = get_forward_backward_func()
@@ -180,8 +179,8 @@ class BareLoop:
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=list(chunks) if len(chunks) > 1 else chunks[0],
             num_microbatches=len(self.micro_batches),
-            seq_length=self.shape.seq_length,
-            micro_batch_size=self.shape.micro_batch_size,
+            seq_length=self.micro_batches[0].tokens.size(1),
+            micro_batch_size=self.micro_batches[0].tokens.size(0),
             forward_only=forward_only,
         )
 

@@ -45,7 +45,9 @@ $has_gpu && default_ranks=gpu || default_ranks=1
 if $has_gpu; then
   # On GPUs before Blackwell, kernels then start in the order in which they were launched. Megatron launches a
   # tensor-parallel collective just before the matrix product that should hide it; with more queues the product
-  # may occupy the GPU first and hide nothing. Does not affect results. Set the variable to try other values.
+  # may occupy the GPU first and hide nothing. Does not affect results. A message between stages that must wait
+  # then delays what is launched after it; plans are proven free of deadlock for any value (docs/pipeline.md, "One
+  # hardware queue"). Set the variable to try other values.
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
   # Responses differ in length, so tensor sizes change from step to step: expandable segments reduce the
   # allocator's fragmentation.

@@ -84,7 +84,8 @@ def sample(
     run: Run, sampler: PromptSampler, iteration: int
 ) -> tuple[list[Trajectory], RoutingRecords | None]:
     """Sample the trajectories of the next `steps_per_rollout` iterations, the same list on every rank: the
-    student's own, or the data's answers. With routing replay, also returns the experts their tokens went to.
+    student's own, with tokens on the ranks that sampled them, or the data's answers. With routing replay,
+    also returns the experts their tokens went to.
     """
     position = run.learner.position
     assert iteration % position.steps_per_rollout == 0, "a rollout batch starts where the last one ended"

@@ -4,6 +4,8 @@ student's forward and backward passes.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +21,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from torch import Tensor
 
 from megatron_mopd.backend.parallel import ParallelGroups
-from megatron_mopd.data.batching import BatchShape, MicroBatch, collate
+from megatron_mopd.data.batching import MicroBatch
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.pipeline.model_work import LossFunction, StepInput, TeacherModels, forward
 
@@ -27,7 +29,6 @@ from megatron_mopd.pipeline.model_work import LossFunction, StepInput, TeacherMo
 def run_student(
     chunks: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
-    shape: BatchShape,
     groups: ParallelGroups,
     loss_function: LossFunction,
 ) -> list[dict[str, Any]]:
@@ -37,24 +38,22 @@ def run_student(
     Every rank of a pipeline, and every rank that shares experts with it, must pass the same number of
     micro-batches.
     """
-    return _run(chunks, micro_batches, shape, groups, loss_function, forward_only=False)
+    return _run(chunks, micro_batches, groups, loss_function, forward_only=False)
 
 
 def run_teacher(
     chunk: torch.nn.Module,
     micro_batches: Sequence[MicroBatch],
-    shape: BatchShape,
     groups: ParallelGroups,
     on_hidden: Callable[[MicroBatch, Tensor], None],
 ) -> None:
     """Forward passes of a frozen teacher; see `run_forward`."""
-    run_forward([chunk], micro_batches, shape, groups, on_hidden)
+    run_forward([chunk], micro_batches, groups, on_hidden)
 
 
 def run_forward(
     chunks: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
-    shape: BatchShape,
     groups: ParallelGroups,
     on_hidden: Callable[[MicroBatch, Tensor], None],
 ) -> None:
@@ -71,14 +70,19 @@ def run_forward(
 
     # Not `inference_mode`: the rotary tables cached here are used again by passes that need gradients.
     with torch.no_grad():
-        _run(chunks, micro_batches, shape, groups, take, forward_only=True)
+        _run(chunks, micro_batches, groups, take, forward_only=True)
 
 
-def _run(chunks, micro_batches, shape, groups, loss_function, forward_only):
-    config = unwrap(chunks[0]).config
-    if len(chunks) > 1:  # the interleaved schedule runs micro-batches in groups of the pipeline's size
+def _run(chunks, micro_batches, groups, loss_function, forward_only):
+    config = copy.copy(unwrap(chunks[0]).config)
+    # Stages tell each other the shape of every message; with gloo the interleaved schedule hangs then.
+    config.variable_seq_lengths = len(chunks) == 1
+    rows, length = micro_batches[0].tokens.shape
+    if len(chunks) > 1:
+        assert len({m.tokens.shape for m in micro_batches}) == 1, "they must have one shape"
+        # It runs micro-batches in groups of the pipeline's size.
         missing = -len(micro_batches) % groups.pp_size
-        micro_batches = [*micro_batches, *(collate([], shape) for _ in range(missing))]
+        micro_batches = [*micro_batches, *[_without_content(micro_batches[0])] * missing]
 
     def forward_step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module):
         micro_batch = next(iterator)
@@ -88,8 +92,8 @@ def _run(chunks, micro_batches, shape, groups, loss_function, forward_only):
     arguments = dict(
         forward_step_func=forward_step,
         num_microbatches=len(micro_batches),
-        seq_length=shape.max_tokens or shape.seq_length,
-        micro_batch_size=1 if shape.max_tokens else shape.micro_batch_size,
+        seq_length=length * groups.cp_size,
+        micro_batch_size=rows,
         forward_only=forward_only,
         pg_collection=groups.collection,
     )
@@ -102,6 +106,21 @@ def _run(chunks, micro_batches, shape, groups, loss_function, forward_only):
         )
     return forward_backward_pipelining_with_interleaving(
         data_iterator=iterators, model=list(chunks), **arguments
+    )
+
+
+def _without_content(like: MicroBatch) -> MicroBatch:
+    """A micro-batch of the same shape that is only padding."""
+    return dataclasses.replace(
+        like,
+        trajectories=(),
+        tokens=torch.zeros_like(like.tokens),
+        padding_mask=torch.ones_like(like.padding_mask),
+        trajectory_ids=torch.zeros_like(like.trajectory_ids),
+        loss_index=like.loss_index[:0],
+        target_ids=like.target_ids[:0],
+        loss_counts=(),
+        experts=None,
     )
 
 
@@ -123,8 +142,8 @@ class MegatronSchedules:
     def plan_next(self) -> None:
         """Do nothing: these schedules need no plan."""
 
-    def forward(self, chunks, micro_batches, shape, on_hidden) -> None:
-        run_forward(chunks, micro_batches, shape, self.groups, on_hidden)
+    def forward(self, chunks, micro_batches, on_hidden) -> None:
+        run_forward(chunks, micro_batches, self.groups, on_hidden)
 
     def last_events(self) -> list:
         return []
@@ -146,11 +165,11 @@ class MegatronExecution:
         return self
 
     def run_to_update(self) -> None:
-        shape, groups = self.step.shape, self.groups
+        groups = self.groups
         for name, micro_batches in self.step.teachers.items():
             keep = partial(self.step.scores.keep, name)
-            run_teacher(self.teachers.make_resident(name), micro_batches, shape, groups, keep)
-        self.reports += run_student(self.chunks, self.step.student, shape, groups, self.loss_function)
+            run_teacher(self.teachers.make_resident(name), micro_batches, groups, keep)
+        self.reports += run_student(self.chunks, self.step.student, groups, self.loss_function)
 
     def run_rest(self) -> None:
         """Do nothing: no later step is scored ahead."""

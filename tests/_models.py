@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mopd.backend.parallel import (
@@ -24,6 +26,7 @@ from megatron_mopd.teachers.bank import TeacherBank, TeacherSource
 from megatron_mopd.teachers.routing import Routing
 from megatron_mopd.training.learner import Learner
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_mopd.training.teacher_blocks import with_block_size
 from tests._megatron_schedules import MegatronSchedules
 
 VOCAB = 83  # prime, so no layout divides it evenly
@@ -51,6 +54,7 @@ SHARED = MOE | dict(
 
 TEACHERS = {"a": 11, "b": 12, "c": 13}
 """Teacher name -> seed of its weights."""
+DOMAINS = ("arith", "other", "text")
 ROUTING = {"arith": "a", "text": {"b": 0.7, "c": 0.3}, "default": "c"}
 
 
@@ -69,14 +73,21 @@ def trajectory(index: int, prompt: list[int], response: list[int], domain: str =
     return Trajectory(text, tuple(response), index)
 
 
-def batch(count: int = 16, seed: int = 0, longest: int = 20) -> list[Trajectory]:
-    """`count` random trajectories of different lengths in three domains."""
+def batch(
+    count: int = 16,
+    seed: int = 0,
+    longest: int = 20,
+    equal_lengths: bool = False,
+    domains: Sequence[str] = ("arith", "text", "other"),
+) -> list[Trajectory]:
+    """`count` random trajectories in these domains, of different lengths unless `equal_lengths`."""
     rng = random.Random(seed)
     result = []
     for index in range(count):
         prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest // 2))]
-        response = [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest // 2))]
-        result.append(trajectory(index, prompt, response, rng.choice(["arith", "text", "other"])))
+        response = rng.randint(1, longest // 2) if not equal_lengths else longest - len(prompt)
+        response = [rng.randrange(VOCAB) for _ in range(response)]
+        result.append(trajectory(index, prompt, response, rng.choice(domains)))
     return result
 
 
@@ -91,6 +102,12 @@ def groups_for(parallel: dict, seed: int = 1, only: bool = False) -> ParallelGro
     return build_parallel_groups(config.parallel, device, seed)
 
 
+def groups_of(config: Config, student: ModelConfig) -> ParallelGroups:
+    """Build the groups of a run in a test rank, without any earlier ones."""
+    parallel = with_block_size(config, student, dist.get_world_size(), ranks_per_host=None)
+    return groups_for(dataclasses.asdict(parallel), only=True)
+
+
 def make_learner(
     transformer: dict,
     parallel: dict | None = None,
@@ -102,6 +119,7 @@ def make_learner(
     seed: int = 7,
     teacher_directory: str = "unused",
     sources: list[TeacherSource] | None = None,
+    domains: Sequence[str] = DOMAINS,
     **sections,
 ) -> Learner:
     """A learner on this rank's layout. Weights depend on the seeds alone, so they are equal in every layout.
@@ -125,8 +143,8 @@ def make_learner(
     for name, section in (sections | {"schedule": schedule}).items():
         values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
     config: Config = config_from_dict(values)
-    groups = groups_for(values["parallel"], only=True)
     student = model_config(transformer, **(model or {}))
+    groups = groups_of(config, student)
     chunks = build_model(student, groups, config.params_dtype, max_sequence_length=64, seed=seed)
     bank = routing = None
     if kind != "sft":
@@ -145,8 +163,7 @@ def make_learner(
             directory=teacher_directory,
             max_mixture=routing.max_teachers,
         )
-    domains = ["arith", "other", "text"]
-    learner = assemble_learner(config, groups, chunks, student, domains, routing=routing, bank=bank)
+    learner = assemble_learner(config, groups, chunks, student, list(domains), routing=routing, bank=bank)
     if is_oracle:
         learner.pipeline = MegatronSchedules(groups)
     return learner

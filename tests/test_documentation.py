@@ -50,6 +50,8 @@ COMMANDS = {
     "python -m tests.": LONG,
     "python benchmarks/": LONG,
     "python -m benchmarks.": LONG,
+    "python -m benchmarks.cluster_scale": "data/test_blocks.py::test_the_benchmark",
+    "python benchmarks/rollout_bytes.py": "data/test_exchange.py::test_the_benchmark",
     "python -m benchmarks.startup": "backend/test_process_groups.py::test_the_benchmark",
     "torchrun --nproc-per-node 2 benchmarks/": LONG,
     "python -m tests.launch.two_nodes": LONG,

@@ -99,7 +99,7 @@ GUARDS = {
     ),
     # Pipelines and mixtures of experts
     "Ranks that share a collective with different numbers of micro-batches": (
-        "data/test_batching.py::test_every_rank_gets_as_many_micro_batches",
+        "data/test_division.py::test_every_rank_gets_as_many_micro_batches_and_every_trajectory_once",
         "pipeline/test_plan.py::test_unequal_counts_are_named",
     ),
     "A parameter that the loss of an empty micro-batch does not reach, while others wait for its gradient": (
@@ -150,6 +150,12 @@ GUARDS = {
     "Interrupted rollouts sampled anew, which favours short ones": (
         # Resampling gives the same tokens, so which ones are kept cannot depend on their length.
         "rollout/test_megatron_engine.py::test_tokens_follow_from_seed_and_index_alone",
+    ),
+    "Every token of a rollout batch gathered on every rank, as Python objects": (
+        "training/test_delivery.py::test_tokens_are_exactly_where_they_are_trained",
+        "training/test_delivery.py::test_the_bytes_of_a_rank_do_not_grow_with_the_number_of_ranks",
+        "training/test_delivery.py::test_the_number_of_objects_does_not_grow_with_the_number_of_tokens",
+        "rollout/test_write_ahead.py::test_results_have_no_object_per_token",
     ),
     "Settings changed on resume and silently ignored; prompts skipped or repeated by another batch size": (
         "run/test_resume.py::test_changed_settings_of_the_optimizer_take_effect",

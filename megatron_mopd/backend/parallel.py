@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_mopd.backend import cpu, versions
+from megatron_mopd.backend.blocks import Block, block_of, check_block_size
 from megatron_mopd.backend.check_in import check_in
 from megatron_mopd.backend.launch_environment import read_launch
 from megatron_mopd.backend.lifeline import Lifeline
@@ -62,6 +63,17 @@ class ParallelGroups:
         return self.collection.dp
 
     @property
+    def block(self) -> Block:
+        """The data-parallel ranks that run the same instructions as this one."""
+        return block_of(self.config, self.dp.rank(), self.dp_size)
+
+    def in_block(self, group: dist.ProcessGroup) -> list[int]:
+        """The global ranks of a group of this stage that are in this rank's block."""
+        stage, width = self.world_size // self.pp_size, self.block.size * self.tp_size * self.cp_size
+        ranks = dist.get_process_group_ranks(group)
+        return [rank for rank in ranks if rank % stage // width == self.block.index]
+
+    @property
     def tp_size(self) -> int:
         return self.collection.tp.size()
 
@@ -88,6 +100,16 @@ class ParallelGroups:
     @property
     def is_last_stage(self) -> bool:
         return self.collection.pp.rank() == self.pp_size - 1
+
+    @property
+    def replica_size(self) -> int:
+        """The number of ranks that together hold one copy of the dense model: TP x CP x PP."""
+        return self.tp_size * self.cp_size * self.pp_size
+
+    @property
+    def replica_rank(self) -> int:
+        """This rank among those of its copy of the model; all of them work on the same samples."""
+        return (self.pp.rank() * self.cp_size + self.cp.rank()) * self.tp_size + self.tp.rank()
 
     @property
     def last_stage_rank(self) -> int:
@@ -206,6 +228,7 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
             f"{pp}) does not divide the number of ranks, {world_size}; "
             f"valid: {', '.join(map(str, valid)) or 'none'}"
         )
+    check_block_size(parallel, world_size // (tp * pp * cp))
 
 
 def validate_layout(

@@ -30,10 +30,13 @@ from megatron_mopd.estimate.measured_memory import longest_trajectories, measure
 from megatron_mopd.estimate.memory import RankMemory, estimate_rank, imagined_groups
 from megatron_mopd.run.inputs import resolve_student, resolve_teachers
 from megatron_mopd.run.setup import build_run
+from megatron_mopd.training.teacher_blocks import with_block_size
 
 
-def estimate(config: Config, world_size: int, ranks: list[int]) -> dict[int, RankMemory]:
-    """Memory of the given ranks in a world of `world_size`."""
+def estimate(
+    config: Config, world_size: int, ranks: list[int], ranks_per_host: int | None = None
+) -> dict[int, RankMemory]:
+    """Memory of the given ranks in a world of `world_size`, on one host unless `ranks_per_host` is given."""
     select_device("cpu")
     tokenizer = load_tokenizer(config.data.tokenizer)
     student = resolve_student(config, tokenizer)
@@ -42,9 +45,9 @@ def estimate(config: Config, world_size: int, ranks: list[int]) -> dict[int, Ran
     if any(needs_teachers(objective) for objective in objectives.all()):
         teachers, routing = resolve_teachers(config, student, tokenizer)
         mixture = routing.max_teachers
-    result = {}
+    parallel, result = with_block_size(config, student, world_size, ranks_per_host), {}
     for rank in ranks:
-        with imagined_groups(config, world_size, rank) as groups:
+        with imagined_groups(parallel, world_size, rank) as groups:
             result[rank] = estimate_rank(config, student, teachers, mixture, groups)
     return result
 
@@ -57,7 +60,7 @@ def stage_ranks(config: Config, world_size: int) -> list[int]:
 
 def show(config: Config, world_size: int, ranks_per_host: int) -> None:
     ranks = stage_ranks(config, world_size)
-    memory = estimate(config, world_size, ranks)
+    memory = estimate(config, world_size, ranks, ranks_per_host)
     components = list(dict.fromkeys(name for item in memory.values() for name in item.device))
     print(f"per GPU, GiB ({world_size} ranks)")
     heads = "".join(f"{f'stage {stage}':>12}" for stage in range(len(ranks)))

@@ -18,6 +18,7 @@ from megatron_mopd.backend.messages import visible
 from megatron_mopd.backend.parallel import build_parallel_groups, select_device, validate_layout
 from megatron_mopd.commands.ranks import run_on_ranks
 from megatron_mopd.config import load_config
+from megatron_mopd.data.exchange import gather_tokens
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mopd.model.build import build_model
@@ -105,10 +106,11 @@ def generate(arguments, config) -> None:
     )
     if writer is not None:
         writer.finish()
-    elif groups.rank == 0 and len(prompts) > 1:
-        for answer in answers:
+    elif len(prompts) > 1:
+        answers = gather_tokens(answers, groups.dp)  # each rank has the tokens that it sampled
+        for answer in answers if groups.rank == 0 else ():
             print(for_output(f"[{answer.prompt.index}] {arguments.prompt[answer.prompt.index]}"))
-            print(for_output(tokenizer.decode(answer.response_ids).strip()) + "\n")
+            print(for_output(tokenizer.decode(answer.response_ids.tolist()).strip()) + "\n")
 
 
 def encode(text: str, number: int, tokenizer: Tokenizer, arguments) -> Prompt:
@@ -118,7 +120,7 @@ def encode(text: str, number: int, tokenizer: Tokenizer, arguments) -> Prompt:
     else:
         system = [{"role": "system", "content": arguments.system}] if arguments.system else []
         conversation = [*system, {"role": "user", "content": text}]
-    token_ids = tuple(tokenizer.encode_prompt(conversation))
+    token_ids = tokenizer.encode_prompt(conversation)
     return Prompt(text, token_ids, "-", None, "none", None, number, f"--prompt {text!r}")
 
 

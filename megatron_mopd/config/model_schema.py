@@ -48,6 +48,11 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence; required by MoE with TP > 1. On
     resume: may change."""
+    teacher_block_size: Count | None = None
+    """Data-parallel ranks of a block, which get samples of the same teachers and run the same plan; blocks
+    differ in their teachers. `None`: the ranks that share experts (1 for a dense model); with
+    `teacher_storage.mode: host_sharded`, which shards teachers over a block, the ranks of a host; with
+    `global_aux_loss`, all of them. On resume: may change."""
     distributed_timeout_minutes: Minutes = 10.0
     """How long a rank waits at start-up and in a collective before the job ends with an error. On resume: may
     change."""
@@ -134,8 +139,9 @@ class TeacherStorageConfig(Section):
 
     mode: StorageMode = "host"
     """`host`: every rank keeps its own shard of every teacher in (page-locked) host memory; `host_sharded`:
-    every data-parallel replica keeps a part, and an all-gather assembles a teacher when it is loaded; `mmap`:
-    files written once into `mmap_directory`, read when a teacher is loaded. On resume: may change."""
+    every replica in a block (`parallel.teacher_block_size`) keeps a part, and an all-gather assembles a
+    teacher when it is loaded; `mmap`: files written once into `mmap_directory`, read when a teacher is
+    loaded. On resume: may change."""
     dtype: Literal["int8", "fp8"] | None = None
     """Storage format: `None` for the compute type (`params_dtype`), or `int8` or `fp8` with one scale per 128
     weights. On resume: must not change."""

@@ -1,15 +1,12 @@
-"""Batch trajectories into micro-batches: split over data-parallel ranks, grouped, padded or packed, sliced
-for CP.
+"""The tensors of micro-batches: trajectories padded or packed, and sliced for CP.
 
-Every rank knows every trajectory of the batch (they are short lists of integers), so all ranks compute the
-same split and nothing is communicated. Ranks that share a collective always get the same number of
-micro-batches, of the same shape where a pipeline needs it: missing ones are empty.
+A micro-batch is as long as its content, rounded up to a few lengths; `division.py` decides what is in it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,24 +15,27 @@ from torch import Tensor
 
 from megatron_mopd.data.trajectory import Trajectory
 
+LENGTHS_PER_OCTAVE = 16
+"""Different lengths of micro-batches between a power of two and the next, so that allocators and kernels see
+few shapes; at most 1/16 of a micro-batch is padding for that."""
+
 
 @dataclass(frozen=True)
 class BatchShape:
     """The layout of micro-batches; the same on every rank for a whole optimizer step."""
 
     micro_batch_size: int
-    """Rows of a padded micro-batch."""
+    """Most rows of a padded micro-batch."""
     max_tokens: int | None
     """Token budget of a packed micro-batch; `None` pads instead of packing."""
-    seq_length: int
-    """Row length of padded micro-batches, a multiple of `alignment`."""
+    longest: int
+    """Length of the batch's longest trajectory. Under CP every padded row is as long: which tokens of it a
+    rank holds depends on its length, and must be the same for the student and its teachers."""
     alignment: int
     """Every row (padded) or document (packed, for its CP part) has a length that TP and CP can split evenly.
     """
     cp_size: int
     cp_rank: int
-    fixed: bool
-    """All micro-batches have the full shape, as required by pipeline stages that exchange activations."""
     response_share: float = 0.0
     """Share of response tokens among all tokens of the step's trajectories."""
 
@@ -49,20 +49,41 @@ class BatchShape:
         tp_size: int,
         cp_size: int,
         cp_rank: int,
-        fixed: bool,
     ) -> BatchShape:
-        """The shape for one optimizer step; the longest trajectory determines the row length."""
+        """The shape for one optimizer step; the longest trajectory fits every token budget."""
         alignment = tp_size * (2 * cp_size if cp_size > 1 else 1)
-        longest = _round_up(max(map(len, trajectories), default=1), alignment)
+        longest = max(map(len, trajectories), default=1)
         if max_tokens is not None:
-            max_tokens = max(_round_up(max_tokens, alignment), longest)
-        share = sum(len(t.response_ids) for t in trajectories) / max(1, sum(map(len, trajectories)))
-        return cls(micro_batch_size, max_tokens, longest, alignment, cp_size, cp_rank, fixed, share)
+            max_tokens = _round_up(max(max_tokens, longest), alignment)
+        share = sum(t.response_length for t in trajectories) / max(1, sum(map(len, trajectories)))
+        return cls(micro_batch_size, max_tokens, longest, alignment, cp_size, cp_rank, share)
 
     @property
-    def document_multiple(self) -> int:
-        """Packed documents are padded to this, so that each splits into 2 x cp zigzag slices."""
-        return 2 * self.cp_size if self.cp_size > 1 else 1
+    def is_packed(self) -> bool:
+        return self.max_tokens is not None
+
+    def document_length(self, trajectory: Trajectory) -> int:
+        """Length of a packed trajectory: padded so that it splits into 2 x cp zigzag slices."""
+        return _round_up(len(trajectory), 2 * self.cp_size if self.cp_size > 1 else 1)
+
+    def rows_and_length(self, trajectories: Sequence[Trajectory]) -> tuple[int, int]:
+        """Rows of a micro-batch, and their length over all context-parallel ranks: padding included, at least
+        one row."""
+        if self.max_tokens is not None:
+            used = sum(map(self.document_length, trajectories))
+            return 1, max(used, min(self._rounded(used), self.max_tokens))
+        own = max(map(len, trajectories), default=1)
+        return max(1, len(trajectories)), self._rounded(self.longest if self.cp_size > 1 else own)
+
+    def num_tokens(self, trajectories: Sequence[Trajectory]) -> int:
+        """Tokens of a micro-batch over all context-parallel ranks, padding included."""
+        rows, length = self.rows_and_length(trajectories)
+        return rows * length
+
+    def _rounded(self, length: int) -> int:
+        """`length`, rounded up to one of `LENGTHS_PER_OCTAVE` lengths that the layout can split."""
+        octave = 1 << (max(1, length) - 1).bit_length()
+        return _round_up(max(1, length), _round_up(max(1, octave // 2 // LENGTHS_PER_OCTAVE), self.alignment))
 
 
 @dataclass(frozen=True)
@@ -113,56 +134,12 @@ class MicroBatch:
         return dataclasses.replace(self, **moved)
 
 
-def split_over_ranks(
-    trajectories: Sequence[Trajectory], dp_size: int, key: Callable[[Trajectory], Hashable]
-) -> list[list[Trajectory]]:
-    """Deal trajectories to data-parallel ranks: each `key` (teacher mixture) evenly, lengths balanced,
-    ordered by key.
-
-    The longest go first, back and forth over the ranks, so that ranks differ by at most one trajectory of
-    each key.
-    """
-    ranks: list[list[Trajectory]] = [[] for _ in range(dp_size)]
-    turn = 0
-    for _, group in _grouped(trajectories, key):
-        for trajectory in sorted(group, key=lambda t: (-len(t), t.index)):
-            lap, place = divmod(turn, dp_size)
-            ranks[place if lap % 2 == 0 else dp_size - 1 - place].append(trajectory)
-            turn += 1
-    return ranks
-
-
-def group_micro_batches(trajectories: Sequence[Trajectory], shape: BatchShape) -> list[list[Trajectory]]:
-    """Split one rank's trajectories, in order, into micro-batches of `micro_batch_size` rows or `max_tokens`
-    tokens.
-    """
-    if shape.max_tokens is None:
-        size = shape.micro_batch_size
-        return [list(trajectories[i : i + size]) for i in range(0, len(trajectories), size)]
-    groups: list[list[Trajectory]] = []
-    filled = shape.max_tokens + 1
-    for trajectory in trajectories:
-        length = _round_up(len(trajectory), shape.document_multiple)
-        if filled + length > shape.max_tokens:
-            groups.append([])
-            filled = 0
-        groups[-1].append(trajectory)
-        filled += length
-    return groups
-
-
-def equalize(per_rank: list[list[list[Trajectory]]]) -> list[list[list[Trajectory]]]:
-    """Append empty micro-batches until every rank has as many as the busiest one (at least one)."""
-    most = max(1, max(map(len, per_rank)))
-    return [groups + [[] for _ in range(most - len(groups))] for groups in per_rank]
-
-
 def collate(
     trajectories: Sequence[Trajectory], shape: BatchShape, routing: Mapping[int, Tensor] | None = None
 ) -> MicroBatch:
     """Tensors of one micro-batch for this context-parallel rank, on the CPU. An empty list gives a
-    micro-batch of only padding. `routing` has the expert choices [tokens - 1, layers, k] of sampled
-    trajectories, by index.
+    micro-batch of only padding; this rank must hold the tokens of `trajectories`. `routing` has the expert
+    choices [tokens - 1, layers, k] of sampled trajectories, by index.
     """
     rows, row_length, documents = _documents(trajectories, shape)
     tokens = np.zeros((rows, row_length), dtype=np.int64)
@@ -185,15 +162,14 @@ def collate(
         loss_index.append((start + chosen) * rows + row)
         targets.append(ids[order[chosen] + 1])
         counts.append(len(chosen))
-    packed = shape.max_tokens is not None
     return MicroBatch(
         trajectories=tuple(trajectories),
         tokens=torch.from_numpy(tokens),
-        position_ids=torch.from_numpy(positions if packed else positions[:1]),
+        position_ids=torch.from_numpy(positions if shape.is_packed else positions[:1]),
         padding_mask=torch.from_numpy(owner == len(trajectories)),
         trajectory_ids=torch.from_numpy(owner),
         response_share=shape.response_share,
-        document_lengths=tuple(length for *_, length in documents) if packed else None,
+        document_lengths=tuple(length for *_, length in documents) if shape.is_packed else None,
         loss_index=torch.from_numpy(np.concatenate(loss_index or [np.zeros(0, np.int64)])),
         target_ids=torch.from_numpy(np.concatenate(targets or [np.zeros(0, np.int64)])),
         loss_counts=tuple(counts),
@@ -207,15 +183,12 @@ def _documents(
     """Rows and columns of a micro-batch on this context-parallel rank, and (row, first column, length) of
     each trajectory and then of each padding document; the length is that over all context-parallel ranks.
     """
-    if shape.max_tokens is None:
-        rows = shape.micro_batch_size if shape.fixed else max(1, len(trajectories))
-        return rows, shape.seq_length // shape.cp_size, [(row, 0, shape.seq_length) for row in range(rows)]
-    lengths = [_round_up(len(t), shape.document_multiple) for t in trajectories]
-    used, total = sum(lengths), shape.max_tokens
-    if not shape.fixed:
-        total = max(_round_up(used, shape.alignment), shape.alignment)
-    if total > used:
-        lengths.append(total - used)
+    rows, total = shape.rows_and_length(trajectories)
+    if not shape.is_packed:
+        return rows, total // shape.cp_size, [(row, 0, total) for row in range(rows)]
+    lengths = list(map(shape.document_length, trajectories))
+    if total > sum(lengths):
+        lengths.append(total - sum(lengths))
     starts = np.cumsum([0, *lengths[:-1]]) // shape.cp_size
     return 1, total // shape.cp_size, [(0, int(start), length) for start, length in zip(starts, lengths)]
 
@@ -250,13 +223,6 @@ def _zigzag(length: int, cp_size: int, cp_rank: int) -> np.ndarray:
     return np.concatenate(
         (np.arange(cp_rank * part, (cp_rank + 1) * part), np.arange(last * part, (last + 1) * part))
     )
-
-
-def _grouped(trajectories, key):
-    groups: dict[Hashable, list[Trajectory]] = {}
-    for trajectory in trajectories:
-        groups.setdefault(key(trajectory), []).append(trajectory)
-    return sorted(groups.items(), key=lambda item: str(item[0]))
 
 
 def _round_up(number: int, multiple: int) -> int:

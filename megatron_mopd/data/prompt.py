@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 
-@dataclass(frozen=True)
-class Prompt:
+from megatron_mopd.data.arrays import EqualByValue, id_array
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt(EqualByValue):
     """A prompt, its domain and how a response to it is scored."""
 
     text: str | tuple[dict[str, str], ...] = field(hash=False)
     """The prompt as given: plain text, or chat messages with `role` and `content`."""
-    token_ids: tuple[int, ...]
-    """The tokens that the model reads before the response."""
+    token_ids: np.ndarray
+    """[tokens] int32, what the model reads before the response. May be given as any sequence."""
     domain: str
     """Selects the teachers, and names the metrics."""
     answer: str | None
@@ -30,3 +34,6 @@ class Prompt:
     opens_thinking: bool = False
     """Whether the prompt ends inside `<think>`, as with some chat templates, so that the response begins
     there."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "token_ids", id_array(self.token_ids))

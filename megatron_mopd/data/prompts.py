@@ -62,14 +62,22 @@ class PromptSet:
         """The distinct domains, in order of first appearance."""
         return tuple(dict.fromkeys(prompt.domain for prompt in self))
 
+    def domain_shares(self) -> dict[str, float]:
+        """The expected share of each domain in a batch."""
+        shares = dict.fromkeys(self.domains, 0.0)
+        for group, weight in zip(self.groups, self.weights):
+            for prompt in group:
+                shares[prompt.domain] += weight / sum(self.weights) / len(group)
+        return shares
+
     def without(self, other: PromptSet) -> PromptSet:
         """These prompts without those that are also in `other`, for evaluation on prompts that were never
         trained on.
 
         Prompts are compared by their tokens. Raises `ConfigError` if no prompt of a source remains.
         """
-        known = {prompt.token_ids for prompt in other}
-        groups = tuple(tuple(p for p in group if p.token_ids not in known) for group in self.groups)
+        known = {prompt.token_ids.tobytes() for prompt in other}
+        groups = tuple(tuple(p for p in group if p.token_ids.tobytes() not in known) for group in self.groups)
         for before, after in zip(self.groups, groups):
             if not after:
                 raise ConfigError(
@@ -91,7 +99,9 @@ class PromptSet:
         for group in self.groups:
             digest = hashlib.sha256()
             for prompt in group:
-                read = (prompt.token_ids, prompt.domain, prompt.answer, prompt.verifier)
+                # Of Python numbers, whose text runs of earlier releases have stored in their manifests.
+                ids = tuple(prompt.token_ids.tolist())
+                read = (ids, prompt.domain, prompt.answer, prompt.verifier)
                 digest.update(repr(read).encode())
             prints.append(digest.hexdigest())
         return prints
@@ -212,9 +222,9 @@ class PromptSampler:
         return group[self._orders[source][1][position]]
 
 
-def _tokenize(prompt: Prompt, tokenizer: Tokenizer, seq_length: int) -> tuple[int, ...]:
+def _tokenize(prompt: Prompt, tokenizer: Tokenizer, seq_length: int) -> list[int]:
     try:
-        token_ids = tuple(tokenizer.encode_prompt(prompt.text))
+        token_ids = tokenizer.encode_prompt(prompt.text)
     except ConfigError as error:
         raise ConfigError(f"{prompt.origin}: {error}") from None
     if not token_ids:

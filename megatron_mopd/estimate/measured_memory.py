@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import weakref
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -57,13 +57,13 @@ def measure(learner: Learner, trajectories: Sequence[Trajectory]) -> dict[str, i
 
 def longest_trajectories(config: Config, prompts: Sequence[Prompt], vocabulary: int) -> list[Trajectory]:
     """A batch of random tokens in which every prompt and response has the maximum configured length."""
-    rng, result = random.Random(0), []
+    rng, result = np.random.default_rng(0), []
     for index in range(config.schedule.global_batch_size):
-        ids = [rng.randrange(vocabulary) for _ in range(config.data.seq_length)]
+        ids = rng.integers(vocabulary, size=config.data.seq_length, dtype=np.int32)
         length = config.data.seq_length - config.rollout.max_new_tokens
-        prompt = dataclasses.replace(prompts[index % len(prompts)], token_ids=tuple(ids[:length]))
-        logprobs = (0.0,) * config.rollout.max_new_tokens
-        result.append(Trajectory(prompt, tuple(ids[length:]), index, logprobs))
+        prompt = dataclasses.replace(prompts[index % len(prompts)], token_ids=ids[:length])
+        logprobs = np.zeros(config.rollout.max_new_tokens)
+        result.append(Trajectory(prompt, ids[length:], index, logprobs))
     return result
 
 

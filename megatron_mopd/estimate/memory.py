@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.overrides import TorchFunctionMode
 
 from megatron_mopd.backend.parallel import ParallelGroups, build_parallel_groups, destroy_parallel_groups
-from megatron_mopd.config import Config, DomainObjectives, ModelConfig
+from megatron_mopd.config import Config, DomainObjectives, ModelConfig, ParallelConfig
 from megatron_mopd.estimate.activations import SavedActivations
 from megatron_mopd.model.build import DTYPES, build_model
 from megatron_mopd.model.gpt import is_expert
@@ -48,14 +48,14 @@ class _OnMeta(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def imagined_groups(config: Config, world_size: int, rank: int) -> Iterator[ParallelGroups]:
+def imagined_groups(parallel: ParallelConfig, world_size: int, rank: int) -> Iterator[ParallelGroups]:
     """The parallel groups of `rank` in a world of `world_size`, simulated in this process.
 
     Must not be used if torch.distributed is already initialized.
     """
     dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=world_size)
     try:
-        groups = build_parallel_groups(config.parallel, torch.device("cpu"), config.seed)
+        groups = build_parallel_groups(parallel, torch.device("cpu"), seed=0)
         yield replace(groups, device=torch.device("meta"))
     finally:
         destroy_parallel_groups()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from megatron_mopd.backend.messages import shown
@@ -67,10 +67,10 @@ class Findings:
                 return
 
     def add_sampled(self, trajectories: Iterable[Trajectory]) -> None:
-        """Look for responses sampled from non-finite logits."""
+        """Look for responses sampled from non-finite logits, among those whose tokens this rank holds."""
         for trajectory in trajectories:
-            if not math.isfinite(sum(trajectory.logprobs or ())):
-                position = [math.isfinite(value) for value in trajectory.logprobs].index(False)
+            if trajectory.is_sampled and not (finite := np.isfinite(trajectory.logprobs)).all():
+                position = int(finite.argmin())
                 self.add(
                     f"token {position} of response {trajectory.index} (domain {shown(trajectory.domain)}): "
                     f"the sampler's log-prob is {trajectory.logprobs[position]}"

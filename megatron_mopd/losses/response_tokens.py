@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
@@ -46,7 +47,7 @@ class ResponseTokens:
         """`rows` are the rows among the micro-batch's response tokens, `positions` their positions in their
         own documents [n], `counts` the number of them per trajectory on this rank."""
         self.trajectories, self.rows, self.counts = trajectories, rows, counts
-        self.lengths = [len(t.response_ids) for t in trajectories]
+        self.lengths = [t.response_length for t in trajectories]
         self._groups = groups
         start, offsets = 0, []
         for trajectory, length in zip(trajectories, self.lengths):
@@ -88,8 +89,8 @@ class ResponseTokens:
 
     def behaviour_logprobs(self, like: Tensor) -> Tensor:
         """log mu(y_t) of the whole responses [sum |y|], as the sampler recorded them."""
-        values = [value for t in self.trajectories for value in t.logprobs]
-        return torch.tensor(values, dtype=like.dtype, device=like.device)
+        values = np.concatenate([t.logprobs for t in self.trajectories])
+        return torch.from_numpy(values).to(like.dtype).to(like.device)
 
     def per_response(self, values: Sequence[float], like: Tensor) -> Tensor:
         """One number per response, repeated for each of its tokens: [sum |y|]."""

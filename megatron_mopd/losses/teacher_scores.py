@@ -88,6 +88,4 @@ class TeacherScores:
         config = self._bank.config(teacher)
         state = config.hidden_size * self._cache.itemsize(config.params_dtype)
         log_prob = 8 if config.params_dtype == torch.float64 else 4
-        return sum(
-            len(t.response_ids) * (log_prob if self.keeps_log_probs(t) else state) for t in trajectories
-        )
+        return sum(t.response_length * (log_prob if self.keeps_log_probs(t) else state) for t in trajectories)

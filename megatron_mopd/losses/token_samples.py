@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.data.tokenizer import Tokenizer
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.losses.response_tokens import ResponseTokens
@@ -24,23 +25,34 @@ class TokenSamples:
     """The divergence on every token of the first `per_domain` responses of each domain of a global batch.
 
     The choice depends only on the batch, so it is the same on every rank. Each rank of the last stage writes
-    its tokens of these responses to `values`, whose sum over data- and context-parallel ranks is complete. It
-    is reduced with the step's other sums and needs no separate collective.
+    its divergences on these responses to `values`, and the first context-parallel rank that trains on them
+    the token ids and log-probs, so that the sum over data- and context-parallel ranks is complete. It is
+    reduced with the step's other sums and needs no separate collective.
     """
 
-    def __init__(self, batch: Sequence[Trajectory], per_domain: int, device: torch.device):
+    def __init__(self, batch: Sequence[Trajectory], per_domain: int, groups: ParallelGroups):
+        """`batch` has the tokens of the trajectories that this rank trains on."""
         taken: dict[str, int] = {}
         self._places: dict[int, tuple[Trajectory, int, int]] = {}
         size = 0
         for trajectory in batch:
             number = taken.get(trajectory.domain, 0)
-            if number < per_domain and trajectory.response_ids:
+            if number < per_domain and trajectory.response_length:
                 taken[trajectory.domain] = number + 1
-                length = min(len(trajectory.response_ids), MOST_TOKENS)
+                length = min(trajectory.response_length, MOST_TOKENS)
                 self._places[trajectory.index] = trajectory, size, length
                 size += length
-        self.values = torch.zeros(size, dtype=torch.float64, device=device)
-        """[tokens of the chosen responses], one after another."""
+        values = torch.zeros(3, size, dtype=torch.float64)
+        if groups.cp.rank() == 0:
+            for trajectory, start, length in self._places.values():
+                if trajectory.has_tokens:
+                    here = slice(start, start + length)
+                    values[1, here] = torch.from_numpy(trajectory.response_ids[:length]).double()
+                    if trajectory.is_sampled:
+                        values[2, here] = torch.from_numpy(trajectory.logprobs[:length]).double()
+        self.values = values.flatten().to(groups.device)
+        """[3 x tokens of the chosen responses]: divergences of one response after another, then token ids,
+        then log-probs under the sampler (0 without sampler)."""
 
     def add(self, tokens: ResponseTokens, per_token: Tensor) -> None:
         """Record this rank's divergences [n] on consecutive trajectories."""
@@ -59,20 +71,20 @@ class TokenSamples:
         """Index and entry of each response: prompt, and for each token its text, divergence and log-prob
         under the sampler. Requires `values` to be summed over all ranks.
         """
+        divergences, ids, logprobs = self.values.view(3, -1).tolist()
         for trajectory, start, length in self._places.values():
-            ids = trajectory.response_ids[:length]
-            logprobs = trajectory.logprobs
+            here = slice(start, start + length)
             yield (
                 trajectory.index,
                 {
                     "domain": trajectory.domain,
                     "prompt": _shortened(trajectory.prompt.text),
                     "answer": trajectory.prompt.answer,
-                    "tokens": token_texts(ids, tokenizer),
-                    "kl": _rounded(self.values[start : start + length].tolist()),
-                    "logprobs": None if logprobs is None else _rounded(logprobs[:length]),
+                    "tokens": token_texts(list(map(int, ids[here])), tokenizer),
+                    "kl": _rounded(divergences[here]),
+                    "logprobs": _rounded(logprobs[here]) if trajectory.is_sampled else None,
                     "finished": trajectory.finished,
-                    "left_out": len(trajectory.response_ids) - length,
+                    "left_out": trajectory.response_length - length,
                 },
             )
 

@@ -23,13 +23,13 @@ def token_weights(trajectories: Sequence[Trajectory], reduction: str) -> dict[in
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is not one of {', '.join(REDUCTIONS)}")
-    responses = [t for t in trajectories if t.response_ids]
-    total = sum(len(t.response_ids) for t in responses)
+    responses = [t for t in trajectories if t.response_length]
+    total = sum(t.response_length for t in responses)
     if reduction == "token_mean":
         return {t.index: 1.0 for t in responses}
     if reduction == "sequence_mean":
-        return {t.index: total / (len(responses) * len(t.response_ids)) for t in responses}
+        return {t.index: total / (len(responses) * t.response_length) for t in responses}
     per_domain = Counter()
     for trajectory in responses:
-        per_domain[trajectory.domain] += len(trajectory.response_ids)
+        per_domain[trajectory.domain] += trajectory.response_length
     return {t.index: total / (len(per_domain) * per_domain[t.domain]) for t in responses}

@@ -2,16 +2,19 @@
 
 On a cluster a mismatch between stages causes a hang, not an error, so this module checks for it: every
 message must be sent and received, in the same order at both ends of its channel; every stage must run every
-computation; no stage may exceed a limit. A plan without such problems is then executed by `simulate.py`,
-where a message is delivered only after it has been sent *and* its receive has been posted, and a stage waits
-for nothing else. Such an execution gets stuck if and only if program order and messages form a cycle,
-whatever the speed of the stages, so passing it proves that the plan cannot deadlock.
+computation; no stage may exceed a limit. A plan without such problems is then executed by `one_queue.py`,
+where all kernels of a stage share one hardware queue, so that a message can also delay computations. Each of
+its waits is for another instruction, so the execution gets stuck if and only if program order, messages and
+queues form a cycle, whatever the speed of the stages: passing it proves that the plan cannot deadlock. Its
+waits include those of `simulate.py`, where a posted message never delays a computation, as if each stream had
+its own queue. So a plan that passes needs no second execution, and one that does not is executed there too,
+which shows whether the queue is the cause.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from megatron_mopd.pipeline.instructions import (
     Channel,
@@ -29,6 +32,7 @@ from megatron_mopd.pipeline.instructions import (
     TeacherForward,
     next_place,
 )
+from megatron_mopd.pipeline.one_queue import simulate_one_queue
 from megatron_mopd.pipeline.simulate import PlanError, simulate
 
 
@@ -37,21 +41,25 @@ def check_plan(plan: Plan) -> None:
     problems = find_problems(plan)
     if problems:
         raise PlanError(problems)
-    simulate(plan)
+    try:
+        simulate_one_queue(plan)
+    except PlanError:
+        simulate(plan)
+        raise
 
 
-def check_same_plan(digests: Sequence[str]) -> None:
-    """Raises PlanError if the ranks do not hold the same plan; `digests[rank]` is that rank's
+def check_same_plan(digests: Mapping[int, str]) -> None:
+    """Raises PlanError if the ranks of a block do not hold the same plan; `digests[rank]` is that rank's
     `Plan.digest()`.
     """
-    if len(set(digests)) <= 1:
+    if len(set(digests.values())) <= 1:
         return
-    common, _ = Counter(digests).most_common(1)[0]
-    others = [rank for rank, digest in enumerate(digests) if digest != common]
+    common, _ = Counter(digests.values()).most_common(1)[0]
+    others = [rank for rank, digest in digests.items() if digest != common]
     raise PlanError(
         [
-            f"ranks {others} hold a different plan from the other {len(digests) - len(others)}: their "
-            "micro-batch counts, scoring tasks, costs or limits differ"
+            f"ranks {others} hold a different plan from the other {len(digests) - len(others)} of their "
+            "block: their micro-batch counts, scoring tasks, costs or limits differ"
         ]
     )
 

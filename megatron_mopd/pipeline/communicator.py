@@ -8,7 +8,11 @@ one peer only, so a receive that is posted early can delay only later receives o
 
 NCCL: point-to-point operations of one group run in order on that group's own stream, concurrently with the
 computation. A send starts when the work enqueued before it has finished; a receive's buffer is safe to use
-after `PendingMessage.wait` has made the compute stream wait for it. Neither blocks the host.
+after `PendingMessage.wait` has made the compute stream wait for it. Neither blocks the host, except for the
+first message between two ranks of a group: both hosts then wait for each other to connect (NVIDIA/nccl#783).
+In a plan they would meet in the order of their lists, and could wait in a circle. So every channel carries
+one message at construction. If all streams share one hardware queue, an operation that waits for the one
+before it also delays computations: `one_queue.py` has the rules.
 
 gloo: messages with different tags can overtake each other, so one group with a tag per message is enough (and
 every gloo group has polling threads). The host waits in `PendingMessage.wait`, with a timeout.
@@ -88,7 +92,7 @@ class PendingMessage:
 
 class PipelineCommunicator:
     """Sends and receives messages for one rank. Construction is collective over the pipeline: at most nine
-    groups of its ranks, and in each an all-reduce of 4 bytes.
+    groups of its ranks, in each an all-reduce of 4 bytes, and a message of 4 bytes on every channel.
 
     pipeline: this rank's pipeline group; its ranks in stage order.
     """
@@ -119,6 +123,18 @@ class PipelineCommunicator:
             # The first use of an NCCL communicator needs all its ranks at once; later uses need only the two
             # peers.
             dist.all_reduce(torch.zeros(1, device=device), group=group)
+        self._connect(virtual_stages)
+
+    def _connect(self, virtual_stages: int) -> None:
+        """Send one number on every channel. Channels of one kind share no rank; all ranks take the kinds in
+        the same order, so the hosts never wait in a circle."""
+        token = torch.zeros(1, device=self.device)
+        for channel in sorted(all_channels(len(self.ranks), virtual_stages), key=channel_kind):
+            if self.stage == channel.source:
+                self.send(channel, token)
+            elif self.stage == channel.destination:
+                self.receive(channel, token.shape, token.dtype).wait()
+        self.flush()
 
     def receive(self, channel: Channel, shape: Iterable[int], dtype: torch.dtype) -> PendingMessage:
         """Post the receive of the next message of `channel`; returns immediately."""

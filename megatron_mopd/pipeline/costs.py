@@ -27,6 +27,8 @@ def per_position(values: float | Sequence[float], count: int, name: str) -> tupl
 class CostModel:
     """The duration of each instruction, per stage.
 
+    Computations are given per unit of size: their duration is that times the size of the micro-batch
+    (`PlanRequest.sizes`, `ScoringTask.sizes`). Sizes are tokens in training and 1 in tables.
     Student costs are listed by virtual stage (`chunk * stages + stage`), teacher costs by stage.
     `teacher_load` is the time of one stage's asynchronous copy of that teacher's layers, `head_load` that of
     its output head on the last stage. `message` is the transfer time of a stage-to-stage message, `optimizer`

@@ -1,13 +1,14 @@
 """Plans and executes optimizer steps; a run uses a single `PipelineDriver`.
 
-Every rank computes the plan itself, from the same micro-batch counts and the same measured costs, so no plan
-is communicated; before execution all ranks verify that their plans are identical and executable.
+Each block of data-parallel ranks has a plan of its own. Every rank computes it itself, from the micro-batches
+of its block and measured costs that are the same everywhere, so no plan is communicated; before execution all
+ranks verify that the plans of each block are identical and executable.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import operator
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.config import ConfigError
-from megatron_mopd.data.batching import BatchShape, MicroBatch
-from megatron_mopd.pipeline.check import check_plan, check_same_plan
+from megatron_mopd.data.batching import MicroBatch
+from megatron_mopd.pipeline.agreement import agree
+from megatron_mopd.pipeline.check import check_plan
 from megatron_mopd.pipeline.communicator import PipelineCommunicator
 from megatron_mopd.pipeline.costs import CostModel
 from megatron_mopd.pipeline.instructions import Instruction, Plan
@@ -37,7 +39,7 @@ from megatron_mopd.pipeline.model_work import (
 from megatron_mopd.pipeline.plan import Planner, bubble_free_time, forward_lists
 from megatron_mopd.pipeline.problem import LimitError, Limits, PlanRequest, ScoringTask
 from megatron_mopd.pipeline.runtime import Execution, Recording, StageWork, Stopwatch
-from megatron_mopd.pipeline.simulate import Event, PlanError, simulate
+from megatron_mopd.pipeline.simulate import Event, simulate
 from megatron_mopd.pipeline.timeline import draw_timeline, idle_share, without_waiting, write_chrome_trace
 from megatron_mopd.teachers.hidden_cache import states_within
 
@@ -65,6 +67,17 @@ class Started:
     """The steps whose samples the plan scores; it trains on the first."""
     following: list[StepInput]
     teachers: TeacherModels | None
+
+
+@dataclass
+class Agreed:
+    """A plan that all ranks have agreed on before its step starts."""
+
+    steps: list[StepInput]
+    """The steps that the plan could have covered."""
+    settings: tuple[object, ...]
+    planned: list[StepInput]
+    plan: Plan
 
 
 class PipelineDriver:
@@ -107,11 +120,11 @@ class PipelineDriver:
         """Per stage, the share of a step in which it was idle, averaged over the steps between two exchanges
         of measured costs; empty before the first exchange and with a single stage."""
         self._started: Started | None = None
-        self._agreed: tuple[PlanRequest, Plan] | None = None
+        self._agreed: Agreed | None = None
         self._scored_ahead: dict[StepInput, tuple[ScoringTask, ...]] = {}
         """The tasks of the steps that earlier plans looked ahead to, with `scored` set."""
         self._steps = 0
-        self._unmeasured: list[Recording] = []
+        self._unmeasured: list[Measured] = []
         self.recent: deque[Measured] = deque(maxlen=4)
 
     def look_ahead(self) -> int | None:
@@ -135,8 +148,12 @@ class PipelineDriver:
         step. Raises `LimitError` on every rank if no plan satisfies the limits.
         """
         steps = list(steps)
-        planned = self._within_reach(steps)
-        plan = self._agreed_plan(planned, teachers)
+        agreed, self._agreed = self._agreed, None
+        # The same on all ranks: whether a block's request has changed may differ from block to block.
+        if agreed is None or not self._is_current(agreed, steps):
+            self._exchange_costs()
+            agreed = self.agree_on_plan(steps, teachers)
+        plan, planned = agreed.plan, agreed.planned
         self.communicator.begin_plan()
         self._started = Started(plan, planned, steps[1:], teachers)
         work = ModelWork(chunks, planned, self.groups, loss_function, teachers)
@@ -157,17 +174,14 @@ class PipelineDriver:
             self._exchange_costs()
             # A next step that cannot satisfy the limits raises when it starts; this step is complete.
             with contextlib.suppress(LimitError, ConfigError):
-                steps = self._within_reach(started.following)
-                request = self._request(steps, started.teachers)
-                self._agreed = request, self.plan(steps, started.teachers)
+                self._agreed = self.agree_on_plan(started.following, started.teachers)
         self._steps += 1
-        self._unmeasured.append(self.recent[-1].recording)
+        self._unmeasured.append(self.recent[-1])
 
     def forward(
         self,
         chunks: Sequence[torch.nn.Module],
         micro_batches: Sequence[MicroBatch],
-        shape: BatchShape,
         on_hidden: Callable[[MicroBatch, Tensor], None],
     ) -> None:
         """Run forward passes of the student without gradients, between two steps.
@@ -176,7 +190,7 @@ class PipelineDriver:
         Collectives: the model's, and one scalar all-reduce over the pipeline.
         """
         lists = forward_lists(self.groups.pp_size, self.groups.vpp_size, len(micro_batches))
-        work = ForwardWork(chunks, micro_batches, shape, self.groups, on_hidden)
+        work = ForwardWork(chunks, micro_batches, self.groups, on_hidden)
         self._execution(lists[self.groups.pp.rank()], work).run_rest()
         if self.groups.pp_size > 1:
             work.synchronize()  # after this, send buffers may be freed
@@ -197,8 +211,7 @@ class PipelineDriver:
         """The steps that one plan covers: as many as this schedule kind looks ahead, except steps whose
         states are so large that the resulting limit would be too small for the first step.
         """
-        reach = self.look_ahead()
-        steps = list(steps[: None if reach is None else 1 + reach])
+        steps = self._reachable(steps)
         while len(steps) > 1 and not any(task.scored for task in self._scoring(steps[-1])):
             states = self._cached_states(steps)
             if states is None or self._bare_request(steps).smallest_cache() <= states:
@@ -215,16 +228,6 @@ class PipelineDriver:
         states = min(states, *(self.cache_bytes // max(1, step.state_bytes) for step in steps))
         return states if self.limits.cached_states is None else min(states, self.limits.cached_states)
 
-    def _agreed_plan(self, steps: Sequence[StepInput], teachers: TeacherModels | None) -> Plan:
-        """The plan agreed on during the last step, unless the request has changed since (new samples or
-        limits).
-        """
-        agreed, self._agreed = self._agreed, None
-        if agreed is not None and agreed[0] == self._request(steps, teachers):
-            return agreed[1]
-        self._exchange_costs()
-        return self.plan(steps, teachers)
-
     def _take_over(self, plan: Plan, steps: Sequence[StepInput]) -> None:
         """Record the state that the plan leaves to the next one: occupied slots, and scores of later
         steps."""
@@ -234,30 +237,49 @@ class PipelineDriver:
             ahead[steps[task.step + 1]].append(replace(task, step=0))
         self._scored_ahead = {step: tuple(tasks) for step, tasks in ahead.items()}
 
-    def plan(self, steps: Sequence[StepInput], teachers: TeacherModels | None = None) -> Plan:
-        """The plan that every rank will execute. Raises on all ranks (`PlanError`, or `LimitError` for limits
-        that cannot be met) if it cannot be executed or the ranks disagree.
+    def agree_on_plan(self, steps: Sequence[StepInput], teachers: TeacherModels | None = None) -> Agreed:
+        """The plan that every rank of this block will execute, for as many of `steps` as it covers. Raises on
+        all ranks if a rank has no plan that can be executed, or another one than its block; see `agree`.
         """
-        plan, problem = None, None
+        plan, problem, planned = None, None, list(steps[:1])
         try:
-            request = self._request(steps, teachers)
+            planned = self._within_reach(steps)
+            request = self._request(planned, teachers)
             self._planner.effort = self._effort(request)
             plan = self._planner.plan(request)
             if plan.digest() not in self._checked:
                 check_plan(plan)
                 self._checked.add(plan.digest())
         except ValueError as error:
-            problem = error
-        shapes = [(s.shape.micro_batch_size, s.shape.max_tokens, s.shape.seq_length) for s in steps]
-        agree(plan, problem, shapes)
+            plan, problem = None, error
+        sizes = [(step.sizes, [task.sizes for task in step.scoring]) for step in planned]
+        agree(self.groups, plan, problem, sizes, steps[0].state_bytes)
         assert plan is not None
-        return plan
+        return Agreed(self._reachable(steps), self._settings(), planned, plan)
+
+    def _is_current(self, agreed: Agreed, steps: Sequence[StepInput]) -> bool:
+        """Whether the steps and the settings are those that the plan was made for."""
+        reachable = self._reachable(steps)
+        return (
+            len(reachable) == len(agreed.steps)
+            and all(map(operator.is_, reachable, agreed.steps))
+            and agreed.settings == self._settings()
+        )
+
+    def _reachable(self, steps: Sequence[StepInput]) -> list[StepInput]:
+        """The steps that this schedule kind may look ahead to."""
+        reach = self.look_ahead()
+        return list(steps[: None if reach is None else 1 + reach])
+
+    def _settings(self) -> tuple[object, ...]:
+        return self.kind, self.limits, self.cache_bytes
 
     def _bare_request(self, steps: Sequence[StepInput]) -> PlanRequest:
         """The request without the state that the last plan left."""
         return PlanRequest(
             stages=self.groups.pp_size,
             microbatches=len(steps[0].student),
+            sizes=steps[0].sizes,
             costs=self._costs.model(),
             virtual_stages=self.groups.vpp_size,
             scoring=tuple(
@@ -301,12 +323,13 @@ class PipelineDriver:
         p, keys = self.groups.pp_size, cost_keys(self._costs.model(), self.groups.pp_size)
         sums = torch.zeros(2, len(keys) + p, dtype=torch.float64)
         places = {key: number for number, key in enumerate(keys)}
-        recorded = [recording.events() for recording in self._unmeasured]
+        recorded = [item.recording.events() for item in self._unmeasured]
+        for item, events in zip(self._unmeasured, recorded):
+            for key, seconds, size in summarize(events, item.plan.request):
+                if key in places:
+                    sums[0, places[key]] += seconds * size
+                    sums[1, places[key]] += size
         self._unmeasured.clear()
-        for key, seconds, count in summarize(event for events in recorded for event in events):
-            if key in places:
-                sums[0, places[key]] += seconds * count
-                sums[1, places[key]] += count
         sums[0, len(keys) + self.groups.pp.rank()] = sum(map(idle_share, recorded))
         sums[1, len(keys) + self.groups.pp.rank()] = len(recorded)
         dist.all_reduce(sums)
@@ -349,28 +372,3 @@ class PipelineDriver:
         if self.groups.rank == 0:
             draw_timeline(panels, directory / "timeline.png", unit="seconds")
             write_chrome_trace(panels, directory / "timeline.json")
-
-
-def agree(plan: Plan | None, problem: Exception | None, shapes: object) -> None:
-    """Raise on every rank if any rank has found a problem or holds a different plan (or batch shape).
-
-    Collectives over all ranks, on the CPU (gloo) so that no device waits: an all-reduce of 8 integers; if
-    they differ, an all-gather of a line of text.
-    """
-    mine = f"{problem}" if plan is None else plan.digest()
-    digest = hashlib.sha256(f"{mine} {shapes}".encode()).digest()
-    words = torch.tensor(
-        [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 16, 4)], dtype=torch.int64
-    )
-    both = torch.cat([words, -words])
-    dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    highest, lowest = both[:4].tolist(), (-both[4:]).tolist()
-    if highest != lowest:
-        gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (digest.hex(), str(problem) if problem else ""))
-        failed = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(gathered) if text]
-        if failed:
-            raise PlanError(failed) from problem
-        check_same_plan([text for text, _ in gathered])
-    if problem is not None:
-        raise problem

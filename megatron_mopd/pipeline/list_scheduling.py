@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from heapq import heappop, heappush
+from itertools import accumulate
 from typing import NamedTuple
 
 from megatron_mopd.pipeline.orders import (
@@ -38,7 +39,7 @@ class PriorityRule(NamedTuple):
     head: teacher forwards that the first stage runs before its first student forward. A teacher slower than
         the student's forward needs this lead, or its first results reach the middle stages after their first
         gap.
-    pace: interval at which the student's forwards become due, in forward-plus-backward times; before a
+    pace: interval at which the student's forwards become due, in their forward-plus-backward times; before a
         forward is due, a teacher forward takes precedence. 0: as soon as possible.
     lateness: how far a teacher forward may delay a student forward past its due time, as a fraction of the
         teacher forward.
@@ -96,6 +97,9 @@ class Schedule:
             if job.step == 0:
                 self.last_job[job.microbatch] = number
         self.placed: list[list[Placed]] = [[] for _ in range(p)]
+        self.started: list[int] = []
+        """The stage of every computation, in the order in which the scheduler started them: none depends on a
+        later one, not even if their times are equal."""
         _Simulation(self).run()
         # Losses, and forwards that store log-probs, read heads in the order of the schedule.
         uses = [(item, heads) for item in self.placed[-1] if (heads := self._heads_read(item))]
@@ -157,7 +161,11 @@ class _Simulation:
         self.forward_at = {unit: number for number, unit in enumerate(schedule.forward)}
         self.backward_at = {unit: number for number, unit in enumerate(schedule.backward)}
         teacher_cost = {name: self.costs.teacher(name) for name in {job.teacher for job in schedule.jobs}}
-        self.job_cost = [teacher_cost[job.teacher] for job in schedule.jobs]
+        job_size = request.job_sizes()
+        self.job_cost = [
+            tuple(job_size[job] * cost for cost in teacher_cost[job.teacher]) for job in schedule.jobs
+        ]
+        self.size = request.student_sizes()
         self.loads_after: dict[int, list] = {}
         for load in schedule.teacher_loads:
             self.loads_after.setdefault(load.after, []).append(load)
@@ -172,7 +180,9 @@ class _Simulation:
         self.student_may_start = 0.0  # with `serial`, once all teachers are done
         self.lead = min(self.rule.head, self.n_jobs)
         cycle = max(map(sum, zip(self.forward_cost, self.backward_cost)))
-        self.pace = self.rule.pace * cycle
+        before = accumulate((self.size[i] for i, _ in schedule.forward), initial=0)
+        self.due = [size * (self.rule.pace * cycle) for size in before]
+        """When each forward becomes due after the first."""
         self.events: list[tuple[float, int]] = []
 
     def run(self) -> None:
@@ -188,6 +198,7 @@ class _Simulation:
             kind = self._choice(stage, now)
             if kind is not None:
                 stage.free_at = start[kind](stage, now)
+                self.schedule.started.append(number)
                 heappush(self.events, (stage.free_at, number))
         assert all(len(stage.placed) == 2 * self.n_forwards + self.n_jobs for stage in self.stages), (
             "the scheduler left work undone"
@@ -264,7 +275,7 @@ class _Simulation:
             return waited_for <= backward_time and waited_for <= forward_time
         if stage.next_forward == 0:
             return False
-        due = stage.first_forward + stage.next_forward * self.pace
+        due = stage.first_forward + self.due[stage.next_forward]
         return waited_for <= backward_time and now + (1 - self.rule.lateness) * cost <= due
 
     # --- starting a computation: each method returns its end time ---------------------------------
@@ -272,7 +283,7 @@ class _Simulation:
     def _start_forward(self, stage: _Stage, now: float) -> float:
         number = stage.next_forward
         microbatch, chunk = self.schedule.forward[number]
-        end = now + self.forward_cost[chunk * len(self.stages) + stage.number]
+        end = now + self.size[microbatch] * self.forward_cost[chunk * len(self.stages) + stage.number]
         stage.placed.append(Placed(now, end, FORWARD, number))
         stage.next_forward += 1
         if number == 0:
@@ -294,7 +305,7 @@ class _Simulation:
     def _start_backward(self, stage: _Stage, now: float) -> float:
         number = stage.next_backward
         microbatch, chunk = self.schedule.backward[number]
-        end = now + self.backward_cost[chunk * len(self.stages) + stage.number]
+        end = now + self.size[microbatch] * self.backward_cost[chunk * len(self.stages) + stage.number]
         stage.placed.append(Placed(now, end, BACKWARD, number))
         stage.next_backward += 1
         if stage.number > 0:

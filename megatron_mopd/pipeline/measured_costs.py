@@ -21,15 +21,20 @@ from megatron_mopd.pipeline.instructions import (
     StudentForward,
     TeacherForward,
 )
+from megatron_mopd.pipeline.problem import PlanRequest
 from megatron_mopd.pipeline.simulate import Event
 
 
 class Mean(NamedTuple):
-    """The average duration of one kind of instruction: `key` is (name, stage, chunk or teacher)."""
+    """The average duration of one kind of instruction: `key` is (name, stage, chunk or teacher).
+
+    seconds: per unit of size for computations, each for the others. size: the sum that this is an average
+    over.
+    """
 
     key: tuple[str, int, int | str]
     seconds: float
-    count: int
+    size: int
 
 
 def _key(event: Event) -> tuple[str, int, int | str] | None:
@@ -48,17 +53,23 @@ def _key(event: Event) -> tuple[str, int, int | str] | None:
     return ("optimizer", 0, 0) if isinstance(entry, OptimizerStep) and stage == 0 else None
 
 
-def summarize(events: Iterable[Event]) -> tuple[Mean, ...]:
-    """One rank's average durations in one optimizer step."""
+def summarize(events: Iterable[Event], request: PlanRequest) -> tuple[Mean, ...]:
+    """One rank's average durations in one optimizer step, whose plan served `request`."""
+    student, jobs = request.student_sizes(), request.job_sizes()
     totals: dict[tuple[str, int, int | str], list[float]] = {}
     for event in events:
         key = _key(event)
         if key is not None:
+            entry, size = event.instruction, 1
+            if isinstance(entry, StudentForward | StudentBackward):
+                size = student[entry.microbatch]
+            elif isinstance(entry, TeacherForward):
+                size = jobs[entry.job]
             total = totals.setdefault(key, [0.0, 0])
             total[0] += event.end - event.start
-            total[1] += 1
+            total[1] += size
     return tuple(
-        Mean(key, total / count, int(count)) for key, (total, count) in sorted(totals.items(), key=str)
+        Mean(key, seconds / size, int(size)) for key, (seconds, size) in sorted(totals.items(), key=str)
     )
 
 
@@ -91,12 +102,12 @@ class MeasuredCosts:
         """Fold in one step's summaries of all ranks, in rank order. First measurements replace the guess."""
         totals: dict[tuple[str, int, int | str], list[float]] = {}
         for summary in summaries:
-            for key, seconds, count in summary:
+            for key, seconds, size in summary:
                 total = totals.setdefault(key, [0.0, 0])
-                total[0] += seconds * count
-                total[1] += count
-        for key, (total, count) in totals.items():
-            mean, old = total / count, self._averages.get(key)
+                total[0] += seconds * size
+                total[1] += size
+        for key, (total, size) in totals.items():
+            mean, old = total / size, self._averages.get(key)
             self._averages[key] = mean if old is None else self.momentum * old + (1 - self.momentum) * mean
 
     def model(self) -> CostModel:

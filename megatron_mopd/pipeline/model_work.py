@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_mopd.backend.parallel import ParallelGroups
 from megatron_mopd.backend.versions import backward_step
-from megatron_mopd.data.batching import BatchShape, MicroBatch
+from megatron_mopd.data.batching import MicroBatch
 from megatron_mopd.model.gpt import HiddenStateGPT, unwrap
 from megatron_mopd.model.packing import PackedDocuments
 from megatron_mopd.model.router import balancing
@@ -57,12 +57,13 @@ class ScoreSink(Protocol):
 class StepInput(Protocol):
     """One optimizer step's micro-batches on this rank; `training.step_batch.StepBatch`."""
 
-    shape: BatchShape
     student: Sequence[MicroBatch]
     teachers: Mapping[str, Sequence[MicroBatch]]
     scoring: tuple[ScoringTask, ...]
-    """For each teacher, which student micro-batches need each of its micro-batches; `step` and `scored` are
-    0."""
+    """For each teacher, which student micro-batches need each of its micro-batches, and their sizes in
+    tokens; `step` and `scored` are 0."""
+    sizes: tuple[int, ...]
+    """Tokens of each student micro-batch, the most on any rank that runs the same plan."""
     scores: ScoreSink
     state_bytes: int
     """Maximum number of bytes that one scored micro-batch takes in the cache of any rank."""
@@ -121,11 +122,11 @@ class ModelWork:
 
     def message(self, consumer: Compute) -> tuple[tuple[int, ...], torch.dtype]:
         """[s/cp(/tp), b, h] of the consumer's model and step."""
-        step, config = self._steps[0], self._config
         if isinstance(consumer, TeacherForward):
-            step = self._steps[consumer.job.step]
-            config = self._teachers.config(consumer.job.teacher)
-        return message_shape(config, step.shape, self._groups), config.pipeline_dtype
+            config, batch = self._teachers.config(consumer.job.teacher), self._scored(consumer)
+        else:
+            config, batch = self._config, self._steps[0].student[consumer.microbatch]
+        return message_shape(config, batch, self._groups), config.pipeline_dtype
 
     def load(self, entry: LoadTeacher | LoadHead) -> None:
         """Start loading a teacher into the slot that the plan has freed for it."""
@@ -133,15 +134,18 @@ class ModelWork:
         arrive(entry.teacher, entry.slot)
 
     def teacher_forward(self, entry: TeacherForward, hidden: Tensor | None) -> Tensor | None:
-        job = entry.job
-        step = self._steps[job.step]
-        batch = step.teachers[job.teacher][self._number[job.teacher, job.microbatch, job.step]]
-        batch = batch.to(self._groups.device)
+        job, batch = entry.job, self._scored(entry).to(self._groups.device)
         output = forward_without_gradients(self._teachers.make_resident(job.teacher), batch, hidden)
         if not self._groups.is_last_stage:
             return output
-        step.scores.keep(job.teacher, batch, output)
+        self._steps[job.step].scores.keep(job.teacher, batch, output)
         return None
+
+    def _scored(self, entry: TeacherForward) -> MicroBatch:
+        """The micro-batch of a teacher forward."""
+        job = entry.job
+        number = self._number[job.teacher, job.microbatch, job.step]
+        return self._steps[job.step].teachers[job.teacher][number]
 
     def student_forward(self, entry: StudentForward, hidden: Tensor | None) -> Tensor | None:
         step, last_chunk = self._steps[0], len(self._chunks) - 1
@@ -214,17 +218,16 @@ class ForwardWork:
         self,
         chunks: Sequence[torch.nn.Module],
         micro_batches: Sequence[MicroBatch],
-        shape: BatchShape,
         groups: ParallelGroups,
         on_hidden: Callable[[MicroBatch, Tensor], None],
     ):
-        self._chunks, self._micro_batches, self._shape = list(chunks), micro_batches, shape
+        self._chunks, self._micro_batches = list(chunks), micro_batches
         self._groups, self._on_hidden = groups, on_hidden
 
     def message(self, consumer: Compute) -> tuple[tuple[int, ...], torch.dtype]:
         """[s/cp(/tp), b, h] of the student."""
-        config = unwrap(self._chunks[0]).config
-        return message_shape(config, self._shape, self._groups), config.pipeline_dtype
+        config, batch = unwrap(self._chunks[0]).config, self._micro_batches[consumer.microbatch]
+        return message_shape(config, batch, self._groups), config.pipeline_dtype
 
     def student_forward(self, entry: StudentForward, hidden: Tensor | None) -> Tensor | None:
         batch = self._micro_batches[entry.microbatch].to(self._groups.device)
@@ -247,13 +250,13 @@ def synchronize(groups: ParallelGroups) -> None:
 
 
 def message_shape(
-    config: TransformerConfig, shape: BatchShape, groups: ParallelGroups
+    config: TransformerConfig, micro_batch: MicroBatch, groups: ParallelGroups
 ) -> tuple[int, int, int]:
-    """Shape [s/cp(/tp), b, h] of the message between stages of a model with this `config`."""
-    length = (shape.max_tokens or shape.seq_length) // groups.cp_size
+    """Shape [s/cp(/tp), b, h] of the message between stages of a model with this `config`. Every stage of a
+    pipeline has the same micro-batches, so it is never communicated."""
+    rows, length = micro_batch.tokens.shape
     if config.sequence_parallel:
         length //= groups.tp_size
-    rows = 1 if shape.max_tokens else shape.micro_batch_size
     return length, rows, config.hidden_size
 
 

@@ -20,7 +20,6 @@ from megatron_mopd.pipeline.instructions import (
     Channel,
     Compute,
     Instruction,
-    Lane,
     LoadHead,
     LoadTeacher,
     OptimizerStep,
@@ -34,6 +33,7 @@ from megatron_mopd.pipeline.instructions import (
     next_place,
 )
 from megatron_mopd.pipeline.list_scheduling import Placed, PriorityRule, Schedule
+from megatron_mopd.pipeline.messages import place_messages
 from megatron_mopd.pipeline.orders import BACKWARD, FORWARD, TEACHER, student_order
 from megatron_mopd.pipeline.problem import PlanRequest, TeacherJob
 
@@ -115,20 +115,24 @@ def lower_bound(request: PlanRequest) -> float:
 
 
 def _student_time(request: PlanRequest) -> float:
-    p, costs = request.stages, request.costs
+    p, costs, sizes = request.stages, request.costs, request.student_sizes()
     fill = itertools.accumulate(costs.student_forward[: p - 1], initial=0.0)
     drain = itertools.accumulate(costs.student_backward[: p - 1], initial=0.0)
-    return max(sum(times) for times in zip(fill, _work(request, ()), drain))
+    return max(
+        sizes[0] * before + work + sizes[-1] * after
+        for before, work, after in zip(fill, _work(request, ()), drain)
+    )
 
 
 def _work(request: PlanRequest, jobs: tuple[TeacherJob, ...]) -> list[float]:
     p, costs = request.stages, request.costs
-    count: dict[str, int] = {}
+    size_of = request.job_sizes()
+    size: dict[str, int] = {}
     for job in jobs:
-        count[job.teacher] = count.get(job.teacher, 0) + 1
+        size[job.teacher] = size.get(job.teacher, 0) + size_of[job]
     return [
-        request.microbatches * (sum(costs.student_forward[s::p]) + sum(costs.student_backward[s::p]))
-        + sum(number * costs.teacher(name)[s] for name, number in count.items())
+        sum(request.student_sizes()) * (sum(costs.student_forward[s::p]) + sum(costs.student_backward[s::p]))
+        + sum(total * costs.teacher(name)[s] for name, total in size.items())
         for s in range(p)
     ]
 
@@ -210,7 +214,9 @@ def _effective_time(schedule: Schedule) -> float:
     p = request.stages
     ahead = any(job.step for job in schedule.jobs)
     own = any(job.step == 0 for job in schedule.jobs)
-    fill = itertools.accumulate(request.costs.student_forward[: p - 1], initial=0.0)
+    first = request.student_sizes()[0]
+    times = [first * cost for cost in request.costs.student_forward[: p - 1]]
+    fill = itertools.accumulate(times, initial=0.0)
     cuts, barrier = _optimizer_cuts(schedule)
     time = barrier
     for placed, cut, offset in zip(schedule.placed, cuts, fill):
@@ -275,61 +281,32 @@ class _Table:
 
 def _instruction_lists(schedule: Schedule) -> tuple[tuple[Instruction, ...], ...]:
     request, table = schedule.request, _Table(schedule)
-    receives, sends = _messages(schedule, table)
+    computes = [[table[item] for item in items] for items in schedule.placed]
     cuts, _ = _optimizer_cuts(schedule)
+    barriers: list[list[int]] = [[cut] for cut in cuts]
+    meetings: list[Instruction] = [OptimizerStep()]
+    if request.kind == "serial" and schedule.jobs:
+        meetings.insert(0, Synchronize())
+        for items, positions in zip(schedule.placed, barriers):
+            positions.insert(0, next(i for i, item in enumerate(items) if item.kind == FORWARD))
+    receives, sends = place_messages(schedule, computes, barriers)
     lists = []
     for stage, items in enumerate(schedule.placed):
         entries, loads_after = _loads(schedule, stage)
-        synchronized = request.kind != "serial" or not schedule.jobs
+        stops, slots = barriers[stage], iter(receives[stage])
         for position, item in enumerate(items):
-            if position == cuts[stage]:
-                entries.append(OptimizerStep())
-            if item.kind == FORWARD and not synchronized:
-                entries.append(Synchronize())
-                synchronized = True
-            entries += receives[stage][position]
-            entries.append(table[item])
-            entries += sends[stage][position]
+            for number, stop in enumerate(stops):
+                if position == stop:
+                    entries += [*next(slots), meetings[number]]
+            entries += [*next(slots), computes[stage][position]]
+            if position in sends[stage]:
+                entries.append(sends[stage][position])
             if item.kind != BACKWARD:
                 entries += loads_after.get((item.kind, item.index), [])
-        if cuts[stage] == len(items):
-            entries.append(OptimizerStep())
+        if stops[-1] == len(items):
+            entries += [*next(slots), meetings[-1]]
         lists.append(tuple(entries))
     return tuple(lists)
-
-
-_PerPosition = list[list[list[Instruction]]]
-"""Instructions for each stage and each computation placed on it."""
-
-
-def _messages(schedule: Schedule, table: _Table) -> tuple[_PerPosition, _PerPosition]:
-    """What each stage receives before, and sends after, each of its computations."""
-    request = schedule.request
-    receives: _PerPosition = [[[] for _ in range(len(items) + 1)] for items in schedule.placed]
-    sends: _PerPosition = [[[] for _ in items] for items in schedule.placed]
-    crossings = []
-    for stage, items in enumerate(schedule.placed):
-        for position, item in enumerate(items):
-            target = next_place(table[item], stage, request.stages, request.virtual_stages)
-            if target is not None:
-                lane, destination, consumer = target
-                channel = Channel(lane, stage, destination)
-                sends[stage][position].append(Send(channel, consumer))
-                crossings.append((destination, channel, consumer, item.start))
-    starts = [[item.start for item in items] for items in schedule.placed]
-    place = [{table[item]: position for position, item in enumerate(items)} for items in schedule.placed]
-    is_cache_limited = request.limits.cached_states is not None
-    for destination, channel, consumer, departure in crossings:
-        # Post the receive while the sender still computes, before the computation that runs here at that
-        # time. If the cache is limited, however, the buffer of a state must not be allocated before a running
-        # forward has freed its own.
-        row = starts[destination]
-        if is_cache_limited and channel.lane is Lane.TEACHER_FORWARD:
-            position = min(bisect_right(row, departure), place[destination][consumer])
-        else:
-            position = max(0, bisect_left(row, departure) - 1)
-        receives[destination][position].append(Receive(channel, consumer))
-    return receives, sends
 
 
 def _loads(

@@ -27,16 +27,19 @@ class UnmetLimit(NamedTuple):
 
 
 class LimitError(ValueError):
-    """No plan for a request can satisfy its limits."""
+    """No plan for a request can satisfy its limits.
 
-    def __init__(self, unmet: Sequence[UnmetLimit]):
+    state_bytes: for `cached_states`, the bytes of the largest scored micro-batch.
+    """
+
+    def __init__(self, unmet: Sequence[UnmetLimit], state_bytes: int = 0):
         super().__init__(
             "; ".join(
                 f"limit {name}={value} cannot be met by any plan: the smallest value that works is {smallest}"
                 for name, value, smallest in unmet
             )
         )
-        self.unmet = tuple(unmet)
+        self.unmet, self.state_bytes = tuple(unmet), state_bytes
 
 
 class TeacherJob(NamedTuple):
@@ -63,6 +66,8 @@ class ScoringTask:
     Two kinds of computation on the last stage read the teacher's output head: the losses of the student
     micro-batches in `loss_heads` (None: all that need a result), and the forwards in `scoring_heads`, which
     store log-probs of the sampled tokens instead of hidden states.
+
+    `sizes` are the sizes of the forwards, in the unit that costs are given for (`CostModel`); empty: 1 each.
     """
 
     teacher: str
@@ -72,6 +77,7 @@ class ScoringTask:
     last_uses: tuple[int, ...] = ()
     scoring_heads: tuple[int, ...] = ()
     loss_heads: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(set(self.microbatches)) != len(self.microbatches):
@@ -91,6 +97,7 @@ class ScoringTask:
                 f"scoring of teacher {self.teacher!r}: last_uses={self.last_uses} does not match first uses "
                 f"{self.microbatches}"
             )
+        _check_sizes(self.sizes, len(self.microbatches), f"scoring of teacher {self.teacher!r}")
         needed = self.needed_by()
         for name, values, known in (
             ("scoring_heads", self.scoring_heads, self.microbatches),
@@ -110,6 +117,13 @@ class ScoringTask:
     def pending(self) -> tuple[TeacherJob, ...]:
         """The jobs that have not run yet."""
         return tuple(TeacherJob(self.teacher, i, self.step) for i in self.microbatches[self.scored :])
+
+
+def _check_sizes(sizes: Sequence[int], count: int, where: str) -> None:
+    if sizes and len(sizes) != count:
+        raise ValueError(f"{where}: {len(sizes)} sizes for {count} micro-batches")
+    if any(size <= 0 for size in sizes):
+        raise ValueError(f"{where}: sizes must be above 0, got {tuple(sizes)}")
 
 
 def split_scoring(
@@ -156,7 +170,8 @@ class PlanRequest:
     Tasks with step 0 score this step's micro-batches; those that an earlier plan has scored are still listed,
     with `scored` set, because their states occupy the cache and their heads are needed. Tasks with a later
     step are look-ahead. `resident` and `resident_heads` give the contents of the slots when the plan starts,
-    slot by slot ("" for an empty one).
+    slot by slot ("" for an empty one). `sizes` are the sizes of the student's micro-batches, in the unit that
+    costs are given for; empty: 1 each.
     """
 
     stages: int
@@ -168,6 +183,7 @@ class PlanRequest:
     limits: Limits = field(default_factory=Limits)
     resident: tuple[str, ...] = ()
     resident_heads: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
 
     def validate(self) -> None:
         """Raises ValueError if no plan can serve the request (`LimitError` if its limits are too small); the
@@ -179,6 +195,7 @@ class PlanRequest:
             )
         if self.kind not in KINDS:
             raise ValueError(f"schedule kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        _check_sizes(self.sizes, self.microbatches, "student")
         places = self.stages * self.virtual_stages
         for name in ("student_forward", "student_backward"):
             per_position(getattr(self.costs, name), places, name)
@@ -219,6 +236,18 @@ class PlanRequest:
         unmet = [UnmetLimit(*item) for item in needed if item[1] is not None and item[1] < item[2]]
         if unmet:
             raise LimitError(unmet)
+
+    def student_sizes(self) -> tuple[int, ...]:
+        """The size of every student micro-batch."""
+        return self.sizes or (1,) * self.microbatches
+
+    def job_sizes(self) -> dict[TeacherJob, int]:
+        """The size of every teacher forward, including those that have run."""
+        return {
+            TeacherJob(task.teacher, first, task.step): size
+            for task in self.scoring
+            for first, size in zip(task.microbatches, task.sizes or (1,) * len(task.microbatches))
+        }
 
     def activation_limit(self) -> int:
         """How many student forwards a stage may hold whose backward has not run yet, in chunks."""
@@ -325,7 +354,7 @@ class PlanRequest:
         `deferred`."""
         scoring = self.next_scoring(deferred)
         last = max((last for task in scoring if task.step == 0 for _, last in task.uses()), default=0)
-        return replace(self, microbatches=last + 1, scoring=scoring).smallest_cache()
+        return replace(self, microbatches=last + 1, scoring=scoring, sizes=()).smallest_cache()
 
     def next_scoring(self, deferred: Sequence[TeacherJob]) -> tuple[ScoringTask, ...]:
         """The look-ahead tasks as the next request must list them, after a plan that leaves out the jobs

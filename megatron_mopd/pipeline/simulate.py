@@ -81,7 +81,7 @@ class Simulation:
 
 
 @dataclass(slots=True)
-class _Road:
+class Road:
     """The state of one channel."""
 
     sent: list[tuple[float, object]] = field(default_factory=list)
@@ -96,22 +96,28 @@ def simulate(plans: Plan | Sequence[Plan], *, record: bool = False) -> Simulatio
     Each plan runs with its own request's costs. Raises PlanError if the stages deadlock; the message says
     what every blocked stage waits for.
     """
+    return Machine(as_sequence(plans), record).run()
+
+
+def as_sequence(plans: Plan | Sequence[Plan]) -> list[Plan]:
+    """The plans of a simulation, of which there must be at least one, all with the same number of stages."""
     plans = [plans] if isinstance(plans, Plan) else list(plans)
     if not plans:
         raise ValueError("simulate needs at least one plan")
-    p = plans[0].request.stages
-    if any(plan.request.stages != p for plan in plans):
+    if any(plan.request.stages != plans[0].request.stages for plan in plans):
         raise ValueError("all plans of a simulation must have the same number of stages")
-    return _Machine(plans, p, record).run()
+    return plans
 
 
-class _Machine:
-    def __init__(self, plans: list[Plan], stages: int, record: bool):
-        self.plans, self.p, self.record = plans, stages, record
-        p = stages
+class Machine:
+    """The state of an execution: what each stage has done, and when."""
+
+    def __init__(self, plans: list[Plan], record: bool):
+        p = plans[0].request.stages
+        self.plans, self.p, self.record = plans, p, record
         self.clock, self.copy_at, self.busy = [0.0] * p, [0.0] * p, [0.0] * p
         self.plan_number, self.position = [0] * p, [0] * p
-        self.roads: dict[Channel, _Road] = {}
+        self.roads: dict[Channel, Road] = {}
         self.expected: list[dict] = [{} for _ in range(p)]
         self.loaded: list[dict[str, float]] = [{} for _ in range(p)]
         self.heads: dict[str, float] = {}
@@ -123,7 +129,10 @@ class _Machine:
         self.cached[-1] = self.peak_cached[-1] = plans[0].request.scored_at_start()
         self.local: list[set] = [set() for _ in range(p)]
         self.events: list[Event] = []
+        self.message_cost = [plan.request.costs.message for plan in plans]
         self.teacher_cost = [dict(plan.request.costs.teacher_forward) for plan in plans]
+        self.sizes = [plan.request.student_sizes() for plan in plans]
+        self.job_sizes = [plan.request.job_sizes() for plan in plans]
         self.loss_heads = [plan.request.heads_needed() for plan in plans]
         self.scoring_heads = [plan.request.jobs_reading_heads() for plan in plans]
         self.releases = [plan.request.releases() for plan in plans]
@@ -148,10 +157,14 @@ class _Machine:
             self.queued[stage] = True
             self.ready.append(stage)
 
-    def describe_block(self, stage: int) -> str:
-        entries = self.plans[self.plan_number[stage]].stages[stage]
+    def blocked_at(self, stage: int) -> tuple[int, Instruction]:
+        """The position and instruction that a stage has not been able to execute."""
         position = self.position[stage]
-        entry = entries[position]
+        return position, self.plans[self.plan_number[stage]].stages[stage][position]
+
+    def describe_block(self, stage: int) -> str:
+        """What a stage waits for."""
+        position, entry = self.blocked_at(stage)
         where = f"stage {stage}, instruction {position} ({entry})"
         if isinstance(entry, Synchronize | OptimizerStep):
             absent = [s for s in range(self.p) if s not in self.meetings[self.meeting_number[stage]][2]]
@@ -178,18 +191,25 @@ class _Machine:
             self.plan_number[stage] += 1
             self.position[stage] = 0
 
+    def road(self, channel: Channel) -> Road:
+        """The state of a channel."""
+        road = self.roads.get(channel)
+        if road is None:
+            road = self.roads[channel] = Road()
+        return road
+
     def execute(self, stage: int, number: int, entry: Instruction) -> bool:
         """Execute one instruction; False if it must wait."""
         kind = type(entry)
         if kind is Receive:
-            road = self.roads.setdefault(entry.channel, _Road())
+            road = self.road(entry.channel)
             self.expected[stage][entry.consumer] = (entry.channel, len(road.posted))
             road.posted.append(self.clock[stage])
             if entry.channel.lane is Lane.TEACHER_FORWARD:
                 self.cache(stage, 1)
             return True
         if kind is Send:
-            road = self.roads.setdefault(entry.channel, _Road())
+            road = self.road(entry.channel)
             road.sent.append((self.clock[stage], entry.consumer))
             if road.waiting:
                 road.waiting = False
@@ -222,7 +242,7 @@ class _Machine:
                         f"{channel.source} sends ({consumer})"
                     ]
                 )
-            start = max(start, max(sent_at, road.posted[message]) + costs.message)
+            start = max(start, max(sent_at, road.posted[message]) + self.message_cost[number])
             del self.expected[stage][entry]
         elif not self.has_local_input(stage, entry, last_chunk):
             return False
@@ -233,7 +253,7 @@ class _Machine:
             start = max(start, self.loaded[stage].get(teacher, 0.0))
             if is_last and entry.job in self.scoring_heads[number]:
                 start = max(start, self.heads.get(teacher, 0.0))
-            end = start + self.teacher_cost[number][teacher][stage]
+            end = start + self.job_sizes[number][entry.job] * self.teacher_cost[number][teacher][stage]
             if p == 1:
                 self.cache(stage, 1)
             elif not is_last and stage > 0:
@@ -241,7 +261,8 @@ class _Machine:
         elif kind is StudentForward:
             self.activations[stage] += 1
             self.peak_activations[stage] = max(self.peak_activations[stage], self.activations[stage])
-            end = start + costs.student_forward[entry.chunk * p + stage]
+            size = self.sizes[number][entry.microbatch]
+            end = start + size * costs.student_forward[entry.chunk * p + stage]
             if is_last and entry.chunk == last_chunk:
                 teachers = self.loss_heads[number][entry.microbatch]
                 arrival = max((self.heads.get(teacher, 0.0) for teacher in teachers), default=0.0)
@@ -252,7 +273,8 @@ class _Machine:
                 self.local[stage].add(StudentForward(entry.microbatch, entry.chunk + 1))
         else:
             self.activations[stage] -= 1
-            end = start + costs.student_backward[entry.chunk * p + stage]
+            size = self.sizes[number][entry.microbatch]
+            end = start + size * costs.student_backward[entry.chunk * p + stage]
             if p == 1 and entry.chunk > 0:
                 self.local[stage].add(StudentBackward(entry.microbatch, entry.chunk - 1))
         self.finish(stage, entry, start, end)

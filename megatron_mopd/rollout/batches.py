@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_mopd.data.arrays import id_array, joined
 from megatron_mopd.model.kv_cache import KeyValueCache
 from megatron_mopd.model.packing import PackedDocuments
 from megatron_mopd.rollout.engine import SamplingParams
@@ -20,32 +22,34 @@ _CACHE_GRANULARITY = 64
 times."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """One response to produce: a row of a decoding batch."""
 
     index: int
     """`Trajectory.index` of the response; keys its random numbers."""
-    token_ids: tuple[int, ...]
-    """The prompt."""
+    token_ids: np.ndarray
+    """The prompt, int32."""
     limit: int
     """The maximum number of response tokens."""
-    given: tuple[int, ...] = ()
+    given: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     """Response tokens that already exist, from an interrupted start."""
-    given_logprobs: tuple[float, ...] = ()
+    given_logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @property
-    def read_ids(self) -> tuple[int, ...]:
+    def read_ids(self) -> np.ndarray:
         """The tokens of the first forward pass."""
-        return (*self.token_ids, *self.given)
+        return np.concatenate((id_array(self.token_ids), self.given))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Response:
     """A finished row."""
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    token_ids: np.ndarray
+    """[|y|] int32."""
+    logprobs: np.ndarray
+    """[|y|] float64."""
     finished: bool
     """Ended by a stop token."""
     routing: Tensor | None = None
@@ -74,8 +78,9 @@ class DecodingBatch:
 
     def __init__(self, requests: Sequence[Request], sampling: SamplingParams, device: torch.device):
         self.requests = requests
-        prompts = list(dict.fromkeys(request.read_ids for request in requests))
-        row_of = {prompt: row for row, prompt in enumerate(prompts)}
+        read = [request.read_ids for request in requests]
+        prompts = list({ids.tobytes(): ids for ids in read}.values())
+        row_of = {prompt.tobytes(): row for row, prompt in enumerate(prompts)}
         longest = max(map(len, prompts))
         self.position = 0
         """Number of tokens sampled so far for every row."""
@@ -85,11 +90,11 @@ class DecodingBatch:
         self._stop = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
 
         def per_row(values) -> Tensor:
-            return torch.tensor(values, dtype=torch.long, device=device)
+            return torch.as_tensor(values, dtype=torch.long, device=device)
 
         # For each row in the batch: its request, and (for the prefill) the row of its prompt.
         self._slots = torch.arange(len(requests), device=device)
-        self._source = per_row([row_of[request.read_ids] for request in requests])
+        self._source = per_row([row_of[ids.tobytes()] for ids in read])
         self._alive = torch.ones(len(requests), dtype=torch.bool, device=device)
         self._limits = per_row([request.limit - len(request.given) for request in requests])
         self._starts = per_row([len(request.given) for request in requests])  # for all requests
@@ -118,10 +123,11 @@ class DecodingBatch:
             list(map(len, documents)), device, whole=True, first_is_shared=shared > 0
         )
         """Boundaries of the prompts for the prefill, `None` afterwards."""
-        own = [token for prompt in prompts for token in prompt[shared:]]
-        self.input_ids = per_row([[*prompts[0][:shared], *own]])
+        parts = [prompts[0][:shared], *(prompt[shared:] for prompt in prompts)]
+        self.input_ids = per_row(np.concatenate(parts)).unsqueeze(0)
         """Tokens of the next forward pass: [1, all prompts' tokens], then [rows, 1]."""
-        self.position_ids = per_row([[position for document in documents for position in document]])
+        positions = [np.arange(document.start, document.stop) for document in documents]
+        self.position_ids = per_row(np.concatenate(positions)).unsqueeze(0)
         """Positions of these tokens in their own document, same shape."""
 
     @property
@@ -218,25 +224,22 @@ class DecodingBatch:
         self._routing.append((self.position, self._slots, experts))
 
     def responses(self) -> list[Response]:
-        """The response to every request, in the order of `requests`."""
-        lengths, stopped = self._lengths.tolist(), self._stopped.tolist()
+        """The response to every request, in the order of `requests`: views of one flat array of tokens and
+        one of log-probs."""
+        lengths = self._lengths.tolist()
+        tokens, logprobs = self._tokens.to(torch.int32).cpu().numpy(), self._logprobs.cpu().numpy()
+        ids, values = [], []
+        for row, (request, length) in enumerate(zip(self.requests, lengths)):
+            ids.append(tokens[row, self._first - len(request.given) : self._first + length])
+            values.append(np.concatenate((request.given_logprobs, logprobs[row, :length])))
         rows = zip(
-            self._tokens.tolist(),
-            self._logprobs.tolist(),
-            lengths,
-            stopped,
+            joined(ids, np.int32),
+            joined(values, np.float64),
+            self._stopped.tolist(),
             self._routes(lengths),
             strict=True,
         )
-        return [
-            Response(
-                (*request.given, *ids[self._first : self._first + n]),
-                (*request.given_logprobs, *logprobs[:n]),
-                end,
-                routing,
-            )
-            for request, (ids, logprobs, n, end, routing) in zip(self.requests, rows)
-        ]
+        return [Response(*row) for row in rows]
 
     def unlogged(self) -> list[Piece]:
         """Everything sampled since the last call."""
@@ -246,10 +249,12 @@ class DecodingBatch:
         state = torch.where(going_on, CONTINUES, torch.where(self._stopped, STOPPED, CUT)).tolist()
         for row in (lengths > self._logged).nonzero().flatten().tolist():
             request, start, end = self.requests[row], int(self._logged[row]), int(lengths[row])
-            tokens = self._tokens[row, self._first + start : self._first + end].tolist()
-            logprobs = self._logprobs[row, start:end].tolist()
+            tokens = self._tokens[row, self._first + start : self._first + end].to(torch.int32)
+            logprobs = self._logprobs[row, start:end]
             place = len(request.given) + start
-            pieces.append(Piece(request.index, place, tuple(tokens), tuple(logprobs), state[row]))
+            pieces.append(
+                Piece(request.index, place, tokens.cpu().numpy(), logprobs.cpu().numpy(), state[row])
+            )
         self._logged = lengths.clone()  # on the CPU, `lengths` is the counter itself
         return pieces
 
@@ -269,14 +274,15 @@ class DecodingBatch:
             layer_of[step] = last = first + len(experts)
             decoded[slots, step - 1, first:last] = experts.transpose(0, 1)
         prefill, decoded = prefill.cpu(), decoded.cpu()
-        prompts = dict.fromkeys(request.token_ids for request in self.requests)
+        of_request = [id_array(request.token_ids).tobytes() for request in self.requests]
+        prompts = {key: len(request.token_ids) for key, request in zip(of_request, self.requests)}
         shared, *parts = prefill.transpose(0, 1).split(
-            [self._shared, *(len(prompt) - self._shared for prompt in prompts)]
+            [self._shared, *(length - self._shared for length in prompts.values())]
         )
         of_prompt = {prompt: torch.cat((shared, part)) for prompt, part in zip(prompts, parts, strict=True)}
         return [
-            torch.cat([of_prompt[request.token_ids], decoded[i, : length - 1]])
-            for i, (request, length) in enumerate(zip(self.requests, lengths))
+            torch.cat([of_prompt[key], decoded[i, : length - 1]])
+            for i, (key, length) in enumerate(zip(of_request, lengths))
         ]
 
 
@@ -285,7 +291,8 @@ def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
     and 0 where it would save little."""
     if len(prompts) < 2:
         return 0
-    first, last = min(prompts), max(prompts)  # in lexicographic order: all others lie between
-    common = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
-    common = min(common, min(map(len, prompts)) - 1)
+    first, common = id_array(prompts[0]), min(map(len, prompts)) - 1
+    for prompt in prompts[1:]:
+        differ = np.flatnonzero(first[:common] != id_array(prompt)[:common])
+        common = int(differ[0]) if len(differ) else common
     return common if common >= _SHORTEST_SHARED else 0

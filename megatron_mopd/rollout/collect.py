@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from megatron_mopd.config import DomainObjectives, RolloutConfig
+from megatron_mopd.data.arrays import id_array
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.data.tokenizer import Tokenizer
 from megatron_mopd.data.trajectory import Trajectory
@@ -26,11 +27,14 @@ def collect_trajectories(
     seed: int,
     log: RolloutLog | None = None,
 ) -> tuple[list[Trajectory], RoutingRecords | None]:
-    """`samples_per_prompt` trajectories for each prompt, the same list on every rank, ordered by index.
+    """`samples_per_prompt` trajectories for each prompt, the same list on every rank, ordered by index; the
+    tokens of sampled ones are on the ranks that sampled them (`RolloutEngine.generate`).
 
     Prompts of a domain trained with `sft` get their `answer`, repeated so that every prompt has the same
-    number of trajectories. The index is position of the prompt x samples_per_prompt + sample. With routing
-    replay, the expert choices of the sampled trajectories are also returned, under the same indices.
+    number of trajectories. Every rank tokenizes all of these answers, because planning needs their lengths:
+    that costs it the tokenizer's time and 4 bytes per token of an answer. The index is position of the prompt
+    x samples_per_prompt + sample. With routing replay, the expert choices of the sampled trajectories are
+    also returned, under the same indices.
     """
     samples = samples_per_prompt
     given = [objectives.of(prompt.domain).kind == "sft" for prompt in prompts]
@@ -48,9 +52,9 @@ def collect_trajectories(
         index_of = {t.index: asked[t.index // samples] * samples + t.index % samples for t in drawn}
         trajectories = [dataclasses.replace(t, index=index_of[t.index]) for t in drawn]
         if engine.routing is not None:
-            routing = engine.routing.renumbered(index_of, {t.index: len(t) for t in trajectories})
+            routing = engine.routing.renumbered(index_of)
     for position, prompt in enumerate(prompts):
         if given[position]:
-            response = (*tokenizer.encode(prompt.answer), tokenizer.eos_id)
+            response = id_array([*tokenizer.encode(prompt.answer), tokenizer.eos_id])
             trajectories += [Trajectory(prompt, response, position * samples + i) for i in range(samples)]
     return sorted(trajectories, key=lambda trajectory: trajectory.index), routing

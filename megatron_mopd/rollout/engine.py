@@ -85,8 +85,10 @@ class RolloutEngine(Protocol):
         samples_per_prompt: int = 1,
         log: RolloutLog | None = None,
     ) -> list[Trajectory]:
-        """Sample `samples_per_prompt` responses to every prompt; the full list is the same on every rank.
+        """Sample `samples_per_prompt` responses to every prompt.
 
+        The full list is the same on every rank, but a rank has the tokens and log-probs only of the responses
+        that its data-parallel rank sampled (`Trajectory.sampled_by`); `data.exchange` sends them on.
         Every rank passes the same arguments. The list is in the order of `Trajectory.index`, which is
         position of the prompt x samples_per_prompt + sample. Equal seeds give equal tokens. `log` contains
         the tokens of an interrupted start, which are not sampled again, and records new ones. Raises

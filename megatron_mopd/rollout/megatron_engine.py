@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_mopd.backend.parallel import ParallelGroups
+from megatron_mopd.data.arrays import joined, logprob_dtype
+from megatron_mopd.data.exchange import share_endings
 from megatron_mopd.data.prompt import Prompt
-from megatron_mopd.data.trajectory import Trajectory
+from megatron_mopd.data.trajectory import Trajectory, sum_of
 from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.model.router_replay import compact_dtype, routing_choices
 from megatron_mopd.rollout.batches import Request, Response, split_evenly
@@ -71,21 +74,29 @@ class MegatronEngine:
 
         Collectives: those of the model's layers; per token those of `sample_tokens`, and in a pipeline the
         hidden states to the next stage (b x h elements) and 16 bytes per row from the last stage to every
-        other; one integer per step among ranks whose experts span data-parallel ranks; at the end two
-        all-gathers over data-parallel ranks (16 bytes per response and 16 per token). Raises `ValueError` on
-        every rank if a log-prob is not finite, unless `sampling.allow_not_finite`.
+        other; one integer per step among ranks whose experts span data-parallel ranks; at the end one
+        all-reduce of 16 bytes per response over data-parallel ranks. With `log`, those of
+        `RolloutLog.deliver` before sampling. Raises `ValueError` on every rank if a log-prob is not finite,
+        unless `sampling.allow_not_finite`.
         """
         requests = self._requests(prompts, sampling, samples_per_prompt)
         groups, known = self._groups, log.known if log is not None else {}
-        complete = {
-            i: Response(known[i].token_ids, known[i].logprobs, known[i].state == STOPPED)
-            for i in range(len(requests))
-            if i in known and known[i].is_complete
-        }
-        shares = self._shares(requests, known, complete, samples_per_prompt)
+        rank, dtype = groups.dp.rank(), logprob_dtype(self._chunks[0].config.params_dtype)
+        complete = [r.index for r in requests if r.index in known and known[r.index].is_complete]
+        shares = self._shares(requests, complete, samples_per_prompt)
+        owners = {request.index: owner for owner, share in enumerate(shares) for request in share}
+        owners |= {index: place % groups.dp_size for place, index in enumerate(complete)}
+        if log is not None:
+            log.deliver(owners)
+            known = log.known
+        own = [_continued(request, known.get(request.index)) for request in shares[rank]]
         rows_per_lane = max(1, self._max_batch_size // groups.pp_size)
-        batches = split_evenly(shares[groups.dp.rank()], rows_per_lane, groups.pp_size)
-        responses, by_index = complete, {}
+        batches = split_evenly(own, rows_per_lane, groups.pp_size)
+        responses = {
+            i: Response(known[i].token_ids, known[i].logprobs, known[i].state == STOPPED)
+            for i in complete
+            if owners[i] == rank
+        }
         if any(shares):
             rows = max(map(len, batches), default=1)
             packed = rows >= _ROWS_WORTH_PACKING and sampling.max_new_tokens >= _STEPS_WORTH_PACKING
@@ -94,32 +105,39 @@ class MegatronEngine:
                     self._chunks, groups, self._vocab_size, sampling, seed, weights, on_token, log
                 )
                 decoded = decoder.run(batches)
-            by_index = {request.index: response for request, response in decoded}
-            mine = [by_index[request.index] for request in shares[groups.dp.rank()]]
-            responses |= self._gather(mine, shares, sampling.allow_not_finite)
+            responses |= {request.index: response for request, response in decoded}
+        mine = {i: (len(r.token_ids), r.finished, sum_of(r.logprobs)) for i, r in responses.items()}
+        endings = share_endings(mine, len(requests), groups.dp, groups.device)
         if log is not None:
             log.close()
-        self.routing = self._routing_records(by_index, requests) if sampling.keep_routing else None
-        if self.routing is not None:
-            self.routing.tokens |= {
-                i: len(requests[i].token_ids) + len(r.token_ids) for i, r in responses.items()
-            }
+        self.routing = self._routing_records(responses) if sampling.keep_routing else None
+        if not (sampling.allow_not_finite or all(math.isfinite(total) for *_, total in endings)):
+            raise ValueError("rollout: the student's logits are not finite; its weights are damaged")
+        ids = dict(zip(responses, joined([r.token_ids for r in responses.values()], np.int32)))
+        logprobs = dict(zip(responses, joined([r.logprobs for r in responses.values()], dtype)))
         return [
-            Trajectory(prompts[i // samples_per_prompt], r.token_ids, i, r.logprobs, r.finished)
-            for i, r in sorted(responses.items())
+            Trajectory(
+                prompts[i // samples_per_prompt],
+                ids.get(i),
+                i,
+                logprobs.get(i),
+                is_finished,
+                response_length=length,
+                logprob_sum=total,
+                sampled_by=owners[i],
+            )
+            for i, (length, is_finished, total) in enumerate(endings)
         ]
 
-    def _routing_records(
-        self, by_index: dict[int, Response], requests: Sequence[Request]
-    ) -> RoutingRecords | None:
+    def _routing_records(self, responses: Mapping[int, Response]) -> RoutingRecords | None:
         """This rank's expert choices; `None` on a stage without mixture-of-experts layers."""
         layers = sum(len(routing_choices(chunk)) for chunk in self._chunks)
         if layers == 0:
             return None
         config = self._chunks[0].config
-        records = {index: response.routing for index, response in by_index.items()}
+        records = {index: response.routing for index, response in responses.items()}
         return RoutingRecords(
-            records, {}, (layers, config.moe_router_topk), compact_dtype(config.num_moe_experts)
+            records, (layers, config.moe_router_topk), compact_dtype(config.num_moe_experts)
         )
 
     def _requests(
@@ -130,12 +148,12 @@ class MegatronEngine:
         requests = []
         for position, prompt in enumerate(prompts):
             room = self._max_sequence_length - len(prompt.token_ids)
-            if room < 1 or not prompt.token_ids:
+            if room < 1 or len(prompt.token_ids) == 0:
                 raise ValueError(
                     f"{prompt.origin}: a prompt of {len(prompt.token_ids)} tokens; it needs at least 1, "
                     f"and at most {self._max_sequence_length - 1} to leave room for a response"
                 )
-            if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < self._vocab_size:
+            if not 0 <= prompt.token_ids.min() <= prompt.token_ids.max() < self._vocab_size:
                 raise ValueError(f"{prompt.origin}: token ids must be in [0, {self._vocab_size})")
             limit = min(sampling.max_new_tokens, room)
             first = position * samples_per_prompt
@@ -143,55 +161,18 @@ class MegatronEngine:
         return requests
 
     def _shares(
-        self,
-        requests: list[Request],
-        known: Mapping[int, Known],
-        complete: Mapping[int, Response],
-        samples_per_prompt: int,
+        self, requests: list[Request], complete: Sequence[int], samples_per_prompt: int
     ) -> list[list[Request]]:
-        """The requests of each data-parallel rank: whole prompts, the longest first, dealt in turn."""
-        prompts = []
+        """The requests of each data-parallel rank, the same on every rank: whole prompts, the longest first,
+        dealt in turn, without the `complete` ones."""
+        done, prompts = set(complete), []
         for first in range(0, len(requests), samples_per_prompt):
             samples = requests[first : first + samples_per_prompt]
-            prompts.append([_continued(r, known.get(r.index)) for r in samples if r.index not in complete])
+            prompts.append([request for request in samples if request.index not in done])
         prompts = [samples for samples in prompts if samples]
         prompts.sort(key=lambda samples: -len(samples[0].token_ids))
         dp = self._groups.dp_size
         return [[request for samples in prompts[rank::dp] for request in samples] for rank in range(dp)]
-
-    def _gather(
-        self, mine: list[Response], shares: list[list[Request]], allow_not_finite: bool
-    ) -> dict[int, Response]:
-        """All ranks' responses by `Trajectory.index`. Two all-gathers over data-parallel ranks, padded to the
-        largest share: length and ending of each response (16 bytes), token and log-prob of each token (16
-        bytes)."""
-        endings = torch.tensor([(len(r.token_ids), r.finished) for r in mine], dtype=torch.long).view(-1, 2)
-        tokens = [pair for r in mine for pair in zip(r.token_ids, r.logprobs, strict=True)]
-        values = torch.tensor(tokens, dtype=torch.double).view(-1, 2)
-        all_endings = self._all_gather(endings, max(map(len, shares)))
-        lengths = all_endings[..., 0]
-        all_values = self._all_gather(values, int(lengths.sum(dim=1).max()))
-        if not (allow_not_finite or bool(torch.isfinite(all_values).all())):
-            raise ValueError("rollout: the student's logits are not finite; its weights are damaged")
-        responses = {}
-        for share, endings, values in zip(shares, all_endings.tolist(), all_values.tolist(), strict=True):
-            start = 0
-            for request, (length, finished) in zip(share, endings):
-                ids, logprobs = zip(*values[start : start + length], strict=True)
-                responses[request.index] = Response(tuple(map(int, ids)), logprobs, bool(finished))
-                start += length
-        return responses
-
-    def _all_gather(self, rows: torch.Tensor, most: int) -> torch.Tensor:
-        """[n, 2] on each data-parallel rank, with n at most `most` -> [dp, most, 2] on all, in host
-        memory."""
-        if self._groups.dp_size == 1:
-            return rows.unsqueeze(0)
-        padded = torch.zeros((most, 2), dtype=rows.dtype, device=self._groups.device)
-        padded[: len(rows)] = rows
-        gathered = padded.new_empty((self._groups.dp_size, most, 2))
-        dist.all_gather(list(gathered.unbind(0)), padded, group=self._groups.dp)
-        return gathered.cpu()
 
 
 def _continued(request: Request, known: Known | None) -> Request:

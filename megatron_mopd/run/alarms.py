@@ -45,15 +45,18 @@ _CHANCE = 1e-6
 def rollout_metrics(
     trajectories: Sequence[Trajectory], rewards: Mapping[int, float | None]
 ) -> dict[str, float]:
-    """Per domain: mean length, fraction cut off, one-sample entropy per token, mean and missing rewards."""
+    """Per domain: mean length, fraction cut off, one-sample entropy per token, mean and missing rewards.
+
+    Needs no tokens, and is equal on every rank.
+    """
     metrics = {}
     for domain in sorted({t.domain for t in trajectories}):
         mine = [t for t in trajectories if t.domain == domain]
-        metrics[f"length/{domain}"] = sum(len(t.response_ids) for t in mine) / len(mine)
-        logprobs = [value for t in mine for value in t.logprobs or ()]
-        if logprobs:
+        metrics[f"length/{domain}"] = sum(t.response_length for t in mine) / len(mine)
+        sampled = [t for t in mine if t.is_sampled]
+        if tokens := sum(t.response_length for t in sampled):
             metrics[f"unfinished/{domain}"] = sum(not t.finished for t in mine) / len(mine)
-            metrics[f"rollout_entropy/{domain}"] = -math.fsum(logprobs) / len(logprobs)
+            metrics[f"rollout_entropy/{domain}"] = -math.fsum(t.logprob_sum for t in sampled) / tokens
         judged = [rewards[t.index] for t in mine if t.index in rewards]
         verdicts = [reward for reward in judged if reward is not None]
         if verdicts:

@@ -75,7 +75,7 @@ def evaluate(
     """Sample one response per prompt and score it; returns `accuracy/<domain>` and their mean, `accuracy`,
     equal on every rank.
 
-    Each rank scores its share of the responses. Collective: see `_judge`.
+    Each rank scores a share of the responses that its data-parallel rank sampled. Collective: see `_judge`.
     """
     judged = _judge(engine, prompts, tokenizer, sampling, groups, seed=seed, samples_per_prompt=1)
     metrics: dict[str, float] = {}
@@ -142,8 +142,9 @@ def _judge(
     """
     trajectories = engine.generate(prompts, sampling, seed=seed, samples_per_prompt=samples_per_prompt)
     counts = torch.zeros(len(prompts), 3, dtype=torch.int64)
-    mine = trajectories[groups.rank :: groups.world_size]
-    verdicts = score_all([(t.prompt, tokenizer.decode(t.response_ids)) for t in mine])
+    here = [t for t in trajectories if t.judge(groups.dp_size) == groups.dp.rank()]
+    mine = here[groups.replica_rank :: groups.replica_size]
+    verdicts = score_all([(t.prompt, tokenizer.decode(t.response_ids.tolist())) for t in mine])
     for trajectory, verdict in zip(progress(mine, "verifying"), verdicts):
         row = trajectory.index // samples_per_prompt
         counts[row, 0] += bool(verdict.correct)

@@ -24,6 +24,7 @@ from megatron_mopd.rollout.stop_ids import StopIds, model_directories, read_stop
 from megatron_mopd.run.rank_facts import input_facts, launch_facts
 from megatron_mopd.teachers.bank import TeacherSource
 from megatron_mopd.teachers.routing import Routing, check_teachers
+from megatron_mopd.training.teacher_blocks import with_block_size
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def check_layout(
             if where == "student":
                 raise
             raise ConfigError(f"{where} does not fit the layout: {error}") from None
+    with_block_size(config, student, world_size, ranks_per_host=None)
 
 
 def _check_prompts(

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,9 +56,8 @@ def open_rollout_log(
         "seed": seed,
         "weights": weights,
         "rollout": repr(rollout),
-        "prompts": [prompt.token_ids for prompt in asked],
     }
-    identity = hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+    identity = rollout_identity(sources, asked)
     if number % _LOOK_EVERY == 0 and learner.groups.rank == 0:
         limit_rollout_logs(learner.config.run_dir, number, rollout.batches_ahead)
     log = RolloutLog(_directory(learner.config.run_dir, number), identity, learner.groups)
@@ -74,6 +74,18 @@ def open_rollout_log(
             "incomplete: the rest is sampled from the restored weights"
         )
     return log
+
+
+def rollout_identity(sources: Mapping[str, Any], prompts: Iterable[Prompt]) -> str:
+    """SHA-256 of what a rollout batch is sampled from: of the JSON text of `sources` with the token ids of
+    every prompt as the last entry, `prompts`, of which one prompt exists at a time."""
+    digest = hashlib.sha256(json.dumps(sources).removesuffix("}").encode())
+    separator = ', "prompts": ['
+    for prompt in prompts:
+        digest.update((separator + json.dumps(prompt.token_ids.tolist())).encode())
+        separator = ", "
+    digest.update(b"]}")
+    return digest.hexdigest()
 
 
 def weights_identity(learner: Learner) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_mopd.backend.launch_environment import read_launch
 from megatron_mopd.backend.lifeline import Lifeline
@@ -24,6 +25,7 @@ from megatron_mopd.backend.parallel import (
     start_ranks,
 )
 from megatron_mopd.config import Config, ConfigError, DomainObjectives
+from megatron_mopd.config.objectives import needs_teachers
 from megatron_mopd.confinement.kernel import Confinement
 from megatron_mopd.confinement.process import Unanswered, examine
 from megatron_mopd.data.prompts import PromptSet
@@ -45,6 +47,7 @@ from megatron_mopd.teachers.manifest import model_fingerprints, run_manifest, st
 from megatron_mopd.training.learner import Learner
 from megatron_mopd.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_mopd.training.rewards import Rewarder
+from megatron_mopd.training.teacher_blocks import block_notes, with_block_size
 
 
 @dataclass
@@ -111,7 +114,8 @@ def _build(
     )
     manifest = run_manifest(tokenizer.fingerprint(), inputs.prompts, fingerprints)
     resumable = _checked_resumable(config, inputs, manifest)
-    groups = build_parallel_groups(config.parallel, device, config.seed)
+    parallel = with_block_size(config, inputs.student, dist.get_world_size(), _fewest_ranks_per_host())
+    groups = build_parallel_groups(parallel, device, config.seed)
     chunks = _student(config, inputs, groups)
     alarms, bank = [], None
     if routing is not None:
@@ -119,6 +123,8 @@ def _build(
         for alarm in alarms:
             say(f"ALARM: {alarm}")
         bank = _teachers(config, inputs, groups, fingerprints)
+        for note in block_notes(groups.block, len(bank.names), _scored_samples(config, inputs)):
+            say(note)
     wrapped = wrap_data_parallel(chunks, config, groups)
     optimizer, scheduler = build_optimizer(wrapped, config, groups)
     return Run(
@@ -190,8 +196,18 @@ def _student(config: Config, inputs: Inputs, groups: ParallelGroups) -> list[tor
 def _teachers(
     config: Config, inputs: Inputs, groups: ParallelGroups, fingerprints: Mapping[str, Mapping[str, str]]
 ) -> TeacherBank:
+    """The teachers that some domain needs at some iteration; the others take no memory."""
+    scored = inputs.objectives.any(needs_teachers, inputs.prompts.domains)
+    needed = inputs.routing.scorers(scored)
+    for source in inputs.teachers:
+        if source.name not in needed:
+            say(f"teachers.{source.name}: no domain of the prompts is routed to it, so it is not loaded")
     return TeacherBank(
-        [replace(source, fingerprint=fingerprints[source.name]["weights"]) for source in inputs.teachers],
+        [
+            replace(source, fingerprint=fingerprints[source.name]["weights"])
+            for source in inputs.teachers
+            if source.name in needed
+        ],
         groups,
         config.params_dtype,
         config.data.seq_length,
@@ -199,6 +215,24 @@ def _teachers(
         directory=run_directory(config) / "teachers",
         max_mixture=DomainObjectives(config.objective).heads_at_once(inputs.routing.max_teachers),
     )
+
+
+def _fewest_ranks_per_host() -> int:
+    """The number of ranks on the host that has the fewest; all of them if the launcher does not say.
+
+    One all-reduce of 8 bytes over all ranks, so that they agree.
+    """
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    fewest = torch.tensor([int(here) if here.isdigit() else dist.get_world_size()])
+    dist.all_reduce(fewest, dist.ReduceOp.MIN)
+    return int(fewest.item())
+
+
+def _scored_samples(config: Config, inputs: Inputs) -> dict[str, float]:
+    """For each domain with teachers, its expected number of samples in a step."""
+    shares = inputs.prompts.domain_shares()
+    scored = inputs.objectives.any(needs_teachers, shares)
+    return {domain: shares[domain] * config.schedule.global_batch_size for domain in scored if shares[domain]}
 
 
 def examine_confinement(inputs: Inputs) -> Confinement | None:

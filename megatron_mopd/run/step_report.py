@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_mopd.estimate.flops import forward_cost, peak_flops, step_flops, utilization
+from megatron_mopd.estimate.flops import peak_flops, step_flops, utilization
 from megatron_mopd.losses.token_samples import TokenSamples
-from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.observe.run_log import device_name
 from megatron_mopd.run.alarms import Alarms
 from megatron_mopd.run.setup import Run
@@ -20,7 +19,7 @@ def time_split(
     run: Run, batch: StepBatch, metrics: dict[str, float], rollout: float, total: float
 ) -> dict[str, float]:
     """Where a step's time went on this rank, and its throughput."""
-    lengths = [len(t.response_ids) for t in batch.trajectories]
+    lengths = [t.response_length for t in batch.trajectories]
     busy = metrics["time/score"] + metrics["time/train"]
     peak = peak_flops(device_name(run.groups.device), run.config.params_dtype)
     return {
@@ -34,13 +33,8 @@ def time_split(
 
 def _flops(learner: Learner, batch: StepBatch) -> float:
     """FLOPs of this step's scoring and learning; scoring done ahead counts in the step that uses it."""
-    vocabulary, bank = learner.model.vocab_size, learner.bank
-    return step_flops(
-        batch.trajectories,
-        forward_cost(unwrap(learner.chunks[0]).config, vocabulary),
-        {name: forward_cost(bank.config(name), vocabulary) for name in bank.names} if bank else {},
-        lambda domain: batch.targets[domain].mixture,
-    )
+    student, teachers = learner.forward_costs
+    return step_flops(batch.trajectories, student, teachers, lambda domain: batch.targets[domain].mixture)
 
 
 def alarms_of(
@@ -67,7 +61,7 @@ def token_samples(run: Run, batch: StepBatch) -> TokenSamples | None:
     if run.learner.routing is None or not log.sample_interval or not log.samples_per_domain:
         return None
     if done in (1, run.config.schedule.train_iters) or done % log.sample_interval == 0:
-        return TokenSamples(batch.trajectories, log.samples_per_domain, run.groups.device)
+        return TokenSamples(batch.trajectories, log.samples_per_domain, run.groups)
     return None
 
 

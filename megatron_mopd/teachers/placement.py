@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,18 +31,22 @@ def replica_groups(groups: ParallelGroups) -> dict[str, dist.ProcessGroup]:
 
 
 def gather_groups(groups: ParallelGroups) -> dict[str, dist.ProcessGroup]:
-    """A new group over the replicas of each body segment, with communicators of its own. Collective over
-    the members of each group."""
-    members = {DENSE: groups.collection.dp_cp, EXPERT: groups.collection.expt_dp}
+    """A new group over the replicas of each body segment in this rank's block, with communicators of its own.
+    Collective over the members of each group."""
     return {
-        name: new_group(dist.get_process_group_ranks(group), group_desc=f"TEACHER_GATHER_{name}")
-        for name, group in members.items()
+        name: new_group(members, group_desc=f"TEACHER_GATHER_{name}")
+        for name, members in _replicas_in_block(groups).items()
     }
 
 
 def sharding(groups: ParallelGroups) -> dict[str, int]:
-    """Number of parts into which `host_sharded` splits each segment."""
-    return {DENSE: groups.collection.dp_cp.size(), EXPERT: groups.collection.expt_dp.size(), HEAD: 1}
+    """Number of parts into which `host_sharded` splits each segment: its replicas in a block."""
+    return {name: len(members) for name, members in _replicas_in_block(groups).items()} | {HEAD: 1}
+
+
+def _replicas_in_block(groups: ParallelGroups) -> dict[str, list[int]]:
+    replicas = {DENSE: groups.collection.dp_cp, EXPERT: groups.collection.expt_dp}
+    return {name: groups.in_block(group) for name, group in replicas.items()}
 
 
 def are_kept(store: Store, sizes: Mapping[tuple[str, str], int]) -> bool:
@@ -79,17 +84,26 @@ def check_host_memory(
 ) -> None:
     """Raise `ConfigError` on every rank if a host has less free memory than the teachers of its ranks need.
 
-    One all-gather of a few numbers over all ranks.
+    The message says what the other modes need, `host_sharded` with its default, the ranks of a host as a
+    block. One all-gather of a few numbers over all ranks.
     """
-    reports: list = [None] * groups.world_size
-    mine = (socket.gethostname(), available_host_bytes(), bytes_per_mode(payload, parts))
+    mine = _Need(
+        socket.gethostname(),
+        available_host_bytes(),
+        bytes_per_mode(payload, parts),
+        dict(payload),
+        {name: min(dist.get_process_group_ranks(group)) for name, group in replica_groups(groups).items()},
+    )
+    reports = [mine] * groups.world_size
     dist.all_gather_object(reports, mine)
-    by_host: dict[str, list] = {}
+    by_host: dict[str, list[_Need]] = {}
     for report in reports:
-        by_host.setdefault(report[0], []).append(report)
+        by_host.setdefault(report.host, []).append(report)
     for host, here in sorted(by_host.items()):
-        needed = {key: sum(sizes[key] for *_, sizes in here) for key in here[0][2]}
-        available = min(free for _, free, _ in here)
+        needed = {key: sum(need.by_mode[key] for need in here) for key in mine.by_mode}
+        if mode != "host_sharded":
+            needed["host_sharded"] = _one_copy(here)
+        available = min(need.free for need in here)
         if needed[mode] > _SHARE_OF_FREE_MEMORY * available:
             others = ", ".join(f"{key} {_gib(size)}" for key, size in needed.items())
             raise ConfigError(
@@ -97,6 +111,24 @@ def check_host_memory(
                 f"teachers of its {len(here)} ranks, and {_gib(available)} are free; needed by mode: "
                 f"{others} (teacher_storage.dtype=int8 takes about half of bfloat16)"
             )
+
+
+class _Need(NamedTuple):
+    """What one rank needs of its host's memory."""
+
+    host: str
+    free: int
+    by_mode: dict[str, int]
+    payload: dict[str, int]
+    """Bytes by segment."""
+    copy: dict[str, int]
+    """By segment, a number that is the same on ranks with the same weights."""
+
+
+def _one_copy(here: Sequence[_Need]) -> int:
+    """Bytes of a host if its ranks keep each body segment once, and every rank its heads."""
+    bodies = {(name, need.copy[name]): need.payload[name] for need in here for name in (DENSE, EXPERT)}
+    return sum(bodies.values()) + sum(need.payload[HEAD] for need in here)
 
 
 def _gib(size: float) -> str:

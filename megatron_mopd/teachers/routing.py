@@ -61,6 +61,11 @@ class Routing:
         weights = ((name, _weight_at(schedule, self._iteration)) for name, schedule in self._entries[entry])
         return tuple((name, weight) for name, weight in weights if weight > 0)
 
+    def scorers(self, domains: Iterable[str]) -> set[str]:
+        """The teachers that score these domains at some iteration."""
+        entries = {self._entry_of(domain) for domain in domains} - {None}
+        return {name for entry in entries for name, _ in self._entries[entry]}
+
     @property
     def max_teachers(self) -> int:
         """Maximum number of teachers of one sample, at any iteration."""

@@ -82,12 +82,12 @@ class HostStore(Store):
 
 
 class ShardedHostStore(Store):
-    """`host_sharded`: each replica of a body segment stores 1/n of it; an all-gather assembles it.
+    """`host_sharded`: each replica of a body segment in a block stores 1/n of it; an all-gather assembles it.
 
     An arrival issues the all-gather (`begin`: n x part bytes over the segment's replicas), one arrival after
-    another. All replicas run the same teachers' forwards, so they issue the same all-gathers in the same
-    order. It uses separate process groups: the caller's thread issues collectives at the same time, and on
-    CUDA the all-gather must not queue behind gradients in their communicators.
+    another. All ranks of a block run the same teachers' forwards, so they issue the same all-gathers in the
+    same order. It uses separate process groups: the caller's thread issues collectives at the same time, and
+    on CUDA the all-gather must not queue behind gradients in their communicators.
 
     Heads, about one percent of a large model, stay whole on every rank: which heads a loss needs, and when,
     depends on a rank's samples, so loading them cannot be a collective.

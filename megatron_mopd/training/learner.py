@@ -17,11 +17,14 @@ from megatron_mopd.config.objectives import rollout_sizes
 from megatron_mopd.data.position import DataPosition
 from megatron_mopd.losses.batch_loss import LossSettings
 from megatron_mopd.losses.targets import Targets, resolve_targets
+from megatron_mopd.model.flops import ForwardCost, forward_cost
+from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.pipeline.driver import PipelineDriver
 from megatron_mopd.pipeline.problem import Limits
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.routing import Routing
 from megatron_mopd.training.skipped_steps import SkippedSteps
+from megatron_mopd.training.teacher_blocks import balances_over_all_ranks
 
 
 @dataclass
@@ -56,6 +59,7 @@ class Learner:
 
     def __post_init__(self):
         """Collective over all ranks: the pipeline's communicators."""
+        assert self.groups.block.count == 1 or not balances_over_all_ranks(self.model)
         self.vocab_size = self.vocab_size or self.model.vocab_size
         schedule = self.config.schedule
         self.position = DataPosition(*rollout_sizes(self.config))
@@ -72,6 +76,15 @@ class Learner:
     def objectives(self) -> DomainObjectives:
         """The objective of every domain."""
         return DomainObjectives(self.config.objective)
+
+    @cached_property
+    def forward_costs(self) -> tuple[ForwardCost, dict[str, ForwardCost]]:
+        """FLOPs of forward passes of the student, and of every teacher."""
+        vocabulary, names = self.model.vocab_size, self.bank.names if self.bank else ()
+        return (
+            forward_cost(unwrap(self.chunks[0]).config, vocabulary),
+            {name: forward_cost(self.bank.config(name), vocabulary) for name in names},
+        )
 
     @cached_property
     def loss_settings(self) -> LossSettings:

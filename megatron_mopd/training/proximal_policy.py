@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_mopd.data.batching import BatchShape, MicroBatch
+from megatron_mopd.data.batching import MicroBatch
 from megatron_mopd.losses.batch_loss import LossSettings
 from megatron_mopd.losses.findings import Findings
 from megatron_mopd.losses.response_tokens import ResponseTokens, response_hidden, row_positions
@@ -21,7 +21,6 @@ def proximal_logprobs(
     pipeline: PipelineDriver,
     chunks: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
-    shape: BatchShape,
     *,
     settings: LossSettings,
     findings: Findings,
@@ -60,5 +59,5 @@ def proximal_logprobs(
         for trajectory, values in zip(micro_batch.trajectories, whole.split(tokens.lengths)):
             found[trajectory.index] = values
 
-    pipeline.forward(chunks, micro_batches, shape, keep)
+    pipeline.forward(chunks, micro_batches, keep)
     return found

@@ -34,17 +34,16 @@ Judged = list[tuple[float | None, bool]]
 class Rewarder:
     """Judges the trajectories of the domains whose objective needs rewards.
 
-    Every data-parallel rank judges its share, in worker processes of its first tensor-, context- and
-    pipeline-parallel rank, which run while teachers score. Construction is collective over all ranks: it
-    creates a gloo process group if any objective needs rewards.
+    Every data-parallel rank judges the responses that it sampled, so no tokens move, in worker processes of
+    its first tensor-, context- and pipeline-parallel rank, which run while teachers score. Construction is
+    collective over all ranks: it creates a gloo process group if any objective needs rewards.
     """
 
     def __init__(self, config: Config, groups: ParallelGroups, decode: Callable[[Sequence[int]], str]):
         self._groups, self._decode = groups, decode
         self._objectives = DomainObjectives(config.objective)
-        judges = groups.is_first_stage and groups.tp.rank() == 0 and groups.cp.rank() == 0
         self._workers = None
-        if judges:
+        if groups.replica_rank == 0:
             self._workers = RewardWorkers(config.rewards.workers, config.rewards.timeout_seconds)
         self._exchanges: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         if any(map(needs_rewards, self._objectives.all())):
@@ -53,18 +52,20 @@ class Rewarder:
             threading.Thread(target=self._serve, name="reward-exchange", daemon=True).start()
 
     def start(self, trajectories: Sequence[Trajectory]) -> PendingRewards:
-        """Start judging a rollout batch (the same list on every rank). Returns immediately; collectives run
-        in the background: one all-reduce over all ranks of 4 float64 per judged response.
+        """Start judging a rollout batch (the same list on every rank, with tokens where they were sampled).
+        Returns immediately; collectives run in the background: one all-reduce over all ranks of 4 float64 per
+        judged response.
         """
         wanted = [t for t in trajectories if needs_rewards(self._objectives.of(t.domain))]
         if not wanted:
             return NO_REWARDS
         mine, futures = [], []
         if self._workers is not None:
-            mine = list(range(self._groups.dp.rank(), len(wanted), self._groups.dp_size))
-            pairs = [(wanted[i].prompt, self._decode(wanted[i].response_ids)) for i in mine]
+            rank, ranks = self._groups.dp.rank(), self._groups.dp_size
+            mine = [place for place, t in enumerate(wanted) if t.judge(ranks) == rank]
+            pairs = [(wanted[i].prompt, self._decode(wanted[i].response_ids.tolist())) for i in mine]
             futures = self._workers.submit(pairs)
-        pending = PendingRewards(wanted)
+        pending = PendingRewards([t.index for t in wanted])
         self._exchanges.put(lambda: pending.set(lambda: self._exchange(len(wanted), mine, futures)))
         return pending
 
@@ -103,10 +104,11 @@ class Rewarder:
 class PendingRewards:
     """The rewards of one rollout batch, available later."""
 
-    def __init__(self, wanted: Sequence[Trajectory] = ()):
-        self._wanted = wanted
+    def __init__(self, indices: Sequence[int] = ()):
+        """`indices` of the trajectories that are judged."""
+        self._indices = indices
         self._judged: Future[Judged] = Future()
-        if not wanted:
+        if not indices:
             self._judged.set_result([])
 
     def set(self, judge: Callable[[], Judged]) -> None:
@@ -121,7 +123,7 @@ class PendingRewards:
 
         Waits for the verifiers of all ranks. No collectives in the caller's thread.
         """
-        return {t.index: reward for t, (reward, _) in zip(self._wanted, self._judged.result())}
+        return {index: reward for index, (reward, _) in zip(self._indices, self._judged.result())}
 
     def crashes(self) -> int:
         """Number of responses on which the verifier crashed or timed out; waits like `collect`."""

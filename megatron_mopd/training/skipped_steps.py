@@ -111,10 +111,10 @@ def save_evidence(
 ) -> Path:
     """Write the inputs of a skipped step, and where its gradients were not finite.
 
-    `directory/iter_0000010/batch.json` (rank 0): metrics, the global batch, and `causes`, the findings of all
-    ranks' losses (`Findings`). `rank_3.json` (each rank that has any): names of parameters whose gradients
-    are not finite, and the number of such elements. If there are many such steps, only the first and the last
-    are kept (`limit_evidence`). Collectives: none.
+    `directory/iter_0000010/batch.json` (rank 0, on which all `trajectories` must have tokens): metrics, the
+    global batch, and `causes`, the findings of all ranks' losses (`Findings`). `rank_3.json` (each rank that
+    has any): names of parameters whose gradients are not finite, and the number of such elements. If there
+    are many such steps, only the first and the last are kept (`limit_evidence`). Collectives: none.
     """
     path = directory / f"iter_{iteration:07d}"
     path.mkdir(parents=True, exist_ok=True)
@@ -132,9 +132,9 @@ def save_evidence(
                 "index": t.index,
                 "domain": t.domain,
                 "origin": t.prompt.origin,
-                "prompt_ids": list(t.prompt.token_ids),
-                "response_ids": list(t.response_ids),
-                "logprobs": None if t.logprobs is None else [repr(float(p)) for p in t.logprobs],
+                "prompt_ids": t.prompt.token_ids.tolist(),
+                "response_ids": t.response_ids.tolist(),
+                "logprobs": None if t.logprobs is None else list(map(repr, t.logprobs.tolist())),
             }
             for t in trajectories
         ]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_mopd.config import ConfigError
 from megatron_mopd.config.objectives import samples_per_prompt
+from megatron_mopd.data.exchange import gather_tokens
 from megatron_mopd.losses.batch_facts import BatchFacts, outcome_advantages
 from megatron_mopd.losses.batch_loss import BatchLoss
 from megatron_mopd.losses.domain_sums import METRICS, named_metrics
@@ -69,16 +70,16 @@ def _start(learner: Learner, batches: Sequence[StepBatch], loss: BatchLoss) -> E
     try:
         return learner.pipeline.start(learner.chunks, batches, loss, learner.bank)
     except LimitError as error:
-        raise _unmet_limits(learner, batches[0], error) from None
+        raise _unmet_limits(learner, error) from None
 
 
-def _unmet_limits(learner: Learner, batch: StepBatch, error: LimitError) -> ConfigError:
+def _unmet_limits(learner: Learner, error: LimitError) -> ConfigError:
     """Translate the planner's limits into configuration keys."""
     problems = []
     for name, value, smallest in error.unmet:
         key, own = f"schedule.max_{name}", getattr(learner.config.schedule, f"max_{name}", None)
         if name == "cached_states" and (own is None or own > value):
-            key, size = "teacher_storage.hidden_cache_bytes", batch.state_bytes
+            key, size = "teacher_storage.hidden_cache_bytes", error.state_bytes
             own, smallest = learner.config.teacher_storage.hidden_cache_bytes, smallest * size
             problems.append(
                 f"{key}: {own} cannot hold the teachers' hidden states that one step needs at a time, up to "
@@ -119,7 +120,7 @@ def _reduce(
     domain. The token samples are reduced along with them.
 
     Collectives: one all-reduce over DP x CP and one broadcast over PP of 14 x domains + 2 float64 values
-    (plus the token samples).
+    (plus 3 for each token of the samples).
     """
     groups = learner.groups
     shape = (len(learner.domains), len(METRICS), 2)
@@ -168,15 +169,17 @@ def _update(
 
 
 def _skip(learner: Learner, batch: StepBatch, metrics: dict[str, float]) -> dict[str, float]:
-    """Record a skipped step; weights and learning-rate schedule do not change. Collective:
-    `causes_of_all_ranks`."""
+    """Record a skipped step; weights and learning-rate schedule do not change. Collectives:
+    `causes_of_all_ranks`, and `gather_tokens` over the data-parallel group of rank 0, for the evidence."""
     skipped = learner.skipped
     iteration = learner.scheduler.num_steps + skipped.total + 1
     batch.findings.add_weights(learner.chunks, learner.groups.rank)
     causes = causes_of_all_ranks(batch.findings)
-    directory = Path(learner.config.run_dir) / "evidence"
+    directory, trajectories = Path(learner.config.run_dir) / "evidence", batch.trajectories
+    if learner.groups.replica_rank == 0:
+        trajectories = gather_tokens(trajectories, learner.groups.dp)
     evidence = save_evidence(
-        directory, iteration, learner.chunks, batch.trajectories, metrics, learner.groups, causes
+        directory, iteration, learner.chunks, trajectories, metrics, learner.groups, causes
     )
     skipped.add(causes, weights_damaged(causes))
     limit = learner.config.guard.max_skipped_steps

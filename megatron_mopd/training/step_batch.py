@@ -8,18 +8,15 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatron_mopd.config.objectives import needs_old_policy
-from megatron_mopd.data.batching import (
-    BatchShape,
-    MicroBatch,
-    collate,
-    equalize,
-    group_micro_batches,
-    split_over_ranks,
-)
+from megatron_mopd.data.arrays import logprob_dtype
+from megatron_mopd.data.batching import BatchShape, MicroBatch, collate
+from megatron_mopd.data.division import Division
+from megatron_mopd.data.exchange import deliver_tokens
 from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.losses.findings import Findings
 from megatron_mopd.losses.targets import Targets
 from megatron_mopd.losses.teacher_scores import TeacherScores
+from megatron_mopd.model.gpt import unwrap
 from megatron_mopd.pipeline.problem import ScoringTask
 from megatron_mopd.rollout.routing_records import RoutingRecords
 from megatron_mopd.teachers.hidden_cache import HiddenCache
@@ -27,9 +24,7 @@ from megatron_mopd.training.learner import Learner
 from megatron_mopd.training.proximal_policy import proximal_logprobs
 from megatron_mopd.training.rewards import NO_REWARDS, PendingRewards
 from megatron_mopd.training.scoring_tasks import scoring_task
-
-Cut = list[list[list[Trajectory]]]
-"""[data-parallel rank][micro-batch], the same number of micro-batches on every rank."""
+from megatron_mopd.training.teacher_blocks import shares_of_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +32,16 @@ class StepBatch:
     """This rank's view of the batch of one step; a `StepInput` of the pipeline."""
 
     trajectories: Sequence[Trajectory]
+    """The global batch, with tokens of the trajectories that this rank trains on, and of no others."""
     targets: Targets
-    shape: BatchShape
     student: list[MicroBatch]
     teachers: dict[str, list[MicroBatch]]
     """Teacher name -> the micro-batches it scores, which hold only samples routed to it; their number is the
-    same on every DP rank."""
+    same on every DP rank of a block. Teachers without samples in the block are left out."""
     scoring: tuple[ScoringTask, ...]
-    """Which student micro-batches need each teacher micro-batch."""
+    """Which student micro-batches need each teacher micro-batch, and their sizes in tokens."""
+    sizes: tuple[int, ...]
+    """Tokens of each student micro-batch, the most on any DP rank of the block."""
     cache: HiddenCache
     scores: TeacherScores
     findings: Findings
@@ -53,7 +50,7 @@ class StepBatch:
     iteration: int = 0
     """Optimizer steps done before this one; routing weights depend on it."""
     state_bytes: int = 0
-    """Largest number of bytes that one scored micro-batch leaves in the cache of any rank."""
+    """Largest number of bytes that one scored micro-batch leaves in the cache of any rank of the block."""
     proximal: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Trajectory index -> log-probs at the start of the rollout batch, on the last stage (`BatchFacts`)."""
 
@@ -86,7 +83,6 @@ def _proximal(learner: Learner, batch: StepBatch) -> dict[int, torch.Tensor]:
         learner.pipeline,
         learner.chunks,
         batch.student,
-        batch.shape,
         settings=learner.loss_settings,
         findings=batch.findings,
     )
@@ -99,18 +95,39 @@ def plan_step(
     routing: RoutingRecords | None = None,
     iteration: int = 0,
 ) -> StepBatch:
-    """Split the batch over DP ranks, ordered by target, and then into micro-batches.
+    """Share the batch among blocks of DP ranks by teacher, and each share among the block's ranks and
+    micro-batches.
 
-    Collectives: only with routing replay, `RoutingRecords.exchange` over DP.
+    Sampled tokens travel here from the ranks that have them in `trajectories` to those that train on them.
+    Collectives over DP: `deliver_tokens`; with routing replay, `RoutingRecords.exchange`.
     """
     groups, targets = learner.groups, learner.targets(iteration)
-    shape = _batch_shape(learner, trajectories)
-    # Ordered by target, so that a micro-batch's loss has few parts.
-    per_rank = split_over_ranks(trajectories, groups.dp_size, lambda t: targets[t.domain].order)
+    shape, block = _batch_shape(learner, trajectories), groups.block
+    shares = shares_of_blocks(trajectories, block, targets, *learner.forward_costs)
+    rank = groups.dp.rank()
+    # Other blocks are divided only as far as this rank has tokens for them.
+    divisions = {
+        # Ordered by target, so that a micro-batch's loss has few parts.
+        number: Division(share, block.size, shape, lambda t: targets[t.domain].order)
+        for number, share in enumerate(shares)
+        if number == block.index or any(t.sampled_by == rank for t in share)
+    }
+    wanted: list[list[int]] = []
+    for number in range(block.count):
+        per_rank = divisions[number].per_rank() if number in divisions else [[]] * block.size
+        wanted += [[t.index for t in share] for share in per_rank]
+    division = divisions[block.index]
     experts = None
     if routing is not None:
-        wanted = [[t.index for t in share] for share in per_rank]
-        experts = routing.exchange(wanted, groups.dp, groups.device)
+        experts = routing.exchange(trajectories, wanted, groups.dp, groups.device)
+    dtype = logprob_dtype(unwrap(learner.chunks[0]).config.params_dtype)
+    trajectories = deliver_tokens(trajectories, wanted, groups.dp, groups.device, dtype)
+    with_tokens = {t.index: t for t in trajectories if t.has_tokens}
+
+    def collated(
+        members: Sequence[Trajectory], routing: Mapping[int, torch.Tensor] | None = None
+    ) -> MicroBatch:
+        return collate([with_tokens[t.index] for t in members], shape, routing)
 
     storage = learner.config.teacher_storage
     cache = HiddenCache(
@@ -118,22 +135,24 @@ def plan_step(
     )
     findings = Findings()
     scores = TeacherScores(learner.loss_settings, learner.bank, targets, cache, findings)
-    student = _cut(per_rank, shape)
-    scored = {}
-    for name in learner.bank.names if learner.bank else ():
-        selected = [[t for t in share if targets[t.domain].is_scored_by(name)] for share in per_rank]
-        if any(selected):
-            scored[name] = _cut(selected, shape)
-    rank = groups.dp.rank()
+    student = division.cut()
+    scored = {
+        name: division.cut(lambda t, name=name: targets[t.domain].is_scored_by(name))
+        for name in (learner.bank.names if learner.bank else ())
+        if any(targets[t.domain].is_scored_by(name) for t in shares[block.index])
+    }
+    place = rank % block.size
     return StepBatch(
         trajectories,
         targets,
-        shape,
-        student=[collate(members, shape, experts) for members in student[rank]],
-        teachers={name: [collate(members, shape) for members in cut[rank]] for name, cut in scored.items()},
+        student=[collated(members, experts) for members in student.of_rank(place)],
+        teachers={
+            name: [collated(members) for members in cut.of_rank(place)] for name, cut in scored.items()
+        },
         scoring=tuple(
             scoring_task(name, cut, student, scores.keeps_log_probs) for name, cut in scored.items()
         ),
+        sizes=student.sizes,
         cache=cache,
         scores=scores,
         findings=findings,
@@ -141,7 +160,12 @@ def plan_step(
         iteration=iteration,
         # Under context parallelism one rank may hold a whole response.
         state_bytes=max(
-            (scores.num_bytes(name, part) for name, cut in scored.items() for share in cut for part in share),
+            (
+                scores.num_bytes(name, part)
+                for name, cut in scored.items()
+                for row in cut.rows
+                for part in row
+            ),
             default=0,
         ),
     )
@@ -156,9 +180,4 @@ def _batch_shape(learner: Learner, trajectories: Sequence[Trajectory]) -> BatchS
         tp_size=groups.tp_size,
         cp_size=groups.cp_size,
         cp_rank=groups.cp.rank(),
-        fixed=groups.pp_size > 1,
     )
-
-
-def _cut(per_rank: Sequence[Sequence[Trajectory]], shape: BatchShape) -> Cut:
-    return equalize([group_micro_batches(share, shape) for share in per_rank])

@@ -1,18 +1,13 @@
-"""Micro-batches: which hidden state predicts which token, which tokens count in the loss, and equal numbers
-of micro-batches on all ranks."""
+"""Micro-batches: which hidden state predicts which token, which tokens count in the loss, and their
+lengths."""
 
 import random
 
 import pytest
 import torch
 
-from megatron_mopd.data.batching import (
-    BatchShape,
-    collate,
-    equalize,
-    group_micro_batches,
-    split_over_ranks,
-)
+from megatron_mopd.data.batching import LENGTHS_PER_OCTAVE, BatchShape, collate
+from megatron_mopd.data.division import Division
 from tests._models import trajectory
 
 LAYOUTS = [
@@ -35,22 +30,22 @@ def trajectories(count=7, seed=0):
     return result
 
 
-def micro_batches(batch, layout, fixed=False):
+def micro_batches(batch, layout):
     """The micro-batches of every context-parallel rank, one list for each micro-batch."""
     shapes = [
-        BatchShape.for_batch(batch, micro_batch_size=3, cp_rank=rank, fixed=fixed, **layout)
+        BatchShape.for_batch(batch, micro_batch_size=3, cp_rank=rank, **layout)
         for rank in range(layout["cp_size"])
     ]
-    return [[collate(group, shape) for shape in shapes] for group in group_micro_batches(batch, shapes[0])]
+    cut = Division(batch, 1, shapes[0], lambda t: t.domain).cut()
+    return [[collate(members, shape) for shape in shapes] for members in cut.of_rank(0)]
 
 
-@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_hidden_state_predicts_the_token_after_it(layout, fixed):
+def test_a_hidden_state_predicts_the_token_after_it(layout):
     """Without this shift a model learns to copy. Ids are consecutive, so the next token is one higher."""
     batch = trajectories()
     predicted = []
-    for parts in micro_batches(batch, layout, fixed):
+    for parts in micro_batches(batch, layout):
         for part in parts:
             # As hidden states are flattened: [s, b, h] -> [s b, h].
             input_ids = part.tokens.transpose(0, 1).flatten()[part.loss_index]
@@ -63,7 +58,7 @@ def test_a_hidden_state_predicts_the_token_after_it(layout, fixed):
 def test_neither_prompts_nor_padding_count(layout):
     """Prompt tokens, the position after a response's last token, and padding have no loss."""
     batch = trajectories()
-    for parts in micro_batches(batch, layout, fixed=True):
+    for parts in micro_batches(batch, layout):
         members = parts[0].trajectories
         for number, member in enumerate(members):
             counts = [part.loss_counts[number] for part in parts]
@@ -76,26 +71,34 @@ def test_neither_prompts_nor_padding_count(layout):
         assert sorted(real.tolist()) == sorted(token for t in members for token in t.token_ids)
 
 
-def test_every_rank_gets_as_many_micro_batches(seed=0):
-    """Ranks in a collective would wait forever for a micro-batch that one of them lacks."""
-    rng = random.Random(seed)
-    for dp_size in (1, 2, 3, 4):
-        for count in (0, 1, 5, 16):
-            batch = trajectories(count, rng.random())
-            for layout in LAYOUTS:
-                shape = BatchShape.for_batch(batch, micro_batch_size=2, cp_rank=0, fixed=True, **layout)
-                shares = split_over_ranks(batch, dp_size, lambda t: t.domain)
-                ranks = equalize([group_micro_batches(share, shape) for share in shares])
-                assert len({len(groups) for groups in ranks}) == 1 and len(ranks[0]) >= 1
-                dealt = [t.index for groups in ranks for group in groups for t in group]
-                assert sorted(dealt) == list(range(count))
-                shapes = {collate(group, shape).tokens.shape for groups in ranks for group in groups}
-                assert len(shapes) == 1
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_micro_batches_are_as_long_as_their_content(layout):
+    """Rounded up to one of a few lengths that TP and CP can split."""
+    rng = random.Random(3)
+    alignment = layout["tp_size"] * (2 * layout["cp_size"] if layout["cp_size"] > 1 else 1)
+    found = set()
+    for _ in range(200):
+        batch = [trajectory(0, [1], [2] * rng.randint(1, 20_000), "a")]
+        shape = BatchShape.for_batch(batch, micro_batch_size=3, cp_rank=0, **layout)
+        rows, length = shape.rows_and_length(batch)
+        assert (
+            rows == 1
+            and length % alignment == 0
+            and collate(batch, shape).tokens.shape
+            == (
+                1,
+                length // layout["cp_size"],
+            )
+        )
+        assert len(batch[0]) <= length <= len(batch[0]) * (1 + 1 / LENGTHS_PER_OCTAVE) + alignment
+        found.add(length)
+    # Packed, the longest trajectory is the budget, which is not rounded up.
+    assert layout["max_tokens"] or len(found) <= 6 * LENGTHS_PER_OCTAVE
 
 
 def test_a_micro_batch_of_nothing_has_no_loss():
     shape = BatchShape.for_batch(
-        trajectories(), micro_batch_size=2, max_tokens=None, tp_size=1, cp_size=1, cp_rank=0, fixed=True
+        trajectories(), micro_batch_size=2, max_tokens=None, tp_size=1, cp_size=1, cp_rank=0
     )
     empty = collate([], shape)
     assert empty.padding_mask.all() and len(empty.loss_index) == len(empty.target_ids) == 0

@@ -1,6 +1,7 @@
 """Prompts: reading, checking, mixing in exact proportions, and the same batch on every rank and resume."""
 
 import collections
+import dataclasses
 import json
 import os
 import subprocess
@@ -63,9 +64,9 @@ def test_jsonl(load, tokenizer):
         "exact_match",
         None,
     )
-    assert one.token_ids == tuple(tokenizer.encode_prompt("one"))
+    assert one.token_ids.tolist() == tokenizer.encode_prompt("one")
     assert two.text == ({"role": "user", "content": "hello"},)
-    assert two.token_ids == tuple(tokenizer.encode_prompt(two.text))
+    assert two.token_ids.tolist() == tokenizer.encode_prompt(two.text)
     assert (two.answer, two.verifier, three.answer) == ("2.5", "math_verify", None)
     assert [p.index for p in prompts] == [0, 1, 2]
     assert prompts.domains == ("a", "b") and len(prompts) == 3
@@ -309,6 +310,13 @@ def test_shares_are_exact_over_the_run(weights, size):
         assert batch != previous or size == 1
         previous = batch
     assert counts["d2"] == 0 if len(weights) > 2 and weights[2] == 0 else True
+
+
+def test_shares_of_domains_are_those_of_their_sources_and_prompts():
+    first, second = prompt_set([4, 10], (3, 1)).groups
+    rare = dataclasses.replace(first[0], domain="rare")
+    prompts = PromptSet(((rare, *first[1:]), second), (3, 1))
+    assert prompts.domain_shares() == pytest.approx({"rare": 3 / 16, "d0": 9 / 16, "d1": 1 / 4})
 
 
 def test_shares_are_exact_in_every_batch_that_allows_it():

@@ -7,8 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_mopd.estimate.flops import ForwardCost, forward_cost, peak_flops, step_flops, utilization
+from megatron_mopd.estimate.flops import peak_flops, step_flops, utilization
 from megatron_mopd.model.build import build_model
+from megatron_mopd.model.flops import ForwardCost, forward_cost
 from tests import _models
 from tests._distributed import run_ranks
 from tests.model.test_latent_attention import MLA, PLAIN_QUERY

@@ -138,7 +138,7 @@ def head_slots(config):
     select_device("cpu")
     model = _models.model_config(_models.DENSE)
     teachers = [TeacherSource(f"t{number}", model, number) for number in range(4)]
-    with imagined_groups(config, 1, 0) as groups:
+    with imagined_groups(config.parallel, 1, 0) as groups:
         slots = estimate_rank(config, model, teachers, 3, groups).device["teacher slots"]
         one = estimate_rank(config, model, teachers, 0, groups).device["teacher slots"]
     head = 88 * 32 * 4  # padded vocabulary, width, float32

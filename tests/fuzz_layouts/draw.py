@@ -37,7 +37,7 @@ def draw_case(seed: int, most_ranks: int = 8) -> Case:
         ranks=ranks,
         vocab_size=vocab_size,
         make_vocab_size_divisible_by=rng.choice([1, 2, 8, 8, 64]),
-        parallel=_parallel(rng, layout, has_experts),
+        parallel=_parallel(rng, layout, has_experts) | _blocks(Random(f"blocks {seed}"), layout, ranks),
         student=student,
         domains=domains,
         teachers=teachers,
@@ -88,6 +88,15 @@ def _parallel(rng: Random, layout: dict[str, int], has_experts: bool) -> dict[st
     if layout["tp"] > 1 and (has_experts or rng.random() < 0.6):
         parallel["sequence_parallel"] = True
     return parallel
+
+
+def _blocks(rng: Random, layout: dict[str, int], ranks: int) -> dict[str, int]:
+    """A size of teacher blocks that is not the default, or nothing. Drawn from its own random stream, so that
+    the other values of a seed are those of earlier versions."""
+    replica, stage = layout["tp"] * layout["cp"], ranks // layout["pp"]
+    smallest = math.lcm(replica, layout["ep"] * layout["etp"])
+    sizes = [size for size in range(2 * smallest, stage + 1, smallest) if stage % size == 0]
+    return dict(teacher_block_size=rng.choice(sizes) // replica) if sizes and rng.random() < 0.5 else {}
 
 
 def _teachers(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_mopd.config import ConfigError, DomainObjectives, config_from_dict
 from megatron_mopd.config.objectives import needs_teachers
+from megatron_mopd.data.trajectory import Trajectory
 from megatron_mopd.model.build import build_model
 from megatron_mopd.model.gpt import is_expert, unwrap
 from megatron_mopd.model.router_replay import install_routing_replay
@@ -90,8 +91,8 @@ def make_learner(case: Case, directory: str, reference: bool) -> Learner:
     """Build this rank's part of the student, teachers and optimizer. Collective over all ranks."""
     values = case.config_values(directory, reference)
     config = config_from_dict(values)
-    groups = _models.groups_for(values["parallel"], only=True)
     student = case.model_config(case.student | ({} if reference else case.recompute))
+    groups = _models.groups_of(config, student)
     chunks = build_model(student, groups, config.params_dtype, max_sequence_length=LONGEST, seed=STUDENT_SEED)
     if case.routing_replay:
         install_routing_replay(chunks)
@@ -157,7 +158,10 @@ def rounded(block: Tensor, dtype: str) -> Tensor:
 
 
 def _plan(learner: Learner, case: Case) -> list[StepBatch]:
-    loaded = [case.trajectories(step) for step in range(len(case.batches))]
+    loaded = [
+        (_as_sampled(learner, trajectories), rewards)
+        for trajectories, rewards in map(case.trajectories, range(len(case.batches)))
+    ]
     if case.steps_per_rollout > 1:
         rollout = [trajectory for trajectories, _ in loaded for trajectory in trajectories]
         rewards = {index: reward for _, by_index in loaded for index, reward in by_index.items()}
@@ -166,6 +170,14 @@ def _plan(learner: Learner, case: Case) -> list[StepBatch]:
         plan_step(learner, trajectories, Known(rewards), _records(case, learner, trajectories), step)
         for step, (trajectories, rewards) in enumerate(loaded)
     ]
+
+
+def _as_sampled(learner: Learner, trajectories: list[Trajectory]) -> list[Trajectory]:
+    """The trajectories as rollouts return them: each sampled by one data-parallel rank, which has its
+    tokens."""
+    ranks, rank = learner.groups.dp_size, learner.groups.dp.rank()
+    sampled = [replace(t, sampled_by=t.index % ranks) for t in trajectories]
+    return [t if t.sampled_by == rank else t.without_tokens() for t in sampled]
 
 
 def _limit_cache(learner: Learner, case: Case) -> None:
@@ -177,6 +189,9 @@ def _limit_cache(learner: Learner, case: Case) -> None:
         costs = CostModel.build(1, teacher_forward=dict.fromkeys(learner.bank.names, 1.0))
         request = PlanRequest(1, len(batch.student), costs, scoring=batch.scoring, kind=schedule.kind)
         fewest, largest = max(fewest, request.smallest_cache()), max(largest, batch.state_bytes)
+    most = torch.tensor([fewest, largest])
+    dist.all_reduce(most, dist.ReduceOp.MAX)  # over the blocks
+    fewest, largest = most.tolist()
     if "bytes" in case.spare:
         storage = replace(storage, hidden_cache_bytes=int(largest * (fewest + case.spare["bytes"])))
         learner.pipeline.cache_bytes = storage.hidden_cache_bytes
@@ -192,7 +207,7 @@ def _routers(learner: Learner) -> list[TopKRouter]:
     return [module for module in modules if isinstance(module, TopKRouter)]
 
 
-def _records(case: Case, learner: Learner, trajectories: list[Any]) -> RoutingRecords | None:
+def _records(case: Case, learner: Learner, trajectories: list[Trajectory]) -> RoutingRecords | None:
     """Expert choices that depend only on trajectory, position and layer, so they are equal on any layout."""
     groups, layers = learner.groups, [router.layer_number for router in _routers(learner)]
     if not case.routing_replay or not layers:  # rollouts return none either on a stage without experts
@@ -200,7 +215,7 @@ def _records(case: Case, learner: Learner, trajectories: list[Any]) -> RoutingRe
     experts, topk = case.student["num_moe_experts"], case.student.get("moe_router_topk", 2)
     records = {}
     for trajectory in trajectories:
-        if trajectory.index % groups.dp_size != groups.dp.rank():
+        if trajectory.sampled_by != groups.dp.rank():
             continue
         record = torch.zeros(len(trajectory) - 1, len(layers), topk, dtype=torch.uint8)
         for place, layer in enumerate(layers):
@@ -208,5 +223,4 @@ def _records(case: Case, learner: Learner, trajectories: list[Any]) -> RoutingRe
             for position in range(len(trajectory) - 1):
                 record[position, place] = torch.tensor(rng.sample(range(experts), topk), dtype=torch.uint8)
         records[trajectory.index] = record
-    lengths = {trajectory.index: len(trajectory) for trajectory in trajectories}
-    return RoutingRecords(records, lengths, (len(layers), topk), torch.uint8)
+    return RoutingRecords(records, (len(layers), topk), torch.uint8)

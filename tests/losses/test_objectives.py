@@ -149,7 +149,7 @@ def make_learner(case, model, parallel, schedule):
 
 def response_logits(model, head, trajectory):
     """[|y|, V] logits of one response, computed alone."""
-    ids = torch.tensor([trajectory.token_ids])
+    ids = torch.tensor([trajectory.token_ids.tolist()])
     hidden = model(ids, torch.arange(ids.size(1))[None], None)[:, 0]
     first = len(trajectory.prompt.token_ids) - 1
     return hidden[first:-1] @ head.t()[:, : _models.VOCAB]
@@ -164,7 +164,7 @@ def expected(rank, case, architecture):
     samples, logprobs = [], {}
     for trajectory in trajectories:
         logits = response_logits(student, student.head_weight(), trajectory)
-        tokens = torch.tensor(trajectory.response_ids)
+        tokens = torch.tensor(trajectory.response_ids.tolist())
         own = logits.detach().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         logprobs[trajectory.index] = own.tolist()
         teachers = []

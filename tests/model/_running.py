@@ -5,13 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_mopd.data.batching import (
-    BatchShape,
-    collate,
-    equalize,
-    group_micro_batches,
-    split_over_ranks,
-)
+from megatron_mopd.data.batching import BatchShape, collate
+from megatron_mopd.data.division import Division
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.losses.batch_loss import response_hidden
 from megatron_mopd.model.build import build_model
@@ -20,6 +15,7 @@ from megatron_mopd.rollout.engine import SamplingParams
 from megatron_mopd.rollout.megatron_engine import MegatronEngine
 from tests import _models
 from tests._megatron_schedules import run_teacher
+from tests.rollout._engines import plain
 
 LONGEST = 64
 
@@ -51,10 +47,8 @@ def _logits(groups, model, chunk, rows, packed) -> dict[int, tuple]:
         tp_size=groups.tp_size,
         cp_size=groups.cp_size,
         cp_rank=groups.cp.rank(),
-        fixed=groups.pp_size > 1,
     )
-    shares = split_over_ranks(trajectories, groups.dp_size, lambda t: 0)
-    mine = equalize([group_micro_batches(share, shape) for share in shares])[groups.dp.rank()]
+    mine = Division(trajectories, groups.dp_size, shape, lambda t: 0).cut().of_rank(groups.dp.rank())
     found = {}
 
     def keep(micro_batch, hidden):
@@ -71,7 +65,7 @@ def _logits(groups, model, chunk, rows, packed) -> dict[int, tuple]:
             trajectory, where, values = item
             found[trajectory.index] = where.tolist(), values.clone()
 
-    run_teacher(chunk, [collate(group, shape) for group in mine], shape, groups, keep)
+    run_teacher(chunk, [collate(group, shape) for group in mine], groups, keep)
     return found
 
 
@@ -85,4 +79,4 @@ def greedy(rank, directory, parallel, dtype, rows, new_tokens) -> list[tuple]:
         Prompt("", tuple(row), "test", None, "none", None, i, f"row {i}") for i, row in enumerate(rows)
     ]
     sampling = SamplingParams(new_tokens, temperature=0.0)
-    return [(t.response_ids, t.logprobs) for t in engine.generate(prompts, sampling, seed=0)]
+    return [row[2:4] for row in plain(engine.generate(prompts, sampling, seed=0))]

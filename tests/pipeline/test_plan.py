@@ -19,7 +19,7 @@ from megatron_mopd.pipeline.instructions import (
     TeacherForward,
 )
 from megatron_mopd.pipeline.measured_costs import MeasuredCosts, summarize
-from megatron_mopd.pipeline.plan import Planner, lower_bound, make_plan
+from megatron_mopd.pipeline.plan import Planner, bubble_free_time, lower_bound, make_plan
 from megatron_mopd.pipeline.problem import Limits, PlanRequest, ScoringTask, split_scoring
 from megatron_mopd.pipeline.simulate import PlanError, simulate
 
@@ -44,6 +44,15 @@ def request(
     costs = CostModel.build(stages, virtual_stages, teacher_forward=dict.fromkeys(counts, 1.0))
     return PlanRequest(
         stages, microbatches, costs, virtual_stages, scoring, kind=kind, limits=limits or Limits()
+    )
+
+
+def with_sizes(asked, size):
+    """The request with micro-batches of size(number), the student's and the teachers' alike."""
+    return replace(
+        asked,
+        sizes=tuple(map(size, range(asked.microbatches))),
+        scoring=tuple(replace(g, sizes=tuple(map(size, g.microbatches))) for g in asked.scoring),
     )
 
 
@@ -202,9 +211,9 @@ def test_plans_are_cached_and_deterministic():
     assert planner.plan(request()) is one
     assert Planner().plan(request()).digest() == one.digest()
     other = make_plan(request(counts={"math": 3, "code": 5}))
-    check_same_plan([one.digest()] * 4)
+    check_same_plan(dict.fromkeys(range(4), one.digest()))
     with pytest.raises(PlanError, match=r"ranks \[2\] hold a different plan"):
-        check_same_plan([one.digest(), one.digest(), other.digest(), one.digest()])
+        check_same_plan(dict(enumerate([one.digest(), one.digest(), other.digest(), one.digest()])))
 
 
 @pytest.mark.parametrize(
@@ -330,8 +339,9 @@ def test_measured_costs_follow_the_run_but_ignore_noise():
     guess = request().costs
     measured = MeasuredCosts(guess, 4)
     real = replace(guess, student_forward=(1.0, 1.0, 1.0, 1.6))
-    events = simulate(make_plan(replace(request(), costs=real)), record=True).events
-    per_rank = [summarize(e for e in events if e.stage == stage) for stage in range(4)]
+    sized = with_sizes(replace(request(), costs=real), lambda number: 1 + number % 3)
+    events = simulate(make_plan(sized), record=True).events
+    per_rank = [summarize((e for e in events if e.stage == stage), sized) for stage in range(4)]
     measured.fold(per_rank)
     model = measured.model()
     assert model.student_forward == pytest.approx(real.student_forward)
@@ -339,6 +349,56 @@ def test_measured_costs_follow_the_run_but_ignore_noise():
     assert dict(model.teacher_forward)["math"] == pytest.approx((1.0,) * 4)
     measured.fold([[mean._replace(seconds=mean.seconds * 1.05) for mean in rank] for rank in per_rank])
     assert measured.model() is model  # a change of 1% after averaging does not justify a new plan
+
+
+@pytest.mark.parametrize("virtual_stages", [1, 2])
+def test_costs_are_per_unit_of_size(virtual_stages):
+    """Micro-batches of twice the size at half the costs give the same plan and take the same time."""
+    asked = request(virtual_stages=virtual_stages)
+    costs = asked.costs
+    halved = replace(
+        costs,
+        student_forward=tuple(cost / 2 for cost in costs.student_forward),
+        student_backward=tuple(cost / 2 for cost in costs.student_backward),
+        teacher_forward=tuple((t, tuple(c / 2 for c in row)) for t, row in costs.teacher_forward),
+    )
+    doubled = with_sizes(replace(asked, costs=halved), lambda _: 2)
+    plan, same = make_plan(asked), make_plan(doubled)
+    assert same.digest() == plan.digest()
+    assert simulate(same).total == pytest.approx(simulate(plan).total)
+    assert lower_bound(doubled) == pytest.approx(lower_bound(asked))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[15 + number % 2 for number in range(32)], [14, 14, 14, 14, 14, 14, 14, 9] * 4],
+    ids=["levelled", "with shorter last pieces"],
+)
+def test_micro_batches_of_different_sizes_leave_few_bubbles(sizes):
+    """Eight stages and 32 micro-batches of sizes as `data.division` makes them: in a steady state close to
+    the busiest stage's work, which no plan can beat."""
+    asked = with_sizes(request(8, 32), sizes.__getitem__)
+    ahead = tuple(g for g in asked.scoring if g.step)
+    plans = [make_plan(asked)]
+    for _ in range(4):
+        last = plans[-1]
+        check_plan(last)
+        later = replace(
+            asked,
+            scoring=last.next_scoring() + ahead,
+            resident=last.resident,
+            resident_heads=last.resident_heads,
+        )
+        plans.append(make_plan(later))
+    ends = simulate(plans).optimizer_steps
+    assert (ends[-1] - ends[-2]) / bubble_free_time(later) < 1.05
+
+
+def test_sizes_must_match():
+    with pytest.raises(ValueError, match="student: 2 sizes for 8 micro-batches"):
+        make_plan(replace(request(), sizes=(1, 2)))
+    with pytest.raises(ValueError, match="'math': sizes must be above 0"):
+        ScoringTask("math", (0, 1), sizes=(3, 0))
 
 
 def test_lower_bound_is_the_students_fill_and_drain_when_teachers_are_cheap():

@@ -64,7 +64,7 @@ CASES = {
     "p4 v2": (4, DEEP, pp(4, 2), [(4, 4), (6, 8)], ["bubble_fill", "serial"], {}),
     "p2 tp2": (4, AUX, pp(2, **TP), [(4, 4)], ["bubble_fill"], {}),
     "p2 ep2": (4, AUX, pp(2, **EP), [(8, 6)], ["bubble_fill"], OVERLAP),
-    "p2 v2 dp2": (4, AUX, pp(2, 2), [(8, 9)], ["bubble_fill"], OVERLAP),
+    "p2 v2 dp2": (4, AUX, pp(2, 2), [(8, 10)], ["bubble_fill"], OVERLAP),
     "p2 cp2": (4, DENSE, pp(2, context_parallel_size=2), [(3, 5)], ["bubble_fill"], {}),
 }
 
@@ -86,9 +86,12 @@ def gradients(learner, batches, kind):
 
 
 def planned(learner, counts):
-    """Batches of consecutive steps, with `counts` trajectories each."""
+    """Batches of consecutive steps, with `counts` trajectories each. With virtual stages all have one length,
+    as megatron-core's interleaved schedule needs; with different lengths `training/test_parallel_invariance`
+    compares them with one rank."""
+    is_interleaved = learner.groups.vpp_size > 1
     return deque(
-        plan_step(learner, _models.batch(count, seed=10 * number + count))
+        plan_step(learner, _models.batch(count, 10 * number + count, equal_lengths=is_interleaved))
         for number, count in enumerate(counts)
     )
 
@@ -105,7 +108,6 @@ def forward_alone(rank, parallel, count):
         pipeline.forward(
             learner.chunks,
             batch.student,
-            batch.shape,
             lambda micro_batch, hidden, states=states: states.append(hidden.clone()),
         )
         found.append(states[: len(batch.student)])
@@ -214,6 +216,25 @@ def test_every_rank_uses_a_communicator_in_one_direction_with_one_peer(stages):
         if isinstance(e, Receive)
     }
     assert needed == set(all_channels(stages, 2))
+
+
+def first_messages(rank, stages):
+    """The channels that have carried a message after construction, and how many."""
+    channels = PipelineCommunicator(
+        small_work.pipeline_group(stages),
+        torch.device("cpu"),
+        virtual_stages=2,
+        timeout=timedelta(seconds=30),
+    )
+    return rank % stages, dict(channels._numbers)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_every_channel_is_connected_before_the_first_plan(four_ranks, stages):
+    """With NCCL the first message of two ranks blocks both hosts, in a plan perhaps in a circle."""
+    for stage, counts in four_ranks.run(first_messages, stages):
+        mine = {c: 1 for c in all_channels(stages, 2) if stage in (c.source, c.destination)}
+        assert counts == mine
 
 
 # --- errors -----------------------------------------------------------------------------------------------
@@ -327,14 +348,14 @@ def measured(rank):
     """Recorded timelines of three steps, the driver's costs, and what the pipeline reports."""
     learner = _models.make_learner(DENSE, pp(2), schedule=dict(micro_batch_size=1))
     batches = planned(learner, (4, 4, 4))
-    agreements, plan = 0, learner.pipeline.plan
+    agreements, plan = 0, learner.pipeline.agree_on_plan
 
     def counted(*arguments):
         nonlocal agreements
         agreements += 1
         return plan(*arguments)
 
-    learner.pipeline.plan = counted
+    learner.pipeline.agree_on_plan = counted
     for _ in range(3):
         training_step.train_step(learner, batches)
         batches.popleft()

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from megatron_mopd.data.batching import BatchShape, equalize, group_micro_batches, split_over_ranks
+from megatron_mopd.data.batching import BatchShape
+from megatron_mopd.data.division import Cut, Division
 from megatron_mopd.pipeline.problem import ScoringTask
 from megatron_mopd.training.scoring_tasks import scoring_task
 from tests import _models
@@ -20,24 +21,20 @@ def test_first_uses_increase_and_cover_every_sample(seed, max_tokens, dp_size):
     samples = _models.batch(rng.randint(1, 60), seed=seed)
     teachers = {t.index: rng.sample(["a", "b", "c"], rng.randint(1, 2)) for t in samples}
     shape = BatchShape.for_batch(
-        samples, micro_batch_size=3, max_tokens=max_tokens, tp_size=1, cp_size=1, cp_rank=0, fixed=True
+        samples, micro_batch_size=3, max_tokens=max_tokens, tp_size=1, cp_size=1, cp_rank=0
     )
-    shares = split_over_ranks(samples, dp_size, lambda t: tuple(sorted(teachers[t.index])))
-
-    def cut(selected):
-        return equalize([group_micro_batches(share, shape) for share in selected])
-
-    student = cut(shares)
+    division = Division(samples, dp_size, shape, lambda t: tuple(sorted(teachers[t.index])))
+    student = division.cut()
     for name in "abc":
-        selected = [[t for t in share if name in teachers[t.index]] for share in shares]
-        if not any(selected):
+        if not any(name in names for names in teachers.values()):
             continue
-        scored = cut(selected)
+        scored = division.cut(lambda t, name=name: name in teachers[t.index])
         task = scoring_task(name, scored, student)
         assert list(task.microbatches) == sorted(set(task.microbatches)), "first uses do not increase"
-        assert len(task.microbatches) == len(scored[0])
-        for mine, students in zip(scored, student):
-            for (first, last), members in zip(task.uses(), mine):
+        assert len(task.microbatches) == len(scored.rows) == len(task.sizes)
+        for rank in range(dp_size):
+            students = student.of_rank(rank)
+            for (first, last), members in zip(task.uses(), scored.of_rank(rank)):
                 wanted = {t.index for t in members}
                 used_by = [i for i, ms in enumerate(students) if wanted & {t.index for t in ms}]
                 assert not used_by or (first <= used_by[0] and used_by[-1] <= last)
@@ -45,7 +42,8 @@ def test_first_uses_increase_and_cover_every_sample(seed, max_tokens, dp_size):
 
 def test_heads_are_read_by_forwards_that_keep_log_probs_and_by_the_losses_of_the_others():
     a, b, c, d = _models.batch(4)
-    scored, student = [[[a, b], [c, d]], [[c], []]], [[[a], [b, c], [d]], [[], [c], []]]
+    scored = Cut([[[a, b], [c]], [[c, d], []]], (1, 1))
+    student = Cut([[[a], []], [[b, c], [c]], [[d], []]], (1, 1, 1))
 
     def task(*names):
         return scoring_task("t", scored, student, lambda t: t in names)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 
+import torch.distributed as dist
+from megatron.core import parallel_state
+
 from megatron_mopd.backend import packed_weights
 from megatron_mopd.data.prompt import Prompt
 from megatron_mopd.model.build import build_model
@@ -72,5 +75,15 @@ def sampling(**changes) -> SamplingParams:
 
 
 def plain(trajectories) -> list[tuple]:
-    """Plain values that a rank can send to the parent process and tests can compare."""
-    return [(t.index, t.prompt.index, t.response_ids, t.logprobs, t.finished) for t in trajectories]
+    """Plain values that a rank can send to the parent process and tests can compare, with the tokens of all
+    data-parallel ranks, which must hold those that they sampled and no others. Collective over all ranks."""
+    held = {t.index: (t.response_ids.tolist(), t.logprobs.tolist()) for t in trajectories if t.has_tokens}
+    rank = parallel_state.get_data_parallel_rank()
+    assert held.keys() == {t.index for t in trajectories if t.sampled_by == rank}
+    everywhere = [held]
+    if dist.get_world_size() > 1:
+        everywhere = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everywhere, held)
+    tokens = {index: pair for of_rank in everywhere for index, pair in of_rank.items()}
+    assert all(len(tokens[t.index][0]) == t.response_length for t in trajectories)
+    return [(t.index, t.prompt.index, *map(tuple, tokens[t.index]), t.finished) for t in trajectories]

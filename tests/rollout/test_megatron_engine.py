@@ -22,7 +22,7 @@ def run_one(function, *args):
 
 def full_logits(chunk, trajectory) -> torch.Tensor:
     """Logits that predict each response token, from one training forward pass over the whole document."""
-    tokens = torch.tensor([trajectory.token_ids])
+    tokens = torch.tensor([trajectory.token_ids.tolist()])
     hidden = chunk(tokens, torch.arange(tokens.size(1)).unsqueeze(0), None)
     logits = hidden[:, 0] @ chunk.head_weight().t()
     start = len(trajectory.prompt.token_ids) - 1
@@ -45,7 +45,7 @@ def against_full_forward(rank, transformer, tie, packed):
             logits = full_logits(chunks[0], trajectory)
             assert logits.requires_grad  # from a training forward pass, not from the engine
             scaled = logits / (temperature or 1.0)
-            tokens = torch.tensor(trajectory.response_ids)
+            tokens = torch.tensor(trajectory.response_ids.tolist())
             logprobs = scaled.log_softmax(dim=1).gather(1, tokens.unsqueeze(1)).squeeze(1)
             worst = max(worst, float((logprobs - torch.tensor(trajectory.logprobs)).abs().max()))
             index = torch.tensor([trajectory.index])

@@ -1,13 +1,31 @@
 """Tokens sampled before a run was killed are recovered and not sampled a second time."""
 
+import gc
+import hashlib
 import os
+import struct
+import sys
 
 import pytest
+import torch
 
 from megatron_mopd.rollout import write_ahead
-from megatron_mopd.rollout.write_ahead import CONTINUES, CUT, STOPPED, Known, Piece, RolloutLog, join, read
+from megatron_mopd.rollout.batches import DecodingBatch, Request
+from megatron_mopd.rollout.write_ahead import (
+    CONTINUES,
+    CUT,
+    STOPPED,
+    Known,
+    Piece,
+    RolloutLog,
+    decode,
+    encode,
+    join,
+    read,
+)
 from tests import _models
 from tests._distributed import run_ranks
+from tests._traffic import received_bytes
 from tests.rollout._engines import engine, plain, prompts, sampling
 
 PIECES = [
@@ -52,6 +70,16 @@ def test_torn_and_damaged_logs_give_what_is_whole(tmp_path):
         complete = sum(place >= end for end in ends)
         assert list(read(path, "weights and prompts")) == PIECES[: whole_pieces[complete]]
     assert list(read(tmp_path / "nowhere", "weights and prompts")) == []
+
+
+def test_the_format_of_a_log_is_stable():
+    """A log of an earlier release is read, so its bytes are those that earlier releases wrote."""
+    payload = encode(PIECES)
+    assert payload[:36] == struct.pack("<I4q", 4, 0, 0, 2, CONTINUES)
+    assert hashlib.sha256(payload).hexdigest() == (
+        "51a7355f693259aed9647cbd6e69865ac457d845d7fe2773a410a20ecd3d9a3d"
+    )
+    assert decode(payload) == PIECES
 
 
 def test_pieces_of_several_starts_are_joined():
@@ -150,3 +178,78 @@ def test_a_log_on_several_ranks(tmp_path):
     for result, new, known in second:
         assert [got[:3] for got in result] == [wanted[:3] for wanted in expected[0]]
         assert known > 8 and known + new == sum(len(response) for _, _, response, *_ in result)
+
+
+def resumed(rank, layout, directory):
+    """What this rank knows from a log before and after it was continued, and the bytes it received then."""
+    made, _ = engine(_models.DENSE, layout)
+    groups = made._groups
+    log = RolloutLog(directory, "same", groups)
+    facts = [(i, known.length, known.state) for i, known in log.known.items()]
+    before = sum(known.token_ids is not None for known in log.known.values())
+    with received_bytes() as received:
+        log.deliver({i: i % groups.dp_size for i in log.known})
+    held = [i for i, known in log.known.items() if known.token_ids is not None]
+    tokens = [log.known[i].token_ids.tolist() for i in held]
+    log = RolloutLog(directory, "same", groups)
+    result = plain(made.generate(prompts(6), sampling(), seed=3, log=log))
+    return facts, before, groups.dp.rank(), held, tokens, sum(received), result
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 2}], ids=str)
+def test_a_logs_tokens_are_sent_only_to_the_ranks_that_continue_them(tmp_path, layout):
+    def interrupt(rank):
+        made, _ = engine(_models.DENSE)
+        write_ahead.FLUSH_SECONDS, new = 0.0, []
+
+        def on_token(index, token):
+            new.append(index)
+            if len(new) > 30:
+                raise Killed
+
+        log = RolloutLog(tmp_path, "same", made._groups)
+        with pytest.raises(Killed):
+            made.generate(prompts(6), sampling(), seed=3, on_token=on_token, log=log)
+        known = RolloutLog(tmp_path, "same", made._groups).known
+        return {index: part.token_ids.tolist() for index, part in known.items()}
+
+    (stored,) = run_ranks(1, interrupt)
+    expected = run_ranks(
+        1, lambda rank: plain(engine(_models.DENSE)[0].generate(prompts(6), sampling(), seed=3))
+    )[0]
+    assert len(stored) == 6
+    results = run_ranks(4, resumed, layout, tmp_path)
+    size = 2 if layout else 4
+    for rank, (facts, before, dp_rank, held, tokens, received, result) in enumerate(results):
+        assert [(i, length) for i, length, _ in facts] == [(i, len(ids)) for i, ids in stored.items()]
+        assert before == (6 if rank == 0 else 0)
+        assert held == [i for i in range(6) if i % size == dp_rank]
+        assert tokens == [stored[i] for i in held]
+        assert received <= 12 * sum(map(len, tokens)), "a rank receives other ranks' tokens"
+        assert [got[:3] for got in result] == [wanted[:3] for wanted in expected]
+
+
+def blocks_of_a_decoding_batch(rank, steps):
+    """Objects (blocks of Python's allocator) that the results of a batch of six rows of `steps` tokens keep:
+    its responses, what is logged of them, and the same read again."""
+    requests = [Request(i, (5, 6), steps) for i in range(6)]
+    batch = DecodingBatch(requests, sampling(max_new_tokens=steps, stop_token_ids=()), torch.device("cpu"))
+    while not batch.advance(torch.randint(300, 1000, (6,)), torch.rand(6).double()):
+        pass
+    kept = None
+    for _ in range(2):  # the first time fills caches
+        kept = None
+        gc.collect()
+        before = sys.getallocatedblocks()
+        pieces = batch.unlogged()
+        batch._logged.zero_()
+        kept = batch.responses(), pieces, join(decode(encode(pieces)))
+        gc.collect()
+    assert {len(response.token_ids) for response in kept[0]} == {steps}
+    assert {known.length for known in kept[2].values()} == {steps} and len(kept[2]) == 6
+    return sys.getallocatedblocks() - before
+
+
+def test_results_have_no_object_per_token():
+    short, long = (run_ranks(1, blocks_of_a_decoding_batch, steps)[0] for steps in (20, 400))
+    assert 0 < short and long - short < 100, "6 x 380 more tokens"

@@ -28,8 +28,13 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(samples):
             assert pass_at_k(samples, correct, k) == pytest.approx(expected, abs=1e-12)
 
 
+class _Alone:
+    def rank(self):
+        return 0
+
+
 class _Groups:
-    rank, world_size, device = 0, 1, torch.device("cpu")
+    device, dp, dp_size, replica_rank, replica_size = torch.device("cpu"), _Alone(), 1, 0, 1
 
 
 class _Tokenizer:

@@ -31,6 +31,13 @@ def test_a_domain_takes_its_own_entry_then_the_longest_wildcard_then_the_default
         mixture(routing, "chat")
 
 
+def test_teachers_that_score_at_any_iteration():
+    routing = {"default": "self", "chat": {"math": {0: 1.0, 5: 0.0}, "code": {0: 0.0, 5: 1.0}}}
+    assert Routing(routing, TEACHERS).scorers(["chat"]) == {"math", "code"}
+    assert Routing(routing, TEACHERS).scorers(["chat", "poems"]) == {"math", "code", "self"}
+    assert Routing({"chat": "math"}, TEACHERS).scorers(["poems"]) == set()
+
+
 def test_of_equally_specific_wildcards_the_first_counts():
     assert mixture({"a*": "math", "*b": "code"}, "ab") == (("math", 1.0),)
     assert mixture({"*b": "code", "a*": "math"}, "ab") == (("code", 1.0),)

@@ -60,6 +60,7 @@ def test_a_teacher_with_the_students_weights_raises_the_alarm(inputs):
     assert outcome.statuses == [0], outcome.printed
     assert "ALARM: teacher 'expert' equals the student" in outcome.printed  # from the files
     assert "ALARM: teacher expert equals the student on domain" in outcome.printed  # from the first step
+    assert "teachers.self: no domain of the prompts is routed to it, so it is not loaded" in outcome.printed
 
 
 def test_a_teacher_that_does_not_fit_the_layout_is_named(inputs):

@@ -18,7 +18,8 @@ from tests._models import GQA, MOE
 
 TP2_PP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2)
 EP2_PP2 = dict(expert_model_parallel_size=2, pipeline_model_parallel_size=2)
-EP2_CP2 = dict(expert_model_parallel_size=2, context_parallel_size=2)
+# The same blocks in all modes: the default depends on the mode.
+EP2_CP2 = dict(expert_model_parallel_size=2, context_parallel_size=2, teacher_block_size=2)
 SHARDED, FILES, PARTS = dict(mode="host_sharded"), dict(mode="mmap"), dict(hidden_cache_bytes="least")
 ON_DEVICE = dict(hidden_cache_device="device")
 CASES = {
@@ -26,7 +27,8 @@ CASES = {
     "tp2-pp2": (GQA, TP2_PP2, [SHARDED, FILES, FILES, PARTS]),
     "ep2-pp2": (MOE, EP2_PP2, [SHARDED | PARTS, FILES]),
     "ep2-cp2": (MOE, EP2_CP2, [SHARDED | ON_DEVICE]),
-    "dp4": (MOE, {}, [SHARDED, FILES | ON_DEVICE]),
+    "dp4": (MOE, dict(teacher_block_size=4), [SHARDED, FILES | ON_DEVICE]),
+    "dp4, blocks of 2": (MOE, dict(teacher_block_size=2), [SHARDED | PARTS, FILES]),
 }
 
 
@@ -96,7 +98,8 @@ def test_results_are_bitwise_equal(pool, tmp_path, case):
             assert sizes[1] == by_mode[storage.get("mode", "host")]
             assert sizes[2] == device
             assert sizes[3] == (by_mode["host"] if storage.get("mode") == "mmap" else 0)
-        if case == "dp4":  # replicas shard everything but the heads
+        if case.startswith("dp4"):  # the replicas of a block shard everything but the heads
             heads = 3 * 88 * 32 * 4  # three teachers, 83 columns padded to 88, width 32, float32
-            assert by_mode["host_sharded"] == (by_mode["host"] - heads) / 4 + heads
+            replicas = CASES[case][1]["teacher_block_size"]
+            assert by_mode["host_sharded"] == (by_mode["host"] - heads) / replicas + heads
     assert not list(tmp_path.rglob("*.incomplete"))

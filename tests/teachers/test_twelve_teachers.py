@@ -103,7 +103,7 @@ def weight_of(domain, name):
 
 
 def log_probs(model, head, trajectory):
-    ids = torch.tensor([trajectory.token_ids])
+    ids = torch.tensor([trajectory.token_ids.tolist()])
     hidden = model(ids, torch.arange(ids.size(1))[None], None)[:, 0]
     first = len(trajectory.prompt.token_ids) - 1
     return (hidden[first:-1] @ head.t()[:, : _models.VOCAB]).log_softmax(-1)

@@ -57,11 +57,12 @@ def make_batch(step):
 
 def steps(rank, model, layout, kind, schedule, sections, overlap):
     """Gradients after each step (`None` if they are sharded over ranks), and weights after the last."""
-    settings = {}
+    # Adam amplifies the rounding of a float32 gradient by up to lr / adam_eps.
+    settings = dict(adam_eps=1e-2) if sections.get("params_dtype") == "float32" else {}
     if overlap:  # buckets of a few parameters, which all ranks must reduce in the same order
         optimizer.DistributedDataParallelConfig = functools.partial(_DDP_CONFIG, bucket_size=500)
         sharded = sections.get("params_dtype") == "float32"
-        settings = dict(overlap_grad_reduce=True, use_distributed_optimizer=sharded)
+        settings |= dict(overlap_grad_reduce=True, use_distributed_optimizer=sharded)
     try:
         learner = _models.make_learner(
             getattr(_models, model),

@@ -57,7 +57,7 @@ def test_step_equals_the_formula(case):
         name: PlainTransformer(_models.assemble([result[1][name] for result in results]), transformer, tied)
         for name in _models.TEACHERS
     }
-    samples = [(t.prompt.token_ids, t.response_ids, t.domain) for t in _models.batch(12)]
+    samples = [(t.prompt.token_ids.tolist(), t.response_ids.tolist(), t.domain) for t in _models.batch(12)]
     loss, domains = mopd_loss(student, teachers, MIXTURES, samples)
     loss.backward()
 

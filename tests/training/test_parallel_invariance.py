@@ -81,6 +81,7 @@ def _name(value):
             "expert": "ep",
             "context": "cp",
             "micro": "mbs",
+            "teacher": "block",
         }
         if "num_layers" in value:
             return next(name for name, model in MODELS.items() if model is value)
@@ -96,8 +97,8 @@ def _name(value):
 def three_steps(rank, transformer, parallel, schedule, sections):
     """Loss and gradients of the first step, weights after the third."""
     learner = _models.make_learner(transformer, parallel, schedule=schedule, **sections)
-    gradients = None
-    batches = deque(plan_step(learner, _models.batch(16, seed=step)) for step in range(3))
+    domains, gradients = sections.get("domains", _models.DOMAINS), None
+    batches = deque(plan_step(learner, _models.batch(16, step, domains=domains)) for step in range(3))
     for step in range(3):
         metrics = train_step(learner, batches)
         assert len(batches.popleft().cache) == 0, "a cached hidden state was not used"
@@ -118,7 +119,13 @@ def reference(model_name, sections):
 
 
 def _sections(items):
-    return {name: dict(value) if isinstance(value, tuple) else value for name, value in items}
+    """Sections of a configuration from nested pairs, which are hashable."""
+
+    def section(value):
+        is_pairs = isinstance(value, tuple) and all(isinstance(item, tuple) for item in value)
+        return {name: section(item) for name, item in value} if is_pairs else value
+
+    return section(tuple(items))
 
 
 def check(ranks, transformer, parallel, schedule, sections=(), tolerance=None):
@@ -129,7 +136,9 @@ def check(ranks, transformer, parallel, schedule, sections=(), tolerance=None):
         # megatron-core computes sigmoid routing scores in float32 whatever the model's precision.
         tolerance = 1e-6 if transformer is SHARED else 1e-9
     for metrics, _, _ in results:
-        for key in ("loss", "tokens", "grad_norm", "kl/arith", "kl/other", "kl/text"):
+        names = {"loss", "tokens", "grad_norm"} | {key for key in first if key.startswith("kl/")}
+        assert names <= metrics.keys()
+        for key in names:
             assert metrics[key] == pytest.approx(first[key], rel=max(tolerance, 1e-7)), key
     for which, expected in ((1, gradients), (2, weights)):
         if results[0][which] is None:
@@ -171,6 +180,35 @@ def test_distributed_optimizer(ranks, transformer, parallel):
         atol = 1e-5 * value.abs().max().item()
         torch.testing.assert_close(found[key], value, rtol=0, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
     assert results[0][0]["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
+
+
+# Five domains: one teacher, three weighted ones, one that two domains share, and none (`sft`).
+FIVE = (
+    ("domains", ("d0", "d1", "d2", "d3", "d4")),
+    (
+        "routing",
+        (("d0", "a"), ("d1", (("a", 0.2), ("b", 0.5), ("c", 0.3))), ("d2", "c"), ("d3", "c"), ("d4", "b")),
+    ),
+    ("objective", (("per_domain", (("d4", (("kind", "sft"),)),)),)),
+)
+
+
+@pytest.mark.parametrize(
+    "ranks, transformer, parallel, schedule",
+    [
+        (4, DENSE, {}, PACKED),
+        (4, DENSE, dict(teacher_block_size=2), PACKED),
+        (4, DENSE, dict(teacher_block_size=4), PADDED),
+        (4, MOE, ep(2), PADDED),
+        (4, SHARED, ep(2, 1) | dict(teacher_block_size=4), PACKED),
+        (8, GQA, pp(2), PACKED),
+        (8, MOE, pp(2, 2) | ep(2), PACKED),
+    ],
+    ids=_name,
+)
+def test_blocks_of_data_parallel_ranks(ranks, transformer, parallel, schedule):
+    """Four data-parallel ranks in blocks of one, two and four, which see different teachers."""
+    check(ranks, transformer, parallel, schedule, FIVE)
 
 
 @pytest.mark.parametrize("reduction", ["sequence_mean", "domain_mean"])

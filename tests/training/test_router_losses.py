@@ -72,8 +72,8 @@ def expected_loss(student, transformer, micro_batches):
     batch = _models.batch(12)
     loss, count = torch.zeros((), dtype=torch.float64), 0
     for t in batch:
-        rows = student.logits(t.token_ids)[len(t.prompt.token_ids) - 1 : -1].log_softmax(dim=1)
-        loss = loss - rows.gather(1, torch.tensor(t.response_ids)[:, None]).sum()
+        rows = student.logits(t.token_ids.tolist())[len(t.prompt.token_ids) - 1 : -1].log_softmax(dim=1)
+        loss = loss - rows.gather(1, torch.tensor(t.response_ids.tolist())[:, None]).sum()
         count += len(t.response_ids)
     loss = loss / count
     for router in zip(*student.router_logits):

@@ -60,11 +60,10 @@ def deviations(rank, parallel, schedule):
             learner.pipeline,
             learner.chunks,
             batch.student,
-            batch.shape,
             settings=learner.loss_settings,
             findings=Findings(),
         )
-        by_index = {t.index: torch.tensor(t.logprobs, dtype=torch.float64) for t in trajectories}
+        by_index = {t.index: torch.from_numpy(t.logprobs) for t in batch.trajectories if t.has_tokens}
         differences = [(values - by_index[i]).abs().max().item() for i, values in found.items()]
         result.append(max(differences, default=None))
     compact = None if routing is None else {str(r.dtype) for r in routing.records.values()}

@@ -36,7 +36,7 @@ def _score_between_steps(rank, transformer):
     for name, micro_batches in batch.teachers.items():
         teacher = learner.bank.make_resident(name)
         assert teacher.config is not unwrap(learner.chunks[0]).config, "the teacher shares a configuration"
-        run_teacher(teacher, micro_batches, batch.shape, learner.groups, lambda *_: None)
+        run_teacher(teacher, micro_batches, learner.groups, lambda *_: None)
         teachers[name] = [
             (p.requires_grad, p.grad is not None, hasattr(p, "main_grad"), id(p) in trained)
             for p in teacher.parameters()
