@@ -113,14 +113,16 @@ def main() -> None:
         sys.exit(2)
 
 
-def estimate_apart(config: Config, world_size: int, ranks: list[int]) -> dict[int, RankMemory]:
+def estimate_apart(
+    config: Config, world_size: int, ranks: list[int], ranks_per_host: int | None = None
+) -> dict[int, RankMemory]:
     """`estimate` in a separate process, for a caller that starts real ranks later: the imagined world and the
     CPU backend end with that process. Must be called before CUDA is used. Raises `ConfigError` like
     `estimate`.
     """
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    child = context.Process(target=_answer, args=(queue, config, world_size, ranks))
+    child = context.Process(target=_answer, args=(queue, config, world_size, ranks, ranks_per_host))
     child.start()
     answer = queue.get()
     child.join()
@@ -129,9 +131,9 @@ def estimate_apart(config: Config, world_size: int, ranks: list[int]) -> dict[in
     return answer
 
 
-def _answer(queue, config: Config, world_size: int, ranks: list[int]) -> None:
+def _answer(queue, config: Config, world_size: int, ranks: list[int], ranks_per_host: int | None) -> None:
     try:
-        queue.put(estimate(config, world_size, ranks))
+        queue.put(estimate(config, world_size, ranks, ranks_per_host))
     except Exception as error:  # reported by the parent
         queue.put(error if isinstance(error, ConfigError) else RuntimeError(repr(error)))
 
@@ -142,7 +144,8 @@ def check(config: Config) -> int:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if not torch.cuda.is_available():
         config = replace(config, device="cpu")
-    expected = estimate_apart(config, world_size, [rank])[rank]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
+    expected = estimate_apart(config, world_size, [rank], local)[rank]
     # The run's progress does not affect the memory of its next step.
     run = build_run(replace(config, checkpoint=replace(config.checkpoint, resume=False)))
     trajectories = longest_trajectories(run.config, list(run.prompts), run.tokenizer.vocab_size)

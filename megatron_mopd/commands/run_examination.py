@@ -62,12 +62,13 @@ def examine_run(config: Config, options: argparse.Namespace) -> tuple[list[Findi
     if os.environ.get("RANK", "0") != "0":
         return findings, 0.0  # one rank's estimate is enough, and each needs the memory of a model
     ranks = stage_ranks(config, world_size)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or options.ranks_per_host
     try:
-        memory = estimate_apart(config, world_size, ranks)
+        memory = estimate_apart(config, world_size, ranks, local)
     except (ConfigError, RuntimeError) as error:
         return [*findings, Finding(Level.PROBLEM, "memory", f"cannot be estimated: {error}")], 0.0
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 0
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or options.ranks_per_host or gpus or world_size
+    local = local or gpus or world_size
     capacity = min((torch.cuda.get_device_properties(i).total_memory for i in range(gpus)), default=None)
     findings += memory_findings(memory, world_size, local, capacity, available_host_bytes())
     return findings, checkpoint_bytes(config, memory)

@@ -247,6 +247,17 @@ def test_size_of_a_checkpoint(inputs):
         assert run_examination.checkpoint_bytes(config, memory) == 14 * count
 
 
+def test_sharded_teachers_are_estimated_for_hosts_of_the_given_size(inputs):
+    """Two hosts of two ranks each keep the teacher once; one host of four ranks keeps it once in all."""
+    values = _runs.values(inputs, objective={"kind": "full_vocab_kl"}, routing={"default": "self"})
+    values |= {"teachers": [{"name": "self"}], "teacher_storage": {"mode": "host_sharded"}}
+    config = _models.config_from_dict(values)
+    two, four = (
+        run_examination.estimate_apart(config, 4, [0], ranks)[0].host["teacher storage"] for ranks in (2, 4)
+    )
+    assert 1.3 * four < two < 2 * four  # heads are not sharded
+
+
 def test_links_of_gpus():
     one = "GPU {}: NVIDIA H100 80GB HBM3 (UUID: GPU-{})\n"
     up = "\t Link {}: 26.562 GB/s\n"
